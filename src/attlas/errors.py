@@ -1,0 +1,21 @@
+"""Errors that a user can mend: one sentence that names the thing and the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class UserError(ValueError):
+    """A mistake in what the user asked for; the command line prints it alone and exits with 2."""
+
+
+class UnknownName(UserError):
+    """A name that nothing carries; the message suggests the nearest known ones."""
+
+    def __init__(self, what: str, got: str, known: Iterable[str]) -> None:
+        names = sorted(set(known))
+        near = get_close_matches(got, names, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(repr(n) for n in near)}?" if near else f"known: {names}"
+        super().__init__(f"unknown {what} {got!r}; {hint}")
+        self.near = near

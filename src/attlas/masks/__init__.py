@@ -1,0 +1,46 @@
+"""Masks: which query may meet which key, as an algebra with lowerings to every route."""
+
+from attlas.masks.algebra import Mask
+from attlas.masks.bigbird import bigbird
+from attlas.masks.lower import at, block_mask, dense, grid, hides_nothing, sdpa_flags
+from attlas.masks.patterns import (
+    block,
+    blocks,
+    causal,
+    dilated,
+    document,
+    full,
+    keys,
+    padding,
+    per_head,
+    prefix,
+    sinks,
+    strided,
+    table,
+    window,
+)
+
+__all__ = [
+    "Mask",
+    "at",
+    "bigbird",
+    "block",
+    "block_mask",
+    "blocks",
+    "causal",
+    "dense",
+    "dilated",
+    "document",
+    "full",
+    "grid",
+    "hides_nothing",
+    "keys",
+    "padding",
+    "per_head",
+    "prefix",
+    "sdpa_flags",
+    "sinks",
+    "strided",
+    "table",
+    "window",
+]

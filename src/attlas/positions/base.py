@@ -1,0 +1,70 @@
+"""What a position encoding may do, and the layer that does nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol, TypeVar
+
+import torch
+from jaxtyping import Float, Integer
+from torch import Tensor, nn
+
+
+class ScoreMod(Protocol):
+    """FlexAttention's pointwise change of scores: (score, b, h, q_idx, kv_idx) -> score."""
+
+    def __call__(self, score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        """The changed score; all arguments broadcast."""
+
+
+F = TypeVar("F", bound=Callable[..., Tensor])
+
+
+def additive(score_mod: F) -> F:
+    """Mark a score_mod that only adds a bias, so that SDPA can take it as a mask of numbers."""
+    score_mod.additive = True  # type: ignore[attr-defined]
+    return score_mod
+
+
+class Position(nn.Module):
+    """A position encoding. Subclasses override the one hook where theirs enters.
+
+    `embed` adds to the inputs, `rotate` turns queries and keys, `score_mod` changes the scores.
+    """
+
+    score_mod: ScoreMod | None = None
+
+    def embed(
+        self, x: Float[Tensor, "batch tokens dim"], positions: Integer[Tensor, "*batch tokens"]
+    ) -> Float[Tensor, "batch tokens dim"]:
+        """The inputs with their positions added."""
+        return x
+
+    def rotate(
+        self,
+        x: Float[Tensor, "batch heads tokens dim"],
+        positions: Integer[Tensor, "*batch tokens"],
+    ) -> Float[Tensor, "batch heads tokens dim"]:
+        """Queries or keys turned by their positions."""
+        return x
+
+
+def even(name: str, width: int) -> int:
+    """`width` if it is even.
+
+    Raises:
+        ValueError: otherwise, naming the argument.
+    """
+    if width % 2:
+        raise ValueError(f"{name} must be even, got {width}")
+    return width
+
+
+def relative(q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+    """Key position minus query position."""
+    return kv_idx - q_idx
+
+
+def as_float(positions: Tensor) -> Tensor:
+    """Positions in float32, exact to 16 million tokens."""
+    return positions.to(torch.float32)

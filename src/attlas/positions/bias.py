@@ -1,0 +1,78 @@
+"""Positions as a bias on the scores: ALiBi's fixed slopes, T5's trained buckets.
+
+    ALiBi:  score − m_h · |q − k|,   m_h = 2^(−8h/H) for H a power of two
+    T5:     score + B[bucket(k − q), h]
+
+Sources: "Train Short, Test Long: Attention with Linear Biases Enables Input Length Extrapolation";
+"Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer".
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from attlas.positions.base import Position, additive, relative
+
+
+class ALiBi(Position):
+    """Linear penalties on distance, steeper for earlier heads; nothing is trained."""
+
+    slopes: Tensor
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.register_buffer("slopes", torch.tensor(_slopes(heads)), persistent=False)
+
+    @additive
+    def score_mod(self, score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        """Score less slope times distance."""
+        return score - (self.slopes[h] * relative(q_idx, kv_idx).abs()).to(score.dtype)
+
+
+class T5Bias(Position):
+    """A trained number for each head and bucket of distances, exact near and logarithmic far.
+
+    Args:
+        heads: query heads.
+        buckets: numbers a head.
+        max_distance: tokens from which on all distances share a bucket.
+        bidirectional: half of the buckets for keys after the query.
+    """
+
+    def __init__(
+        self, heads: int, buckets: int = 32, max_distance: int = 128, bidirectional: bool = True
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(buckets, heads) * 0.02)
+        self.max_distance, self.bidirectional = max_distance, bidirectional
+
+    @additive
+    def score_mod(self, score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        """Score plus the bias of the pair's bucket."""
+        return score + self.weight[self.bucket(relative(q_idx, kv_idx)), h].to(score.dtype)
+
+    def bucket(self, distance: Tensor) -> Tensor:
+        """Bucket of each key-minus-query distance."""
+        count = len(self.weight)
+        first = torch.zeros_like(distance)
+        if self.bidirectional:
+            count //= 2
+            first = (distance > 0).long() * count
+            steps = distance.abs()
+        else:
+            steps = (-distance).clamp(min=0)
+        exact = count // 2
+        ratio = (steps.clamp(min=1).float() / exact).log() / math.log(self.max_distance / exact)
+        far = (exact + (ratio * (count - exact)).long()).clamp(max=count - 1)
+        return first + torch.where(steps < exact, steps, far)
+
+
+def _slopes(heads: int) -> list[float]:
+    """Geometric slopes; other head counts take every other slope of the next power of two."""
+    power = 2 ** math.floor(math.log2(heads))
+    slopes = [2 ** (-8 * (h + 1) / power) for h in range(power)]
+    extra = [2 ** (-8 * (h + 1) / (2 * power)) for h in range(0, 2 * (heads - power), 2)]
+    return slopes + extra

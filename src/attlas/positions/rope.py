@@ -1,0 +1,111 @@
+"""Rotary position embedding: turn each pair of channels by an angle that grows with position.
+
+    (q R_t) · (k R_s) depends on t − s alone;   R_t turns pair i by t · θ_i,   θ_i = base^(−2i/d)
+
+Longer contexts than trained for (s = factor):
+    linear   θ_i / s                                     (position interpolation)
+    ntk      base · s^(d/(d−2))                          (stretch low frequencies, keep high ones)
+    yarn     between both by wavelength, q and k scaled together by 0.1 ln s + 1
+
+Sources: "RoFormer: Enhanced Transformer with Rotary Position Embedding"; "Extending Context Window of
+Large Language Models via Positional Interpolation"; "YaRN: Efficient Context Window Extension of
+Large Language Models".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Integer
+from torch import Tensor
+
+from attlas.positions.base import Position, as_float, even
+
+Scaling = Literal["linear", "ntk", "yarn"]
+
+
+class RoPE(Position):
+    """Rotary positions.
+
+    Args:
+        head_dim: width of a head, even.
+        base: of the wavelengths; a sequence gives one for each key head (the query heads of a group
+            share their key head's).
+        scaling: "linear", "ntk" or "yarn"; None leaves the frequencies alone.
+        factor: how many times longer than trained for.
+        original_length: tokens trained for, which YaRN's ramp needs.
+        interleaved: pair channels (0,1), (2,3), … instead of (i, i + d/2).
+
+    Raises:
+        ValueError: an odd width, an unknown scaling, or a factor below 1.
+    """
+
+    frequencies: Tensor
+
+    def __init__(
+        self,
+        head_dim: int,
+        base: float | Sequence[float] = 10000.0,
+        *,
+        scaling: Scaling | None = None,
+        factor: float = 1.0,
+        original_length: int = 2048,
+        interleaved: bool = False,
+    ) -> None:
+        super().__init__()
+        even("head_dim", head_dim)
+        if scaling not in (None, "linear", "ntk", "yarn"):
+            raise ValueError(f"scaling must be 'linear', 'ntk', 'yarn' or None, got {scaling!r}")
+        if factor < 1:
+            raise ValueError(f"factor must be at least 1, got {factor}")
+        self.interleaved = interleaved
+        self.magnitude = 0.1 * math.log(factor) + 1.0 if scaling == "yarn" else 1.0
+        bases = torch.tensor(base, dtype=torch.float32)
+        if scaling == "ntk":
+            bases = bases * factor ** (head_dim / (head_dim - 2))
+        theta = bases[..., None] ** (-torch.arange(0, head_dim, 2) / head_dim)
+        if scaling == "linear":
+            theta = theta / factor
+        elif scaling == "yarn":
+            ramp = _yarn_ramp(head_dim, bases, original_length)
+            theta = theta * (1 - ramp) + theta / factor * ramp
+        self.register_buffer("frequencies", theta, persistent=False)  # [pairs] or [kv_heads, pairs]
+
+    def rotate(
+        self,
+        x: Float[Tensor, "batch heads tokens dim"],
+        positions: Integer[Tensor, "*batch tokens"],
+    ) -> Float[Tensor, "batch heads tokens dim"]:
+        """Turn x, whose tokens stand at `positions`."""
+        angles = as_float(positions)[..., None, :, None] * self._per_head(x)[:, None, :]
+        cos = (angles.cos() * self.magnitude).to(x.dtype)
+        sin = (angles.sin() * self.magnitude).to(x.dtype)
+        if self.interleaved:
+            even_half, odd_half = x[..., 0::2], x[..., 1::2]
+            turned = (even_half * cos - odd_half * sin, even_half * sin + odd_half * cos)
+            return torch.stack(turned, dim=-1).flatten(-2)
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+    def _per_head(self, x: Tensor) -> Tensor:
+        """Frequencies [1 or heads, pairs] for the heads of x."""
+        theta = self.frequencies.float()
+        if theta.ndim == 1:
+            return theta[None]
+        if x.shape[1] % len(theta):
+            raise ValueError(f"{len(theta)} bases do not divide {x.shape[1]} heads")
+        return theta.repeat_interleave(x.shape[1] // len(theta), dim=0)
+
+
+def _yarn_ramp(dim: int, base: Tensor, length: int, fast: float = 32, slow: float = 1) -> Tensor:
+    """0 for pairs that turn more than `fast` times in `length` tokens, 1 for fewer than `slow`."""
+
+    def pair_turning(turns: float) -> Tensor:
+        return dim * math.log(length / (turns * 2 * math.pi)) / (2 * torch.log(base))
+
+    low = pair_turning(fast).floor().clamp(min=0)[..., None]
+    high = pair_turning(slow).ceil().clamp(max=dim - 1)[..., None]
+    return ((torch.arange(dim // 2) - low) / (high - low).clamp(min=1e-3)).clamp(0, 1)

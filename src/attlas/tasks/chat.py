@@ -1,0 +1,49 @@
+"""The model's own chat template, cut where a question begins.
+
+A cache is compressed at the end of the *context*. Were the question part of what is compressed, a
+method such as SnapKV, which scores keys by the last queries, would be told what to keep: a number
+that no use with two questions about one document can reach. So the template is cut in two:
+
+    opening   system and user header, then the text         -> prefilled, then compressed
+    closing   the question, the end of the user's turn,
+              the header of the assistant's turn            -> fed afterwards, never compressed
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+_MARK = "\N{WHITE SQUARE}context\N{WHITE SQUARE}"
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """What stands before the user's text and what stands after it, as strings."""
+
+    opening: str
+    closing: str
+
+
+def template(tokenizer: Any) -> Template:
+    """The tokenizer's chat template around a user's turn; empty strings where it has none."""
+    if not getattr(tokenizer, "chat_template", None):
+        return Template("", "")
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": _MARK}], tokenize=False, add_generation_prompt=True
+    )
+    opening, mark, closing = text.partition(_MARK)
+    if not mark:
+        return Template("", "")
+    return Template(opening, closing)
+
+
+def tokens(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a piece of text that stands inside a longer one: nothing is added at its ends."""
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def line_ends(tokenizer: Any, ids: list[int]) -> list[int]:
+    """Positions after which a line ends, so that something may be put in between; 0 is one."""
+    pieces = tokenizer.batch_decode([[i] for i in ids])
+    return [0, *(n for n, piece in enumerate(pieces, start=1) if piece.endswith("\n"))]

@@ -1,0 +1,119 @@
+"""Needle in a haystack: a number for a city, hidden in the plays, asked for afterwards.
+
+    context   "... The special magic number for London is 4817263. ..."    (compressed)
+    question  "What is the special magic number for London?"               (fed after compression)
+    score     1 if the first number in the greedy answer is 4817263, else 0
+
+*single*: one needle in the text. *several*: four or more cities at spread depths, alike but for
+city and number, one of them asked at a time: a method must keep all, and not mix them up.
+The depth is the share of the text that stands before the needle. The question is never part of what
+is compressed (see `attlas.tasks.chat`). Everything follows from the seed.
+
+After "Needle In A Haystack" (Kamradt, 2023) and "RULER: What's the Real Context Size of Your
+Long-Context Language Models?" (Hsieh et al., 2024), whose several-keys task this is in small.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from attlas.tasks.chat import line_ends, template, tokens
+from attlas.tasks.text import passage
+
+CITIES = (
+    "Amsterdam", "Athens", "Berlin", "Boston", "Cairo", "Chicago", "Dublin", "Geneva", "Havana",
+    "Istanbul", "Lisbon", "London", "Madrid", "Moscow", "Nairobi", "Oslo", "Paris", "Prague",
+    "Rome", "Seattle", "Sydney", "Tokyo", "Toronto", "Vienna",
+)  # fmt: skip
+NEEDLE = "\nThe special magic number for {city} is {number}.\n"
+OPENING = "Read this text and remember the special magic numbers hidden in it.\n\n"
+QUESTION = "\n\nWhat is the special magic number for {city} mentioned in the text?"
+REPLY = "The special magic number for {city} mentioned in the text is"
+ANSWER_TOKENS = 16
+KEYS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One hidden number: where it stands, how it is asked for, what is right."""
+
+    depth: float
+    city: str
+    number: str
+    question: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Haystack:
+    """A context of exactly the wanted number of tokens and the keys that are asked for."""
+
+    context: list[int]
+    asked: list[Key]
+
+
+def single(tokenizer: Any, length: int, depth: float, seed: str) -> Haystack:
+    """A text of `length` tokens with one needle at `depth`."""
+    return _haystack(tokenizer, length, [depth], [depth], seed)
+
+
+def several(tokenizer: Any, length: int, depths: Sequence[float], seed: str) -> Haystack:
+    """A text of `length` tokens with a needle at every depth, and more until there are four."""
+    places = sorted(depths)
+    while len(places) < KEYS:
+        edges = [0.0, *places, 1.0]
+        left, right = max(zip(edges, edges[1:], strict=False), key=lambda gap: gap[1] - gap[0])
+        places = sorted([*places, (left + right) / 2])
+    return _haystack(tokenizer, length, places, depths, seed)
+
+
+def correct(key: Key, answer: str) -> bool:
+    """Whether the first number in the answer is the hidden one, digit for digit."""
+    found = re.search(r"\d+", answer)
+    return found is not None and found.group() == key.number
+
+
+def finished(answer: str) -> bool:
+    """Whether a number has been said and something has followed it: more tokens change nothing."""
+    return re.search(r"\d\D", answer) is not None
+
+
+def _haystack(
+    tokenizer: Any, length: int, places: Sequence[float], asked: Sequence[float], seed: str
+) -> Haystack:
+    rng = random.Random(seed)
+    frame = template(tokenizer)
+    cities = rng.sample(CITIES, len(places))
+    numbers = [str(rng.randrange(1_000_000, 10_000_000)) for _ in places]
+    needles = [
+        tokens(tokenizer, NEEDLE.format(city=city, number=number))
+        for city, number in zip(cities, numbers, strict=True)
+    ]
+    opening = tokens(tokenizer, frame.opening + OPENING)
+    room = length - len(opening) - sum(map(len, needles))
+    if room < len(places):
+        raise ValueError(
+            f"length {length} is too short for {len(places)} needles; "
+            f"take at least {length - room + 16}"
+        )
+    filler = tokens(tokenizer, passage(rng, 8 * length))[:room]
+    ends = line_ends(tokenizer, filler)
+    cuts = [min(ends, key=lambda end, p=place: abs(end - p * room)) for place in places]
+    context = list(opening)
+    for start, stop, needle in zip([0, *cuts], cuts, needles, strict=False):
+        context += filler[start:stop] + needle
+    context += filler[cuts[-1] :]
+    keys = [
+        Key(place, city, number, _question(tokenizer, frame.closing, city))
+        for place, city, number in zip(places, cities, numbers, strict=True)
+        if place in asked
+    ]
+    return Haystack(context, keys)
+
+
+def _question(tokenizer: Any, closing: str, city: str) -> list[int]:
+    text = QUESTION.format(city=city) + closing + REPLY.format(city=city)
+    return tokens(tokenizer, text)
