@@ -23,7 +23,7 @@ from attlas.errors import UnknownName
 T = TypeVar("T", bound=Callable[..., Any])
 
 #: Packages whose modules are imported when the registry is first read.
-ROOMS = ("attlas.layers", "attlas.masks", "attlas.ops", "attlas.parts")
+ROOMS = ("attlas.attention", "attlas.layers", "attlas.masks", "attlas.ops", "attlas.parts")
 
 
 @dataclass(frozen=True)
@@ -204,10 +204,11 @@ def _discover() -> None:
         return
     _discovered = True  # first, since the modules below may read the registry
     for room in ROOMS:
-        for module in _walk(importlib.import_module(room)):
+        for module in _modules(importlib.import_module(room)):
             importlib.import_module(module)
 
 
-def _walk(package: ModuleType) -> Iterator[str]:
-    for info in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+def _modules(room: ModuleType) -> Iterator[str]:
+    """Names of all modules in a package; none for a plain module."""
+    for info in pkgutil.walk_packages(getattr(room, "__path__", ()), room.__name__ + "."):
         yield info.name

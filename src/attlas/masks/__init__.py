@@ -6,6 +6,7 @@ from attlas.masks.lower import at, block_mask, dense, grid, hides_nothing, sdpa_
 from attlas.masks.patterns import (
     block,
     blocks,
+    by_groups,
     causal,
     dilated,
     document,
@@ -27,6 +28,7 @@ __all__ = [
     "block",
     "block_mask",
     "blocks",
+    "by_groups",
     "causal",
     "dense",
     "dilated",

@@ -193,6 +193,27 @@ class Coarse(_Over):
         return f"blocks({self.inner!r}, {self.size})"
 
 
+class HeadGroups(_Over):
+    """The other, made for groups of heads, on the heads: head h takes that of group h // size."""
+
+    def __init__(self, inner: Mask, size: int) -> None:
+        super().__init__(inner)
+        self.size = size
+        self.heads = None if inner.heads is None else inner.heads * size
+
+    def visible(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return self.inner.visible(b, h // self.size, q, k)
+
+    def reach(self, q_lo: Tensor, q_hi: Tensor, k_lo: Tensor, k_hi: Tensor) -> Reach:
+        some, every = self.inner.reach(q_lo, q_hi, k_lo, k_hi)
+        if self.inner.heads in (None, 1):
+            return some, every
+        return some.repeat_interleave(self.size, -3), every.repeat_interleave(self.size, -3)
+
+    def __repr__(self) -> str:
+        return f"by_groups({self.inner!r}, {self.size})"
+
+
 @dataclass(frozen=True, eq=True)
 class PerHead(Mask):
     """A mask for each head, in the order of the heads."""

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Integer
 from torch import Tensor
 
-from attlas.masks.algebra import Coarse, Mask, PerHead, Reach
+from attlas.masks.algebra import Coarse, HeadGroups, Mask, PerHead, Reach
 
 
 @dataclass(frozen=True)
@@ -265,6 +265,11 @@ def per_head(*masks: Mask) -> Mask:
     if not masks:
         raise ValueError("per_head takes at least one mask")
     return PerHead(tuple(masks))
+
+
+def by_groups(mask: Mask, size: int) -> Mask:
+    """A mask made for groups of heads, on the heads themselves: head h takes group h // size's."""
+    return HeadGroups(mask, _positive("size", size))
 
 
 def _grid_shape(ends: Tensor) -> tuple[int, ...]:

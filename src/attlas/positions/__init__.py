@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from attlas.errors import UnknownName
 from attlas.positions.absolute import Learned, Sinusoidal
-from attlas.positions.base import Position, ScoreMod, additive
+from attlas.positions.base import Position, ScoreMod, additive, by_groups
 from attlas.positions.bias import ALiBi, T5Bias
 from attlas.positions.rope import RoPE
 
@@ -17,6 +17,7 @@ __all__ = [
     "Sinusoidal",
     "T5Bias",
     "additive",
+    "by_groups",
     "named",
 ]
 

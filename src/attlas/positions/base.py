@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Protocol, TypeVar
 
 import torch
@@ -24,6 +25,19 @@ def additive(score_mod: F) -> F:
     """Mark a score_mod that only adds a bias, so that SDPA can take it as a mask of numbers."""
     score_mod.additive = True  # type: ignore[attr-defined]
     return score_mod
+
+
+@lru_cache(maxsize=128)
+def by_groups(score_mod: ScoreMod, size: int) -> ScoreMod:
+    """A score_mod made for groups of heads, on the heads: head h takes that of group h // size.
+
+    Kept for the next call, since FlexAttention compiles anew for each new function object.
+    """
+
+    def grouped(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return score_mod(score, b, h // size, q_idx, kv_idx)
+
+    return additive(grouped) if getattr(score_mod, "additive", False) else grouped
 
 
 class Position(nn.Module):

@@ -1,0 +1,33 @@
+"""ALiBi: no position vectors; scores fall linearly with distance.
+
+    weights = softmax(q kᵀ / √d − m_h · |i − j|),   m_h = 2^(−8h/H) for H a power of two
+
+Cost: that of plain attention; the change is a `score_mod`, fused on a GPU.
+Reduces to softmax attention without positions when the slopes are 0.
+Source: "Train Short, Test Long: Attention with Linear Biases Enables Input Length Extrapolation".
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from attlas.attention import Attention
+from attlas.catalog.registry import Reduction, mechanism
+from attlas.positions import ALiBi
+
+
+def _flatten_slopes(layer: Attention, plain: Attention) -> None:
+    torch.nn.init.zeros_(layer.position_encoding.get_buffer("slopes"))
+    plain.load_state_dict(layer.state_dict())
+
+
+@mechanism("alibi", paper="", reduces_to=Reduction("softmax", {}, _flatten_slopes))
+class ALiBiAttention(Attention):
+    """Softmax attention with ALiBi's slopes; other position encodings are refused."""
+
+    def __init__(self, dim: int, heads: int = 8, *args: Any, **options: Any) -> None:
+        if options.get("position") is not None:
+            raise ValueError(f"position is ALiBi's here, got {options['position']!r}")
+        super().__init__(dim, heads, *args, **{**options, "position": ALiBi(heads)})

@@ -1,0 +1,41 @@
+"""Query-key normalisation: the score is a cosine times one learned number.
+
+    weights = softmax(g · q̂ k̂ᵀ),   q̂ = q/‖q‖, k̂ = k/‖k‖ along a head's width,   no 1/√d
+    g starts at log₂(L² − L), L a high percentile of the training lengths
+
+Cost: that of plain attention; keys are cached before the norm, so a cache reads the same bytes.
+Reduces to a uniform mean over the visible keys at g = 0. Logits never leave [−|g|, |g|].
+Source: "Query-Key Normalization for Transformers".
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from attlas.attention import Attention
+from attlas.catalog.registry import mechanism
+
+
+@mechanism("qk-norm")
+class QKNorm(Attention):
+    """Attention by cosine.
+
+    Args:
+        length: L above, the 97.5th percentile of the training lengths in the paper.
+    """
+
+    def __init__(self, dim: int, heads: int = 8, *args: Any, length: int = 512, **options: Any) -> None:
+        if length < 2:
+            raise ValueError(f"length must be at least 2, got {length}")
+        super().__init__(dim, heads, *args, **options)
+        self.g = nn.Parameter(torch.tensor(math.log2(length**2 - length)))
+        self.scale = 1.0
+
+    def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Unit queries times g, and unit keys."""
+        return self.g * normalize(q, dim=-1), normalize(k, dim=-1)

@@ -1,0 +1,18 @@
+"""Functions on q, k, v. Each has a plain reference and faster routes that agree with it."""
+
+from attlas.ops.attend import ROUTES, Route, attend
+from attlas.ops.memory_efficient import memory_efficient
+from attlas.ops.reference import as_dense, indices, merge, reference, scores_of, softmax
+
+__all__ = [
+    "ROUTES",
+    "Route",
+    "as_dense",
+    "attend",
+    "indices",
+    "memory_efficient",
+    "merge",
+    "reference",
+    "scores_of",
+    "softmax",
+]

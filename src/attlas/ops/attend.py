@@ -1,0 +1,215 @@
+"""`attend`: exact attention by the fastest route that can take the call.
+
+    out = softmax(score_mod(q kᵀ · scale), hidden pairs at −∞) · v
+
+| route      | takes it when                                                                        |
+|------------|--------------------------------------------------------------------------------------|
+| reference  | always; all scores in memory                                                          |
+| sdpa       | no score_mod or an additive one, no lse; its backend on a GPU chosen by measurement   |
+| flex       | a pattern or a score_mod; on a GPU compiled, on a CPU without gradients               |
+| chunked    | always but dropout; O(√n) memory, visits no empty block; the CPU's way for patterns   |
+"""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from attlas.errors import UnknownName
+from attlas.masks import Mask, full, grid, hides_nothing, sdpa_flags
+from attlas.ops.backends import sdpa
+from attlas.ops.flex import flex, refuses
+from attlas.ops.memory_efficient import captured, memory_efficient
+from attlas.ops.reference import as_dense, indices, reference, repeated
+from attlas.positions.base import ScoreMod
+
+Route = Literal["auto", "reference", "sdpa", "flex", "chunked"]
+ROUTES: tuple[Route, ...] = ("auto", "reference", "sdpa", "flex", "chunked")
+
+#: Pairs below which all scores in memory cost less than any machinery.
+SMALL = 1 << 16
+#: Share of visible blocks above which a CPU's dense SDPA beats chunks that skip the empty ones.
+DENSE = 0.6
+#: Keys from which on compiling a FlexAttention kernel pays on a GPU.
+LONG = 1024
+
+
+@overload
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Mask | Tensor | None = ...,
+    score_mod: ScoreMod | None = ..., scale: float | None = ..., dropout: float = ...,
+    return_lse: Literal[False] = ..., q_offset: int | None = ..., route: Route = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Mask | Tensor | None = ...,
+    score_mod: ScoreMod | None = ..., scale: float | None = ..., dropout: float = ...,
+    return_lse: Literal[True], q_offset: int | None = ..., route: Route = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+def attend(
+    q: Float[Tensor, "batch heads queries dim"],
+    k: Float[Tensor, "batch kv_heads keys dim"],
+    v: Float[Tensor, "batch v_heads keys v_dim"],
+    *,
+    mask: Mask | Bool[Tensor, "b h queries keys"] | None = None,
+    score_mod: ScoreMod | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    return_lse: bool = False,
+    q_offset: int | None = None,
+    route: Route = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of q over k and v; `(out, lse)` with `return_lse`, for `merge`.
+
+    Args:
+        q: queries.
+        k: keys; their heads divide the query heads (grouped-query attention).
+        v: values; their heads divide the query heads.
+        mask: a pattern, or booleans that broadcast to [batch, heads, queries, keys], True visible.
+        score_mod: pointwise change of the scaled scores, as FlexAttention takes it.
+        scale: of the products; 1/√dim unless given.
+        dropout: share of weights dropped.
+        return_lse: give log Σ exp(scores) [batch, heads, queries] too.
+        q_offset: position of the first query; `keys - queries` unless given, so that the last query
+            stands at the last key.
+        route: "auto", or one route by name.
+
+    Raises:
+        ValueError: heads that do not divide, unequal widths or lengths, a mask that does not
+            broadcast, or a route that cannot take the call.
+    """
+    _check(q, k, v, mask, dropout)
+    queries, keys = q.shape[2], k.shape[2]
+    offset = keys - queries if q_offset is None else q_offset
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if isinstance(mask, Mask) and (mask == full or hides_nothing(mask, queries, keys, offset)):
+        mask = None
+    if route == "auto":
+        route = _choose(q, k, v, mask, score_mod, dropout, return_lse, offset)
+    elif route not in ROUTES:
+        raise UnknownName("route", route, ROUTES)
+    if route == "sdpa":
+        return _sdpa(q, k, v, mask, score_mod, scale, dropout, offset, return_lse)
+    if route == "reference":
+        result = reference(
+            q, k, v, scale=scale, mask=mask, score_mod=score_mod, dropout=dropout, q_offset=offset
+        )
+    elif dropout > 0:
+        raise ValueError(f"route={route!r} has no dropout; use 'sdpa' or 'reference'")
+    elif route == "chunked":
+        result = memory_efficient(
+            q, k, v, mask=mask, score_mod=score_mod, scale=scale, q_offset=offset
+        )
+    else:
+        if (reason := refuses(q, k, v, mask)) is not None:
+            raise ValueError(f"route='flex' cannot take this call: {reason}")
+        assert not isinstance(mask, Tensor)
+        result = flex(q, k, v, mask=mask, score_mod=score_mod, scale=scale, q_offset=offset)
+    return result if return_lse else result[0]
+
+
+def _choose(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, score_mod: ScoreMod | None,
+    dropout: float, return_lse: bool, offset: int,
+) -> Route:  # fmt: skip
+    queries, keys = q.shape[2], k.shape[2]
+    small = queries * keys <= SMALL
+    fits_sdpa = not return_lse and (score_mod is None or getattr(score_mod, "additive", False))
+    if dropout > 0:
+        return "sdpa" if fits_sdpa else "reference"
+    if mask is None and score_mod is None and fits_sdpa:
+        return "sdpa"
+    if q.is_cuda and keys >= LONG and queries > 1 and refuses(q, k, v, mask) is None:
+        causal_alone = isinstance(mask, Mask) and score_mod is None and fits_sdpa
+        if not (causal_alone and "is_causal" in _flags(mask, queries, keys, offset)):
+            return "flex"
+    if fits_sdpa and (small or not _sparse(mask, queries, keys, offset)):
+        trained = any(t.requires_grad for t in captured(score_mod))
+        # A trained bias as one dense mask costs SDPA its fused kernels: chunks are no slower.
+        return "chunked" if trained and not small else "sdpa"
+    return "reference" if small else "chunked"
+
+
+def _flags(mask: Mask | Tensor | None, queries: int, keys: int, offset: int) -> dict[str, object]:
+    if isinstance(mask, Mask) and queries == keys and offset == 0:
+        from attlas.masks import causal
+
+        return {"is_causal": True} if mask == causal else {}
+    return {}
+
+
+def _sparse(mask: Mask | Tensor | None, queries: int, keys: int, offset: int) -> bool:
+    """Whether a pattern leaves enough blocks empty for chunks to win."""
+    if not isinstance(mask, Mask) or _flags(mask, queries, keys, offset):
+        return False
+    some, _ = grid(mask, queries, keys, q_block=256, k_block=64, q_offset=offset)
+    return some.float().mean().item() < DENSE
+
+
+def _sdpa(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, score_mod: ScoreMod | None,
+    scale: float, dropout: float, offset: int, return_lse: bool,
+) -> Tensor:  # fmt: skip
+    if return_lse:
+        raise ValueError("route='sdpa' gives no lse; use 'flex', 'chunked' or 'reference'")
+    flags = (
+        sdpa_flags(mask, q.shape[2], k.shape[2], q_offset=offset, device=q.device)
+        if isinstance(mask, Mask) else {} if mask is None else {"attn_mask": mask}
+    )  # fmt: skip
+    if score_mod is not None:
+        if not getattr(score_mod, "additive", False):
+            raise ValueError("route='sdpa' takes additive score_mods alone (see attlas.positions)")
+        visible = as_dense(mask, q.shape[2], k.shape[2], offset, q.device)
+        flags = {"attn_mask": _bias(q, k, score_mod, offset, visible)}
+    if k.shape[1] != v.shape[1]:
+        k, v = repeated(k, q.shape[1]), repeated(v, q.shape[1])
+    out = sdpa(
+        q, k, v, dropout_p=dropout, scale=scale, enable_gqa=q.shape[1] != k.shape[1], **flags
+    )
+    seen = flags.get("attn_mask")
+    # SDPA's kernels disagree on rows that see nothing (NaN, or a mean of the values): here it is 0.
+    if isinstance(seen, Tensor):
+        dead = ~seen.any(-1, keepdim=True) if seen.dtype == torch.bool else seen.amax(-1, True) == -torch.inf
+        out = out.masked_fill(dead, 0.0)
+    return out
+
+
+def _bias(
+    q: Tensor, k: Tensor, score_mod: ScoreMod, offset: int, visible: Tensor | None
+) -> Tensor:
+    """An additive score_mod as the mask of numbers that SDPA takes."""
+    shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    zeros = q.new_zeros(1).expand(shape)
+    b, h, q_idx, kv_idx = indices(zeros, offset)
+    bias = score_mod(q.new_zeros(1), b[:1], h, q_idx, kv_idx)
+    if visible is not None:
+        bias = torch.where(visible, bias, -torch.inf)
+    return bias.to(q.dtype)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, dropout: float) -> None:
+    if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
+        raise ValueError(
+            f"q, k, v take [batch, heads, tokens, dim], got {q.ndim}, {k.ndim} and {v.ndim} axes"
+        )
+    if q.shape[-1] != k.shape[-1]:
+        raise ValueError(f"k must be as wide as q ({q.shape[-1]}), got {k.shape[-1]}")
+    if k.shape[2] != v.shape[2]:
+        raise ValueError(f"v must have as many tokens as k ({k.shape[2]}), got {v.shape[2]}")
+    for name, x in (("k", k), ("v", v)):
+        if q.shape[1] % x.shape[1]:
+            raise ValueError(f"heads of {name} ({x.shape[1]}) must divide those of q ({q.shape[1]})")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
+    if isinstance(mask, Mask):
+        if mask.heads not in (None, 1, q.shape[1]):
+            raise ValueError(f"mask is for {mask.heads} heads, q has {q.shape[1]}")
+    elif mask is not None:
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            raise TypeError("mask takes an attlas.masks.Mask or a boolean tensor, True visible")
+        wanted = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+        if mask.ndim != 4 or any(m not in (1, w) for m, w in zip(mask.shape, wanted, strict=True)):
+            raise ValueError(f"mask must broadcast to {wanted}, got {tuple(mask.shape)}")

@@ -1,0 +1,63 @@
+"""The FlexAttention route: a pattern as a BlockMask, a change of scores fused into the kernel."""
+
+from __future__ import annotations
+
+from functools import cache, lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+
+from attlas.masks import Mask, block_mask
+from attlas.positions.base import ScoreMod
+
+
+def flex(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Mask | None, score_mod: ScoreMod | None, scale: float,
+    q_offset: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(out, lse) through FlexAttention, compiled on an accelerator, plain on a CPU."""
+    blocks = None
+    if mask is not None:
+        blocks = block_mask(mask, q.shape[2], k.shape[2], q_offset=q_offset, device=q.device)
+    if not torch.is_grad_enabled():  # on a CPU it refuses tensors that could train, used or not
+        q, k, v = q.detach(), k.detach(), v.detach()
+    kernel = _compiled() if q.device.type == "cuda" else flex_attention
+    out, aux = kernel(
+        q, k, v, score_mod=_shifted(score_mod, q_offset), block_mask=blocks, scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1], return_aux=AuxRequest(lse=True),
+    )  # fmt: skip
+    return out, aux.lse
+
+
+def refuses(q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None) -> str | None:
+    """Why FlexAttention cannot take this call, or None when it can."""
+    if isinstance(mask, Tensor):
+        return "a dense mask has no blocks to skip"
+    if k.shape[1] != v.shape[1]:
+        return "keys and values have different numbers of heads"
+    if q.device.type == "cpu" and torch.is_grad_enabled() and any(
+        t.requires_grad for t in (q, k, v)
+    ):
+        return "FlexAttention has no backward pass on a CPU"
+    if q.device.type == "cuda" and (q.shape[-1] < 16 or q.dtype == torch.float64):
+        return "its kernel needs head widths of at least 16 and at most 32-bit floats"
+    return None
+
+
+@cache
+def _compiled() -> Any:
+    return torch.compile(flex_attention)
+
+
+@lru_cache(maxsize=128)
+def _shifted(score_mod: ScoreMod | None, offset: int) -> ScoreMod | None:
+    """The score_mod seeing positions; kept, since each new function object compiles anew."""
+    if score_mod is None or offset == 0:
+        return score_mod
+
+    def shifted(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return score_mod(score, b, h, q_idx + offset, kv_idx)
+
+    return shifted
