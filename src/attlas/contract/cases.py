@@ -1,0 +1,222 @@
+"""Reference vectors: what a published implementation computed, and adapters that hold us to it.
+
+A case is `folder/x.json` (its `config` and `tolerance`) and `folder/x.safetensors`, whose
+tensors are named `in.*`, `param.*`, `mid.*` and `out.*`. An adapter, found by the folder's name,
+builds our mechanism from the config, maps the published state dict to ours and compares:
+
+    @adapter("sinkformer", mechanism="sinkformer")
+    def sinkformer(case):
+        layer = ...                                       # from case.config and case.params
+        yield case.compare("out.y", layer(case.inputs["x"]))
+
+Adapters live beside the tests of their family, in `tests/**/adapters.py` of a checkout.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from attlas.contract.result import Result
+from attlas.errors import UserError
+
+GROUPS = {"in": "inputs", "param": "params", "mid": "mids", "out": "outs"}
+
+
+class Check(NamedTuple):
+    """One comparison: passed when `error` is at most `bound`."""
+
+    name: str
+    error: float
+    bound: float
+
+
+@dataclass
+class Case:
+    """One case of reference vectors; the tensors are named without their `in.`, `param.` prefix.
+
+    Args:
+        name: the folder's name, by which the adapter is found.
+        stem: the file's name without its ending.
+        meta: the whole json.
+        broken: why the tensors could not be read, if they could not.
+    """
+
+    name: str
+    stem: str
+    meta: dict[str, Any]
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    params: dict[str, Tensor] = field(default_factory=dict)
+    mids: dict[str, Tensor] = field(default_factory=dict)
+    outs: dict[str, Tensor] = field(default_factory=dict)
+    broken: str = ""
+
+    @property
+    def label(self) -> str:
+        """Folder and file, as results name the case."""
+        return f"{self.name}/{self.stem}"
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """How the published implementation was configured."""
+        return dict(self.meta.get("config", {}))
+
+    @property
+    def atol(self) -> float:
+        """Absolute tolerance."""
+        return float(self.meta.get("tolerance", {}).get("atol", 1e-5))
+
+    @property
+    def rtol(self) -> float:
+        """Tolerance relative to the published number."""
+        return float(self.meta.get("tolerance", {}).get("rtol", 1e-4))
+
+    def compare(self, name: str, ours: Tensor) -> Check:
+        """Our tensor against the published one called `name`, say "out.y" or "mid.weights".
+
+        The error is |ours − theirs| at the element with the largest |ours − theirs| / (atol + rtol
+        |theirs|), the bound is atol + rtol |theirs| there.
+        """
+        group, _, rest = name.partition(".")
+        return compare(name, ours, getattr(self, GROUPS[group])[rest], self.atol, self.rtol)
+
+
+def compare(name: str, ours: Tensor, theirs: Tensor, atol: float, rtol: float) -> Check:
+    """Ours against theirs; another shape, or a NaN that theirs has not, is an infinite error."""
+    if ours.shape != theirs.shape:
+        return Check(f"{name}: shape {list(ours.shape)} for {list(theirs.shape)}", math.inf, atol)
+    a, b = ours.detach().double().cpu().flatten(), theirs.double().flatten()
+    same = (a == b) | (a.isnan() & b.isnan())
+    error = (a - b).abs().masked_fill(same, 0.0).nan_to_num(nan=torch.inf)
+    bound = (atol + rtol * b.abs()).nan_to_num(nan=atol, posinf=atol)
+    if not len(error):
+        return Check(name, 0.0, atol)
+    worst = int((error / bound.clamp(min=1e-300)).argmax())
+    return Check(name, float(error[worst]), float(bound[worst]))
+
+
+Adapter: TypeAlias = Callable[[Case], Iterable[Check]]
+
+#: Folder name -> (adapter, the mechanism's name in the registry).
+_ADAPTERS: dict[str, tuple[Adapter, str]] = {}
+
+
+def adapter(*folders: str, mechanism: str) -> Callable[[Adapter], Adapter]:
+    """Register a function that runs the cases of these folders through a mechanism of ours."""
+
+    def register(function: Adapter) -> Adapter:
+        for folder in folders:
+            _ADAPTERS[folder] = (function, mechanism)
+        return function
+
+    return register
+
+
+def adapters() -> dict[str, tuple[Adapter, str]]:
+    """Folder name -> (adapter, mechanism), with those of the checkout's tests; none outside one."""
+    _import_checkout()
+    return dict(_ADAPTERS)
+
+
+def checkout() -> Path | None:
+    """The root of the checkout that this package runs from, if it does."""
+    root = Path(__file__).resolve().parents[3]
+    return root if (root / "src" / "attlas").is_dir() and (root / "tests").is_dir() else None
+
+
+@cache
+def _import_checkout() -> None:
+    root = checkout()
+    for path in sorted((root / "tests").rglob("adapters.py")) if root else []:
+        name = "attlas_adapters_" + "_".join(path.relative_to(root).parts[1:-1])  # type: ignore[arg-type]
+        spec = spec_from_file_location(name, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+
+
+def load_cases(folder: str | Path) -> list[Case]:
+    """Every case under `folder`, which holds a folder of cases for each mechanism.
+
+    Raises:
+        UserError: no such folder, or no case in it.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise UserError(f"cases must be a folder of reference cases; {root} is not a folder")
+    files = sorted(root.glob("*/*.json")) or sorted(root.glob("*.json"))
+    cases = [_load(path) for path in files]
+    if not cases:
+        raise UserError(
+            f"{root} holds no reference cases: it takes NAME/x.json with NAME/x.safetensors beside"
+        )
+    return cases
+
+
+def _load(path: Path) -> Case:
+    case = Case(path.parent.resolve().name, path.stem, {})
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(meta, dict) or not isinstance(meta.get("config", {}), dict):
+            raise ValueError("it must be an object with a config")
+        case.meta = meta
+    except (ValueError, OSError) as error:
+        case.broken = f"{path.name} cannot be read: {error}"
+        return case
+    tensors = path.with_suffix(".safetensors")
+    try:
+        found = load_file(tensors)
+    except FileNotFoundError:
+        case.broken = f"{tensors.name} is missing beside {path.name}"
+    except (SafetensorError, OSError, ValueError) as error:
+        case.broken = f"{tensors.name} is damaged: {error}"
+    else:
+        for key, tensor in found.items():
+            group, _, rest = key.partition(".")
+            if group in GROUPS:
+                getattr(case, GROUPS[group])[rest] = tensor
+    return case
+
+
+def run_case(case: Case) -> list[Result]:
+    """Run one case through its adapter; without one a single "no adapter"."""
+    known = adapters().get(case.name)
+    name = known[1] if known else case.name
+    if case.broken:
+        return [Result(name, case.label, "read", None, None, "failed", case.broken)]
+    if known is None:
+        return [Result(name, case.label, "reference", None, None, "no adapter")]
+    done: list[Result] = []
+    try:
+        with torch.no_grad():
+            done.extend(_judged(name, case, known[0](case)))
+        if not done:
+            raise ValueError("the adapter compared nothing")
+    except Exception as error:  # whatever an adapter meets is that case's failure, not verify's end
+        reason = f"{type(error).__name__}: {error}"
+        done.append(Result(name, case.label, "run", None, None, "failed", reason))
+    return done
+
+
+def _judged(name: str, case: Case, checks: Iterable[Check]) -> Iterator[Result]:
+    for check in checks:
+        fine = check.error <= check.bound
+        reason = "" if fine else f"off by {check.error:.3g} where {check.bound:.3g} is allowed"
+        yield Result(
+            name, case.label, check.name, check.error, check.bound,
+            "passed" if fine else "failed", reason,
+        )  # fmt: skip
