@@ -195,11 +195,14 @@ class Attention(nn.Module):
         return self.position_encoding.score_mod
 
     def score(
-        self, q: Float[Tensor, "batch heads queries dim"], k: Float[Tensor, "batch kv_heads keys dim"]
+        self,
+        q: Float[Tensor, "batch heads queries width"],
+        k: Float[Tensor, "batch kv_heads keys width"],
     ) -> Float[Tensor, "batch heads queries keys"]:
         """Scores of all pairs, before `score_mod`."""
         q, k = self.features(q, k)
-        return (q * self.scale) @ self.per_query_head(k, q).transpose(-1, -2)
+        scores: Tensor = (q * self.scale) @ self.per_query_head(k, q).transpose(-1, -2)
+        return scores
 
     def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys as the score multiplies them; changing them keeps the fused call."""
@@ -229,23 +232,26 @@ class Attention(nn.Module):
         return ops.softmax(scores)
 
     def aggregate(
-        self, weights: Float[Tensor, "batch heads queries keys"], v: Float[Tensor, "batch h keys dim"]
-    ) -> Float[Tensor, "batch heads queries dim"]:
+        self,
+        weights: Float[Tensor, "batch heads queries keys"],
+        v: Float[Tensor, "batch kv_heads keys width"],
+    ) -> Float[Tensor, "batch heads queries width"]:
         """One vector for each head and query."""
         weights = torch.dropout(weights, self.dropout, self.training)
         return weights @ self.per_query_head(v, weights)
 
     def output(
-        self, heads: Float[Tensor, "batch heads queries dim"]
+        self, heads: Float[Tensor, "batch heads queries width"]
     ) -> Float[Tensor, "batch queries dim"]:
         """Heads joined and projected."""
-        return self.o_proj(rearrange(heads, "b h t d -> b t (h d)"))  # type: ignore[no-any-return]
+        y: Tensor = self.o_proj(rearrange(heads, "b h t d -> b t (h d)"))
+        return y
 
     # Between them ---------------------------------------------------------------------------------
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None
-    ) -> Float[Tensor, "batch heads queries dim"]:
+    ) -> Float[Tensor, "batch heads queries width"]:
         """score → mask → normalize → aggregate: one fused call unless a subclass changes them."""
         changed = (getattr(type(self), s) is not getattr(Attention, s) for s in _FUSED)
         if any(changed):
@@ -283,8 +289,10 @@ class Attention(nn.Module):
 
     def per_query_head(self, x: Tensor, like: Tensor) -> Tensor:
         """Keys or values with each group's repeated for its query heads."""
-        return x if x.shape[1] == like.shape[1] else x.repeat_interleave(
-            like.shape[1] // x.shape[1], dim=1
+        return (
+            x
+            if x.shape[1] == like.shape[1]
+            else x.repeat_interleave(like.shape[1] // x.shape[1], dim=1)
         )
 
     def extra_repr(self) -> str:

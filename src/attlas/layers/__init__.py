@@ -1,0 +1,1 @@
+"""Trainable mechanisms, one paper a file, a folder a family."""

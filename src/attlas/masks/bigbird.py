@@ -1,6 +1,6 @@
 """BigBird: local, global and random blocks of keys, so that the cost grows linearly with length.
 
-    visible(q, k) = |q//b − k//b| ≤ w//2  or  block k global  or  block q global  or  random[h, q//b, k//b]
+    visible(q, k) = |i − j| ≤ w//2  or  j global  or  i global  or  random[h, i, j],   i = q//b, j = k//b
 
 The first and the last block are global both ways. Every head draws its own random blocks, from the
 seed alone, among those that its query block does not see yet.
@@ -21,7 +21,13 @@ from attlas.masks.patterns import blocks, keys, table, window
 
 @mechanism("bigbird-mask", paper="", example={"length": 48, "heads": 2, "size": 4})
 def bigbird(
-    length: int, *, heads: int = 1, size: int = 64, window_blocks: int = 3, random: int = 3, seed: int = 0
+    length: int,
+    *,
+    heads: int = 1,
+    size: int = 64,
+    window_blocks: int = 3,
+    random: int = 3,
+    seed: int = 0,
 ) -> Mask:
     """BigBird's bidirectional pattern for a sequence of `length` tokens.
 

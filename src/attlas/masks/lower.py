@@ -49,7 +49,9 @@ def grid(
     k_block: int,
     q_offset: int | None = None,
     device: torch.device | str = "cpu",
-) -> tuple[Bool[Tensor, "batch heads q_blocks k_blocks"], Bool[Tensor, "batch heads q_blocks k_blocks"]]:
+) -> tuple[
+    Bool[Tensor, "batch heads q_blocks k_blocks"], Bool[Tensor, "batch heads q_blocks k_blocks"]
+]:
     """(some, every) for each block of pairs, by arithmetic alone; ~some are the empty blocks."""
     offset = _offset(q_len, k_len, q_offset)
     q_lo = torch.arange(0, q_len, q_block, device=device)[:, None]

@@ -125,7 +125,9 @@ class _Document(_ByTensor):
         """Smallest and largest id of each block, on the grid's axes."""
         ids = self.tensor(lo)
         longest = int((hi - lo).max()) + 1
-        index = torch.minimum(lo[..., None] + torch.arange(longest, device=lo.device), hi[..., None])
+        index = torch.minimum(
+            lo[..., None] + torch.arange(longest, device=lo.device), hi[..., None]
+        )
         found = ids[:, index.clamp(0, ids.shape[1] - 1)]
         shape = _grid_shape(lo)
         return found.amin(-1).view(shape), found.amax(-1).view(shape)
@@ -168,7 +170,9 @@ class _Table(_ByTensor):
         pairs = self.tensor(q)
         inside = (q < pairs.shape[1]) & (k < pairs.shape[2])
         head = h if self.heads is not None else torch.zeros_like(h)
-        return pairs[head, q.clamp(max=pairs.shape[1] - 1), k.clamp(max=pairs.shape[2] - 1)] & inside
+        return (
+            pairs[head, q.clamp(max=pairs.shape[1] - 1), k.clamp(max=pairs.shape[2] - 1)] & inside
+        )
 
     def reach(self, q_lo: Tensor, q_hi: Tensor, k_lo: Tensor, k_hi: Tensor) -> Reach:
         pairs = self.tensor(q_lo)

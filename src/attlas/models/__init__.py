@@ -1,1 +1,1 @@
-"""Rooms of attlas."""
+"""Pretrained models by name."""

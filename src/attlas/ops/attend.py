@@ -172,14 +172,16 @@ def _sdpa(
     seen = flags.get("attn_mask")
     # SDPA's kernels disagree on rows that see nothing (NaN, or a mean of the values): here it is 0.
     if isinstance(seen, Tensor):
-        dead = ~seen.any(-1, keepdim=True) if seen.dtype == torch.bool else seen.amax(-1, True) == -torch.inf
+        dead = (
+            ~seen.any(-1, keepdim=True)
+            if seen.dtype == torch.bool
+            else seen.amax(-1, True) == -torch.inf
+        )
         out = out.masked_fill(dead, 0.0)
     return out
 
 
-def _bias(
-    q: Tensor, k: Tensor, score_mod: ScoreMod, offset: int, visible: Tensor | None
-) -> Tensor:
+def _bias(q: Tensor, k: Tensor, score_mod: ScoreMod, offset: int, visible: Tensor | None) -> Tensor:
     """An additive score_mod as the mask of numbers that SDPA takes."""
     shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     zeros = q.new_zeros(1).expand(shape)
@@ -201,7 +203,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, dropout:
         raise ValueError(f"v must have as many tokens as k ({k.shape[2]}), got {v.shape[2]}")
     for name, x in (("k", k), ("v", v)):
         if q.shape[1] % x.shape[1]:
-            raise ValueError(f"heads of {name} ({x.shape[1]}) must divide those of q ({q.shape[1]})")
+            raise ValueError(
+                f"heads of {name} ({x.shape[1]}) must divide those of q ({q.shape[1]})"
+            )
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
     if isinstance(mask, Mask):

@@ -37,8 +37,10 @@ def refuses(q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None) -> str 
         return "a dense mask has no blocks to skip"
     if k.shape[1] != v.shape[1]:
         return "keys and values have different numbers of heads"
-    if q.device.type == "cpu" and torch.is_grad_enabled() and any(
-        t.requires_grad for t in (q, k, v)
+    if (
+        q.device.type == "cpu"
+        and torch.is_grad_enabled()
+        and any(t.requires_grad for t in (q, k, v))
     ):
         return "FlexAttention has no backward pass on a CPU"
     if q.device.type == "cuda" and (q.shape[-1] < 16 or q.dtype == torch.float64):

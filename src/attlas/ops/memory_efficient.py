@@ -71,8 +71,8 @@ def memory_efficient(
     offset = keys - q.shape[2] if q_offset is None else q_offset
     work = _Work(mask, score_mod, offset, q_chunk, k_chunk, scale or q.shape[-1] ** -0.5)
     trained = [t for t in captured(score_mod) if t.requires_grad]
-    out, lse = _Chunked.apply(q, k, v, work, *trained)
-    return out, lse
+    result: tuple[Tensor, Tensor] = _Chunked.apply(q, k, v, work, *trained)  # type: ignore[no-untyped-call]
+    return result
 
 
 @dataclass(frozen=True)
@@ -220,9 +220,8 @@ def _grouped(left: Tensor, right: Tensor) -> Tensor:
 def _folded(left: Tensor, right: Tensor, kv_heads: int) -> Tensor:
     """leftᵀ @ right summed over the heads of each group: [b, kv, n, d]."""
     batch, _, _, n = left.shape
-    return (
-        left.reshape(batch, kv_heads, -1, n).transpose(-1, -2)
-        @ right.reshape(batch, kv_heads, -1, right.shape[3])
+    return left.reshape(batch, kv_heads, -1, n).transpose(-1, -2) @ right.reshape(
+        batch, kv_heads, -1, right.shape[3]
     )
 
 

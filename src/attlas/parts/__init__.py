@@ -1,1 +1,1 @@
-"""Rooms of attlas."""
+"""What attaches to a pretrained model, one paper a file."""

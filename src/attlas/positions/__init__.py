@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from attlas.errors import UnknownName
 from attlas.positions.absolute import Learned, Sinusoidal
 from attlas.positions.base import Position, ScoreMod, additive, by_groups
@@ -28,7 +30,7 @@ def named(name: str, *, dim: int, heads: int, head_dim: int) -> Position:
     Raises:
         UnknownName: not one of none, learned, sinusoidal, rope, alibi, t5.
     """
-    makers = {
+    makers: dict[str, Callable[[], Position]] = {
         "none": Position,
         "learned": lambda: Learned(dim),
         "sinusoidal": lambda: Sinusoidal(dim),

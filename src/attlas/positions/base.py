@@ -4,19 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Protocol, TypeVar
+from typing import TypeAlias, TypeVar
 
 import torch
 from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
-
-class ScoreMod(Protocol):
-    """FlexAttention's pointwise change of scores: (score, b, h, q_idx, kv_idx) -> score."""
-
-    def __call__(self, score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        """The changed score; all arguments broadcast."""
-
+#: FlexAttention's pointwise change of scores: (score, b, h, q_idx, kv_idx) -> score.
+ScoreMod: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 F = TypeVar("F", bound=Callable[..., Tensor])
 

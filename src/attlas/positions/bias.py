@@ -27,7 +27,9 @@ class ALiBi(Position):
         self.register_buffer("slopes", torch.tensor(_slopes(heads)), persistent=False)
 
     @additive
-    def score_mod(self, score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+    def score_mod(
+        self, score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor
+    ) -> Tensor:
         """Score less slope times distance."""
         return score - (self.slopes[h] * relative(q_idx, kv_idx).abs()).to(score.dtype)
 
@@ -50,7 +52,9 @@ class T5Bias(Position):
         self.max_distance, self.bidirectional = max_distance, bidirectional
 
     @additive
-    def score_mod(self, score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+    def score_mod(
+        self, score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor
+    ) -> Tensor:
         """Score plus the bias of the pair's bucket."""
         return score + self.weight[self.bucket(relative(q_idx, kv_idx)), h].to(score.dtype)
 

@@ -7,8 +7,8 @@ Longer contexts than trained for (s = factor):
     ntk      base · s^(d/(d−2))                          (stretch low frequencies, keep high ones)
     yarn     between both by wavelength, q and k scaled together by 0.1 ln s + 1
 
-Sources: "RoFormer: Enhanced Transformer with Rotary Position Embedding"; "Extending Context Window of
-Large Language Models via Positional Interpolation"; "YaRN: Efficient Context Window Extension of
+Sources: "RoFormer: Enhanced Transformer with Rotary Position Embedding"; "Extending Context Window
+of Large Language Models via Positional Interpolation"; "YaRN: Efficient Context Window Extension of
 Large Language Models".
 """
 

@@ -1,0 +1,1 @@
+"""How many heads there are and what they share."""

@@ -11,7 +11,7 @@ Multi-Head Checkpoints" (groups, and the mean-pooled conversion).
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ class GroupedQuery(Attention):
         super().__init__(dim, heads, kv_heads, **options)
 
     @classmethod
-    def from_multi_head(cls, layer: Attention, kv_heads: int = 1) -> Self:
+    def from_multi_head(cls, layer: Attention, kv_heads: int = 1) -> GroupedQuery:
         """Convert a multi-head layer: each group's key and value heads are averaged.
 
         Raises:
@@ -73,7 +73,9 @@ class MultiQuery(GroupedQuery):
 
     def __init__(self, dim: int, heads: int = 8, kv_heads: int = 1, **options: Any) -> None:
         if kv_heads != 1:
-            raise ValueError(f"kv_heads must be 1 here, got {kv_heads}; see grouped-query-attention")
+            raise ValueError(
+                f"kv_heads must be 1 here, got {kv_heads}; see grouped-query-attention"
+            )
         super().__init__(dim, heads, **options)
 
 

@@ -29,7 +29,9 @@ class QKNorm(Attention):
         length: L above, the 97.5th percentile of the training lengths in the paper.
     """
 
-    def __init__(self, dim: int, heads: int = 8, *args: Any, length: int = 512, **options: Any) -> None:
+    def __init__(
+        self, dim: int, heads: int = 8, *args: Any, length: int = 512, **options: Any
+    ) -> None:
         if length < 2:
             raise ValueError(f"length must be at least 2, got {length}")
         super().__init__(dim, heads, *args, **options)

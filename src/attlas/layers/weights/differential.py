@@ -49,8 +49,9 @@ class Differential(Attention):
         self.pairing = pairing
         depth = self.layer_idx if depth is None else depth
         self.lambda_init = 0.8 - 0.6 * math.exp(-0.3 * depth)
-        for name in ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"):
-            setattr(self, name, nn.Parameter(torch.randn(self.head_dim) * 0.1))
+        self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2 = (
+            nn.Parameter(torch.randn(self.head_dim) * 0.1) for _ in range(4)
+        )
         self.norm = nn.RMSNorm(2 * self.head_dim, eps=1e-5)
 
     def build(self, bias: bool) -> None:
@@ -65,7 +66,8 @@ class Differential(Attention):
     def lambda_(self) -> Tensor:
         """λ, one number for all heads of the layer."""
         first = (self.lambda_q1 * self.lambda_k1).sum().exp()
-        return first - (self.lambda_q2 * self.lambda_k2).sum().exp() + self.lambda_init
+        second = (self.lambda_q2 * self.lambda_k2).sum().exp()
+        return first - second + self.lambda_init
 
     @property
     def score_mod(self) -> ScoreMod | None:

