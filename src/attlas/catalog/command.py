@@ -1,0 +1,128 @@
+"""`attlas list` and `attlas show`: the catalogue on the command line."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from typing import Annotated
+
+import typer
+from rich.console import Console, Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from attlas.catalog.papers import Paper, paper, papers
+from attlas.catalog.registry import Entry
+from attlas.catalog.stages import STAGES
+
+_ImplementedOption = Annotated[
+    bool | None, typer.Option("--implemented/--missing", help="Only what exists, or what does not.")
+]
+
+
+def list_papers(
+    group: Annotated[str | None, typer.Option(help="Only this family: heads, cache, …")] = None,
+    kind: Annotated[str | None, typer.Option(help="Only this kind: layer, op, cache, …")] = None,
+    stage: Annotated[str | None, typer.Option(help="Only what changes this stage.")] = None,
+    implemented: _ImplementedOption = None,
+    search: Annotated[str | None, typer.Option(help="Words that slug, title or text hold.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One object a line.")] = False,
+) -> None:
+    """List the papers and mechanisms of the atlas."""
+    rows = papers(group=group, kind=kind, stage=stage, implemented=implemented, search=search)
+    if as_json:
+        for row in rows:
+            print(json.dumps(row.as_json(), ensure_ascii=False))
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("", "slug", "stages", "group", "kind", "title"):
+        table.add_column(column, no_wrap=column in ("slug", "stages"), overflow="fold")
+    for row in rows:
+        table.add_row(
+            Text("●", "green") if row.implemented else Text("○", "dim"),
+            Text(row.slug), _letters(row), row.group, row.kind, Text(row.title),
+        )  # fmt: skip
+    console = Console()
+    console.print(table)
+    built = sum(row.implemented for row in rows)
+    console.print(
+        f"\n{len(rows)} rows, {built} implemented (●). Stages: "
+        + " ".join(f"[bold]{s[0].upper()}[/]{s[1:]}" for s in STAGES)
+        + ". `attlas show SLUG` tells more."
+    )
+
+
+def show(name: Annotated[str, typer.Argument(help="A slug or the name of a mechanism.")]) -> None:
+    """Tell what a paper changes in attention, and what of it exists here."""
+    row = paper(name)
+    body: list[RenderableType] = [_bar(row), Text(f"\n{row.kind} · {row.group}", "dim")]
+    if not row.entries:
+        body += [_section("To build", row.build), _section("Works when", row.works_when)]
+        if not row.sure:
+            body.append(Text("\nIts equations are still to be established.", "yellow"))
+    for entry in row.entries:
+        body += _existing(entry)
+    if row.headline:
+        body.append(_section("The paper's claim", row.headline))
+    Console().print(Panel(Group(*body), title=Text(row.slug), subtitle=Text(row.title), padding=1))
+
+
+def _existing(entry: Entry) -> list[RenderableType]:
+    law = getattr(entry.object, "memory_law", None)
+    how = "attach" if entry.kind == "part" else "make"
+    parts: list[RenderableType] = [
+        Text(f"\n{entry.doc}"),
+        _section("Signature", f"{entry.name}{_signature(entry)}"),
+        _section(
+            "Exists", f"attlas.{how}: {', '.join(entry.names)}\n{entry.file}"
+            + (f"\nmemory of a forward pass: {law} in length" if law else ""),
+        ),
+    ]  # fmt: skip
+    if entry.reduces_to is not None:
+        options = ", ".join(f"{k}={v!r}" for k, v in entry.reduces_to.options.items())
+        parts.append(_section("Reduces to", f"{entry.reduces_to.to} ({options or 'its defaults'})"))
+    return parts
+
+
+def _signature(entry: Entry) -> str:
+    """The signature without annotations of other packages' insides, with inherited options."""
+    seen: dict[str, inspect.Parameter] = {}
+    for cls in getattr(entry.object, "__mro__", (entry.object,)):
+        init = vars(cls).get("__init__") if inspect.isclass(cls) else cls
+        if init is None or cls.__module__.startswith("torch"):
+            continue
+        for parameter in inspect.signature(init).parameters.values():
+            if parameter.name != "self" and parameter.kind not in (
+                parameter.VAR_KEYWORD,
+                parameter.VAR_POSITIONAL,
+            ):
+                seen.setdefault(parameter.name, parameter)
+    shown = [
+        p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in seen.values()
+    ]
+    return f"({', '.join(shown)})"
+
+
+def _bar(row: Paper) -> Text:
+    """The seven stages, those that the paper changes lit."""
+    bar = Text()
+    for stage in STAGES:
+        lit = stage in row.stages
+        bar.append(f" {stage} ", "bold reverse cyan" if lit else "dim")
+        bar.append(" ")
+    return bar
+
+
+def _letters(row: Paper) -> Text:
+    letters = Text()
+    for stage in STAGES:
+        letters.append(stage[0].upper() if stage in row.stages else "·", "cyan")
+    return letters
+
+
+def _section(title: str, text: str) -> Text:
+    section = Text("\n")
+    section.append(f"{title}\n", "bold")
+    return section.append(re.sub(r"(?m)^", "  ", text))
