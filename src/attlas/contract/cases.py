@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.util import module_from_spec, spec_from_file_location
@@ -27,7 +27,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from attlas.contract.result import Result
 from attlas.errors import UserError
@@ -220,3 +220,20 @@ def _judged(name: str, case: Case, checks: Iterable[Check]) -> Iterator[Result]:
             name, case.label, check.name, check.error, check.bound,
             "passed" if fine else "failed", reason,
         )  # fmt: skip
+
+
+def load_weights(layer: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Give a layer published weights under our names, in their precision, and stop its dropout.
+
+    Biases of ours that the published layer has not become 0, which is what it computes.
+
+    Raises:
+        RuntimeError: another weight is missing, not known, or of another shape.
+    """
+    own = layer.state_dict()
+    absent = {
+        name: torch.zeros_like(own[name]) for name in own
+        if name.endswith("bias") and name not in weights
+    }  # fmt: skip
+    layer.load_state_dict({**absent, **weights})
+    layer.to(next(iter(weights.values())).dtype).eval()
