@@ -1,0 +1,39 @@
+"""attach: parts on a pretrained model, through the model's own attention.
+
+    with attlas.attach(model, SnapKV(keep=0.5), record=["entropy"]) as session:
+        model.generate(**inputs)
+    session["entropy"]
+
+One attention function and one mask function are registered with Transformers while a session is
+open; each call of a layer's attention becomes a `Call`, which every part may look at and change at
+its own stage. Leaving the block restores the model and Transformers' registries to what they were.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from attlas.attach.call import Call, Part, Recorder, ScoreMod, Step
+from attlas.attach.session import Session, attach
+
+if TYPE_CHECKING:
+    from attlas.parts.cache.prompt import Prompt, prefill
+
+__all__ = [
+    "Call",
+    "Part",
+    "Prompt",
+    "Recorder",
+    "ScoreMod",
+    "Session",
+    "Step",
+    "attach",
+    "prefill",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Parts import attach, so what is built of parts is looked up when it is asked for.
+    if name in ("Prompt", "prefill"):
+        from attlas.parts.cache import prompt
+
+        return getattr(prompt, name)
+    raise AttributeError(f"module 'attlas.attach' has no attribute {name!r}")

@@ -1,0 +1,178 @@
+"""A session: a model with parts attached, and the way back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor, nn
+
+from attlas.attach.call import Part, Recorder, Step
+from attlas.errors import UserError
+
+#: The name under which attlas stands in Transformers' registries while a session is open.
+NAME = "attlas"
+
+
+def attach(
+    model: nn.Module,
+    *parts: Part,
+    record: Iterable[str | Recorder] = (),
+    chunked: bool = False,
+) -> Session:
+    """Attach parts to a Transformers model for the length of a `with` block.
+
+    Parts compose in the order given: masks are combined, score changes and changes of the heads'
+    outputs follow one another. At most one part may own the cache.
+
+    Args:
+        model: any Transformers model that calls its attention through `AttentionInterface`.
+        parts: cache policies, selections, steerers, recorders.
+        record: recorders, or names under which recorders are registered; what they found is
+            `session[name]`.
+        chunked: the prompt comes in several calls (`generate(prefill_chunk_size=...)`) and ends
+            with the first call of a single token; cache policies wait for it. A last chunk of one
+            token cannot be told from a generated one and is kept in addition to the budget.
+
+    Raises:
+        ValueError: the model cannot be intercepted or is attached already, a part cannot work on
+            it, or two parts own the cache.
+        TypeError: something that is no model or no part.
+    """
+    return Session(model, parts, record, chunked)
+
+
+class Session:
+    """An attached model; a context manager made by `attach`.
+
+    Attributes:
+        cache: the Transformers cache of the model's last call.
+        records: the recorders, by name.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parts: Iterable[Part],
+        record: Iterable[str | Recorder],
+        chunked: bool,
+    ) -> None:
+        self.model = _checked_model(model)
+        self.chunked = chunked
+        self.cache: Any = None
+        self.step: Step | None = None
+        self.records = _recorders(record)
+        self.parts = tuple(_checked_part(part) for part in parts)
+        for part in (part for part in self.parts if isinstance(part, Recorder)):
+            self.records[_free_name(part, self.records)] = part
+        self.parts += tuple(r for r in self.records.values() if r not in self.parts)
+        self.recorders = [p for p in self.parts if isinstance(p, Recorder)]
+        self.modders = self._overriding("score_mod")
+        self.maskers = self._overriding("mask")
+        self.editors = self._overriding("output")
+        self.observers = self._overriding("observe")
+        self.keepers = self._overriding("cache_layers")
+        if len(self.keepers) > 1:
+            names = " and ".join(type(p).__name__ for p in self.keepers)
+            raise UserError(f"only one part can own the cache, got {names}")
+        self.plain = not self.parts
+        self.direct = self.plain
+        self.layers: dict[nn.Module, int] = {}
+        self.undo: list[Any] = []
+
+    def _overriding(self, hook: str) -> list[Part]:
+        return [p for p in self.parts if getattr(type(p), hook) is not getattr(Part, hook)]
+
+    def __enter__(self) -> Session:
+        from attlas.attach import wiring
+
+        for part in self.parts:
+            part.check(self.model)
+        wiring.connect(self)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        from attlas.attach import wiring
+
+        wiring.disconnect(self)
+
+    def __getitem__(self, name: str) -> Any:
+        """What the recorder `name` found.
+
+        Raises:
+            KeyError: no recorder of that name, with those that there are.
+        """
+        if name not in self.records:
+            raise KeyError(f"no recorder {name!r}; this session has {sorted(self.records)}")
+        return self.records[name].result()
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of keys, values and slot indices that the cache of the last call holds."""
+        layers = self.cache.layers if self.cache is not None else []
+        return sum(
+            tensor.numel() * tensor.element_size()
+            for layer in layers
+            for name in ("keys", "values", "index")
+            if isinstance(tensor := getattr(layer, name, None), Tensor)
+        )
+
+    def before(self, step: Step) -> None:
+        """A forward call begins: the cache is made ready and every part is told."""
+        self.step, self.cache = step, step.cache
+        layers = step.cache.layers if step.cache is not None else ()
+        self.direct = self.plain and not any(hasattr(layer, "columns") for layer in layers)
+        for part in self.parts:
+            part.begin(step)
+
+    def after(self, cache: Any) -> None:
+        """A forward call has ended."""
+        self.step = None
+        if cache is not None:
+            self.cache = cache
+
+
+def _checked_model(model: nn.Module) -> nn.Module:
+    if not isinstance(model, nn.Module) or not hasattr(model, "set_attn_implementation"):
+        raise TypeError(
+            f"attach takes a Transformers model, got {type(model).__name__}; "
+            "attlas.load(name) gives one"
+        )
+    return model
+
+
+def _checked_part(part: Any) -> Part:
+    if not isinstance(part, Part):
+        hint = f"attlas.make({part!r}, ...)" if isinstance(part, str) else "attlas.make(name, ...)"
+        raise TypeError(f"attach takes parts, got {part!r}; {hint} makes one")
+    return part
+
+
+def _recorders(record: Iterable[str | Recorder]) -> dict[str, Recorder]:
+    from attlas.catalog import registry
+
+    if isinstance(record, (str, Recorder)):
+        raise TypeError(f"record takes a list of recorders, got {record!r}; write [{record!r}]")
+    found: dict[str, Recorder] = {}
+    for item in record:
+        recorder = registry.make(item) if isinstance(item, str) else item
+        if not isinstance(recorder, Recorder):
+            raise TypeError(f"record takes recorders or their names, got {item!r}")
+        found[_free_name(recorder, found)] = recorder
+    return found
+
+
+def _free_name(recorder: Recorder, taken: dict[str, Recorder]) -> str:
+    """The name it is registered under, else its class's; numbered when taken."""
+    from attlas.catalog import registry
+
+    kind = type(recorder)
+    name = next((e.name for e in registry.entries() if e.object is kind), kind.__name__)
+    number = sum(known == name or known.startswith(f"{name}#") for known in taken)
+    return f"{name}#{number + 1}" if number else name

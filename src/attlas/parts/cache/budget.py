@@ -1,0 +1,95 @@
+"""How much of a cache a policy may keep."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from attlas.errors import UserError
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A promise about the size of a cache; exactly one of the three is set.
+
+    Attributes:
+        keep: share of the context's tokens, in (0, 1]; `int(tokens * keep)` stay.
+        tokens: tokens kept on average over the layers.
+        bytes: bytes of the whole cache: all layers, keys, values and slot indices.
+
+    Raises:
+        ValueError: none or several are given, or one lies outside its range.
+    """
+
+    keep: float | None = None
+    tokens: int | None = None
+    bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        given = [n for n in ("keep", "tokens", "bytes") if getattr(self, n) is not None]
+        if len(given) != 1:
+            raise UserError(
+                "a budget takes exactly one of keep= (a share), tokens= or bytes=, got "
+                + (" and ".join(given) or "none")
+            )
+        if self.keep is not None and not 0 < self.keep <= 1:
+            raise UserError(f"keep must lie in (0, 1], got {self.keep}")
+        for name in ("tokens", "bytes"):
+            value = getattr(self, name)
+            if value is not None and (int(value) != value or value < 1):
+                raise UserError(f"{name} must be a whole number of at least 1, got {value}")
+
+    def slots(
+        self,
+        real: Int[Tensor, " batch"],
+        *,
+        slot_bytes: int,
+        index_bytes: int,
+        layers: int,
+        whole: int,
+        windows: int,
+    ) -> Int[Tensor, " batch"]:
+        """Tokens that one compressed layer keeps, for each row.
+
+        Layers that stay whole are paid for by the others: `layers * n` tokens are promised, and
+        the `layers - whole` compressed ones share what the whole ones leave.
+
+        Args:
+            real: tokens of each row, padding not counted.
+            slot_bytes: bytes of one token's key and value in one layer.
+            index_bytes: bytes of its slot index, in a compressed layer.
+            layers: full-attention layers of the cache.
+            whole: how many of these are not compressed.
+            windows: tokens that the model's sliding-window layers hold, all together.
+
+        Raises:
+            ValueError: the layers that stay whole use up the budget.
+        """
+        if self.bytes is not None:
+            held = slot_bytes * (windows + whole * real)
+            left = self.bytes // len(real) - held
+            kept = left.div((slot_bytes + index_bytes) * (layers - whole), rounding_mode="floor")
+        else:
+            if self.keep is not None:
+                # Row by row in Python: the product in double precision decides int().
+                promised = [int(count * self.keep) for count in real.tolist()]
+                total = torch.tensor(promised, device=real.device) * layers
+            else:
+                assert self.tokens is not None
+                total = torch.full_like(real, self.tokens * layers)
+            kept = (total - whole * real).div(layers - whole, rounding_mode="floor")
+        kept = torch.minimum(kept, real)
+        if ((kept < 1) & (real > 1)).any():
+            raise UserError(
+                f"the budget {self} leaves no token for a context of {int(real.max())} tokens"
+                + (f" beside {whole} layers kept whole" if whole else "")
+                + "; give a larger budget"
+            )
+        return kept.clamp(min=1)
+
+    def __str__(self) -> str:
+        name = next(n for n in ("keep", "tokens", "bytes") if getattr(self, n) is not None)
+        return f"{name}={getattr(self, name)}"

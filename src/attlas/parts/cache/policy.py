@@ -1,0 +1,232 @@
+"""What every cache policy has in common: learn from the prompt, score its keys, keep the best.
+
+The prompt is the first call on an empty cache. Its attention is exact; right after it, layer by
+layer, the keys are scored and the best n of each row and head stay, in their order. What comes
+later is kept, unless `while_decoding` enforces the budget after every call.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer
+
+from attlas.attach.call import Call, Part, Step
+from attlas.errors import UserError
+from attlas.parts.cache.budget import Budget
+from attlas.parts.cache.layer import INDEX_BYTES, CompressedLayer, LayerState
+from attlas.parts.cache.rotary import Rotary
+
+
+@dataclass(frozen=True)
+class Slots:
+    """What a policy scores: the slots of one layer.
+
+    Attributes:
+        keys: as cached (rotated).
+        values: as cached.
+        valid: the slot holds a token that is no padding.
+        column: original column of each slot's token.
+        rank: how many real tokens stand before it in its row.
+        real: real tokens seen, by row.
+        budget: slots to keep, by row.
+    """
+
+    keys: Float[Tensor, "batch kv_heads slots dim"]
+    values: Float[Tensor, "batch kv_heads slots value_dim"]
+    valid: Bool[Tensor, "batch kv_heads slots"]
+    column: Int[Tensor, "batch kv_heads slots"]
+    rank: Int[Tensor, "batch kv_heads slots"]
+    real: Int[Tensor, " batch"]
+    budget: Int[Tensor, " batch"]
+
+
+class CachePolicy(Part):
+    """Base of the policies. A subclass gives `scores`, and `learn` when it needs more than keys.
+
+    Args:
+        keep: share of the context kept, in (0, 1].
+        tokens: or tokens kept.
+        bytes: or bytes of the whole cache: keys, values and slot indices of all layers.
+        while_decoding: enforce the budget again after every later call, where the policy can.
+    """
+
+    #: The policy uses the model's rotary embedding.
+    rotates = False
+
+    def __init__(
+        self,
+        keep: float | None = None,
+        *,
+        tokens: int | None = None,
+        bytes: int | None = None,
+        while_decoding: bool = False,
+    ) -> None:
+        self.budget = Budget(keep, tokens, bytes)
+        self.while_decoding = while_decoding
+
+    # What a policy defines.
+
+    @property
+    def floor(self) -> tuple[str, int]:
+        """(name, tokens) of what the budget must at least hold."""
+        return "tokens", 1
+
+    @property
+    def skipped(self) -> tuple[int, ...]:
+        """Layers that stay whole."""
+        return ()
+
+    def learn(self, state: LayerState, call: Call) -> None:
+        """Gather statistics from a call of the layer, prompt or later."""
+
+    def scores(
+        self, state: LayerState, slots: Slots
+    ) -> Float[Tensor, "batch kv_heads slots"]:  # fmt: skip
+        """How much each slot is worth keeping; higher stays."""
+        raise NotImplementedError
+
+    def placed(self, layer: CompressedLayer, real: Int[Tensor, " batch"]) -> None:
+        """Called when the layer holds what was kept."""
+
+    # How attach uses it.
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse models without full attention to compress, or with a rotation not understood."""
+        layers = self._fresh(model)
+        full = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
+        if not full:
+            raise UserError(
+                f"{type(self).__name__} compresses full-attention layers; "
+                f"{type(model).__name__} has none with a growing cache"
+            )
+        outside = [i for i in self.skipped if not 0 <= i < len(layers)]
+        if outside:
+            raise UserError(
+                f"skip_layers names layer {outside[0]}; the model has layers 0 to {len(layers) - 1}"
+            )
+        if set(full) <= set(self.skipped):
+            raise UserError(
+                f"skip_layers={self.skipped} leaves no layer of the model's {len(layers)} to compress"
+            )
+        if self.rotates:
+            Rotary.of(model, full[0])
+
+    @staticmethod
+    def _fresh(model: Any) -> list[Any]:
+        from transformers.cache_utils import DynamicCache
+
+        layers: list[Any] = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
+        return layers
+
+    def states(self, layers: list[Any], model: nn.Module) -> dict[int, LayerState]:
+        """An empty state for each full-attention layer among an empty cache's layers."""
+        full = tuple(i for i, layer in enumerate(layers) if type(layer) is DynamicLayer)
+        windows = tuple(
+            layer.sliding_window for layer in layers if getattr(layer, "is_sliding", False)
+        )
+        return {
+            i: LayerState(i, full, windows, Rotary.of(model, i) if self.rotates else None)
+            for i in full
+        }
+
+    def cache_layers(self, layers: list[Any], model: nn.Module) -> list[Any]:
+        """Compressed layers in place of the full-attention ones; sliding windows stay."""
+        states = self.states(layers, model)
+        return [CompressedLayer(states[i]) if i in states else x for i, x in enumerate(layers)]
+
+    def begin(self, step: Step) -> None:
+        """In a chunked prompt, the first single token ends it: now the layers are compressed."""
+        if not (step.chunked and step.length == 1 and step.offset and step.cache is not None):
+            return
+        for layer in step.cache.layers:
+            if isinstance(layer, CompressedLayer) and not layer.compressed:
+                self.compress(layer, step.real)
+
+    def observe(self, call: Call) -> None:
+        """Learn from a call, and compress when it is the prompt's."""
+        layer = call.cache_layer
+        if not isinstance(layer, CompressedLayer) or (layer.compressed and not self.while_decoding):
+            return
+        layer.state.scaling = call.scaling
+        self.learn(layer.state, call)
+        if layer.compressed or not call.step.chunked:
+            self.compress(layer, call.step.real)
+
+    def compress(self, layer: CompressedLayer, real: Bool[Tensor, "batch seen"] | None) -> None:
+        """Keep the best slots of a layer and free the rest.
+
+        Raises:
+            ValueError: the budget is smaller than what the method must hold.
+        """
+        layer.compressed = True
+        if layer.state.layer in self.skipped:
+            return
+        slots = self.slots(layer, real)
+        evicted = slots.budget < slots.valid.sum(dim=-1).amax(dim=1)
+        if not evicted.any():
+            return
+        name, least = self.floor
+        if (slots.budget < least)[evicted].any():
+            raise UserError(
+                f"the budget {self.budget} is {int(slots.budget[evicted].min())} tokens of "
+                f"{int(slots.real.max())}, smaller than {name}={least} of {type(self).__name__}; "
+                f"give a larger budget or a smaller {name}"
+            )
+        scores = self.scores(layer.state, slots).masked_fill(~slots.valid, -torch.inf)
+        best = scores.topk(int(slots.budget.max()), dim=-1)
+        place = torch.arange(best.indices.shape[-1], device=scores.device)
+        filled = (place < slots.budget[:, None, None]) & (best.values > -torch.inf)
+        # In order of position; empty slots, sent behind all others, come last.
+        chosen, _ = torch.where(filled, best.indices, scores.shape[-1]).sort(dim=-1)
+        filled = chosen < scores.shape[-1]
+        layer.keep(chosen.where(filled, 0), filled)
+        self.placed(layer, slots.real)
+
+    def slots(self, layer: CompressedLayer, real: Bool[Tensor, "batch seen"] | None) -> Slots:
+        """The slots of a layer as `scores` takes them."""
+        keys, values = layer.keys, layer.values
+        batch, heads, count, _ = keys.shape
+        if real is None:
+            real = torch.ones(batch, layer.seen, dtype=torch.bool, device=keys.device)
+        real = real[:, : layer.seen].to(keys.device)
+        columns = layer.columns()
+        if columns is None:
+            columns = torch.arange(count, device=keys.device).expand(batch, heads, count)
+        at = columns.clamp(min=0).long()
+        spread = real[:, None].expand(-1, heads, -1)
+        rank = (real.cumsum(dim=-1) - 1)[:, None].expand(-1, heads, -1)
+        state = layer.state
+        budget = self.budget.slots(
+            real.sum(dim=-1),
+            slot_bytes=heads * (keys.shape[-1] + values.shape[-1]) * keys.element_size(),
+            index_bytes=heads * INDEX_BYTES,
+            layers=len(state.full),
+            whole=len(set(self.skipped) & set(state.full)),
+            windows=sum(min(layer.seen, window - 1) for window in state.windows),
+        )
+        return Slots(
+            keys=keys,
+            values=values,
+            valid=spread.gather(-1, at) & (columns >= 0),
+            column=at,
+            rank=rank.gather(-1, at),
+            real=real.sum(dim=-1),
+            budget=budget,
+        )
+
+
+def real_ranks(
+    call: Call,
+) -> tuple[Int[Tensor, "batch query"], Bool[Tensor, "batch query"]]:
+    """(rank among the row's real tokens, whether it is one) of each query of a call."""
+    first, batch = call.step.offset, call.q.shape[0]
+    if call.step.real is None:
+        rank = call.queries.expand(batch, -1)
+        return rank, torch.ones_like(rank, dtype=torch.bool)
+    real = call.step.real[:, : first + call.q.shape[2]].to(call.q.device)
+    return (real.cumsum(dim=-1) - 1)[:, first:], real[:, first:]

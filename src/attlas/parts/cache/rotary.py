@@ -1,0 +1,125 @@
+"""A model's own rotary embedding, for policies that un-rotate or re-rotate.
+
+    rotate(x, t) = x · cos(tθ) + half(x) · sin(tθ),   half([a, b]) = [−b, a]
+
+on the first 2·len(θ) channels, where cos and sin come from the model's module (scaled as YaRN and
+others scale them). Rotating is linear, so the mean rotation over many positions is the rotation by
+the means of cos and sin.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from attlas.errors import UserError
+
+Angles = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Rotation by position.
+
+    Attributes:
+        angles: gives (cos, sin) [batch, tokens, rotated channels] of positions [batch, tokens].
+    """
+
+    angles: Callable[[Tensor], Angles]
+
+    @classmethod
+    def plain(cls, dim: int, theta: float = 10000.0) -> Rotary:
+        """The original rotary embedding over `dim` channels."""
+        inverse = theta ** (-torch.arange(0, dim, 2).float() / dim)
+
+        def angles(positions: Tensor) -> Angles:
+            turned = positions[..., None].float() * inverse.to(positions.device)
+            both = torch.cat([turned, turned], dim=-1)
+            return both.cos(), both.sin()
+
+        return cls(angles)
+
+    @classmethod
+    def of(cls, model: nn.Module, layer: int) -> Rotary | None:
+        """The rotary embedding that `model` uses in a layer, None when it has none.
+
+        Raises:
+            ValueError: it rotates in another way than by halves.
+        """
+        module = next((m for m in model.modules() if _frequencies(m)), None)
+        if module is None:
+            return None
+        kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None)  # type: ignore[union-attr, operator]
+        per_kind = not isinstance(getattr(module, "inv_freq", None), Tensor)
+        extra = (kinds[layer],) if per_kind and kinds else ()
+        sample = torch.zeros(1, dtype=torch.float32, device=_device(module))
+
+        def angles(positions: Tensor) -> Angles:
+            cos, sin = module(sample, positions, *extra)
+            return cos, sin
+
+        rotary = cls(angles)
+        rotary._check(model, module)
+        return rotary
+
+    def _check(self, model: nn.Module, module: nn.Module) -> None:
+        """Our rotation must be the model's own, which its source file defines beside the module."""
+        positions = torch.arange(3, device=_device(module))[None]
+        own: Any = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
+        same = False
+        if own is not None:
+            try:
+                cos, sin = self.angles(positions)
+                x = torch.randn(1, 1, 3, cos.shape[-1], generator=torch.Generator().manual_seed(0))
+                x = x.to(cos.device)
+                theirs = own(x, x, cos, sin)[0]
+                same = torch.allclose(theirs, self.rotate(x, positions), atol=1e-5)
+            except (RuntimeError, TypeError, ValueError):
+                same = False
+        if not same:
+            raise UserError(
+                f"{type(model).__name__} does not rotate its keys by halves (interleaved or "
+                "several axes), which this policy's rotations need"
+            )
+
+    def rotate(
+        self, x: Float[Tensor, "batch heads tokens dim"], positions: Int[Tensor, "batch tokens"]
+    ) -> Float[Tensor, "batch heads tokens dim"]:
+        """x rotated to positions."""
+        cos, sin = self.angles(positions)
+        return turn(x, cos[:, None], sin[:, None])
+
+    def unrotate(
+        self, x: Float[Tensor, "batch heads tokens dim"], positions: Int[Tensor, "batch tokens"]
+    ) -> Float[Tensor, "batch heads tokens dim"]:
+        """x as it was before it was rotated to positions."""
+        cos, sin = self.angles(positions)
+        squared = cos.square() + sin.square()  # 1, or the square of YaRN's factor
+        return turn(x, (cos / squared)[:, None], (-sin / squared)[:, None])
+
+
+def turn(
+    x: Float[Tensor, "*rows dim"],
+    cos: Float[Tensor, "*#rows turned"],
+    sin: Float[Tensor, "*#rows turned"],
+) -> Float[Tensor, "*rows dim"]:
+    """x · cos + half(x) · sin on the first channels; the others stay."""
+    width = cos.shape[-1]
+    moved, rest = x[..., :width], x[..., width:]
+    first, second = moved.chunk(2, dim=-1)
+    moved = moved * cos + torch.cat([-second, first], dim=-1) * sin
+    return torch.cat([moved, rest], dim=-1) if rest.shape[-1] else moved
+
+
+def _frequencies(module: nn.Module) -> bool:
+    return any(name.endswith("inv_freq") for name, _ in module.named_buffers(recurse=False))
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(module.buffers()).device

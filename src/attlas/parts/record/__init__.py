@@ -1,0 +1,1 @@
+"""Recorders: what attention does, reduced block by block."""

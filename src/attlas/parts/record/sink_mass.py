@@ -1,0 +1,49 @@
+"""Sink mass: how much attention rests on the first tokens.
+
+    S(i) = Σ_{j < s} A_ij
+
+Padding does not count: the first tokens are each row's first real ones. Cost: one pass over the
+weights, held a block at a time.
+"""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor
+
+from attlas.attach.call import Call
+from attlas.catalog.registry import mechanism
+from attlas.errors import UserError
+from attlas.parts.record.rows import RowRecorder
+
+
+@mechanism("sink-mass", paper="")
+class SinkMass(RowRecorder):
+    """Records each query's weight on the first tokens, [layers, batch, heads, tokens].
+
+    Args:
+        sinks: how many first tokens count.
+
+    Raises:
+        ValueError: sinks below 1.
+    """
+
+    def __init__(self, sinks: int = 1) -> None:
+        if sinks < 1:
+            raise UserError(f"sinks must be at least 1, got {sinks}")
+        super().__init__()
+        self.sinks = sinks
+
+    def measure(
+        self, call: Call, weights: Tensor, queries: Tensor, keys: Tensor
+    ) -> Float[Tensor, "batch heads query"]:
+        """Σ A over the first real tokens."""
+        if call.step.real is None:
+            first = (keys >= 0) & (keys < self.sinks)
+            first = first if first.ndim == 3 else first[None, None]
+        else:
+            real = call.step.real.to(weights.device)
+            early = (real.cumsum(dim=-1) <= self.sinks) & real
+            at = keys.clamp(min=0).long().expand(*weights.shape[:2], -1)
+            first = early[:, None].expand(-1, weights.shape[1], -1).gather(-1, at) & (keys >= 0)
+        return (weights * first[:, :, None]).sum(dim=-1)

@@ -1,0 +1,224 @@
+"""Adapters of the cache policies and recorders to published implementations' numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attlas.attach.call import Call, Step
+from attlas.attach.session import attach
+from attlas.contract.cases import Case, Check, adapter
+from attlas.parts.cache.expected_attention import ExpectedAttention
+from attlas.parts.cache.key_norm import KeyNorm
+from attlas.parts.cache.layer import CompressedLayer, LayerState
+from attlas.parts.cache.policy import CachePolicy
+from attlas.parts.cache.rotary import Rotary
+from attlas.parts.cache.snapkv import SnapKV
+from attlas.parts.cache.window import SinksWindow
+from attlas.parts.record.column_sums import ColumnSums
+
+
+def key_norm(config: dict[str, Any]) -> KeyNorm:
+    return KeyNorm(1 - config["compression_ratio"], skip_layers=())
+
+
+def snapkv(config: dict[str, Any]) -> SnapKV:
+    return SnapKV(
+        1 - config["compression_ratio"],
+        window=config["window_size"],
+        kernel=config["kernel_size"],
+    )
+
+
+def expected_attention(config: dict[str, Any]) -> ExpectedAttention:
+    return ExpectedAttention(
+        1 - config["compression_ratio"],
+        n_future=config["n_future_positions"],
+        sinks=config["n_sink"],
+        epsilon=config.get("epsilon", 0.0),
+        use_covariance=config.get("use_covariance", True),
+        use_vnorm=config.get("use_vnorm", True),
+    )
+
+
+def window(config: dict[str, Any]) -> SinksWindow:
+    return SinksWindow(1 - config["compression_ratio"], sinks=config["n_sink"])
+
+
+def rerotated(config: dict[str, Any]) -> SinksWindow:
+    return SinksWindow(1 - config["compression_ratio"], sinks=config["n_sink"], rerotate=True)
+
+
+def everything(config: dict[str, Any]) -> SinksWindow:
+    """A budget of the whole context changes nothing."""
+    return SinksWindow(1 - config["compression_ratio"])
+
+
+POLICIES = {
+    "knorm": ("key-norm-eviction", key_norm),
+    "snapkv": ("snapkv", snapkv),
+    "expected-attention": ("expected-attention", expected_attention),
+    "expected-attention-mean": ("expected-attention", expected_attention),
+    "streaming": ("window", window),
+    "streaming-llm": ("window", window),
+    "streaming-llm-rerotated": ("window", rerotated),
+    "full-cache": ("window", everything),
+}
+
+
+def kept_otherwise(case: Case, name: str, ours: Tensor, theirs: Tensor, scores: Tensor) -> Check:
+    """How many tokens are kept by one side alone, near-ties aside.
+
+    Scores agree within the case's tolerance alone, so tokens whose published score lies that near to
+    the last one kept may be chosen either way.
+    """
+    ours, theirs = (
+        torch.zeros_like(scores, dtype=torch.bool).scatter(-1, kept.long(), True)
+        for kept in (ours, theirs)
+    )
+    edge = scores.masked_fill(~theirs, torch.inf).amin(dim=-1, keepdim=True)
+    near = (scores - edge).abs() <= 2 * (case.atol + case.rtol * edge.abs())
+    return Check(
+        f"{name}: tokens kept by one side alone", float(((ours != theirs) & ~near).sum()), 0
+    )
+
+
+def run_layer(
+    policy: CachePolicy, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary | None = None
+) -> tuple[Tensor, CompressedLayer, Tensor]:
+    """(scores, compressed layer, kept columns) of a prompt's queries, keys and values."""
+    layer = CompressedLayer(LayerState(0, (0,), rotary=rotary, scaling=q.shape[-1] ** -0.5))
+    layer.update(k, v)
+    step = Step(length=q.shape[2])
+    call = Call(0, nn.Identity(), q, k, v, layer.state.scaling, None, step, is_causal=True)
+    policy.learn(layer.state, call)
+    scores = policy.scores(layer.state, policy.slots(layer, None))
+    policy.compress(layer, None)
+    kept = layer.columns()
+    everything = torch.arange(k.shape[2]).expand(*k.shape[:3])
+    return scores, layer, everything if kept is None else kept
+
+
+def press(case: Case) -> Iterator[Check]:
+    """One attention layer: scores and kept positions."""
+    config = case.config
+    policy = POLICIES[case.name.removeprefix("press-")][1](config)
+    keys = case.inputs["k_rope"]
+    batch, _, tokens, dim = keys.shape
+    rotary = Rotary.plain(dim, config["rope_theta"])
+    queries = case.inputs.get("q_pre_rope", torch.zeros(batch, config["heads"], tokens, dim))
+    queries = rotary.rotate(queries, torch.arange(tokens).expand(batch, -1))
+    scores, _, kept = run_layer(policy, queries, keys, case.inputs.get("v", keys), rotary)
+    yield case.compare("out.scores", scores)
+    yield kept_otherwise(case, "out.kept", kept, case.outs["kept"], case.outs["scores"])
+
+
+@adapter("l2-norm", mechanism="key-norm-eviction")
+def l2_norm(case: Case) -> Iterator[Check]:
+    """Kept pairs in order of norm; ours are in order of position."""
+    keys, values = case.inputs["k"], case.inputs["v"]
+    count = case.outs["k"].shape[2]
+    policy = KeyNorm(tokens=count, skip_layers=())
+    _, layer, _ = run_layer(policy, torch.zeros_like(keys), keys, values)
+    order = layer.keys.norm(dim=-1).argsort(dim=-1)[..., None]
+    yield case.compare("out.k", layer.keys.gather(2, order.expand_as(layer.keys)))
+    yield case.compare("out.v", layer.values.gather(2, order.expand_as(layer.values)))
+
+
+@adapter("snapkv", mechanism="snapkv")
+def snapkv_cluster(case: Case) -> Iterator[Check]:
+    """The prefix pairs in order of falling score, then the window; ours are in order of position."""
+    config = case.config
+    queries, keys, values = (case.inputs[name] for name in "qkv")
+    recent = config["window_size"]
+    policy = SnapKV(
+        tokens=config["max_capacity_prompt"],
+        window=recent,
+        kernel=config["kernel_size"],
+        pooling=config["pooling"].removesuffix("pool"),
+    )
+    scores, layer, kept = run_layer(policy, queries, keys, values)
+    if kept.shape[-1] == keys.shape[2]:
+        prefix = kept[..., : keys.shape[2] - recent]
+        order = torch.arange(prefix.shape[-1]).expand_as(prefix)
+    else:
+        prefix = kept[..., :-recent].long()
+        order = scores.gather(-1, prefix).argsort(dim=-1, descending=True)
+        prefix = prefix.gather(-1, order)
+    behind = torch.arange(order.shape[-1], kept.shape[-1]).expand(*order.shape[:2], -1)
+    at = torch.cat([order, behind], dim=-1)
+    yield case.compare("out.k", layer.keys.gather(2, at[..., None].expand_as(layer.keys)))
+    yield case.compare("out.v", layer.values.gather(2, at[..., None].expand_as(layer.values)))
+    if "kept_prefix_indices" in case.mids:
+        yield case.compare("mid.kept_prefix_indices", prefix)
+
+
+@cache
+def smollm2() -> Any:
+    from attlas.models.load import load
+
+    return load("smollm2")
+
+
+def on_model(case: Case) -> Iterator[Check]:
+    """Prefill, compression, a question and greedy decoding on the real language model."""
+    config = case.config
+    name = case.name.removeprefix("model-")
+    policy = POLICIES[name][1](config)
+    scores: dict[int, Tensor] = {}
+    score = policy.scores
+
+    def spy(state: LayerState, slots: Any) -> Tensor:
+        scores[state.layer] = score(state, slots)
+        return scores[state.layer]
+
+    policy.scores = spy  # type: ignore[method-assign]
+    model = smollm2()
+    ids = case.inputs["context_ids"].long()[None]
+    question = case.inputs["question_ids"].long()[None]
+    with attach(model, policy) as session:
+        cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
+        layers = session.cache.layers
+        held = torch.tensor([layer.keys.shape[2] for layer in layers])
+        kept = {number: layers[number].columns() for number in scores}
+        out = model(question, past_key_values=cache, logits_to_keep=1).logits[0, -1]
+        first, generated = out, []
+        for _ in case.outs["generated_ids"]:
+            generated.append(int(out.argmax()))
+            out = model(torch.tensor([generated[-1:]]), past_key_values=cache).logits[0, -1]
+    for number in config["layers_saved"] if scores else ():
+        theirs = case.outs[f"scores.layer{number}"]
+        yield case.compare(f"out.scores.layer{number}", scores[number][0])
+        label = f"kept.layer{number}"
+        yield kept_otherwise(case, f"out.{label}", kept[number][0], case.outs[label], theirs)
+    yield case.compare("out.kept_per_layer", held)
+    top = case.outs["first_logits_top10_ids"].long()
+    yield case.compare("out.first_logits_top10", first[top])
+    wrong = sum(a != b for a, b in zip(generated, case.outs["generated_ids"].tolist(), strict=True))
+    yield Check("out.generated_ids: tokens that differ", wrong, 0)
+
+
+for case_name in ("knorm", "snapkv", "expected-attention", "expected-attention-mean", "streaming"):
+    adapter(f"press-{case_name}", mechanism=POLICIES[case_name][0])(press)
+for case_name in POLICIES.keys() - {"streaming"}:
+    adapter(f"model-{case_name}", mechanism=POLICIES[case_name][0])(on_model)
+
+
+@adapter("attention-sink-metric", mechanism="column-sums")
+def sink_metric(case: Case) -> Iterator[Check]:
+    """Published weights [samples, layers, heads, tokens, tokens] through the recorder."""
+    weights = case.inputs["attention"]
+    recorder = ColumnSums()
+    tokens = weights.shape[-1]
+    empty = torch.zeros(weights.shape[0], weights.shape[2], tokens, 1)
+    for layer in range(weights.shape[1]):
+        call = Call(layer, nn.Identity(), empty, empty, empty, 1.0, None, Step(length=tokens))
+        recorder.update(call, weights[:, layer], torch.arange(tokens), torch.arange(tokens))
+    yield case.compare("mid.importance", recorder.importance().transpose(0, 1))
+    yield case.compare("out.metric", recorder.sink_metric(case.config["epsilon"]))
+    exceeds = recorder.importance()[..., 0] > case.config["epsilon"]
+    yield case.compare("out.metric_per_head", exceeds.float().mean(dim=1))
