@@ -7,7 +7,8 @@
 | reference  | always; all scores in memory                                                          |
 | sdpa       | no score_mod or an additive one, no lse; its backend on a GPU chosen by measurement   |
 | flex       | a pattern or a score_mod; on a GPU compiled, on a CPU without gradients               |
-| chunked    | always but dropout; O(√n) memory, visits no empty block; the CPU's way for patterns   |
+| blocks     | a pattern, no score_mod, no lse: SDPA on the visible blocks; a CPU's way for patterns |
+| chunked    | always but dropout; O(√n) memory, visits no empty block                               |
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ from torch import Tensor
 from attlas.errors import UnknownName
 from attlas.masks import Mask, full, grid, hides_nothing, sdpa_flags
 from attlas.ops.backends import sdpa
+from attlas.ops.blocks import blocks
 from attlas.ops.flex import flex, refuses
 from attlas.ops.memory_efficient import captured, memory_efficient
 from attlas.ops.reference import as_dense, indices, reference, repeated
 from attlas.positions.base import ScoreMod
 
-Route = Literal["auto", "reference", "sdpa", "flex", "chunked"]
-ROUTES: tuple[Route, ...] = ("auto", "reference", "sdpa", "flex", "chunked")
+Route = Literal["auto", "reference", "sdpa", "flex", "blocks", "chunked"]
+ROUTES: tuple[Route, ...] = ("auto", "reference", "sdpa", "flex", "blocks", "chunked")
 
 #: Pairs below which all scores in memory cost less than any machinery.
 SMALL = 1 << 16
@@ -91,14 +93,18 @@ def attend(
         route = _choose(q, k, v, mask, score_mod, dropout, return_lse, offset)
     elif route not in ROUTES:
         raise UnknownName("route", route, ROUTES)
+    if dropout > 0 and route not in ("sdpa", "reference"):
+        raise ValueError(f"route={route!r} has no dropout; use 'sdpa' or 'reference'")
     if route == "sdpa":
         return _sdpa(q, k, v, mask, score_mod, scale, dropout, offset, return_lse)
+    if route == "blocks":
+        if return_lse or score_mod is not None or not isinstance(mask, Mask):
+            raise ValueError("route='blocks' takes a pattern alone, without score_mod or lse")
+        return blocks(q, k, v, mask=mask, scale=scale, q_offset=offset)
     if route == "reference":
         result = reference(
             q, k, v, scale=scale, mask=mask, score_mod=score_mod, dropout=dropout, q_offset=offset
         )
-    elif dropout > 0:
-        raise ValueError(f"route={route!r} has no dropout; use 'sdpa' or 'reference'")
     elif route == "chunked":
         result = memory_efficient(
             q, k, v, mask=mask, score_mod=score_mod, scale=scale, q_offset=offset
@@ -126,7 +132,9 @@ def _choose(
         causal_alone = isinstance(mask, Mask) and score_mod is None and fits_sdpa
         if not (causal_alone and "is_causal" in _flags(mask, queries, keys, offset)):
             return "flex"
-    if fits_sdpa and (small or not _sparse(mask, queries, keys, offset)):
+    if fits_sdpa and not small and _sparse(mask, queries, keys, offset):
+        return "blocks" if score_mod is None else "chunked"
+    if fits_sdpa:
         trained = any(t.requires_grad for t in captured(score_mod))
         # A trained bias as one dense mask costs SDPA its fused kernels: chunks are no slower.
         return "chunked" if trained and not small else "sdpa"
