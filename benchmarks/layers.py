@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 
 import torch
-from common import paired_ratio, save, show
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 import attlas
+from common import paired_ratio, save, show
 
 
 class Bare(nn.Module):

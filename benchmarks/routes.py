@@ -8,12 +8,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import interleaved, paired_ratio, save, show
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from attlas import masks, ops
+from common import interleaved, paired_ratio, save, show
 
 BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -129,7 +129,7 @@ def windows_on_gpu(rounds: int) -> list[dict[str, object]]:
         pattern = masks.causal & masks.window(1024)
         timed = interleaved(
             {
-                "window": lambda q=q, k=k, v=v: ops.attend(q, k, v, mask=pattern),
+                "window": lambda q=q, k=k, v=v, m=pattern: ops.attend(q, k, v, mask=m),
                 "causal": lambda q=q, k=k, v=v: ops.attend(q, k, v, mask=masks.causal),
             },
             rounds=rounds, device="cuda",
