@@ -82,10 +82,18 @@ def sdpa_flags(
     return {"attn_mask": dense(mask, q_len, k_len, q_offset=offset, device=device)}
 
 
+@lru_cache(maxsize=256)
 def hides_nothing(mask: Mask, q_len: int, k_len: int, q_offset: int) -> bool:
     """Whether the pattern is known to show every pair, told by arithmetic on the whole rectangle."""
     _, every = grid(mask, q_len, k_len, q_block=q_len, k_block=k_len, q_offset=q_offset)
     return bool(every.all())
+
+
+@lru_cache(maxsize=256)
+def density(mask: Mask, q_len: int, k_len: int, q_offset: int, block: int = 128) -> float:
+    """Share of blocks that may hold a visible pair."""
+    some, _ = grid(mask, q_len, k_len, q_block=block, k_block=block // 2, q_offset=q_offset)
+    return some.float().mean().item()
 
 
 @lru_cache(maxsize=128)

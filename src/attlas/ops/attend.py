@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from attlas.errors import UnknownName
-from attlas.masks import Mask, full, grid, hides_nothing, sdpa_flags
+from attlas.masks import Mask, causal, density, hides_nothing, sdpa_flags
 from attlas.ops.backends import sdpa
 from attlas.ops.blocks import blocks
 from attlas.ops.flex import flex, refuses
@@ -87,7 +87,15 @@ def attend(
     queries, keys = q.shape[2], k.shape[2]
     offset = keys - queries if q_offset is None else q_offset
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if isinstance(mask, Mask) and (mask == full or hides_nothing(mask, queries, keys, offset)):
+    flag = mask is not None and offset == 0 and queries == keys and mask == causal
+    if route == "auto" and score_mod is None and not return_lse and (mask is None or flag):
+        k, v = _alike(k, v, q.shape[1])
+        # The common call, kept short: on a GPU a few microseconds of Python can be seen.
+        return sdpa(
+            q, k, v, dropout_p=dropout, is_causal=flag, scale=scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )  # fmt: skip
+    if isinstance(mask, Mask) and hides_nothing(mask, queries, keys, offset):
         mask = None
     if route == "auto":
         route = _choose(q, k, v, mask, score_mod, dropout, return_lse, offset)
@@ -126,12 +134,8 @@ def _choose(
     fits_sdpa = not return_lse and (score_mod is None or getattr(score_mod, "additive", False))
     if dropout > 0:
         return "sdpa" if fits_sdpa else "reference"
-    if mask is None and score_mod is None and fits_sdpa:
-        return "sdpa"
     if q.is_cuda and keys >= LONG and queries > 1 and refuses(q, k, v, mask) is None:
-        causal_alone = isinstance(mask, Mask) and score_mod is None and fits_sdpa
-        if not (causal_alone and "is_causal" in _flags(mask, queries, keys, offset)):
-            return "flex"
+        return "flex"
     if fits_sdpa and not small and _sparse(mask, queries, keys, offset):
         return "blocks" if score_mod is None else "chunked"
     if fits_sdpa:
@@ -141,20 +145,9 @@ def _choose(
     return "reference" if small else "chunked"
 
 
-def _flags(mask: Mask | Tensor | None, queries: int, keys: int, offset: int) -> dict[str, object]:
-    if isinstance(mask, Mask) and queries == keys and offset == 0:
-        from attlas.masks import causal
-
-        return {"is_causal": True} if mask == causal else {}
-    return {}
-
-
 def _sparse(mask: Mask | Tensor | None, queries: int, keys: int, offset: int) -> bool:
-    """Whether a pattern leaves enough blocks empty for chunks to win."""
-    if not isinstance(mask, Mask) or _flags(mask, queries, keys, offset):
-        return False
-    some, _ = grid(mask, queries, keys, q_block=256, k_block=64, q_offset=offset)
-    return some.float().mean().item() < DENSE
+    """Whether a pattern leaves enough blocks empty for visiting only the others to win."""
+    return isinstance(mask, Mask) and density(mask, queries, keys, offset) < DENSE
 
 
 def _sdpa(
@@ -172,8 +165,7 @@ def _sdpa(
             raise ValueError("route='sdpa' takes additive score_mods alone (see attlas.positions)")
         visible = as_dense(mask, q.shape[2], k.shape[2], offset, q.device)
         flags = {"attn_mask": _bias(q, k, score_mod, offset, visible)}
-    if k.shape[1] != v.shape[1]:
-        k, v = repeated(k, q.shape[1]), repeated(v, q.shape[1])
+    k, v = _alike(k, v, q.shape[1])
     out = sdpa(
         q, k, v, dropout_p=dropout, scale=scale, enable_gqa=q.shape[1] != k.shape[1], **flags
     )
@@ -187,6 +179,13 @@ def _sdpa(
         )
         out = out.masked_fill(dead, 0.0)
     return out
+
+
+def _alike(k: Tensor, v: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """Keys and values with one number of heads, which SDPA needs."""
+    if k.shape[1] == v.shape[1]:
+        return k, v
+    return repeated(k, heads), repeated(v, heads)
 
 
 def _bias(q: Tensor, k: Tensor, score_mod: ScoreMod, offset: int, visible: Tensor | None) -> Tensor:

@@ -8,8 +8,9 @@ backend on tensors of its own shape, and the answer is kept in the user's cache 
 from __future__ import annotations
 
 import json
-import math
+import warnings
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,9 @@ _CANDIDATES = {
 #: A backend must beat SDPA's own choice by this much, or noise would decide.
 MARGIN = 0.97
 
-_known: dict[str, str] | None = None
+#: Choices of this process, and those kept on disk by readable names.
+_chosen: dict[tuple[Any, ...], str] = {}
+_kept: dict[str, str] | None = None
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> Tensor:
@@ -41,32 +44,37 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> Tensor:
         return scaled_dot_product_attention(q, k, v, **arguments)
 
 
-def shape_class(q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any]) -> str:
+def shape_class(q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any]) -> tuple[Any, ...]:
     """Calls that share a choice: same device, type and widths; sizes within a factor of two."""
-    trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    return "|".join(
-        map(str, (
-            torch.__version__, torch.cuda.get_device_name(q.device), q.dtype, q.shape[-1],
-            v.shape[-1], _bucket(q.shape[0] * q.shape[1]), q.shape[1] // k.shape[1],
-            _bucket(q.shape[2]), _bucket(k.shape[2]), arguments.get("is_causal", False),
-            arguments.get("attn_mask") is not None, arguments.get("dropout_p", 0.0) > 0, trains,
-        ))
+    batch, heads, queries, dim = q.shape
+    return (
+        q.device.index, q.dtype, dim, v.shape[3], (batch * heads).bit_length(),
+        heads // k.shape[1], queries.bit_length(), k.shape[2].bit_length(),
+        arguments.get("is_causal", False), arguments.get("attn_mask") is not None,
+        arguments.get("dropout_p", 0.0) > 0, _trains(q, k, v),
     )  # fmt: skip
 
 
+def _trains(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+
+
 def _choice(q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any]) -> str:
-    known = _load()
     key = shape_class(q, k, v, arguments)
-    if key not in known:
+    if key not in _chosen:
         if torch.cuda.is_current_stream_capturing():
             return DEFAULT
-        known[key] = _measure(q, k, v, arguments)
-        _save(known)
-    return known[key]
+        kept = _load()
+        name = " ".join(map(str, (torch.__version__, torch.cuda.get_device_name(key[0]), *key[1:])))
+        if name not in kept:
+            kept[name] = _measure(q, k, v, arguments)
+            _save(kept)
+        _chosen[key] = kept[name]
+    return _chosen[key]
 
 
 def _measure(q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any]) -> str:
-    trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    trains = _trains(q, k, v)
     q, k, v = (t.detach().clone().requires_grad_(trains) for t in (q, k, v))
 
     def run() -> None:
@@ -77,7 +85,8 @@ def _measure(q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any]) -> str:
     best, best_time = DEFAULT, _time(run) * MARGIN
     for name, backend in _CANDIDATES.items():
         try:
-            with sdpa_kernel(backend):
+            with sdpa_kernel(backend), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # why a backend does not take the call is no news
                 taken = _time(run)
         except RuntimeError:  # this backend does not take this call
             continue
@@ -87,22 +96,20 @@ def _measure(q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any]) -> str:
 
 
 def _time(run: Callable[[], None], repeats: int = 7) -> float:
-    """Median milliseconds on the device, after two runs to warm up."""
+    """Median milliseconds on the device, after two runs to warm up.
+
+    All runs are queued at once, as in a model: a lone call would time its launch instead.
+    """
     run()
     run()
-    times: list[float] = []
-    for _ in range(repeats):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    events[0].record()
+    for event in events[1:]:
         run()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop))
+        event.record()
+    events[-1].synchronize()
+    times = [float(a.elapsed_time(b)) for a, b in pairwise(events)]
     return sorted(times)[repeats // 2]
-
-
-def _bucket(n: int) -> int:
-    return round(math.log2(max(n, 1)))
 
 
 def _file() -> Path:
@@ -112,14 +119,14 @@ def _file() -> Path:
 
 
 def _load() -> dict[str, str]:
-    global _known
-    if _known is None:
+    global _kept
+    if _kept is None:
         try:
             found = json.loads(_file().read_text())
-            _known = {k: n for k, n in found.items() if n == DEFAULT or n in _CANDIDATES}
+            _kept = {k: n for k, n in found.items() if n == DEFAULT or n in _CANDIDATES}
         except (OSError, ValueError, AttributeError):  # none yet, or not ours: measure again
-            _known = {}
-    return _known
+            _kept = {}
+    return _kept
 
 
 def _save(known: dict[str, str]) -> None:
