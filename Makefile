@@ -1,10 +1,11 @@
 # make compare   install into .venv, then compare methods on SmolLM2 (the main job)
 # make test      install into .venv, then run the tests
+# make check     lint, types and tests; make docs: generate docs/mechanisms.md
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
 
-.PHONY: compare test lint types check clean
+.PHONY: compare test lint types check docs clean
 
 compare: $(VENV)/.installed-smollm2
 	$(RUN)/attlas compare $(ARGS)
@@ -19,6 +20,9 @@ types: $(VENV)/.installed-dev
 	$(RUN)/mypy
 
 check: lint types test
+
+docs: $(VENV)/.installed-dev
+	$(RUN)/python -m attlas.catalog.table > docs/mechanisms.md
 
 $(VENV)/.installed-%: pyproject.toml
 	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)

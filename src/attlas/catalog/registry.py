@@ -164,9 +164,8 @@ def make(name: str, **options: Any) -> Any:
         ValueError: an option that it does not take, with those that it takes.
     """
     entry = find(name)
-    parameters = inspect.signature(entry.object).parameters
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    unknown = [] if takes_any else sorted(set(options) - set(parameters))
+    parameters = signature(entry.object)
+    unknown = sorted(set(options) - set(parameters))
     if unknown:
         raise ValueError(
             f"{entry.name} takes no option {unknown[0]!r}; it takes {sorted(parameters)}"
@@ -175,12 +174,25 @@ def make(name: str, **options: Any) -> Any:
         return lambda *args, **more: entry.object(*args, **{**options, **more})
     missing = [
         p.name for p in parameters.values()
-        if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
-        and p.name not in options
+        if p.default is p.empty and p.name not in options
     ]  # fmt: skip
     if missing:
         raise ValueError(f"{entry.name} needs the option {missing[0]!r}")
     return entry.object(**options)
+
+
+def signature(obj: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """What it takes by name; a class that passes `**options` on takes what its base takes too."""
+    taken: dict[str, inspect.Parameter] = {}
+    for one in obj.__mro__ if inspect.isclass(obj) else (obj,):
+        if inspect.isclass(one) and "__init__" not in vars(one):
+            continue
+        parameters = inspect.signature(one).parameters
+        named = {n: p for n, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+        taken = {**named, **taken}
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            break
+    return taken
 
 
 def _kind(obj: Callable[..., Any]) -> str:

@@ -1,0 +1,35 @@
+"""The table of what exists, for the docs: `python -m attlas.catalog.table > docs/mechanisms.md`."""
+
+from __future__ import annotations
+
+from attlas.catalog.papers import Paper, papers
+from attlas.catalog.stages import STAGES
+
+_HEAD = """# Mechanisms
+
+Generated from the registry by `make docs`; do not edit. `attlas show NAME` tells more of each.
+
+| name | stages | kind | group | memory | what it is | file |
+|---|---|---|---|---|---|---|
+"""
+
+
+def markdown() -> str:
+    """One row for each registered object, by group and name."""
+    rows = sorted((p for p in papers() if p.entries), key=lambda p: (p.group, p.slug))
+    return _HEAD + "".join(_line(row) for row in rows)
+
+
+def _line(row: Paper) -> str:
+    lines = []
+    for entry in row.entries:
+        law = getattr(entry.object, "memory_law", "")
+        stages = ", ".join(s for s in STAGES if s in row.stages)
+        what = entry.doc.partition("\n")[0].rstrip(".").replace("|", "\\|")
+        cells = (f"`{entry.name}`", stages, row.kind, row.group, law, what, f"`{entry.file}`")
+        lines.append("| " + " | ".join(cells) + " |\n")
+    return "".join(lines)
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")

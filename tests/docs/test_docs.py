@@ -1,0 +1,70 @@
+"""Every code block of README and docs runs; the generated table is up to date."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from attlas.catalog import registry
+from attlas.catalog.table import markdown
+from attlas.cli import main
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
+    return BLOCK.findall(page.read_text())
+
+
+@pytest.fixture
+def registered():
+    """Forget what a page registers."""
+    before = {e.name for e in registry.entries()}
+    yield
+    for entry in registry.entries():
+        if entry.name not in before:
+            registry.unregister(entry.name)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_blocks_run(page: Path, registered, tmp_path, monkeypatch, request, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tests").symlink_to(ROOT / "tests")
+    if "smollm2" in page.read_text():
+        request.getfixturevalue("smollm2")
+    names: dict[str, object] = {"__name__": page.stem}
+    for language, text in blocks(page):
+        if language == "python":
+            exec(compile(text, f"{page.name}", "exec"), names)
+        elif language == "console":
+            for line in re.findall(r"^\$ (.*)$", text, re.M):
+                run(line)
+        else:
+            assert language in ("", "text"), f"{page.name}: a block of {language!r} is not run"
+
+
+def run(line: str) -> None:
+    program, *arguments = shlex.split(line, comments=True)
+    if program == "make":
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
+        assert arguments[0] in targets
+    elif program == "attlas":
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code in (0, None), line
+    else:
+        assert program in ("git", "cd"), line
+
+
+def test_table_is_up_to_date():
+    assert (ROOT / "docs" / "mechanisms.md").read_text() == markdown(), "run `make docs`"
+
+
+def test_links_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text()):
+            if not target.startswith(("http:", "https:", "mailto:")):
+                assert (page.parent / target).exists(), f"{page.name} links to {target}"
