@@ -3,6 +3,7 @@
     context   "... The special magic number for London is 4817263. ..."    (compressed)
     question  "What is the special magic number for London?"               (fed after compression)
     score     1 if the first number in the greedy answer is 4817263, else 0
+    digits    share of its digits that are right from the left, up to the first mistake
 
 *single*: one needle in the text. *several*: four or more cities at spread depths, alike but for
 city and number, one of them asked at a time: a method must keep all, and not mix them up.
@@ -19,6 +20,7 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from attlas.tasks.chat import line_ends, template, tokens
@@ -65,7 +67,7 @@ def several(tokenizer: Any, length: int, depths: Sequence[float], seed: str) -> 
     places = sorted(depths)
     while len(places) < KEYS:
         edges = [0.0, *places, 1.0]
-        left, right = max(zip(edges, edges[1:], strict=False), key=lambda gap: gap[1] - gap[0])
+        left, right = max(pairwise(edges), key=lambda gap: gap[1] - gap[0])
         places = sorted([*places, (left + right) / 2])
     return _haystack(tokenizer, length, places, depths, seed)
 
@@ -74,6 +76,20 @@ def correct(key: Key, answer: str) -> bool:
     """Whether the first number in the answer is the hidden one, digit for digit."""
     found = re.search(r"\d+", answer)
     return found is not None and found.group() == key.number
+
+
+def digits(key: Key, answer: str) -> float:
+    """The share of the hidden number said rightly before the first wrong digit.
+
+    A method that keeps half of a needle says half of its number: this tells it from one that keeps
+    nothing, which exact match does not.
+    """
+    found = re.search(r"\d+", answer)
+    said = found.group() if found else ""
+    right = next(
+        (i for i, (a, b) in enumerate(zip(said, key.number, strict=False)) if a != b), None
+    )
+    return (min(len(said), len(key.number)) if right is None else right) / len(key.number)
 
 
 def finished(answer: str) -> bool:
@@ -101,7 +117,7 @@ def _haystack(
         )
     filler = tokens(tokenizer, passage(rng, 8 * length))[:room]
     ends = line_ends(tokenizer, filler)
-    cuts = [min(ends, key=lambda end, p=place: abs(end - p * room)) for place in places]
+    cuts = [_nearest(ends, place * room) for place in places]
     context = list(opening)
     for start, stop, needle in zip([0, *cuts], cuts, needles, strict=False):
         context += filler[start:stop] + needle
@@ -112,6 +128,10 @@ def _haystack(
         if place in asked
     ]
     return Haystack(context, keys)
+
+
+def _nearest(ends: list[int], wanted: float) -> int:
+    return min(ends, key=lambda end: abs(end - wanted))
 
 
 def _question(tokenizer: Any, closing: str, city: str) -> list[int]:

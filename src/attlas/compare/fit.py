@@ -1,0 +1,73 @@
+"""What can be told before anything is run: does this model take these methods at these lengths?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from attlas.compare.grid import Grid
+from attlas.compare.methods import Method
+from attlas.compare.shared import attached
+from attlas.errors import UserError
+from attlas.parts.cache.layer import INDEX_BYTES
+from attlas.parts.cache.policy import CachePolicy
+from attlas.tasks import needle
+
+
+def check_fit(grid: Grid, model: Any, tokenizer: Any) -> None:
+    """Refuse what would fail in the middle of the run.
+
+    Raises:
+        UserError: a model that cannot be intercepted, a method that cannot work on it, a budget
+            that does not fit a length, or a length too short for the needles.
+    """
+    for method in grid.methods:
+        part = method.part()
+        try:
+            with attached(model, part):
+                pass
+        except (TypeError, ValueError) as error:
+            raise UserError(f"method {method.label} on model {grid.model!r}: {error}") from error
+        if isinstance(part, CachePolicy):
+            for length in grid.lengths:
+                check_budget(method, part, model, length)
+    if "needle" in grid.tasks:
+        needle.several(tokenizer, grid.lengths[0], grid.preset.depths, str(grid.seed))
+
+
+def check_budget(method: Method, part: CachePolicy, model: Any, length: int) -> None:
+    """Refuse a budget larger than a context or smaller than what the method must hold.
+
+    Raises:
+        UserError: naming the method, its budget and the length.
+    """
+    config = model.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    slot = 2 * heads * width * model.dtype.itemsize
+    layers = part.states(part._fresh(model), model)
+    budget = part.budget
+    whole = slot * length * len(layers)
+    if (budget.tokens or 0) > length or (budget.bytes or 0) > whole:
+        raise UserError(
+            f"method {method.label}: the budget {budget} is larger than a context of {length} "
+            f"tokens ({whole} bytes); give a smaller budget or ask for longer lengths"
+        )
+    try:
+        slots = budget.slots(
+            torch.tensor([length]),
+            slot_bytes=slot,
+            index_bytes=heads * INDEX_BYTES,
+            layers=len(layers),
+            whole=len(part.skipped),
+            windows=0,
+        )
+    except ValueError as error:
+        raise UserError(f"method {method.label} at length {length}: {error}") from error
+    name, least = part.floor
+    if least > int(slots) < length:
+        raise UserError(
+            f"method {method.label}: at length {length} its budget keeps {int(slots)} tokens, fewer "
+            f"than {name}={least}; give a larger budget, a smaller {name}, or ask for longer lengths"
+        )

@@ -1,0 +1,145 @@
+"""The loop: every unit that still has cells to measure, one line in the results for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from attlas.compare.grid import Cell, Grid, Unit
+from attlas.compare.machine import machine, versions
+from attlas.compare.methods import Method
+from attlas.compare.results import Line, Results
+from attlas.compare.shared import forward
+from attlas.compare.units import Bench, Outcome, run_unit, steps
+from attlas.tasks.record import Measure
+from attlas.tasks.speed import measure_roof
+
+WARM_UP_TOKENS = 128
+
+
+def run(grid: Grid, model: Any, tokenizer: Any, results: Results, console: Console) -> None:
+    """Measure what is missing from the results; what stands there is not touched.
+
+    Raises:
+        UserError: the results cannot be written.
+    """
+    results.check(grid)
+    todo = missing(grid, results)
+    if not todo:
+        console.print(f"all {len(grid.all_cells())} cells are finished in {results.folder}")
+        return
+    done = len(results.lines)
+    if done:
+        console.print(f"{done} of {len(grid.all_cells())} cells are finished; going on")
+    model.eval()
+    stamp = {"versions": versions(), "machine": machine(model.device)}
+    with torch.inference_mode(), _progress(console) as progress:
+        bar = progress.add_task("warming up", total=sum(_costs(grid, u, m) for u, m in todo))
+        _warm_up(model)
+        roof = measure_roof(model.device, model.dtype)
+        for unit, methods in todo:
+            progress.update(bar, description=_title(unit))
+            cost = _cost(unit)
+            bench = Bench(model, tokenizer, grid, roof, _ticker(progress, bar, cost))
+            for outcome in run_unit(bench, unit, methods):
+                _write(results, grid, outcome, stamp)
+
+
+def missing(grid: Grid, results: Results) -> list[tuple[Unit, list[Method]]]:
+    """The units, each with the methods of which a cell is missing."""
+    finished = results.finished
+    found = []
+    for unit in grid.units():
+        methods = [m for m in grid.methods if not finished >= set(grid.cells(unit, m.label))]
+        if methods:
+            found.append((unit, methods))
+    return found
+
+
+def _write(results: Results, grid: Grid, outcome: Outcome, stamp: dict[str, Any]) -> None:
+    """Append the cells of an outcome that are not finished yet.
+
+    A run killed between two cells of one outcome has finished the first: it is left as it is.
+    """
+    finished = results.finished
+    for cell, measure in outcome.measures.items():
+        if cell not in finished:
+            results.append(_line(grid, cell, measure, outcome) | stamp)
+
+
+def _line(grid: Grid, cell: Cell, measure: Measure | None, outcome: Outcome) -> Line:
+    found = measure or Measure(0.0, 0)
+    return {
+        "model": grid.model,
+        **cell._asdict(),
+        "value": found.value if measure else None,
+        "low": found.low,
+        "high": found.high,
+        "sd": found.sd,
+        "floor": found.floor,
+        "n": found.n,
+        "seconds": round(outcome.seconds, 4),
+        "kv_bytes": outcome.kv_bytes if measure else None,
+        "status": "ok" if measure else "out of memory",
+        "reason": outcome.reason,
+        "seed": grid.seed,
+        "preset": grid.preset.name,
+        "device": grid.device,
+        "dtype": grid.dtype,
+    }
+
+
+def _warm_up(model: Any) -> None:
+    """First calls pay for threads, kernels and allocations that later ones find ready."""
+    ids = torch.zeros(1, WARM_UP_TOKENS, dtype=torch.long, device=model.device)
+    cache = forward(model, ids, None).past_key_values
+    forward(model, ids[:, :1], cache)
+
+
+def _cost(unit: Unit) -> float:
+    """Rough weight of one step, in tokens of prefill, so that the time left is told well."""
+    return {"single": 250, "several": 750, "continuation": 200, "alone": unit.length + 400}[
+        unit.kind
+    ] + 0.15 * unit.length
+
+
+def _costs(grid: Grid, unit: Unit, methods: list[Method]) -> float:
+    return steps(grid, unit, len(methods)) * _cost(unit)
+
+
+def _title(unit: Unit) -> str:
+    depth = "" if unit.depth is None else f", depth {unit.depth:g}"
+    work = {
+        "single": "needle",
+        "several": "several needles",
+        "continuation": "continuation",
+        "alone": "speed and memory",
+    }[unit.kind]
+    return f"{work}, {unit.length} tokens{depth}"
+
+
+def _ticker(progress: Progress, bar: Any, cost: float) -> Callable[[], None]:
+    return lambda: progress.advance(bar, cost)
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        speed_estimate_period=600,
+    )

@@ -1,0 +1,1 @@
+"""Tasks: the data and the scores of `attlas compare`, one file a task."""

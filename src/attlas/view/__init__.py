@@ -1,0 +1,1 @@
+"""Views: the table, the picture and the self-contained page of a comparison."""

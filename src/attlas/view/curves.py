@@ -1,0 +1,69 @@
+"""What the picture and the page draw: quality against a cost, one curve for each family."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from attlas.compare.methods import FULL
+from attlas.compare.summary import Column, Summary, budget, family
+from attlas.tasks.record import Measure
+
+#: Colours that colour-blind readers can tell apart, after Okabe and Ito.
+COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#7f6bd0", "#8a8a00")
+INK = "#888888"
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A method in the plane: cost to the right, quality upwards."""
+
+    method: str
+    budget: str
+    x: float
+    y: Measure
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """The methods of one family in the order of their cost."""
+
+    family: str
+    colour: str
+    points: tuple[Point, ...]
+
+
+def costs(summary: Summary) -> list[Column]:
+    """The columns that stand on the horizontal axis."""
+    return [c for c in summary.columns if c.key in ("cache_bytes", "decode_ms", "prefill_ms")]
+
+
+def qualities(summary: Summary) -> list[Column]:
+    """The columns that stand on the vertical axis, graded ones first."""
+    order = ("digits", "single", "several", "top1", "kl", "perplexity")
+    return sorted((c for c in summary.columns if c.quality), key=lambda c: order.index(c.key))
+
+
+def curves(summary: Summary, cost: Column, quality: Column) -> list[Curve]:
+    """A curve for each family; methods of which one of the two is missing are left out."""
+    families: dict[str, list[Point]] = {}
+    for method in summary.grid.methods:
+        row = summary.table[method.label]
+        x, y = row.get(cost.key), row.get(quality.key)
+        points = families.setdefault(family(method), [])
+        if x is not None and y is not None:
+            points.append(
+                Point(method.label, budget(method), cost.scale * x.value, _scaled(quality, y))
+            )
+    colours = iter(COLOURS * len(families))
+    return [
+        Curve(
+            name, INK if name == FULL else next(colours), tuple(sorted(points, key=lambda p: p.x))
+        )
+        for name, points in families.items()
+    ]
+
+
+def _scaled(column: Column, y: Measure) -> Measure:
+    low = y.value if y.low is None else y.low
+    high = y.value if y.high is None else y.high
+    return Measure(column.scale * y.value, y.n, column.scale * low, column.scale * high)

@@ -1,0 +1,63 @@
+"use strict";
+
+// Sorting: a click or Enter on a column's button; numbers by value, missing ones always last.
+for (const button of document.querySelectorAll("table.data thead button")) {
+  button.addEventListener("click", () => {
+    const head = button.closest("th");
+    const table = button.closest("table");
+    const column = [...head.parentNode.children].indexOf(head);
+    const first = head.dataset.first || "ascending";
+    const other = first === "ascending" ? "descending" : "ascending";
+    const order = head.getAttribute("aria-sort") === first ? other : first;
+    for (const each of head.parentNode.children) each.removeAttribute("aria-sort");
+    head.setAttribute("aria-sort", order);
+    const sign = order === "ascending" ? 1 : -1;
+    const value = (row) => row.children[column].dataset.value;
+    const rows = [...table.tBodies[0].rows].sort((a, b) => {
+      const [x, y] = [value(a), value(b)];
+      if (x === "" || y === "") return (x === "") - (y === "");
+      const difference = Number(x) - Number(y);
+      return sign * (Number.isNaN(difference) ? x.localeCompare(y, "en", { numeric: true }) : difference);
+    });
+    table.tBodies[0].append(...rows);
+    const status = document.getElementById("status");
+    status.textContent = `sorted by ${button.textContent.trim()}, ${order}`;
+  });
+}
+
+// Charts: quality upwards, cost to the right; redrawn when the colour scheme or the choice changes.
+const figures = JSON.parse(document.getElementById("figures").textContent);
+const choice = document.getElementById("quality");
+const dark = window.matchMedia("(prefers-color-scheme: dark)");
+
+function draw() {
+  if (!choice) return;
+  const style = getComputedStyle(document.documentElement);
+  const colour = (name) => style.getPropertyValue(name).trim();
+  for (const figure of figures.filter((f) => f.quality === choice.value)) {
+    const traces = figure.curves.map((curve) => ({
+      type: "scatter", mode: "lines+markers+text", name: curve.family,
+      x: curve.x, y: curve.y, text: curve.budget, textposition: "top center",
+      textfont: { size: 11, color: colour("--soft") }, cliponaxis: false,
+      customdata: curve.hover, hovertemplate: "%{customdata}<extra></extra>",
+      line: { color: curve.colour, width: 2 },
+      marker: { color: curve.colour, size: curve.full ? 15 : 9, symbol: curve.full ? "star" : "circle" },
+      error_y: { type: "data", symmetric: false, array: curve.up, arrayminus: curve.down,
+                 color: curve.colour, thickness: 1, width: 3 },
+    }));
+    const axis = { gridcolor: colour("--line"), zerolinecolor: colour("--line"), automargin: true, fixedrange: true };
+    Plotly.react(figure.place, traces, {
+      showlegend: false, margin: { l: 50, r: 24, t: 24, b: 50 }, dragmode: false,
+      paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+      font: { family: "system-ui, sans-serif", size: 13, color: colour("--ink") },
+      hoverlabel: { bgcolor: colour("--card"), bordercolor: colour("--line"), font: { color: colour("--ink") }, align: "left" },
+      xaxis: { ...axis, title: { text: figure.across }, rangemode: "tozero" },
+      yaxis: { ...axis, title: { text: figure.upwards } },
+    }, { displayModeBar: false, responsive: true });
+  }
+}
+if (choice) {
+  choice.addEventListener("change", draw);
+  dark.addEventListener("change", draw);
+  draw();
+}

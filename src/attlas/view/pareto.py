@@ -1,0 +1,63 @@
+"""pareto.png: what is kept against what it costs, one curve for each family of methods."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+from attlas.compare.summary import Column, Summary
+from attlas.view.curves import INK, costs, curves, qualities
+
+
+def write(summary: Summary, path: Path) -> None:
+    """Draw two qualities against two costs; nothing where there is not one of each."""
+    across, up = _two(costs(summary), "cache_bytes"), _two(qualities(summary), "digits")
+    if not across or not up:
+        return
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    style: dict[Any, Any] = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    with matplotlib.rc_context(style):
+        figure = Figure(
+            figsize=(5 * len(across), 0.8 + 3.4 * len(up)), layout="constrained", dpi=150
+        )
+        FigureCanvasAgg(figure)
+        axes = figure.subplots(len(up), len(across), squeeze=False)
+        for row, quality in zip(axes, up, strict=True):
+            for axis, cost in zip(row, across, strict=True):
+                _draw(axis, summary, cost, quality)
+        handles, labels = axes[0][0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+        figure.suptitle(f"{summary.grid.model}: what is kept, against what it costs")
+        figure.savefig(path)
+
+
+def _two(columns: list[Column], first: str) -> list[Column]:
+    """Two columns that say different things: `first` where it was measured, then another kind."""
+    other = {"digits": ("top1", "kl", "perplexity"), "cache_bytes": ("decode_ms", "prefill_ms")}
+    by_key = {column.key: column for column in columns}
+    chosen = [by_key[key] for key in (first, *other[first]) if key in by_key]
+    return chosen[:2]
+
+
+def _draw(axis: matplotlib.axes.Axes, summary: Summary, cost: Column, quality: Column) -> None:
+    for curve in curves(summary, cost, quality):
+        x = [point.x for point in curve.points]
+        y = [point.y.value for point in curve.points]
+        spread = [
+            [p.y.value - (p.y.low or 0.0) for p in curve.points],
+            [(p.y.high or 0.0) - p.y.value for p in curve.points],
+        ]
+        marker = "*" if curve.colour == INK else "o"
+        axis.errorbar(x, y, yerr=spread, color=curve.colour, marker=marker, capsize=2, lw=1.2,
+                      elinewidth=0.6, label=curve.family)  # fmt: skip
+        for point in curve.points:
+            axis.annotate(point.budget, (point.x, point.y.value), (5, 4), fontsize=7,
+                          textcoords="offset points", color=curve.colour)  # fmt: skip
+    better = "upwards" if quality.better == "higher" else "downwards"
+    axis.set_xlabel(f"{cost.title} (left is better)")
+    axis.set_ylabel(f"{quality.title} ({better} is better)")
+    axis.grid(alpha=0.2)

@@ -1,0 +1,218 @@
+"""report.html: one file that opens without a network, in light and dark, by mouse and by keyboard.
+
+All text that comes from users or models is escaped; JSON inside a script cannot end it; and the
+page's own policy forbids every fetch.
+"""
+
+from __future__ import annotations
+
+import json
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from attlas.compare.methods import FULL
+from attlas.compare.summary import Column, Summary, meaning, shown
+from attlas.tasks.record import Measure
+from attlas.view.curves import INK, Point, costs, curves, qualities
+from attlas.view.heat import heat_maps
+from attlas.view.table import MISSING, NO_MEMORY, origin
+
+_METHOD_NOTE = """
+<h2 id="how">How it was measured</h2>
+<ul>
+<li>All texts are passages of the works of Shakespeare, drawn by the seed.</li>
+<li>A needle is a sentence such as <q>The special magic number for London is 4817263.</q> between
+two lines of the plays. Its depth is the share of the text before it. The answer is greedy and right
+only if every digit is.</li>
+<li><strong>The question is never part of what is compressed.</strong> Each method compresses the
+text alone and is then asked through the model’s own chat template; none can peek at what will be
+wanted, so numbers can be lower than those of tests that compress the question along.</li>
+<li>KL, top-1 agreement and perplexity read the true continuation of a text, token by token, through
+the compressed cache.</li>
+<li>Speed and memory: each method runs by itself, several times in turn; times are medians. The floor
+is the larger of operations ÷ matrix-product rate and bytes ÷ copy rate, both measured on this
+machine: no program that does this work can be faster here.</li>
+<li>Intervals are 95 %: Wilson’s for shares of right answers, ±1.96 standard errors for means over
+tokens. Few samples give wide intervals; the preset <code>full</code> narrows them.</li>
+</ul>
+"""
+
+
+def write(summary: Summary, path: Path) -> None:
+    """Write the page."""
+    # The script is read here, not at import: it is five megabytes.
+    from plotly.offline import get_plotlyjs
+
+    page = files("attlas.view").joinpath("page")
+    grid = summary.grid
+    figures = _figures(summary)
+    body = [_table(summary), _charts(summary) if figures else "", heat_maps(summary), _METHOD_NOTE,
+            _cells(summary)]  # fmt: skip
+    filled = {
+        "title": escape(f"Attention methods on {grid.model}"),
+        "lead": escape(origin(summary)),
+        "css": page.joinpath("page.css").read_text("utf-8"),
+        "body": "\n".join(body),
+        "figures": _in_script(figures),
+        "plotly": get_plotlyjs() if figures else "",
+        "js": page.joinpath("page.js").read_text("utf-8"),
+    }
+    # Each place is filled once, in order, so that a brace in a user's text is never a place.
+    text, html = page.joinpath("page.html").read_text("utf-8"), ""
+    for name in ("title", "css", "title", "lead", "body", "figures", "plotly", "js"):
+        before, _, text = text.partition("{" + name + "}")
+        html += before + filled[name]
+    path.write_text(html + text, encoding="utf-8")
+
+
+def _in_script(data: Any) -> str:
+    """JSON that cannot end the script element that it stands in."""
+    packed = json.dumps(data, ensure_ascii=False, allow_nan=False)
+    return packed.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _table(summary: Summary) -> str:
+    heads = [_head("method", "ascending")]
+    heads += [
+        _head(f"{c.title} {'↑' if c.better == 'higher' else '↓'}",
+              "descending" if c.better == "higher" else "ascending", meaning(c, summary))
+        for c in summary.columns
+    ]  # fmt: skip
+    rows = []
+    for method in summary.table:
+        mark = ' class="full"' if method == FULL else ""
+        name = escape(method)
+        cells = "".join(_cell(summary, method, column) for column in summary.columns)
+        rows.append(
+            f'<tr><th scope="row" data-value="{name}"{mark}><code>{name}</code></th>{cells}</tr>'
+        )
+    meanings = "".join(
+        f"<dt>{escape(c.title)}</dt><dd>{escape(meaning(c, summary))}</dd>" for c in summary.columns
+    )
+    return f"""
+<h2 id="table">The table</h2>
+<p class="lead">↑ higher is better, ↓ lower is better; a click on a head sorts. Needles are pooled over
+all lengths and depths; everything else is at {summary.longest} tokens. Under a number stands its 95 %
+interval, or the least time this machine could need; the best beside full attention is bold.</p>
+<div class="scroll" role="region" aria-label="Results by method" tabindex="0">
+<table class="data"><thead><tr>{"".join(heads)}</tr></thead><tbody>{"".join(rows)}</tbody></table>
+</div>
+<dl>{meanings}</dl>"""
+
+
+def _head(title: str, first: str, hint: str = "") -> str:
+    note = f' title="{escape(hint)}"' if hint else ""
+    return (
+        f'<th scope="col" data-first="{first}"{note}>'
+        f'<button type="button">{escape(title)}</button></th>'
+    )
+
+
+def _cell(summary: Summary, method: str, column: Column) -> str:
+    row = summary.table[method]
+    measure = row.get(column.key)
+    if measure is None:
+        text = NO_MEMORY if column.key in row else MISSING
+        return f'<td class="none" data-value="">{text}</td>'
+    number, beside = shown(column, measure)
+    best = ' class="best"' if _is_best(summary, method, column, measure) else ""
+    small = f"<small>{escape(beside)}</small>" if beside else ""
+    return f'<td data-value="{measure.value!r}"><span{best}>{number}</span>{small}</td>'
+
+
+def _is_best(summary: Summary, method: str, column: Column, measure: Measure) -> bool:
+    others = [
+        m.value for name, row in summary.table.items()
+        if name != FULL and (m := row.get(column.key)) is not None
+    ]  # fmt: skip
+    if method == FULL or len(others) < 2 or min(others) == max(others):
+        return False
+    return measure.value == (max(others) if column.better == "higher" else min(others))
+
+
+def _charts(summary: Summary) -> str:
+    options = "".join(
+        f'<option value="{c.key}">{escape(c.title)} ({c.better} is better)</option>'
+        for c in qualities(summary)
+    )
+    legend = dict.fromkeys(
+        (curve.family, curve.colour)
+        for curve in curves(summary, costs(summary)[0], qualities(summary)[0])
+    )
+    items = "".join(
+        f'<li><i style="background:{colour}"></i><code>{escape(name)}</code></li>'
+        for name, colour in legend
+    )
+    places = "".join(
+        f'<div class="chart" id="chart-{c.key}" role="img" aria-label="quality against '
+        f'{escape(c.title)}; the numbers are in the table"></div>'
+        for c in costs(summary)
+    )
+    return f"""
+<h2 id="charts">Quality against memory and speed</h2>
+<p class="lead">Left is cheaper. A line joins the budgets of one method; the star is full attention,
+which keeps everything. A good method stays at the star’s height while it moves left.</p>
+<div class="choices"><label for="quality">Quality:</label>
+<select id="quality">{options}</select></div>
+<div class="charts">{places}</div>
+<ul class="legend">{items}</ul>"""
+
+
+def _figures(summary: Summary) -> list[dict[str, Any]]:
+    return [
+        {
+            "quality": quality.key,
+            "place": f"chart-{cost.key}",
+            # Plotly reads a little HTML in its texts, so they are escaped as such.
+            "across": escape(cost.title),
+            "upwards": escape(f"{quality.title} ({quality.better} is better)"),
+            "curves": [
+                {
+                    "family": escape(curve.family),
+                    "colour": curve.colour,
+                    "full": curve.colour == INK,
+                    "x": [p.x for p in curve.points],
+                    "y": [p.y.value for p in curve.points],
+                    "up": [(p.y.high or 0.0) - p.y.value for p in curve.points],
+                    "down": [p.y.value - (p.y.low or 0.0) for p in curve.points],
+                    "budget": [escape(p.budget) for p in curve.points],
+                    "hover": [_hover(p, cost, quality) for p in curve.points],
+                }
+                for curve in curves(summary, cost, quality)
+            ],
+        }
+        for quality in qualities(summary)
+        for cost in costs(summary)
+    ]
+
+
+def _hover(point: Point, cost: Column, quality: Column) -> str:
+    return (
+        f"<b>{escape(point.method)}</b><br>{quality.title}: {point.y.value:.{quality.digits}f}"
+        f"<br>{cost.title}: {point.x:.{cost.digits}f}"
+    )
+
+
+def _cells(summary: Summary) -> str:
+    """Every cell, for those who want to look closer."""
+    names = ("method", "task", "metric", "length", "depth", "value", "low", "high", "n", "seconds",
+             "status")  # fmt: skip
+    heads = "".join(_head(name, "ascending") for name in names)
+    rows = []
+    for line in summary.lines:
+        cells = []
+        for name in names:
+            value = line.get(name)
+            text = (
+                "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+            )
+            cells.append(f'<td data-value="{escape(text)}">{escape(text)}</td>')
+        hint = f' title="{escape(str(line["reason"]))}"' if line.get("reason") else ""
+        rows.append(f"<tr{hint}>{''.join(cells)}</tr>")
+    return f"""
+<details><summary>Every measured number ({len(rows)})</summary>
+<div class="scroll" role="region" aria-label="Every measured number" tabindex="0">
+<table class="data"><thead><tr>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table>
+</div></details>"""

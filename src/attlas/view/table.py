@@ -1,0 +1,105 @@
+"""The table of a comparison, for the terminal and as Markdown."""
+
+from __future__ import annotations
+
+from html import escape
+from pathlib import Path
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from attlas.compare.methods import FULL
+from attlas.compare.summary import Column, Summary, meaning, shown
+
+MISSING, NO_MEMORY = "–", "out of memory"
+
+
+def captions(summary: Summary) -> tuple[str, str]:
+    """What stands over the two halves: what is kept, and what it costs."""
+    lengths = ", ".join(map(str, summary.grid.lengths))
+    return (
+        f"What is kept (needles: {lengths} tokens; the rest: {summary.longest} tokens; "
+        "with 95 % intervals)",
+        f"What it costs ({summary.longest} tokens; floor: the least this machine could need)",
+    )
+
+
+def terminal(summary: Summary) -> RenderableType:
+    """Two tables: what is kept, what it costs; intervals stand under the numbers."""
+    parts: list[RenderableType] = []
+    for caption, columns in zip(captions(summary), _halves(summary), strict=True):
+        if not columns:
+            continue
+        table = Table(title=caption, title_justify="left", title_style="bold", box=None,
+                      pad_edge=False, header_style="bold")  # fmt: skip
+        table.add_column("method", overflow="fold")
+        for column in columns:
+            arrow = "↑" if column.better == "higher" else "↓"
+            table.add_column(f"{column.title} {arrow}", justify="right")
+        for method in summary.table:
+            label = Text(method, "bold" if method == FULL else "")
+            table.add_row(label, *(_terminal_cell(summary, method, c) for c in columns))
+        parts += [Text(), table]
+    notes = [f"  {c.title}: {meaning(c, summary)}" for c in summary.columns]
+    parts += [Text("\n↑ higher is better, ↓ lower is better", "dim"), Text("\n".join(notes), "dim")]
+    parts += [Text(origin(summary), "dim")]
+    return Group(*parts)
+
+
+def write(summary: Summary, path: Path) -> None:
+    """table.md: the same two tables, their meaning, and where they come from."""
+    lines = [f"# {escape(summary.grid.model)}: attention methods compared", ""]
+    for caption, columns in zip(captions(summary), _halves(summary), strict=True):
+        if columns:
+            heads = [f"{c.title} {'↑' if c.better == 'higher' else '↓'}" for c in columns]
+            lines += [
+                f"**{caption}**",
+                "",
+                _row(["method", *heads]),
+                _row(["---"] + ["--:"] * len(heads)),
+            ]
+            for method in summary.table:
+                cells = [_markdown_cell(summary, method, c) for c in columns]
+                lines.append(_row([f"`{method}`", *cells]))
+            lines.append("")
+    lines += ["↑ higher is better, ↓ lower is better.", ""]
+    lines += [f"- {c.title}: {meaning(c, summary)}" for c in summary.columns]
+    lines += ["", escape(origin(summary)), ""]
+    path.write_text("\n".join(lines), encoding="utf-8")
+
+
+def origin(summary: Summary) -> str:
+    """What ran where, in one line."""
+    grid = summary.grid
+    return (
+        f"model {grid.model}, {grid.dtype} on {grid.device} ({'; '.join(summary.stamps('machine'))}), "
+        f"preset {grid.preset.name}, seed {grid.seed}; {'; '.join(summary.stamps('versions'))}"
+    )
+
+
+def _halves(summary: Summary) -> tuple[list[Column], list[Column]]:
+    quality = [c for c in summary.columns if c.quality]
+    return quality, [c for c in summary.columns if not c.quality]
+
+
+def _terminal_cell(summary: Summary, method: str, column: Column) -> Text:
+    row = summary.table[method]
+    if (measure := row.get(column.key)) is None:
+        return Text(
+            NO_MEMORY if column.key in row else MISSING, "red" if column.key in row else "dim"
+        )
+    number, beside = shown(column, measure)
+    return Text(number) + Text(f"\n{beside}" if beside else "", "dim")
+
+
+def _markdown_cell(summary: Summary, method: str, column: Column) -> str:
+    row = summary.table[method]
+    if (measure := row.get(column.key)) is None:
+        return NO_MEMORY if column.key in row else MISSING
+    number, beside = shown(column, measure)
+    return f"{number} ({beside})" if beside else number
+
+
+def _row(cells: list[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
