@@ -24,23 +24,13 @@ def test_rows_are_sound():
     rows = papers()
     slugs = [row.slug for row in rows]
     assert len(slugs) == len(set(slugs))
-    assert len([r for r in rows if not r.entries]) + len([r for r in rows if r.entries]) == len(rows)
+    assert len([r for r in rows if r.works_when]) == len(rows) >= 317
     assert all(set(row.stages) <= set(STAGES) for row in rows)
 
 
 def test_every_paper_named_by_code_is_a_row():
     slugs = {row.slug for row in papers()}
     assert {e.paper for e in registry.entries() if e.paper} <= slugs
-
-
-def test_code_changes_no_stage_that_its_row_does_not_name():
-    from attlas.catalog.stages import stages_of
-
-    for row in papers():
-        for entry in row.entries:
-            if entry.kind == "layer" and entry.paper:
-                changed = set(stages_of(entry))
-                assert changed <= set(row.stages) | {"project"}, (row.slug, changed)
 
 
 def test_filters():
