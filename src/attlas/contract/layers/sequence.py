@@ -1,0 +1,164 @@
+"""Checks of layers along the sequence: causality, padding, batches, decoding step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from attlas.contract.measure import Measure, Subject, check, finite, refuses, same
+
+
+def _inputs(layer: object, batch: int = 2, tokens: int = 11) -> Tensor:
+    torch.manual_seed(1)
+    return torch.randn(batch, tokens, layer.dim, dtype=torch.float64)  # type: ignore[attr-defined]
+
+
+@check("layer")
+def causality(subject: Subject) -> Iterator[Measure]:
+    """Changing the future never changes the past; without a causal form, causal is refused."""
+    if not subject.causal_form:
+        yield refuses("causal=True", lambda: subject.layer(causal=True), "causal")
+        return
+    for case, options in subject.forms():
+        if not options.get("causal"):
+            continue
+        layer = subject.layer(**options)
+        x = _inputs(layer)
+        for now in (1, 5, 10):
+            changed = x.clone()
+            changed[:, now:] = 10 * torch.randn_like(x[:, now:])
+            yield same(f"{case} from {now} on", layer(changed)[:, :now], layer(x)[:, :now])
+
+
+@check("layer")
+def padding(subject: Subject) -> Iterator[Measure]:
+    """Tokens padded left, right or not at all get the same answers, whatever the padding holds."""
+    for case, options in subject.forms():
+        layer = subject.layer(**options)
+        x = _inputs(layer, tokens=6)
+        alone = layer(x)
+        junk = 10 * torch.randn(2, 3, layer.dim, dtype=torch.float64)
+        for side in ("left", "right"):
+            parts, real = (junk, x), torch.tensor([False] * 3 + [True] * 6)
+            if side == "right":
+                parts, real = (x, junk), real.flip(0)
+            y = layer(torch.cat(parts, dim=1), mask=real.expand(2, -1))[:, real]
+            yield same(f"{case} {side}", y, alone)
+        # Rows of different lengths in one batch.
+        real = torch.tensor([[False] * 3 + [True] * 6, [True] * 9])
+        both = torch.cat((junk, x), dim=1)
+        yield same(f"{case} mixed", layer(both, mask=real)[0, 3:], alone[0])
+
+
+@check("layer")
+def batches(subject: Subject) -> Iterator[Measure]:
+    """The order of a batch, and splitting it, change nothing."""
+    for case, options in subject.forms():
+        layer = subject.layer(**options)
+        x = _inputs(layer, batch=4)
+        y = layer(x)
+        order = torch.tensor([2, 0, 3, 1])
+        yield same(f"{case} order", layer(x[order]), y[order])
+        yield same(f"{case} split", torch.cat([layer(row) for row in x.split(1)]), y)
+
+
+@check("layer")
+def masks(subject: Subject) -> Iterator[Measure]:
+    """Hidden pairs get no weight, whether a pattern or a tensor hides them."""
+    from attlas.masks import dense, window
+
+    layer = subject.layer()
+    x = _inputs(layer)
+    tokens = x.shape[1]
+    pattern = window(3)
+    pairs = dense(pattern, tokens, tokens)
+    hidden = layer.weights(x, mask=pattern).masked_fill(pairs, 0.0)
+    yield same("pattern", hidden, torch.zeros_like(hidden))
+    yield same("pattern and tensor", layer(x, mask=pairs), layer(x, mask=pattern))
+    own = subject.layer(mask=pattern)
+    yield same("its own pattern", own(x), layer(x, mask=pattern))
+
+
+@check("layer")
+def decoding(subject: Subject) -> Iterator[Measure]:
+    """Prefill and then steps give what one pass gives; so do chunks."""
+    if not subject.causal_form:
+        yield refuses("no causal form", lambda: subject.layer().init_cache(), "causal")
+        return
+    for case, options in subject.forms():
+        if not options.get("causal"):
+            continue
+        layer = subject.layer(**options)
+        x = _inputs(layer)
+        at_once = layer(x)
+        for name, sizes in {"steps": [5] + [1] * 6, "chunks": [4, 4, 3], "all steps": [1] * 11}.items():
+            cache = layer.init_cache()
+            parts = [layer(part, cache=cache) for part in x.split(sizes, dim=1)]
+            yield same(f"{case} {name}", torch.cat(parts, dim=1), at_once)
+
+
+@check("layer", when=lambda subject: subject.causal_form)
+def decoding_padded(subject: Subject) -> Iterator[Measure]:
+    """Steps after a prompt padded on the left give what they give without padding."""
+    for case, options in subject.forms():
+        if not options.get("causal"):
+            continue
+        layer = subject.layer(**options)
+        x = _inputs(layer)
+        alone, cache = layer(x), layer.init_cache()
+        junk = 10 * torch.randn(2, 3, layer.dim, dtype=torch.float64)
+        tokens = torch.cat((junk, x), dim=1)
+        real = torch.tensor([False] * 3 + [True] * 11).expand(2, -1)
+        seen, parts = 0, []
+        for part in tokens.split([8] + [1] * 6, dim=1):
+            seen += part.shape[1]
+            parts.append(layer(part, mask=real[:, :seen], cache=cache))
+        yield same(case, torch.cat(parts, dim=1)[:, 3:], alone)
+
+
+@check("layer", when=lambda subject: subject.causal_form)
+def static_cache(subject: Subject) -> Iterator[Measure]:
+    """Transformers' StaticCache, whose slots are there before they are filled, gives the same."""
+    from transformers import LlamaConfig, StaticCache
+
+    layer = subject.layer(causal=True)
+    x = _inputs(layer)
+    config = LlamaConfig(
+        hidden_size=layer.dim, num_attention_heads=layer.heads, num_key_value_heads=layer.kv_heads,
+        head_dim=layer.head_dim, num_hidden_layers=1,
+    )  # fmt: skip
+    cache = StaticCache(config=config, max_cache_len=16)
+    parts = [layer(part, cache=cache) for part in x.split([5] + [1] * 6, dim=1)]
+    yield same("16 slots for 11", torch.cat(parts, dim=1), layer(x))
+
+
+@check("layer")
+def repeated_tokens(subject: Subject) -> Iterator[Measure]:
+    """The same token over and over gives finite outputs and gradients."""
+    for case, options in subject.forms():
+        layer = subject.layer(**options)
+        x = _inputs(layer)[:, :1].repeat(1, 7, 1).requires_grad_()
+        y = layer(x)
+        y.sum().backward()
+        yield finite(case, y, x.grad)
+
+
+@check("layer", when=lambda subject: subject.reduces_to is not None)
+def reduces_to(subject: Subject) -> Iterator[Measure]:
+    """In its declared special case it is the other mechanism."""
+    from attlas.catalog import registry
+
+    reduction = subject.reduces_to
+    assert reduction is not None
+    other = registry.find(reduction.to).object
+    for case, options in subject.forms():
+        layer = subject.layer(noise=0.0, **reduction.options, **options)
+        plain = other(dim=layer.dim, heads=layer.heads, head_dim=layer.head_dim, **options)
+        plain = plain.double().eval()
+        with torch.no_grad():
+            if reduction.prepare is not None:
+                reduction.prepare(layer, plain)
+        x = _inputs(layer)
+        yield same(f"{case} to {reduction.to}", layer(x), plain(x))

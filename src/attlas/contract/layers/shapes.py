@@ -1,0 +1,96 @@
+"""Checks of layers: every size and precision goes in, and the same comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from attlas.contract.measure import Measure, Subject, check, finite, holds, same
+
+#: One token, an even few, and lengths that no block divides.
+LENGTHS = (1, 2, 7, 33)
+
+
+@check("layer")
+def shapes(subject: Subject) -> Iterator[Measure]:
+    """[batch, tokens, dim] in, the same out, for odd lengths, batches and head widths."""
+    for options in ({}, {"heads": 1}, {"head_dim": 5}, {"head_dim": 3, "heads": 3}):
+        if not subject.takes(**options):
+            continue
+        layer = subject.layer(dtype=torch.float32, **options)
+        for batch in (1, 3):
+            for length in LENGTHS:
+                x = torch.randn(batch, length, layer.dim)
+                y = layer(x)
+                case = f"batch={batch} tokens={length} {options}"
+                yield holds(case, y.shape == x.shape, f"gives {list(y.shape)}")
+                yield finite(case, y)
+
+
+@check("layer")
+def precisions(subject: Subject) -> Iterator[Measure]:
+    """The precision that goes in comes out."""
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        layer = subject.layer(dtype=dtype)
+        y = layer(torch.randn(2, 9, layer.dim, dtype=dtype))
+        yield holds(str(dtype), y.dtype == dtype, f"gives {y.dtype}")
+        yield finite(str(dtype), y)
+
+
+@check("layer", when=lambda subject: subject.takes(heads=4, kv_heads=2))
+def grouped_heads(subject: Subject) -> Iterator[Measure]:
+    """Grouped key and value heads give what the stages give, and shrink what a cache holds."""
+    x = torch.randn(2, 9, 16, dtype=torch.float64)
+    held: dict[int, int] = {}
+    for kv_heads in (1, 2, 4):
+        layer = subject.layer(heads=4, kv_heads=kv_heads)
+        q, k, v, mask = layer.prepare(x)
+        held[kv_heads] = k.numel() + v.numel()
+        stages = layer.output(layer.aggregate(layer.weigh(q, k, mask), v))
+        yield same(f"kv_heads={kv_heads}", layer(x), stages)
+    shrinks = held[1] * 4 == held[2] * 2 == held[4]
+    yield holds("cache", shrinks, f"numbers held by kv_heads: {held}")
+
+
+@check("layer")
+def strides(subject: Subject) -> Iterator[Measure]:
+    """Inputs that are not contiguous give what contiguous ones give."""
+    layer = subject.layer()
+    dense = torch.randn(2, 9, layer.dim, dtype=torch.float64)
+    views = {
+        "transposed": dense.transpose(1, 2).contiguous().transpose(1, 2),
+        "every other": dense.repeat_interleave(2, dim=1)[:, ::2],
+        "batch last": dense.permute(1, 2, 0).contiguous().permute(2, 0, 1),
+    }
+    for case, view in views.items():
+        yield holds(case, not view.is_contiguous(), "this check's input is contiguous")
+        yield same(case, layer(view), layer(dense))
+
+
+@check("layer", when=lambda subject: bool(getattr(subject.object, "has_cross_form", False)))
+def cross_attention(subject: Subject) -> Iterator[Measure]:
+    """Queries from one sequence, keys from another; keys out of sight change nothing."""
+    layer = subject.layer()
+    x = torch.randn(2, 5, layer.dim, dtype=torch.float64)
+    context = torch.randn(2, 8, layer.dim, dtype=torch.float64)
+    y = layer(x, context)
+    yield holds("5 from 8", y.shape == x.shape, f"gives {list(y.shape)}")
+    yield same("x as its own context", layer(x, x), layer(x))
+    real = torch.ones(2, 8, dtype=torch.bool)
+    real[:, 6:] = False
+    yield same("padded context", layer(x, context, mask=real), layer(x, context[:, :6]))
+
+
+@check("layer", when=lambda subject: torch.cuda.is_available(), poisoned=False)
+def devices(subject: Subject) -> Iterator[Measure]:
+    """On an accelerator it gives what it gives here, forward and backward."""
+    for case, options in subject.forms():
+        layer = subject.layer(**options)
+        x = torch.randn(2, 33, layer.dim, dtype=torch.float64)
+        there = subject.layer(**options).to("cuda")
+        inputs = x.cuda().requires_grad_()
+        y = there(inputs)
+        yield same(case, y.cpu(), layer(x))
+        y.sum().backward()
+        yield finite(f"{case} gradient", inputs.grad)

@@ -1,0 +1,43 @@
+"""Checks of layers: gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from attlas.contract.measure import Measure, Subject, check, holds
+
+
+@check("layer")
+def gradients_reach(subject: Subject) -> Iterator[Measure]:
+    """Every parameter gets a gradient that is neither missing, nor zero, nor infinite."""
+    for case, options in subject.forms():
+        layer = subject.layer(**options)
+        y = layer(torch.randn(2, 9, layer.dim, dtype=torch.float64))
+        (y * torch.randn_like(y)).sum().backward()
+        for name, parameter in layer.named_parameters():
+            grad = parameter.grad
+            reached = grad is not None and bool(grad.isfinite().all()) and bool(grad.abs().sum() > 0)
+            yield holds(f"{case} {name}", reached, f"{name} gets no finite gradient")
+
+
+@check("layer")
+def finite_differences(subject: Subject) -> Iterator[Measure]:
+    """Gradients in float64 agree with finite differences, along random directions."""
+    for case, options in subject.forms():
+        layer = subject.layer(dim=8, **options)
+        names, values = zip(*layer.named_parameters(), strict=True)
+
+        def forward(x: Tensor, *weights: Tensor, layer=layer, names=names) -> Tensor:  # type: ignore[no-untyped-def]
+            y: Tensor = functional_call(layer, dict(zip(names, weights, strict=True)), (x,))
+            return y
+
+        x = torch.randn(1, 3, 8, dtype=torch.float64, requires_grad=True)
+        weights = [value.detach().clone().requires_grad_() for value in values]
+        agree = torch.autograd.gradcheck(
+            forward, (x, *weights), fast_mode=True, raise_exception=False
+        )
+        yield holds(case, bool(agree), "gradients do not agree with finite differences")

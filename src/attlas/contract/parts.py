@@ -1,0 +1,238 @@
+"""The checks of parts: attached to a small random Llama, they work, keep their word, and leave."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attlas.contract.layers.state import surroundings
+from attlas.contract.measure import Measure, Subject, check, distance, finite, holds, refuses, same
+
+#: Options that say how large a budget is; checks that set one leave the example's out.
+BUDGETS = ("keep", "tokens", "bytes")
+
+
+def is_policy(subject: Subject) -> bool:
+    """Whether the part decides which keys a cache keeps."""
+    from attlas.parts.cache.policy import CachePolicy
+
+    return inspect.isclass(subject.object) and issubclass(subject.object, CachePolicy)
+
+
+def is_recorder(subject: Subject) -> bool:
+    """Whether the part looks and changes nothing."""
+    from attlas.attach import Recorder
+
+    return inspect.isclass(subject.object) and issubclass(subject.object, Recorder)
+
+
+def made(subject: Subject, **options: Any) -> Any:
+    """The part, with the example's budget unless the options set another."""
+    example = dict(subject.example)
+    if any(name in options for name in BUDGETS):
+        example = {name: value for name, value in example.items() if name not in BUDGETS}
+    return subject.object(**{**example, **options})
+
+
+def small_llama(dtype: torch.dtype = torch.float64) -> Any:
+    """A Llama with random weights: 6 layers, 4 query heads over 2 key heads of width 8."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=6,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+        initializer_range=0.3, pad_token_id=0, bos_token_id=1, eos_token_id=None,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).to(dtype).eval()
+
+
+def prompt(tokens: int, batch: int = 1) -> Tensor:
+    """Token numbers, none of them padding."""
+    torch.manual_seed(1)
+    return torch.randint(2, 64, (batch, tokens))
+
+
+def continued(model: Any, ids: Tensor, mask: Tensor | None = None, **options: Any) -> Tensor:
+    """Logits of six greedily generated tokens, [steps, batch, vocabulary]."""
+    mask = torch.ones_like(ids) if mask is None else mask
+    given = {"max_new_tokens": 6, "do_sample": False, **options}
+    out = model.generate(
+        input_ids=ids, attention_mask=mask, return_dict_in_generate=True, output_logits=True, **given
+    )
+    return torch.stack(out.logits)
+
+
+@check("part", poisoned=False)
+def no_trace(subject: Subject) -> Iterator[Measure]:
+    """Entered and left, by the end or by an exception, the model and the libraries are as before."""
+    from attlas.attach import attach
+
+    model, ids = small_llama(), prompt(24)
+    with torch.no_grad():
+        plain, before = model(ids).logits, _model_state(model)
+        around = surroundings()
+        with attach(model, made(subject)):
+            model(ids)
+        for case in ("left", "left by an exception"):
+            yield Measure(f"{case}: logits", distance(model(ids).logits, plain), 0.0)
+            after = {**surroundings(), **_model_state(model)}
+            for what, value in {**around, **before}.items():
+                yield holds(f"{case}: {what}", after[what] == value, f"{what} changed")
+            try:
+                with attach(model, made(subject)):
+                    model(ids)
+                    raise KeyError("on purpose")
+            except KeyError:
+                continue
+
+
+def _model_state(model: nn.Module) -> dict[str, Any]:
+    return {
+        "implementation": model.config._attn_implementation,  # type: ignore[union-attr]
+        "hooks": sum(
+            len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks)
+            for m in model.modules()
+        ),
+        "forwards": [("forward" in vars(m)) for m in model.modules()],
+        "classes": [type(m).__name__ for m in model.modules()],
+    }
+
+
+@check("part", poisoned=False)
+def generates(subject: Subject) -> Iterator[Measure]:
+    """Greedy search, sampling and beams end with finite logits, for one row and for two."""
+    from attlas.attach import attach
+
+    model = small_llama()
+    ways: dict[str, dict[str, Any]] = {
+        "greedy": {}, "sampling": {"do_sample": True}, "beams": {"num_beams": 2},
+    }  # fmt: skip
+    for way, options in ways.items():
+        for batch in (1, 2):
+            with attach(model, made(subject)):
+                logits = continued(model, prompt(24, batch), **options)
+            yield finite(f"{way} batch={batch}", logits)
+            yield holds(f"{way} length", len(logits) == 6, f"{len(logits)} tokens instead of 6")
+
+
+@check("part", poisoned=False, when=lambda subject: is_policy(subject) or is_recorder(subject))
+def prompt_exact(subject: Subject) -> Iterator[Measure]:
+    """The prompt's own logits are those of the model alone."""
+    from attlas.attach import attach
+
+    model, ids = small_llama(), prompt(24, 2)
+    with torch.no_grad():
+        plain = model(ids).logits
+        with attach(model, made(subject)):
+            yield same("prompt", model(ids).logits, plain)
+
+
+@check("part", poisoned=False, when=is_policy)
+def whole_budget(subject: Subject) -> Iterator[Measure]:
+    """A budget of the whole prompt changes nothing."""
+    from attlas.attach import attach
+
+    model, ids = small_llama(), prompt(24, 2)
+    plain = continued(model, ids)
+    with attach(model, made(subject, keep=1.0)):
+        yield same("keep=1.0", continued(model, ids), plain)
+    with attach(model, made(subject, tokens=500)):
+        yield same("tokens=500 of 24", continued(model, ids), plain)
+
+
+@check("part", poisoned=False, when=is_policy)
+def bytes_promised(subject: Subject) -> Iterator[Measure]:
+    """The cache holds the promised bytes: never more, and within 2 % of them."""
+    from attlas.attach import attach
+
+    model, ids = small_llama(torch.float32), prompt(256)
+    with torch.no_grad(), attach(model) as session:
+        model(ids, use_cache=True)
+        full = session.kv_bytes
+    promise = full * 3 // 5
+    budgets: dict[str, dict[str, Any]] = {"bytes": {"bytes": promise}, "keep=0.6": {"keep": 0.6}}
+    for case, options in budgets.items():
+        with torch.no_grad(), attach(model, made(subject, **options)) as session:
+            model(ids, use_cache=True)
+            held = session.kv_bytes
+            if "keep" in options:  # a share is one of tokens; slot indices come on top
+                slots = [layer.index for layer in session.cache.layers]
+                held -= sum(t.numel() * t.element_size() for t in slots if t is not None)
+        yield holds(f"{case} at most", held <= promise, f"{held} bytes held, {promise} promised")
+        off = abs(held - promise) / promise
+        yield Measure(f"{case} within", off, 0.02, f"{held} bytes held, {promise} promised")
+
+
+@check("part", poisoned=False, when=lambda subject: is_policy(subject) or is_recorder(subject))
+def padding(subject: Subject) -> Iterator[Measure]:
+    """A prompt in a batch padded on the left continues as it does alone."""
+    from attlas.attach import attach
+
+    model, ids = small_llama(), prompt(30, 2)
+    ids[0, :8] = 0
+    real = (ids != 0).long()
+    with attach(model, made(subject)):
+        alone = continued(model, ids[:1, 8:])
+    with attach(model, made(subject)):
+        together = continued(model, ids, real)
+    yield same("left", together[:, :1], alone)
+
+
+@check("part", poisoned=False, when=is_recorder)
+def recorded(subject: Subject) -> Iterator[Measure]:
+    """A recorder changes no logit, and what it gives is finite, with the layers first."""
+    from torch.utils._pytree import tree_leaves
+
+    from attlas.attach import attach
+
+    model, ids = small_llama(), prompt(24, 2)
+    plain = continued(model, ids)
+    recorder = made(subject)
+    with attach(model, recorder):
+        yield same("generate", continued(model, ids), plain)
+    recorder = made(subject)
+    with attach(model, recorder), torch.no_grad():
+        model(ids)
+    found = [leaf for leaf in tree_leaves(recorder.result()) if isinstance(leaf, Tensor)]
+    yield holds("something", bool(found), "result() holds no tensor")
+    yield finite("finite", *(leaf.float() for leaf in found))
+    shapes = [list(leaf.shape) for leaf in found]
+    yield holds("layers first", all(s[0] == 6 for s in shapes), f"of shapes {shapes} for 6 layers")
+
+
+@check("part", poisoned=False, when=is_policy)
+def wrong_budgets(subject: Subject) -> Iterator[Measure]:
+    """Budgets out of range, none, or two at once are a ValueError that names them."""
+    for keep in (0.0, -0.5, 1.5):
+        yield refuses(f"keep={keep}", partial(made, subject, keep=keep), "keep")
+    yield refuses("tokens=0", lambda: made(subject, tokens=0), "tokens")
+    yield refuses("two budgets", lambda: made(subject, keep=0.5, tokens=8), "keep")
+
+
+@check("part", poisoned=False)
+def twice_refused(subject: Subject) -> Iterator[Measure]:
+    """A second session on the same model is refused, and the first goes on."""
+    from attlas.attach import attach
+
+    model, ids = small_llama(), prompt(24)
+
+    def again() -> None:
+        with attach(model, made(subject)):
+            pass
+
+    with attach(model, made(subject)):
+        yield refuses("attached already", again, "attach")
+        yield finite("goes on", continued(model, ids))
+
+
+@check("part")
+def described(subject: Subject) -> Iterator[Measure]:
+    """The docstring of the module or the class says what is done."""
+    docs = inspect.getdoc(subject.object) or inspect.getdoc(inspect.getmodule(subject.object))
+    yield holds("docstring", bool(docs), "no docstring")
