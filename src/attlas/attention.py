@@ -312,6 +312,12 @@ class Attention(nn.Module):
         if context is not None and (cache is not None or self.causal or not self.has_cross_form):
             why = "a cache" if cache is not None else "causal=True" if self.causal else name
             raise ValueError(f"context cannot be given together with {why}")
+        if context is not None and self.position_encoding.score_mod is not None:
+            position = type(self.position_encoding).__name__
+            raise ValueError(
+                f"context cannot be given together with position={position}: distances between two "
+                "sequences mean nothing"
+            )
         if cache is not None and not self.has_causal_form:
             raise ValueError(f"cache was given, but {name} has no causal form")
         if isinstance(mask, Tensor) and mask.ndim not in (2, 4):

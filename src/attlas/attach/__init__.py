@@ -9,6 +9,8 @@ open; each call of a layer's attention becomes a `Call`, which every part may lo
 its own stage. Leaving the block restores the model and Transformers' registries to what they were.
 """
 
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from attlas.attach.call import Call, Part, Recorder, ScoreMod, Step
@@ -28,6 +30,15 @@ __all__ = [
     "attach",
     "prefill",
 ]
+
+
+class _Callable(ModuleType):
+    """This package stands in `attlas` under the name of its function, so it can be called as it."""
+
+    __call__ = staticmethod(attach)
+
+
+sys.modules[__name__].__class__ = _Callable
 
 
 def __getattr__(name: str) -> Any:

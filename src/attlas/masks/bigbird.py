@@ -42,6 +42,11 @@ def bigbird(
     Raises:
         ValueError: a length that is no multiple of the block, or an even window.
     """
+    for name, value in {"length": length, "heads": heads, "size": size}.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if random < 0:
+        raise ValueError(f"random must be at least 0, got {random}")
     if length % size:
         raise ValueError(f"length must be a multiple of size={size}, got {length}")
     if window_blocks % 2 == 0 or window_blocks < 1:

@@ -24,7 +24,7 @@ from attlas.masks import Mask, causal, density, hides_nothing, sdpa_flags
 from attlas.ops.backends import sdpa
 from attlas.ops.blocks import blocks
 from attlas.ops.flex import flex, refuses
-from attlas.ops.memory_efficient import captured, memory_efficient
+from attlas.ops.memory_efficient import memory_efficient
 from attlas.ops.reference import as_dense, indices, reference, repeated
 from attlas.positions.base import ScoreMod
 
@@ -138,10 +138,9 @@ def _choose(
         return "flex"
     if fits_sdpa and not small and _sparse(mask, queries, keys, offset):
         return "blocks" if score_mod is None else "chunked"
-    if fits_sdpa:
-        trained = any(t.requires_grad for t in captured(score_mod))
-        # A trained bias as one dense mask costs SDPA its fused kernels: chunks are no slower.
-        return "chunked" if trained and not small else "sdpa"
+    # A bias as one dense mask takes n² memory, and on a CPU longer than making it chunk by chunk.
+    if fits_sdpa and (score_mod is None or small or q.is_cuda):
+        return "sdpa"
     return "reference" if small else "chunked"
 
 

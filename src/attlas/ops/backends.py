@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 DEFAULT = "default"
 _CANDIDATES = {
@@ -36,12 +36,26 @@ _kept: dict[str, str] | None = None
 def sdpa(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> Tensor:
     """`scaled_dot_product_attention` on the backend that is fastest for this class of shapes."""
     name = DEFAULT
+    if not q.is_cuda and q.shape[-1] != v.shape[-1]:
+        return _as_wide(q, k, v, arguments)
     if q.is_cuda and not torch.compiler.is_compiling():
         name = _choice(q, k, v, arguments)
     if name == DEFAULT:
         return scaled_dot_product_attention(q, k, v, **arguments)
     with sdpa_kernel(_CANDIDATES[name]):
         return scaled_dot_product_attention(q, k, v, **arguments)
+
+
+def _as_wide(q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any]) -> Tensor:
+    """The narrower of keys and values filled up with zeros: a CPU fuses equal widths alone.
+
+    Without it SDPA holds all pairs in memory and takes four times as long at 1024 tokens.
+    """
+    width = max(q.shape[-1], v.shape[-1])
+    scale = arguments.get("scale") or q.shape[-1] ** -0.5
+    q, k, wide = (pad(t, (0, width - t.shape[-1])) for t in (q, k, v))
+    out = scaled_dot_product_attention(q, k, wide, **{**arguments, "scale": scale})
+    return out[..., : v.shape[-1]]
 
 
 def shape_class(q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any]) -> tuple[Any, ...]:

@@ -24,6 +24,8 @@ class ALiBi(Position):
 
     def __init__(self, heads: int) -> None:
         super().__init__()
+        if heads < 1:
+            raise ValueError(f"heads must be at least 1, got {heads}")
         self.register_buffer("slopes", torch.tensor(_slopes(heads)), persistent=False)
 
     @additive

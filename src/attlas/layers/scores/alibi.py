@@ -27,6 +27,8 @@ def _flatten_slopes(layer: Attention, plain: Attention) -> None:
 class ALiBiAttention(Attention):
     """Softmax attention with ALiBi's slopes; other position encodings are refused."""
 
+    has_cross_form = False
+
     stages = ("position", "score")
 
     def __init__(self, dim: int, heads: int = 8, *args: Any, **options: Any) -> None:

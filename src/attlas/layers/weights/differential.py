@@ -42,6 +42,8 @@ class Differential(Attention):
     ) -> None:  # fmt: skip
         if pairing not in ("paired", "repeated"):
             raise ValueError(f"pairing must be 'paired' or 'repeated', got {pairing!r}")
+        if heads < 1:
+            raise ValueError(f"heads must be at least 1, got {heads}")
         if options.get("head_dim") is None and dim % (2 * heads):
             raise ValueError(f"heads must divide dim / 2 = {dim / 2:g}, got {heads}")
         options["head_dim"] = options.get("head_dim") or dim // heads // 2
@@ -72,13 +74,8 @@ class Differential(Attention):
     @property
     def score_mod(self) -> ScoreMod | None:
         """The position encoding's change of scores, the same for both maps of a head."""
-        inner = super().score_mod
+        inner = self.position_encoding.score_mod
         return None if inner is None else by_groups(inner, 2)
-
-    def project(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and keys by sub-head, pairs side by side; values by head, twice as wide."""
-        q, k, v = super().project(x, context)
-        return q, k, rearrange(v, "b (h two) t d -> b h t (two d)", two=2)
 
     def mask(self, q: Tensor, *given: Any) -> Mask | Tensor | None:
         """Which pairs may meet, the same for both maps of a head."""
@@ -89,6 +86,7 @@ class Differential(Attention):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None) -> Tensor:
         """Both maps in one fused call over the sub-heads, then the difference."""
+        v = self.values_of(v)
         both = ops.attend(
             q, self.keys_of(k), v.repeat_interleave(q.shape[1] // v.shape[1], dim=1), mask=mask,
             score_mod=self.score_mod, scale=self.scale,
@@ -106,9 +104,17 @@ class Differential(Attention):
         maps = ops.softmax(scores)
         return maps[:, 0::2] - self.lambda_.to(maps.dtype) * maps[:, 1::2]
 
+    def aggregate(self, weights: Tensor, v: Tensor) -> Tensor:
+        """Values, twice as wide as the keys, summed by the difference."""
+        return super().aggregate(weights, self.values_of(v))
+
     def output(self, heads: Tensor) -> Tensor:
         """Each head normalised and scaled by 1 − λ_init before the projection."""
         return super().output(self.norm(heads) * (1 - self.lambda_init))
+
+    def values_of(self, v: Tensor) -> Tensor:
+        """A head's two value sub-heads as one; a cache holds them apart, as it holds the keys."""
+        return rearrange(v, "b (h two) t d -> b h t (two d)", two=2)
 
     def keys_of(self, k: Tensor) -> Tensor:
         """A key head for every query sub-head."""
