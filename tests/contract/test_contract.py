@@ -1,0 +1,170 @@
+"""Every registered mechanism signs the contract, and what is broken does not pass it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import attlas
+from attlas.catalog import registry
+from attlas.contract import ContractError, Result, implemented, run
+from attlas.contract.measure import CHECKS, poisoned, subject_of
+
+spec = importlib.util.spec_from_file_location("contract_toys", Path(__file__).with_name("toys.py"))
+assert spec is not None
+assert spec.loader is not None
+toys = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(toys)
+
+#: How many checks run on each mechanism; on a machine with an accelerator `devices` comes on top.
+PINNED = {
+    "alibi": 30,
+    "bigbird-mask": 6,
+    "contextual-position-encoding": 31,
+    "differential-transformer": 30,
+    "expected-attention": 9,
+    "grouped-query-attention": 31,
+    "key-norm-eviction": 9,
+    "memory-efficient-attention": 8,
+    "multi-query-attention": 30,
+    "qk-norm": 30,
+    "sinkformer": 28,
+    "snapkv": 9,
+    "softmax": 30,
+    "window": 9,
+}
+
+
+def _all() -> list[tuple[str, str]]:
+    return [
+        (entry.name, one.name)
+        for entry in registry.entries()
+        for one in run.checks_of(subject_of(entry.name))
+    ]
+
+
+def _one(thing: object, check: str) -> Result:
+    """One check alone, since most tests here need no other."""
+    subject = subject_of(thing)
+    one = next(c for c in run.checks_of(subject) if c.name == check)
+    return run._judged(subject, one, subject.expected_failures.get(check))
+
+
+@pytest.mark.parametrize(("name", "check"), _all())
+def test_signs_the_contract(name: str, check: str) -> None:
+    result = _one(name, check)
+    assert result.status != "failed", f"[{result.case}] {result.reason}"
+
+
+@pytest.mark.parametrize("name", PINNED)
+def test_no_check_vanishes(name: str) -> None:
+    names = [one.name for one in run.checks_of(subject_of(name)) if one.name != "devices"]
+    assert len(names) == len(set(names)) == PINNED[name], sorted(names)
+
+
+def test_number_of_checks_is_pinned(capsys: pytest.CaptureFixture[str]) -> None:
+    count = {kind: sum(c.kind == kind for c in CHECKS) for kind in ("layer", "op", "mask", "part")}
+    with capsys.disabled():
+        print(f"\ncontract: {count}, {len(_all())} checks over {len(registry.entries())} mechanisms")
+    assert count == {"layer": 32, "op": 8, "mask": 6, "part": 10}
+
+
+@pytest.mark.parametrize("toy", toys.BROKEN, ids=lambda toy: toy.__name__)
+def test_a_broken_mechanism_fails_the_check_for_it(toy: type) -> None:
+    result = _one(toy, toys.BROKEN[toy])
+    assert result.status == "failed"
+    assert result.reason
+    assert _one(toys.Good, toys.BROKEN[toy]).status == "passed"
+
+
+def test_a_good_unregistered_mechanism_passes() -> None:
+    results = attlas.check(toys.Good)
+    assert {result.status for result in results} == {"passed"}
+    assert {result.name for result in results} == {"Good"}
+    assert subject_of(toys.Good(16, 2)) == subject_of(toys.Good)
+
+
+def test_failures_are_raised_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = [c for c in CHECKS if c.name in ("causality", "decoding", "shapes") and c.kind == "layer"]
+    monkeypatch.setattr(run, "checks_of", lambda subject: few)
+    with pytest.raises(ContractError, match="causality") as caught:
+        attlas.check(toys.Leaks)
+    assert [failure.check for failure in caught.value.failures] == ["causality", "decoding"]
+    assert isinstance(caught.value, AssertionError)
+
+
+def test_expected_failures_are_strict(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = [one for one in CHECKS if one.name in ("shapes", "gradients-reach")]
+    monkeypatch.setattr(run, "checks_of", lambda subject: [c for c in few if c.kind == "layer"])
+    reason = "the paper's own layer has it"
+    monkeypatch.setattr(
+        toys.HasADeadParameter, "expected_failures", {"gradients-reach": reason}, raising=False
+    )
+    by_check = {r.check: r for r in attlas.check(toys.HasADeadParameter, raises=False)}
+    assert by_check["gradients-reach"].status == "expected failure"
+    assert by_check["gradients-reach"].reason == reason
+    monkeypatch.setattr(
+        toys.Good, "expected_failures", {"shapes": "?", "no-such-check": "?"}, raising=False
+    )
+    results = {r.check: r for r in attlas.check(toys.Good, raises=False)}
+    assert results["shapes"].status == "failed"
+    assert "expected to fail" in results["shapes"].reason
+    assert results["no-such-check"].status == "failed"
+
+
+def test_check_refuses_what_is_no_mechanism() -> None:
+    with pytest.raises(TypeError, match="registered mechanism"):
+        attlas.check(3)
+    with pytest.raises(ValueError, match="did you mean 'qk-norm'"):
+        attlas.check("qk-nrom")
+
+
+def test_poisoned_memory_reads_as_nan_and_only_inside() -> None:
+    before = torch.empty
+    with poisoned():
+        made = [
+            torch.empty(3), torch.empty_like(torch.ones(3)), torch.ones(2).new_empty(3),
+            torch.empty_strided((3,), (1,)), torch.ones(1).new_empty_strided((3,), (1,)),
+        ]  # fmt: skip
+        assert all(bool(t.isnan().all()) for t in made)
+        torch.empty(3, dtype=torch.long)
+    assert torch.empty is before
+    assert not torch.zeros(3).isnan().any()
+
+
+def test_verdicts_are_kept_for_these_sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "_file", lambda: tmp_path / "sub" / "verdicts.json")
+    entry = registry.find("bigbird-mask")
+    assert implemented(entry)
+    stored = json.loads((tmp_path / "sub" / "verdicts.json").read_text())
+    assert list(stored.values()) == [True]
+    monkeypatch.setattr(run, "_passes", lambda subject: pytest.fail("checked again"))
+    assert implemented(entry)
+
+
+def test_verdicts_damaged_or_of_other_sources_are_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "verdicts.json"
+    monkeypatch.setattr(run, "_file", lambda: path)
+    monkeypatch.setattr(run, "_passes", lambda subject: False)
+    for held in ("{", "[]", '{"0123:softmax": true}'):
+        path.write_text(held)
+        assert not implemented(registry.find("softmax"))
+
+
+def test_a_registered_toy_is_checked_by_name() -> None:
+    try:
+        attlas.mechanism("toy-of-this-test", paper="")(toys.Good)
+        assert _one("toy-of-this-test", "shapes").status == "passed"
+        # It says neither its cost nor its source: that is asked of what is registered.
+        assert _one("toy-of-this-test", "described").status == "failed"
+        assert not implemented(registry.find("toy-of-this-test"))
+    finally:
+        registry.unregister("toy-of-this-test")

@@ -1,0 +1,151 @@
+"""Mechanisms that are wrong on purpose, each in one way, and the check that must find it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from attlas import Attention
+from attlas.ops import softmax
+
+
+class Good(Attention):
+    """Attention that doubles its values: nothing is wrong with it."""
+
+    def aggregate(self, weights: Tensor, v: Tensor) -> Tensor:
+        return 2 * super().aggregate(weights, v)
+
+    memory_law = "quadratic"
+
+
+class Leaks(Attention):
+    """Every token gets the mean of all values, those to come included."""
+
+    def attend(self, q, k, v, mask):
+        return super().attend(q, k, v, mask) + v.mean(2, keepdim=True)
+
+
+class ForgetsWhereItIs(Attention):
+    """Rotates each chunk as if it stood at the beginning."""
+
+    def position(self, q, k, q_positions, k_positions):
+        start = torch.arange(q.shape[2])
+        return super().position(q, k, start, torch.arange(k.shape[2]))
+
+
+class BlindRowsAreNaN(Attention):
+    """A plain softmax, whose row of nothing but −∞ is 0 / 0."""
+
+    memory_law = "quadratic"
+
+    def normalize(self, scores):
+        return scores.softmax(-1)
+
+
+class SeesPadding(Attention):
+    """Reads padding as if it were text."""
+
+    def mask(self, q, k, given, real, positions, key_positions):
+        return super().mask(q, k, None if real is not None else given, None, positions, key_positions)
+
+
+class HasADeadParameter(Attention):
+    """A parameter that no output depends on."""
+
+    def build(self, bias):
+        super().build(bias)
+        self.dead = nn.Parameter(torch.ones(3))
+
+
+class HoldsAllPairs(Attention):
+    """Declares linear memory, and makes all weights."""
+
+    def normalize(self, scores):
+        return softmax(scores)
+
+
+class ReadsUnwrittenMemory(Attention):
+    """Adds what torch.empty happens to hold."""
+
+    def attend(self, q, k, v, mask):
+        heads = super().attend(q, k, v, mask)
+        return heads + 0 * torch.empty_like(heads)
+
+
+class IsCoarse(Attention):
+    """A fused route of lower precision than its stages."""
+
+    def attend(self, q, k, v, mask):
+        return super().attend(q, k, v, mask).half().to(q.dtype)
+
+
+class Reseeds(Attention):
+    """Sets the seed of the whole program."""
+
+    def attend(self, q, k, v, mask):
+        torch.manual_seed(0)
+        return super().attend(q, k, v, mask)
+
+
+class IsRandom(Attention):
+    """Adds noise while evaluating."""
+
+    def output(self, heads):
+        return super().output(heads + 0.01 * torch.randn_like(heads))
+
+
+class _Halved(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad / 2
+
+
+class HasAWrongGradient(Attention):
+    """Its backward pass gives half of the gradient."""
+
+    def output(self, heads):
+        return super().output(_Halved.apply(heads))
+
+
+class MixesTheBatch(Attention):
+    """Each row gets a little of its neighbour in the batch."""
+
+    def output(self, heads):
+        return super().output(heads + 0.1 * heads.roll(1, 0))
+
+
+class FailsOnOddLengths(Attention):
+    """Takes pairs of tokens."""
+
+    def output(self, heads):
+        return super().output(heads.unflatten(2, (-1, 2)).flatten(2, 3))
+
+
+class SwallowsOptions(Attention):
+    """Takes any option and does nothing with it."""
+
+    def __init__(self, dim, heads=8, dropout=0.0, **options):
+        super().__init__(dim, heads, **options)
+
+
+#: Each toy and one check that must fail on it.
+BROKEN = {
+    Leaks: "causality",
+    ForgetsWhereItIs: "decoding",
+    BlindRowsAreNaN: "extreme-inputs",
+    SeesPadding: "padding",
+    HasADeadParameter: "gradients-reach",
+    HoldsAllPairs: "memory-law",
+    ReadsUnwrittenMemory: "shapes",
+    IsCoarse: "twice-the-plain-error",
+    Reseeds: "no-trace",
+    IsRandom: "deterministic",
+    HasAWrongGradient: "finite-differences",
+    MixesTheBatch: "batches",
+    FailsOnOddLengths: "shapes",
+    SwallowsOptions: "wrong-sizes",
+}
