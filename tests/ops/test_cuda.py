@@ -1,0 +1,78 @@
+"""The compiled routes on a GPU: each within twice the plain computation's error against float64."""
+
+import pytest
+import torch
+
+from attlas import masks, ops
+from attlas.positions import ALiBi, T5Bias
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+PATTERNS = {
+    "causal": masks.causal,
+    "window": masks.causal & (masks.window(200) | masks.sinks(4)),
+    "dilated": masks.causal & masks.dilated(64, 4),
+    "documents": masks.causal & masks.document(torch.arange(1500) // 400),
+    "bigbird": masks.bigbird(1536, heads=4, size=64),
+}
+
+
+def inputs(queries: int, keys: int, dtype: torch.dtype, kv_heads: int = 2) -> list[torch.Tensor]:
+    make = {"device": "cuda", "dtype": dtype}
+    return [
+        torch.randn(2, 4, queries, 64, **make).requires_grad_(),
+        torch.randn(2, kv_heads, keys, 64, **make).requires_grad_(),
+        torch.randn(2, kv_heads, keys, 64, **make).requires_grad_(),
+    ]
+
+
+def judged(run, plain, exact) -> None:
+    """Outputs and gradients of `run` are at most twice as far from `exact` as those of `plain`."""
+    for ours, same_precision, truth in zip(run, plain, exact, strict=True):
+        allowed = 2 * (same_precision.double() - truth).abs().max() + 1e-6
+        assert (ours.double() - truth).abs().max() <= allowed
+
+
+def with_gradients(out: torch.Tensor, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    torch.manual_seed(7)
+    direction = torch.randn(out.shape, device=out.device, dtype=torch.float64).to(out.dtype)
+    return [out, *torch.autograd.grad(out, tensors, direction)]
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_patterns_through_auto(name, dtype):
+    length = 1536 if name == "bigbird" else 1500
+    tensors, mask = inputs(length, length, dtype), PATTERNS[name]
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    judged(
+        with_gradients(ops.attend(*tensors, mask=mask), tensors),
+        with_gradients(ops.attend(*tensors, mask=mask, route="reference"), tensors),
+        with_gradients(ops.attend(*exact, mask=mask, route="reference"), exact),
+    )
+
+
+@pytest.mark.parametrize("bias", [ALiBi(4), T5Bias(4)], ids=["alibi", "t5"])
+def test_score_mods_through_auto(bias):
+    bias = bias.cuda()
+    trained = list(bias.parameters())
+    tensors = inputs(1500, 1500, torch.bfloat16)
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    options = {"mask": masks.causal, "score_mod": bias.score_mod}
+    judged(
+        with_gradients(ops.attend(*tensors, **options), tensors + trained),
+        with_gradients(ops.attend(*tensors, **options, route="reference"), tensors + trained),
+        with_gradients(ops.attend(*exact, **options, route="reference"), exact + trained),
+    )
+
+
+@pytest.mark.parametrize("route", ["flex", "chunked"])
+def test_lse_and_merge(route):
+    q, k, v = inputs(1300, 1300, torch.float32)
+    with torch.no_grad():
+        parts = [
+            ops.attend(q, k[:, :, a:b], v[:, :, a:b], return_lse=True, route=route, q_offset=0)
+            for a, b in ((0, 500), (500, 1300))
+        ]
+        merged, _ = ops.merge(parts)
+        torch.testing.assert_close(merged, ops.attend(q, k, v), atol=2e-3, rtol=2e-3)
