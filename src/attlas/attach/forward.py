@@ -92,7 +92,7 @@ def _call(
         k=key,
         v=value,
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        mask=mask,
+        mask=None,
         step=step,
         is_causal=bool(getattr(module, "is_causal", True) if causal is None else causal),
         sinks=kwargs.get("s_aux"),
@@ -102,16 +102,18 @@ def _call(
         call.cache_layer = step.cache.layers[layer]
         columns = getattr(call.cache_layer, "columns", None)
         call.columns = columns() if columns is not None else None
-    call.mask = _mask(call)
+    call.mask = _in_columns(call, mask)
     for part in session.maskers:
         call.mask = _both(call, part.mask(call))
     call.score_mod = _score_mod(call, [part.score_mod(call) for part in session.modders])
     return call
 
 
-def _mask(call: Call) -> Bool[Tensor, "batch mask_heads query keys"] | None:
+def _in_columns(
+    call: Call, mask: Tensor | None
+) -> Bool[Tensor, "batch mask_heads query keys"] | None:
     """The model's mask, whose columns are the original ones, for the slots that are there."""
-    mask, columns = call.mask, call.columns
+    columns = call.columns
     if mask is not None and mask.dtype != torch.bool:
         raise UserError(
             f"attach takes a boolean attention mask (True = may attend), got one of {mask.dtype}; "

@@ -178,11 +178,14 @@ class CachePolicy(Part):
                 f"give a larger budget or a smaller {name}"
             )
         scores = self.scores(layer.state, slots).masked_fill(~slots.valid, -torch.inf)
-        best = scores.topk(int(slots.budget.max()), dim=-1)
-        place = torch.arange(best.indices.shape[-1], device=scores.device)
-        filled = (place < slots.budget[:, None, None]) & (best.values > -torch.inf)
+        # Stable, so that of equal scores (max pooling gives many) the earlier token stays, whatever
+        # the padding.
+        best, order = scores.sort(dim=-1, descending=True, stable=True)
+        width = int(slots.budget.max())
+        place = torch.arange(width, device=scores.device)
+        filled = (place < slots.budget[:, None, None]) & (best[..., :width] > -torch.inf)
         # In order of position; empty slots, sent behind all others, come last.
-        chosen, _ = torch.where(filled, best.indices, scores.shape[-1]).sort(dim=-1)
+        chosen, _ = torch.where(filled, order[..., :width], scores.shape[-1]).sort(dim=-1)
         filled = chosen < scores.shape[-1]
         layer.keep(chosen.where(filled, 0), filled)
         self.placed(layer, slots.real)

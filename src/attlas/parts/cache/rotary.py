@@ -64,29 +64,33 @@ class Rotary:
             cos, sin = module(sample, positions, *extra)
             return cos, sin
 
-        rotary = cls(angles)
-        rotary._check(model, module)
-        return rotary
+        def doubled(positions: Tensor) -> Angles:  # some modules give one half of equal ones
+            cos, sin = angles(positions)
+            return torch.cat([cos, cos], dim=-1), torch.cat([sin, sin], dim=-1)
 
-    def _check(self, model: nn.Module, module: nn.Module) -> None:
-        """Our rotation must be the model's own, which its source file defines beside the module."""
-        positions = torch.arange(3, device=_device(module))[None]
         own: Any = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
-        same = False
-        if own is not None:
-            try:
-                cos, sin = self.angles(positions)
-                x = torch.randn(1, 1, 3, cos.shape[-1], generator=torch.Generator().manual_seed(0))
-                x = x.to(cos.device)
-                theirs = own(x, x, cos, sin)[0]
-                same = torch.allclose(theirs, self.rotate(x, positions), atol=1e-5)
-            except (RuntimeError, TypeError, ValueError):
-                same = False
-        if not same:
-            raise UserError(
-                f"{type(model).__name__} does not rotate its keys by halves (interleaved or "
-                "several axes), which this policy's rotations need"
-            )
+        for rotary in (cls(angles), cls(doubled)):
+            if own is not None and rotary._turns_like(own, angles, _device(module)):
+                return rotary
+        raise UserError(
+            f"{type(model).__name__} does not rotate its keys by halves (but interleaved, or over "
+            "several axes), which this policy's rotations need"
+        )
+
+    def _turns_like(
+        self, own: Any, angles: Callable[[Tensor], Angles], device: torch.device
+    ) -> bool:
+        """Whether the function that stands beside the model's module does what `rotate` does."""
+        positions = torch.arange(3, device=device)[None]
+        width = self.angles(positions)[0].shape[-1]
+        x = torch.randn(1, 1, 3, width, generator=torch.Generator().manual_seed(0)).to(device)
+        try:
+            theirs: Tensor = own(x, x, *angles(positions))[0]
+        except (RuntimeError, TypeError, ValueError):  # it takes other shapes or arguments
+            return False
+        return theirs.shape == x.shape and torch.allclose(
+            theirs, self.rotate(x, positions), atol=1e-5
+        )
 
     def rotate(
         self, x: Float[Tensor, "batch heads tokens dim"], positions: Int[Tensor, "batch tokens"]

@@ -1,0 +1,310 @@
+"""Cache policies: what they keep, what they hold, and that padding, chunks and calls do not matter."""
+
+import pytest
+import tiny_models
+import torch
+from transformers import DynamicCache
+
+from attlas.attach import Part, attach, prefill
+from attlas.parts.cache.expected_attention import ExpectedAttention
+from attlas.parts.cache.key_norm import KeyNorm
+from attlas.parts.cache.policy import CachePolicy
+from attlas.parts.cache.snapkv import SnapKV
+from attlas.parts.cache.window import SinksWindow
+
+POLICIES = {
+    "window": lambda **kw: SinksWindow(sinks=2, **kw),
+    "window-rerotated": lambda **kw: SinksWindow(sinks=2, rerotate=True, **kw),
+    "knorm": lambda **kw: KeyNorm(skip_layers=(), **kw),
+    "knorm-skipping": lambda **kw: KeyNorm(skip_layers=(1,), **kw),
+    "snapkv": lambda **kw: SnapKV(window=3, **kw),
+    "snapkv-max": lambda **kw: SnapKV(window=3, kernel=3, pooling="max", **kw),
+    "expected": lambda **kw: ExpectedAttention(sinks=2, n_future=16, **kw),
+    "expected-mean": lambda **kw: ExpectedAttention(
+        sinks=2, n_future=16, use_covariance=False, use_vnorm=False, **kw
+    ),
+}
+every_policy = pytest.mark.parametrize("policy", POLICIES)
+KINDS = ("llama", "qwen3", "gemma3", "gpt-oss", "gpt-neox", "gpt2")
+
+
+def logits_after(model, policy, ids, padding="none", length=None, steps=4, chunked=False):
+    """Logits of fixed later tokens, with the context in one row of a padded batch of two."""
+    length = length or ids.shape[1]
+    later = tiny_models.prompt(1, steps, seed=9)
+    if padding == "none":
+        mask = torch.ones_like(ids)
+    else:
+        gap = torch.full((1, length - ids.shape[1]), 5)
+        row = [gap, ids] if padding == "left" else [ids, gap]
+        real = [torch.zeros_like(gap), torch.ones_like(ids)]
+        mask = torch.cat(real if padding == "left" else real[::-1], dim=1)
+        other = tiny_models.prompt(1, length, seed=4)
+        ids = torch.cat([torch.cat(row, dim=1), other])
+        mask = torch.cat([mask, torch.ones_like(other)])
+    found = []
+    with torch.no_grad(), attach(model, policy, chunked=chunked):
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        cache = DynamicCache(config=model.config)
+        size = 5 if chunked else ids.shape[1]
+        for start in range(0, ids.shape[1], size):
+            part = slice(start, start + size)
+            model(
+                ids[:, part], past_key_values=cache, position_ids=positions[:, part],
+                attention_mask=mask[:, : part.stop],
+            )  # fmt: skip
+        for token in later[0]:
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            out = model(
+                token.expand(len(mask), 1), past_key_values=cache, attention_mask=mask,
+                position_ids=mask.sum(-1, keepdim=True) - 1,
+            )  # fmt: skip
+            found.append(out.logits[0, -1])
+    return torch.stack(found), cache
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@every_policy
+def test_padding_does_not_count(kind, policy):
+    model, ids = tiny_models.decoder(kind), tiny_models.prompt(1, 22)
+    make = POLICIES[policy]
+    alone, _ = logits_after(model, make(keep=0.6), ids)
+    # Padding on the right stands inside the model's own sliding windows, attlas or not.
+    for side in ("left",) if kind in ("gemma3", "gpt-oss") else ("left", "right"):
+        padded, cache = logits_after(model, make(keep=0.6), ids, side, length=31)
+        torch.testing.assert_close(padded, alone, atol=2e-4, rtol=1e-3)
+        assert any(getattr(layer, "ragged", False) for layer in cache.layers)
+
+
+@every_policy
+def test_left_padding_gives_the_same_tokens(policy):
+    model, ids = tiny_models.decoder("llama"), tiny_models.prompt(2, 30)
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+    make = POLICIES[policy]
+    for beams in (1, 3) if policy in ("snapkv", "expected") else (1,):
+        with attach(model, make(keep=0.6)):
+            both = tiny_models.greedy(model, ids, 6, attention_mask=mask, num_beams=beams)
+            first = tiny_models.greedy(model, ids[:1, 9:], 6, num_beams=beams)
+            second = tiny_models.greedy(model, ids[1:], 6, num_beams=beams)
+        assert both == first + second
+
+
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+@every_policy
+def test_chunked_prefill_equals_at_once(policy, padding):
+    model, ids = tiny_models.decoder("qwen3"), tiny_models.prompt(1, 22)
+    make = POLICIES[policy]
+    whole, one = logits_after(model, make(keep=0.6), ids, padding, length=33)
+    parts, two = logits_after(model, make(keep=0.6), ids, padding, length=33, chunked=True)
+    for first, second in zip(one.layers, two.layers, strict=True):
+        assert first.keys.shape == second.keys.shape
+        assert first.index is None or torch.equal(first.index, second.index)
+    torch.testing.assert_close(parts, whole, atol=2e-4, rtol=1e-3)
+
+
+def test_chunked_generate():
+    model, ids = tiny_models.decoder("llama"), tiny_models.prompt(2, 23)
+    with attach(model, SnapKV(0.5, window=3)):
+        expected = tiny_models.greedy(model, ids)
+    with attach(model, SnapKV(0.5, window=3), chunked=True) as session:
+        assert tiny_models.greedy(model, ids, prefill_chunk_size=7) == expected
+        assert session.cache.layers[0].keys.shape[2] == 11 + 9
+
+
+class Hide(Part):
+    """Hides from a whole cache what another session's cache has dropped."""
+
+    def __init__(self, layers, context):
+        self.layers, self.context = layers, context
+
+    def mask(self, call):
+        layer = self.layers[call.layer]
+        if not call.step.offset or not hasattr(layer, "columns") or layer.columns() is None:
+            return None
+        columns = layer.columns()
+        shown = torch.zeros(*columns.shape[:2], call.k.shape[2], dtype=torch.bool)
+        shown[..., self.context :] = True
+        for batch, head in ((b, h) for b in range(len(columns)) for h in range(columns.shape[1])):
+            kept = columns[batch, head]
+            shown[batch, head, kept[kept >= 0].long()] = True
+        return shown.repeat_interleave(call.groups, dim=1)[:, :, None]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gemma3", "gpt-oss"])
+@pytest.mark.parametrize("policy", [p for p in POLICIES if p != "window-rerotated"])
+def test_dropping_equals_hiding(kind, policy):
+    """The compressed cache attends as a whole one in which the dropped keys are masked."""
+    model, ids = tiny_models.decoder(kind), tiny_models.prompt(2, 24)
+    question = tiny_models.prompt(2, 3, seed=5)
+    with torch.no_grad():
+        with attach(model, POLICIES[policy](keep=0.6)):
+            cache = model(ids).past_key_values
+            dropped = model(question, past_key_values=cache).logits
+        with attach(model, Hide(cache.layers, 24)):
+            whole = model(ids).past_key_values
+            hidden = model(question, past_key_values=whole).logits
+    torch.testing.assert_close(dropped, hidden, atol=2e-4, rtol=1e-4)
+
+
+@every_policy
+def test_prompt_is_exact_and_positions_go_on(policy):
+    model, ids = tiny_models.decoder("llama"), tiny_models.prompt()
+    later = tiny_models.prompt(2, 3, seed=5)
+    with torch.no_grad():
+        plain = model(ids).logits
+        with attach(model, POLICIES[policy](keep=0.6)) as session:
+            first = model(ids)
+            torch.testing.assert_close(first.logits, plain)
+            counted = model(later, past_key_values=first.past_key_values).logits
+            again = model(ids).past_key_values
+            positions = torch.arange(24, 27)[None]
+            told = model(later, past_key_values=again, position_ids=positions).logits
+            assert session.cache.get_seq_length() == 27
+    assert torch.equal(counted, told)
+
+
+@every_policy
+def test_a_budget_of_everything_changes_nothing(policy):
+    model, ids = tiny_models.decoder("llama"), tiny_models.prompt()
+    expected = tiny_models.greedy(model, ids)
+    for budget in ({"keep": 1.0}, {"tokens": 24}, {"bytes": 10**9}):
+        with attach(model, POLICIES[policy](**budget)):
+            assert tiny_models.greedy(model, ids) == expected
+
+
+def wide(kind="llama"):
+    """Heads of realistic width, beside which a slot's index weighs little."""
+    torch.manual_seed(0)
+    config = tiny_models.CONFIGS[kind]()
+    config.hidden_size, config.head_dim = 256, 64
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+@pytest.mark.parametrize("policy", ["window-rerotated", "knorm-skipping", "snapkv", "expected"])
+def test_bytes_held_equal_the_promise(policy, kind):
+    rows = 2
+    model, ids = wide(kind), tiny_models.prompt(rows, 200)
+    make = POLICIES[policy]
+    pair = 2 * 64 * 2 * 4 * rows  # one token's key and value in one layer
+    full, windows = (4, 0) if kind == "llama" else (2, 2)
+    beside = windows * 7 * pair
+    promises = {
+        ("keep", 0.6): full * 120 * pair + beside,
+        ("tokens", 150): full * 150 * pair + beside,
+        ("bytes", 150 * 4 * pair): 150 * 4 * pair,
+    }
+    for (name, value), promise in promises.items():
+        if kind == "gemma3" and name == "bytes":
+            value = promise = 150 * 2 * pair
+        with torch.no_grad(), attach(model, make(**{name: value})) as session:
+            model(ids)
+            assert session.kv_bytes == pytest.approx(promise, rel=0.02)
+
+
+@pytest.mark.parametrize("policy", ["window", "window-rerotated", "knorm", "expected"])
+def test_while_decoding_the_budget_holds(policy):
+    model, ids = tiny_models.decoder("llama"), tiny_models.prompt(2, 24)
+    with attach(model, POLICIES[policy](tokens=12, while_decoding=True)) as session:
+        tiny_models.greedy(model, ids)
+        assert {layer.keys.shape[2] for layer in session.cache.layers} == {12}
+        columns = session.cache.layers[-1].columns()
+        assert (columns.diff(dim=-1) > 0).all()
+        assert columns.max() == 24 + 9 - 1 or policy in ("knorm", "expected")
+
+
+def test_while_decoding_equals_brute_force():
+    model, ids = tiny_models.decoder("llama"), tiny_models.prompt(1, 24)
+    with torch.no_grad(), attach(model, KeyNorm(tokens=10, skip_layers=(), while_decoding=True)):
+        cache = model(ids).past_key_values
+        for token in tiny_models.prompt(1, 4, seed=3)[0]:
+            before = cache.layers[0].keys
+            model(token[None, None], past_key_values=cache)
+            after = cache.layers[0].keys
+            norms = after.norm(dim=-1)
+            assert norms.max(-1).values.le(before.norm(dim=-1).max(-1).values + 1e-6).all()
+    with torch.no_grad(), attach(model):
+        keys = model(ids).past_key_values.layers[0].keys
+    with torch.no_grad(), attach(model, KeyNorm(tokens=10, skip_layers=())):
+        layer = model(ids).past_key_values.layers[0]
+    best = keys.norm(dim=-1).topk(10, largest=False).indices.sort(dim=-1).values
+    assert torch.equal(layer.index.long(), best)
+
+
+def test_rerotated_sinks_stand_beside_the_window():
+    """With keys placed side by side, the answer is that of a text without the middle."""
+    model, ids = tiny_models.decoder("llama"), tiny_models.prompt(1, 24)
+    model.config.num_hidden_layers = 1  # deeper layers' values still know the middle
+    token = torch.tensor([[7]])
+    short = torch.cat([ids[:, :2], ids[:, -8:]], dim=1)
+    for decoding in (False, True):
+        policy = SinksWindow(tokens=10, sinks=2, rerotate=True, while_decoding=decoding)
+        with torch.no_grad(), attach(model, policy):
+            cache = model(ids).past_key_values
+            out = model(token, past_key_values=cache).logits[0, -1]
+        expected = model(torch.cat([short, token], dim=1)).logits[0, -1]
+        torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
+    with torch.no_grad(), attach(model, policy):
+        out = model(torch.tensor([[8]]), past_key_values=cache).logits[0, -1]
+    text = torch.cat([short[:, :2], short[:, 3:], token, torch.tensor([[8]])], dim=1)
+    torch.testing.assert_close(out, model(text).logits[0, -1], atol=1e-4, rtol=1e-4)
+
+
+def test_forks_share_one_prefill():
+    model, ids = tiny_models.decoder("llama"), tiny_models.prompt(1, 24)
+    question = tiny_models.prompt(1, 3, seed=5)
+    policies = [make(keep=0.6) for make in POLICIES.values()]
+    prompt = prefill(model, ids, policies, chunk=7)
+    with torch.no_grad():
+        assert torch.allclose(prompt.logits, model(ids).logits[:, -1], atol=1e-4)
+        whole = model(torch.cat([ids, question], dim=1)).logits[:, -3:]
+        for _ in range(2):  # forks disturb neither the prompt nor one another
+            with attach(model):
+                cache = prompt.fork()
+                out = model(question, past_key_values=cache).logits
+                torch.testing.assert_close(out, whole, atol=1e-4, rtol=1e-4)
+            for name, policy in zip(POLICIES, policies, strict=True):
+                with attach(model, policy):
+                    forked = model(question, past_key_values=prompt.fork(policy)).logits
+                    alone = model(ids).past_key_values
+                    expected = model(question, past_key_values=alone).logits
+                torch.testing.assert_close(forked, expected, atol=1e-4, rtol=1e-4, msg=name)
+    assert prompt.cache.get_seq_length() == prompt.tokens == 24
+
+
+def test_forks_of_a_model_with_sliding_windows():
+    model, ids = tiny_models.decoder("gemma3"), tiny_models.prompt(2, 24)
+    question = tiny_models.prompt(2, 3, seed=5)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    policy = ExpectedAttention(0.5)
+    prompt = prefill(model, ids, [policy], attention_mask=mask, chunk=10)
+    longer = torch.cat([mask, torch.ones_like(question)], dim=1)
+    positions = longer.cumsum(-1)[:, -3:] - 1
+    for used in (policy, None):
+        with torch.no_grad(), attach(model, *([used] if used else [])):
+            at_once = model(ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(0))
+            logits = [
+                model(
+                    question, past_key_values=cache, attention_mask=longer, position_ids=positions
+                ).logits
+                for cache in (prompt.fork(used), at_once.past_key_values)
+            ]
+        torch.testing.assert_close(*logits, atol=2e-4, rtol=1e-3)
+
+
+class Last(CachePolicy):
+    """A policy of somebody else's, in three lines."""
+
+    def scores(self, state, slots):
+        return slots.rank.float()
+
+
+def test_a_policy_in_three_lines():
+    model, ids = tiny_models.decoder("llama"), tiny_models.prompt()
+    with attach(model, Last(keep=0.25)):
+        layer = model(ids).past_key_values.layers[0]
+    assert torch.equal(layer.columns(), torch.arange(18, 24).expand(2, 2, -1).int())
