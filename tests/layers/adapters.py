@@ -83,7 +83,7 @@ def sinkformer(case: Case) -> Iterator[Check]:
     config = case.config
     layer = attlas.make(
         "sinkformer", dim=config["dim"], heads=config["heads"], head_dim=config["dim_head"],
-        half_steps=config["max_iter"], epsilon=config["eps"], bias=True,
+        half_steps=config["max_iter"], epsilon=float(config["eps"]), bias=True,
         causal=config.get("causal", False),
     )  # fmt: skip
     names = ("q_proj.weight", "k_proj.weight", "v_proj.weight")

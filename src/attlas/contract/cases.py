@@ -99,7 +99,7 @@ def compare(name: str, ours: Tensor, theirs: Tensor, atol: float, rtol: float) -
         return Check(f"{name}: shape {list(ours.shape)} for {list(theirs.shape)}", math.inf, atol)
     a, b = ours.detach().double().cpu().flatten(), theirs.double().flatten()
     same = (a == b) | (a.isnan() & b.isnan())
-    error = (a - b).abs().masked_fill(same, 0.0).nan_to_num(nan=torch.inf)
+    error = (a - b).abs().masked_fill(same, 0.0).nan_to_num(nan=torch.inf, posinf=torch.inf)
     bound = (atol + rtol * b.abs()).nan_to_num(nan=atol, posinf=atol)
     if not len(error):
         return Check(name, 0.0, atol)
@@ -230,10 +230,10 @@ def load_weights(layer: nn.Module, weights: Mapping[str, Tensor]) -> None:
     Raises:
         RuntimeError: another weight is missing, not known, or of another shape.
     """
-    own = layer.state_dict()
+    # In their precision first: loading would round to what the layer has.
+    own = layer.to(next(iter(weights.values())).dtype).eval().state_dict()
     absent = {
         name: torch.zeros_like(own[name]) for name in own
         if name.endswith("bias") and name not in weights
     }  # fmt: skip
     layer.load_state_dict({**absent, **weights})
-    layer.to(next(iter(weights.values())).dtype).eval()

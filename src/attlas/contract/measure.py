@@ -55,7 +55,7 @@ def distance(a: Tensor, b: Tensor) -> float:
     """Largest |a − b|; infinite where one of them is NaN."""
     if not a.numel():
         return 0.0
-    gap = (a.detach().double() - b.detach().double()).abs().nan_to_num(nan=torch.inf)
+    gap = (a.detach().double() - b.detach().double()).abs().nan_to_num(nan=torch.inf, posinf=torch.inf)
     return float(gap.max())
 
 
