@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from attlas.attach import attach
 from attlas.compare.grid import Grid
 from attlas.compare.methods import Method
 from attlas.compare.shared import attached
@@ -22,6 +23,8 @@ def check_fit(grid: Grid, model: Any, tokenizer: Any) -> None:
         UserError: a model that cannot be intercepted, a method that cannot work on it, a budget
             that does not fit a length, or a length too short for the needles.
     """
+    with attach(model):  # refuses a model whose attention cannot be intercepted
+        pass
     for method in grid.methods:
         part = method.part()
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -78,25 +79,32 @@ def _write(results: Results, grid: Grid, outcome: Outcome, stamp: dict[str, Any]
 
 
 def _line(grid: Grid, cell: Cell, measure: Measure | None, outcome: Outcome) -> Line:
+    status = "out of memory" if measure is None else "ok"
+    if measure is not None and not math.isfinite(measure.value):
+        status, measure = "not finite", None
     found = measure or Measure(0.0, 0)
     return {
         "model": grid.model,
         **cell._asdict(),
         "value": found.value if measure else None,
-        "low": found.low,
-        "high": found.high,
-        "sd": found.sd,
+        "low": _finite(found.low),
+        "high": _finite(found.high),
+        "sd": _finite(found.sd),
         "floor": found.floor,
         "n": found.n,
         "seconds": round(outcome.seconds, 4),
-        "kv_bytes": outcome.kv_bytes if measure else None,
-        "status": "ok" if measure else "out of memory",
+        "kv_bytes": outcome.kv_bytes,
+        "status": status,
         "reason": outcome.reason,
         "seed": grid.seed,
         "preset": grid.preset.name,
         "device": grid.device,
         "dtype": grid.dtype,
     }
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _warm_up(model: Any) -> None:

@@ -38,14 +38,12 @@ class Reading:
         self.own: dict[str, Any] = {}
 
     def fork(self, method: Method) -> Any:
-        """A cache of the context as the method keeps it, to be used once."""
+        """A cache of the context as the method keeps it, to be used once, inside `attached`."""
         part = self.parts[method.label]
         if part is None or shares_prefill(part):
             return self.prompt.fork(part)
         if method.label not in self.own:
-            with attach(self.model, part) as session:
-                forward(self.model, self.ids, None)
-            self.own[method.label] = session.cache
+            self.own[method.label] = forward(self.model, self.ids, None).past_key_values
         return copy.deepcopy(self.own[method.label])
 
     def attached(self, method: Method) -> AbstractContextManager[Any]:

@@ -68,13 +68,13 @@ class Summary:
     Attributes:
         grid: the plan.
         columns: those that were measured.
-        table: by method's label and column's key; None where memory ran out.
+        table: by method's label and column's key; a word where there is no number, and why.
         lines: every cell.
     """
 
     grid: Grid
     columns: tuple[Column, ...]
-    table: dict[str, dict[str, Measure | None]]
+    table: dict[str, dict[str, Measure | str]]
     lines: tuple[Line, ...]
 
     @property
@@ -89,7 +89,7 @@ class Summary:
 
 def summarize(lines: Sequence[Line], grid: Grid) -> Summary:
     """The table of all finished cells."""
-    table: dict[str, dict[str, Measure | None]] = {}
+    table: dict[str, dict[str, Measure | str]] = {}
     for method in grid.methods:
         row = table.setdefault(method.label, {})
         for column in COLUMNS:
@@ -141,10 +141,11 @@ def shown(column: Column, measure: Measure) -> tuple[str, str]:
     return text(measure.value), f"{text(measure.low)}–{text(measure.high)}"
 
 
-def _pooled(key: str, lines: list[Line]) -> Measure | None:
-    """One measure from one or several lines; None as soon as memory ran out in one of them."""
-    if any(line["status"] != "ok" for line in lines):
-        return None
+def _pooled(key: str, lines: list[Line]) -> Measure | str:
+    """One measure from one or several lines; the status of the first that has no number."""
+    failed = next((line["status"] for line in lines if line["status"] != "ok"), None)
+    if failed is not None:
+        return str(failed)
     if key in ("single", "several"):
         return pooled_share([(line["value"], line["n"]) for line in lines])
     if key == "digits":

@@ -179,7 +179,7 @@ def _needles(
 
 def _answer(bench: Bench, cache: Any, question: list[int]) -> str:
     """The greedy answer, until a number has been said, the model ends, or it talks too long."""
-    ends = bench.model.generation_config.eos_token_id
+    ends = getattr(bench.model.generation_config, "eos_token_id", None)
     ends = {ends} if isinstance(ends, int) else set(ends or ())
     said: list[int] = []
     ids = torch.tensor([question], device=bench.model.device)
@@ -242,8 +242,8 @@ def _alone(
                 start = clock(device)
                 forward(bench.model, torch.tensor([[token]], device=device), cache)
                 tally.add("decode_ms", 1e3 * (clock(device) - start))
-            tally.add("peak_bytes", peak.bytes())
-            tally.add("cache_bytes", tally.held[-1])
+            tally.add("peak_bytes", float(peak.bytes()))
+            tally.add("cache_bytes", float(tally.held[-1]))
         if not tallies[method.label].reason:
             yield method
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from attlas.errors import UserError
 from attlas.tasks.chat import line_ends, template, tokens
 from attlas.tasks.text import passage
 
@@ -111,7 +112,7 @@ def _haystack(
     opening = tokens(tokenizer, frame.opening + OPENING)
     room = length - len(opening) - sum(map(len, needles))
     if room < len(places):
-        raise ValueError(
+        raise UserError(
             f"length {length} is too short for {len(places)} needles; "
             f"take at least {length - room + 16}"
         )

@@ -30,5 +30,9 @@ def perplexity(per_token: Sequence[float]) -> Measure:
     """exp of the mean surprise; the ends of its interval are exp of the mean's."""
     found = mean(per_token)
     if found.low is None or found.high is None:
-        return Measure(math.exp(found.value), found.n)
-    return Measure(math.exp(found.value), found.n, math.exp(found.low), math.exp(found.high))
+        return Measure(_exp(found.value), found.n)
+    return Measure(_exp(found.value), found.n, _exp(found.low), _exp(found.high))
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf  # beyond is beyond double precision

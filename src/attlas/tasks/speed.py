@@ -67,7 +67,7 @@ def prefill_floor(model: Any, roof: Roof, length: int) -> float:
     return max(operations / roof.flops_per_second, _weight_bytes(model) / roof.bytes_per_second)
 
 
-def decode_floor(model: Any, roof: Roof, cache_bytes: float) -> float:
+def decode_floor(model: Any, roof: Roof, cache_bytes: int) -> float:
     """Seconds a token below which no decoding with so large a cache can come."""
     return (_weight_bytes(model) + cache_bytes) / roof.bytes_per_second
 

@@ -50,7 +50,7 @@ def curves(summary: Summary, cost: Column, quality: Column) -> list[Curve]:
         row = summary.table[method.label]
         x, y = row.get(cost.key), row.get(quality.key)
         points = families.setdefault(family(method), [])
-        if x is not None and y is not None:
+        if isinstance(x, Measure) and isinstance(y, Measure):
             points.append(
                 Point(method.label, budget(method), cost.scale * x.value, _scaled(quality, y))
             )

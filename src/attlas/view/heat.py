@@ -6,7 +6,7 @@ from html import escape
 
 from attlas.compare.results import Line
 from attlas.compare.summary import Summary
-from attlas.view.table import MISSING, NO_MEMORY
+from attlas.view.table import MISSING
 
 _KINDS = (("single", "one needle"), ("several", "several needles"))
 
@@ -53,7 +53,7 @@ def _share(line: Line | None) -> str:
     if line is None:
         return f'<td class="none">{MISSING}</td>'
     if line["status"] != "ok":
-        return f'<td class="none">{NO_MEMORY}</td>'
+        return f'<td class="none">{escape(line["status"])}</td>'
     percent = 100 * line["value"]
     right = round(line["value"] * line["n"])
     return (

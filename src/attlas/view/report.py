@@ -17,7 +17,7 @@ from attlas.compare.summary import Column, Summary, meaning, shown
 from attlas.tasks.record import Measure
 from attlas.view.curves import INK, Point, costs, curves, qualities
 from attlas.view.heat import heat_maps
-from attlas.view.table import MISSING, NO_MEMORY, origin
+from attlas.view.table import MISSING, origin
 
 _METHOD_NOTE = """
 <h2 id="how">How it was measured</h2>
@@ -111,22 +111,21 @@ def _head(title: str, first: str, hint: str = "") -> str:
 
 
 def _cell(summary: Summary, method: str, column: Column) -> str:
-    row = summary.table[method]
-    measure = row.get(column.key)
-    if measure is None:
-        text = NO_MEMORY if column.key in row else MISSING
-        return f'<td class="none" data-value="">{text}</td>'
-    number, beside = shown(column, measure)
-    best = ' class="best"' if _is_best(summary, method, column, measure) else ""
+    found = summary.table[method].get(column.key, MISSING)
+    if isinstance(found, str):
+        return f'<td class="none" data-value="">{escape(found)}</td>'
+    number, beside = shown(column, found)
+    best = ' class="best"' if _is_best(summary, method, column, found) else ""
     small = f"<small>{escape(beside)}</small>" if beside else ""
-    return f'<td data-value="{measure.value!r}"><span{best}>{number}</span>{small}</td>'
+    return f'<td data-value="{found.value!r}"><span{best}>{number}</span>{small}</td>'
 
 
 def _is_best(summary: Summary, method: str, column: Column, measure: Measure) -> bool:
     others = [
-        m.value for name, row in summary.table.items()
-        if name != FULL and (m := row.get(column.key)) is not None
-    ]  # fmt: skip
+        found.value
+        for name, row in summary.table.items()
+        if name != FULL and isinstance(found := row.get(column.key), Measure)
+    ]
     if method == FULL or len(others) < 2 or min(others) == max(others):
         return False
     return measure.value == (max(others) if column.better == "higher" else min(others))
@@ -166,7 +165,9 @@ def _figures(summary: Summary) -> list[dict[str, Any]]:
             "quality": quality.key,
             "place": f"chart-{cost.key}",
             # Plotly reads a little HTML in its texts, so they are escaped as such.
-            "across": escape(cost.title),
+            "across": escape(f"{cost.title} (left is better)"),
+            # Bytes have a meaningful zero; times differ too little to be told apart from there.
+            "zero": cost.key == "cache_bytes",
             "upwards": escape(f"{quality.title} ({quality.better} is better)"),
             "curves": [
                 {

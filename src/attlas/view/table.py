@@ -12,7 +12,7 @@ from rich.text import Text
 from attlas.compare.methods import FULL
 from attlas.compare.summary import Column, Summary, meaning, shown
 
-MISSING, NO_MEMORY = "–", "out of memory"
+MISSING = "–"
 
 
 def captions(summary: Summary) -> tuple[str, str]:
@@ -84,20 +84,18 @@ def _halves(summary: Summary) -> tuple[list[Column], list[Column]]:
 
 
 def _terminal_cell(summary: Summary, method: str, column: Column) -> Text:
-    row = summary.table[method]
-    if (measure := row.get(column.key)) is None:
-        return Text(
-            NO_MEMORY if column.key in row else MISSING, "red" if column.key in row else "dim"
-        )
-    number, beside = shown(column, measure)
+    found = summary.table[method].get(column.key, MISSING)
+    if isinstance(found, str):
+        return Text(found, "dim" if found == MISSING else "red")
+    number, beside = shown(column, found)
     return Text(number) + Text(f"\n{beside}" if beside else "", "dim")
 
 
 def _markdown_cell(summary: Summary, method: str, column: Column) -> str:
-    row = summary.table[method]
-    if (measure := row.get(column.key)) is None:
-        return NO_MEMORY if column.key in row else MISSING
-    number, beside = shown(column, measure)
+    found = summary.table[method].get(column.key, MISSING)
+    if isinstance(found, str):
+        return found
+    number, beside = shown(column, found)
     return f"{number} ({beside})" if beside else number
 
 

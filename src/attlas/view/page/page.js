@@ -37,13 +37,13 @@ function draw() {
   for (const figure of figures.filter((f) => f.quality === choice.value)) {
     const traces = figure.curves.map((curve) => ({
       type: "scatter", mode: "lines+markers+text", name: curve.family,
-      x: curve.x, y: curve.y, text: curve.budget, textposition: "top center",
+      x: curve.x, y: curve.y, text: curve.budget, textposition: "middle right",
       textfont: { size: 11, color: colour("--soft") }, cliponaxis: false,
       customdata: curve.hover, hovertemplate: "%{customdata}<extra></extra>",
       line: { color: curve.colour, width: 2 },
       marker: { color: curve.colour, size: curve.full ? 15 : 9, symbol: curve.full ? "star" : "circle" },
       error_y: { type: "data", symmetric: false, array: curve.up, arrayminus: curve.down,
-                 color: curve.colour, thickness: 1, width: 3 },
+                 color: curve.colour, thickness: 0.8, width: 3 },
     }));
     const axis = { gridcolor: colour("--line"), zerolinecolor: colour("--line"), automargin: true, fixedrange: true };
     Plotly.react(figure.place, traces, {
@@ -51,7 +51,7 @@ function draw() {
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
       font: { family: "system-ui, sans-serif", size: 13, color: colour("--ink") },
       hoverlabel: { bgcolor: colour("--card"), bordercolor: colour("--line"), font: { color: colour("--ink") }, align: "left" },
-      xaxis: { ...axis, title: { text: figure.across }, rangemode: "tozero" },
+      xaxis: { ...axis, title: { text: figure.across }, rangemode: figure.zero ? "tozero" : "normal" },
       yaxis: { ...axis, title: { text: figure.upwards } },
     }, { displayModeBar: false, responsive: true });
   }
