@@ -64,7 +64,7 @@ def windows_on_cpu(rounds: int) -> list[dict[str, object]]:
 
 
 def grid_on_gpu(rounds: int) -> list[dict[str, object]]:
-    """`auto` beside SDPA's default and each backend: forward, and forward with backward."""
+    """`auto` beside SDPA's default and each backend: forward captured, forward with backward queued."""
     rows = []
     shapes = [(4, 16, 16, 512, 512, 64), (1, 16, 16, 1024, 1024, 128), (4, 16, 16, 2048, 2048, 128),
               (8, 32, 8, 2048, 2048, 128), (1, 16, 16, 8192, 8192, 128), (4, 12, 12, 4096, 4096, 64),
@@ -116,7 +116,33 @@ def _routes(
         except RuntimeError:  # this backend does not take this call
             continue
         candidates[name] = run
+    if not trains:  # captured: what the device does, without the time to launch it
+        candidates = {name: captured(run) for name, run in candidates.items()}
     return interleaved(candidates, rounds=rounds, device="cuda", warm=3)
+
+
+def captured(run: Callable[[], object]) -> Callable[[], object]:
+    """The call as a CUDA graph; it is run first, so that its choices are made."""
+    for _ in range(3):
+        run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def launches() -> list[dict[str, object]]:
+    """Microseconds of Python and launching for a call too small to fill the device."""
+    q, k, v = (torch.randn(1, 4, 64, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    timed = interleaved(
+        {
+            "auto": lambda: ops.attend(q, k, v, mask=masks.causal),
+            "default": lambda: scaled_dot_product_attention(q, k, v, is_causal=True),
+        },
+        rounds=101, device="cuda",
+    )  # fmt: skip
+    return [show({"what": "launch, microseconds", **{n: t * 1e3 for n, t in timed.items()}})]
 
 
 def windows_on_gpu(rounds: int) -> list[dict[str, object]]:
@@ -150,7 +176,7 @@ def main() -> None:
     options = parser.parse_args()
     rows = block_masks(options.device)
     if options.device == "cuda":
-        rows += grid_on_gpu(options.rounds) + windows_on_gpu(options.rounds)
+        rows += launches() + grid_on_gpu(options.rounds) + windows_on_gpu(options.rounds)
     else:
         rows += windows_on_cpu(options.rounds)
     save("routes", options.device, rows)

@@ -12,6 +12,9 @@ from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 from attlas.masks import Mask, block_mask
 from attlas.positions.base import ScoreMod
 
+#: Patterns, changes of scores and shape classes that one process may compile.
+PROGRAMS = 256
+
 
 def flex(
     q: Tensor, k: Tensor, v: Tensor, *, mask: Mask | None, score_mod: ScoreMod | None, scale: float,
@@ -24,10 +27,12 @@ def flex(
     if not torch.is_grad_enabled():  # on a CPU it refuses tensors that could train, used or not
         q, k, v = q.detach(), k.detach(), v.detach()
     kernel = _compiled() if q.device.type == "cuda" else flex_attention
-    out, aux = kernel(
-        q, k, v, score_mod=_shifted(score_mod, q_offset), block_mask=blocks, scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1], return_aux=AuxRequest(lse=True),
-    )  # fmt: skip
+    # Every pattern is a program of its own; at Dynamo's default of 8 the ninth would run unfused.
+    with torch._dynamo.config.patch(recompile_limit=PROGRAMS):
+        out, aux = kernel(
+            q, k, v, score_mod=_shifted(score_mod, q_offset), block_mask=blocks, scale=scale,
+            enable_gqa=q.shape[1] != k.shape[1], return_aux=AuxRequest(lse=True),
+        )  # fmt: skip
     return out, aux.lse
 
 
