@@ -43,6 +43,15 @@ class Position(nn.Module):
 
     score_mod: ScoreMod | None = None
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Position:
+        # Frequencies and slopes are constants: they go where the layer goes, in their own precision.
+        # Rounded to bfloat16, an angle at token 1000 would be off by half a turn.
+        constants = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, constant in constants.items():
+            setattr(self, name, constant.to(getattr(self, name).device))
+        return self
+
     def embed(
         self, x: Float[Tensor, "batch tokens dim"], positions: Integer[Tensor, "*batch tokens"]
     ) -> Float[Tensor, "batch tokens dim"]:

@@ -66,7 +66,8 @@ class RoPE(Position):
         bases = torch.tensor(base, dtype=torch.float32)
         if scaling == "ntk":
             bases = bases * factor ** (head_dim / (head_dim - 2))
-        theta = bases[..., None] ** (-torch.arange(0, head_dim, 2) / head_dim)
+        # Written as in Transformers: another rounding would show after some hundred tokens.
+        theta = 1.0 / bases[..., None] ** (torch.arange(0, head_dim, 2) / head_dim)
         if scaling == "linear":
             theta = theta / factor
         elif scaling == "yarn":
@@ -100,7 +101,7 @@ class RoPE(Position):
         return theta.repeat_interleave(x.shape[1] // len(theta), dim=0)
 
 
-def _yarn_ramp(dim: int, base: Tensor, length: int, fast: float = 32, slow: float = 1) -> Tensor:
+def _yarn_ramp(dim: int, base: Tensor, length: int, fast: float = 32.0, slow: float = 1.0) -> Tensor:
     """0 for pairs that turn more than `fast` times in `length` tokens, 1 for fewer than `slow`."""
 
     def pair_turning(turns: float) -> Tensor:
