@@ -8,10 +8,10 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from common import paired_ratio, save, show
 from transformers import DynamicCache
 
 import attlas
+from common import paired_ratio, save, show
 
 
 def prefill(model: Any, ids: torch.Tensor, *parts: Any, attach: bool = True) -> Callable[[], None]:

@@ -72,7 +72,7 @@ def decoder(kind: str, attention: str | None = None) -> Any:
         if "sinks" in name:  # they start at whatever memory holds
             torch.nn.init.normal_(weight)
         elif weight.ndim > 1:
-            torch.nn.init.normal_(weight, std=0.3)  # wide, so that attention is no mere mean
+            torch.nn.init.normal_(weight, std=0.2)  # wide, so that attention is no mere mean
         elif "norm" in name:  # uneven, so that normalised keys differ in length
             weight.data.add_(0.5 * torch.randn_like(weight))
     return model.eval()

@@ -63,7 +63,8 @@ def _forget(session: Session) -> None:
         del SESSIONS[module]
     session.layers.clear()
     if not SESSIONS:
-        # The interfaces have a public register() and nothing to take an entry back.
+        # The interfaces have a public register() and nothing to take an entry back; what is set on
+        # their shared instances, which `del` would take back, the making of masks does not look at.
         for interface in (AttentionInterface, AttentionMaskInterface):
             interface._global_mapping.pop(NAME, None)
 

@@ -112,11 +112,14 @@ def prefill(
     """
     if chunk is not None and chunk < 1:
         raise UserError(f"chunk must be at least 1, got {chunk}")
+    tokens = input_ids.shape[1]
+    if not tokens:
+        raise UserError("input_ids holds no token")
+    if attention_mask is not None and not attention_mask[:, -1].all():
+        raise UserError("attention_mask must pad on the left, so that every row ends with a token")
     watch = _Watch(policies)
     config: Any = model.config
     cache = DynamicCache(config=config.get_text_config(decoder=True))
-    tokens = input_ids.shape[1]
-    logits = None
     with attach(model, *([watch] if policies else [])):
         watch.prepare(cache.layers, model)
         for start in range(0, tokens, chunk or tokens):
@@ -126,8 +129,6 @@ def prefill(
                 input_ids[:, start:stop], past_key_values=cache, use_cache=True,
                 logits_to_keep=1, **options,
             ).logits[:, -1]  # fmt: skip
-    if logits is None:
-        raise UserError("input_ids holds no token")
     return Prompt(cache, logits, attention_mask, watch)
 
 
