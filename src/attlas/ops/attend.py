@@ -95,7 +95,7 @@ def attend(
             q, k, v, dropout_p=dropout, is_causal=flag, scale=scale,
             enable_gqa=q.shape[1] != k.shape[1],
         )  # fmt: skip
-    if isinstance(mask, Mask) and hides_nothing(mask, queries, keys, offset):
+    if route != "blocks" and isinstance(mask, Mask) and hides_nothing(mask, queries, keys, offset):
         mask = None
     if route == "auto":
         route = _choose(q, k, v, mask, score_mod, dropout, return_lse, offset)

@@ -1,0 +1,186 @@
+"""The routes of `attend` agree with the definition, and `merge` puts parts together exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import jaxtyping
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from attlas import masks, ops
+from attlas.contract.layers.numbers import LargestTensor
+from attlas.positions import ALiBi, T5Bias
+
+# It is beartype, which looks at a random item of each list, that uses it.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Do not use the `random` module", "ignore:flex_attention called without torch.compile"
+)
+
+PATTERNS: dict[str, Any] = {
+    "all": None,
+    "causal": masks.causal,
+    "window": masks.causal & (masks.window(60) | masks.sinks(3)),
+    "padding": masks.padding(torch.arange(300) < torch.tensor([[300], [77]])),
+    "heads": masks.per_head(masks.causal, masks.window(9), masks.full, masks.strided(7)),
+    "documents": masks.document(torch.arange(300) // 64) & masks.causal,
+}
+
+
+def qkv(queries: int, keys: int, kv: int = 2, width: int = 6, **kind: Any) -> list[torch.Tensor]:
+    kind = {"dtype": torch.float64, **kind}
+    return [
+        torch.randn(2, 4, queries, 8, **kind), torch.randn(2, kv, keys, 8, **kind),
+        torch.randn(2, kv, keys, width, **kind),
+    ]  # fmt: skip
+
+
+def definition(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **given: Any) -> torch.Tensor:
+    offset = k.shape[2] - q.shape[2]
+    return ops.reference(q, k, v, scale=q.shape[-1] ** -0.5, q_offset=offset, **given)[0]
+
+
+@pytest.mark.parametrize("route", ["auto", "sdpa", "chunked", "blocks"])
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize(("queries", "kv"), [(300, 4), (300, 1), (1, 2), (130, 2)])
+def test_routes_agree(route: Any, pattern: str, queries: int, kv: int) -> None:
+    mask = PATTERNS[pattern]
+    if route == "blocks" and mask is None:
+        pytest.skip("the route takes patterns alone")
+    ours = [t.requires_grad_() for t in qkv(queries, 300, kv)]
+    theirs = [t.detach().clone().requires_grad_() for t in ours]
+    found, wanted = ops.attend(*ours, mask=mask, route=route), definition(*theirs, mask=mask)
+    torch.testing.assert_close(found, wanted)
+    found.square().sum().backward()
+    wanted.square().sum().backward()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("route", ["auto", "sdpa", "chunked"])
+@pytest.mark.parametrize("position", [ALiBi(4), T5Bias(4)], ids=["alibi", "t5"])
+@pytest.mark.parametrize("pattern", ["all", "causal", "window"])
+def test_routes_agree_on_biases(route: Any, position: Any, pattern: str) -> None:
+    q, k, v = qkv(300, 300)
+    given = {"mask": PATTERNS[pattern], "score_mod": position.score_mod}
+    torch.testing.assert_close(ops.attend(q, k, v, route=route, **given), definition(q, k, v, **given))
+
+
+@pytest.fixture
+def untyped() -> Iterator[None]:
+    """Without shapes checked at run time, which neither flex can trace nor a user has."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.usefixtures("untyped")
+@pytest.mark.parametrize("pattern", ["all", "causal", "window", "documents"])
+def test_flex_agrees_without_gradients(pattern: str) -> None:
+    q, k, v = qkv(300, 300, kv=4, width=8, dtype=torch.float32)
+    found = ops.attend(q, k, v, mask=PATTERNS[pattern], route="flex")
+    wanted = definition(q, k, v, mask=PATTERNS[pattern])
+    torch.testing.assert_close(found, wanted, atol=2e-6, rtol=2e-5)
+
+
+@pytest.mark.parametrize("width", [4, 24])
+def test_values_of_another_width_stay_fused_on_a_cpu(width: int) -> None:
+    q, k, v = qkv(700, 700, width=width)
+    with LargestTensor() as seen:
+        found = ops.attend(q, k, v, mask=masks.causal)
+    torch.testing.assert_close(found, definition(q, k, v, mask=masks.causal))
+    assert seen.elements < 700 * 700
+
+
+def test_a_bias_on_long_sequences_takes_no_quadratic_memory() -> None:
+    q, k, v = qkv(1500, 1500, dtype=torch.float32)
+    with LargestTensor() as seen:
+        ops.attend(q, k, v, score_mod=ALiBi(4).score_mod)
+    assert seen.elements < 1500 * 1500
+
+
+
+def test_a_score_mod_that_is_no_bias() -> None:
+    def capped(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return 5 * (score / 5).tanh()
+
+    for length in (40, 300):
+        q, k, v = qkv(length, length)
+        found = ops.attend(q, k, v, score_mod=capped, mask=masks.causal)
+        torch.testing.assert_close(found, definition(q, k, v, score_mod=capped, mask=masks.causal))
+    with pytest.raises(ValueError, match="additive"):
+        ops.attend(q, k, v, score_mod=capped, route="sdpa")
+
+
+@pytest.mark.parametrize("route", ["auto", "reference", "sdpa", "chunked"])
+def test_rows_that_see_nothing_give_zero(route: Any) -> None:
+    q, k, v = (t.requires_grad_() for t in qkv(9, 9, width=8))
+    visible = torch.ones(1, 1, 9, 9, dtype=torch.bool)
+    visible[..., 2, :] = False
+    out = ops.attend(q, k, v, mask=visible, route=route)
+    assert (out[:, :, 2] == 0).all()
+    out.sum().backward()
+    assert q.grad is not None
+    assert q.grad.isfinite().all()
+    assert (q.grad[:, :, 2] == 0).all()
+
+
+@given(cuts=st.lists(st.integers(1, 49), max_size=5, unique=True).map(sorted))
+@settings(max_examples=25, deadline=None)
+def test_any_split_of_the_keys_merges_exactly(cuts: list[int]) -> None:
+    q, k, v = qkv(7, 50)
+    edges = [0, *cuts, 50]
+    parts = [
+        ops.attend(q, k[:, :, a:b], v[:, :, a:b], return_lse=True)
+        for a, b in pairwise(edges)
+    ]
+    out, lse = ops.merge(parts)
+    whole = ops.attend(q, k, v, return_lse=True)
+    torch.testing.assert_close(out, whole[0])
+    torch.testing.assert_close(lse, whole[1])
+
+
+def test_merge_with_a_part_that_sees_nothing() -> None:
+    q, k, v = qkv(7, 50)
+    blind = torch.zeros(1, 1, 7, 50, dtype=torch.bool)
+    some = ops.attend(q, k, v, return_lse=True)
+    none = ops.attend(q, k, v, mask=blind, return_lse=True)
+    out, lse = ops.merge([none, some])
+    torch.testing.assert_close(out, some[0])
+    torch.testing.assert_close(lse, some[1])
+    out, lse = ops.merge([none, none])
+    assert (out == 0).all()
+    assert (lse == -torch.inf).all()
+    with pytest.raises(ValueError, match="at least one"):
+        ops.merge([])
+
+
+def test_dropout_drops_on_the_routes_that_have_it() -> None:
+    q, k, v = qkv(300, 300, width=8)
+    assert not torch.equal(ops.attend(q, k, v, dropout=0.5), ops.attend(q, k, v))
+    with pytest.raises(ValueError, match="has no dropout"):
+        ops.attend(q, k, v, dropout=0.5, route="chunked")
+
+
+@pytest.mark.usefixtures("untyped")
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"route": "sdap"}, "did you mean 'sdpa'"),
+        ({"dropout": 1.0}, "dropout must lie in"),
+        ({"mask": torch.ones(1, 1, 3, 3, dtype=torch.bool)}, "mask must broadcast"),
+        ({"mask": masks.per_head(masks.causal, masks.full)}, "mask is for 2 heads"),
+        ({"mask": masks.causal, "return_lse": True, "route": "sdpa"}, "gives no lse"),
+        ({"k": torch.randn(2, 3, 50, 8)}, r"heads of k \(3\) must divide"),
+        ({"k": torch.randn(2, 2, 50, 7)}, "k must be as wide as q"),
+        ({"v": torch.randn(2, 2, 49, 8)}, "v must have as many tokens"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(change: dict[str, Any], said: str) -> None:
+    q, k, v = qkv(7, 50, dtype=torch.float32)
+    with pytest.raises(ValueError, match=said):
+        ops.attend(**{"q": q, "k": k, "v": v, **change})
