@@ -107,5 +107,7 @@ def prompt(batch: int = 2, tokens: int = 24, seed: int = 1) -> torch.Tensor:
 
 def greedy(model: Any, ids: torch.Tensor, count: int = 10, **options: Any) -> list[list[int]]:
     """Greedy tokens of generate()."""
-    out = model.generate(ids, max_new_tokens=count, min_new_tokens=count, do_sample=False, **options)
+    out = model.generate(
+        ids, max_new_tokens=count, min_new_tokens=count, do_sample=False, **options
+    )
     return out[:, ids.shape[1] :].tolist()

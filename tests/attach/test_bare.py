@@ -3,13 +3,13 @@
 import copy
 
 import pytest
-import tiny_models
 import torch
 import transformers
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+import tiny_models
 from attlas.attach import Part, attach
 
 
@@ -34,7 +34,9 @@ def test_is_the_model(kind, parts):
         with attach(model, *parts):
             bound = 2e-5 * plain.abs().max() if kind in tiny_models.EAGER else 0
             assert (model(ids).logits - plain).abs().max() <= bound
-            assert (model(ids, attention_mask=mask).logits - padded)[mask.bool()].abs().max() <= bound
+            assert (model(ids, attention_mask=mask).logits - padded)[
+                mask.bool()
+            ].abs().max() <= bound
             assert tiny_models.greedy(model, ids, attention_mask=mask) == tokens
 
 
@@ -102,9 +104,13 @@ def test_leaves_no_trace(implementation):
     with attach(model, Nothing(), record=["entropy"]):
         tiny_models.greedy(model, tiny_models.prompt())
     assert snapshot(model) == before
-    with pytest.raises(ZeroDivisionError), attach(model, Nothing()):
+
+    class Fails(Part):
+        def observe(self, call):
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), attach(model, Fails()):
         model(tiny_models.prompt())
-        raise ZeroDivisionError
     assert snapshot(model) == before
 
 

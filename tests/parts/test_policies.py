@@ -1,10 +1,10 @@
 """Cache policies: what they keep, what they hold, and that padding, chunks and calls do not matter."""
 
 import pytest
-import tiny_models
 import torch
 from transformers import DynamicCache
 
+import tiny_models
 from attlas.attach import Part, attach, prefill
 from attlas.parts.cache.expected_attention import ExpectedAttention
 from attlas.parts.cache.key_norm import KeyNorm

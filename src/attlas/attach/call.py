@@ -32,7 +32,7 @@ class Step:
 
     cache: Any = None
     real: Bool[Tensor, "batch seen"] | None = None
-    positions: Int[Tensor, "..."] | None = None
+    positions: Int[Tensor, "*rows query"] | None = None
     offset: int = 0
     length: int = 0
     chunked: bool = False
