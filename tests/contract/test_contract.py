@@ -168,3 +168,12 @@ def test_a_registered_toy_is_checked_by_name() -> None:
         assert not implemented(registry.find("toy-of-this-test"))
     finally:
         registry.unregister("toy-of-this-test")
+
+
+def test_attach_is_a_function_also_once_its_package_is_imported() -> None:
+    import attlas.attach as package
+
+    assert callable(attlas.attach)
+    assert attlas.attach.Part is package.Part
+    with pytest.raises(TypeError, match="Transformers model"):
+        attlas.attach(torch.nn.Linear(2, 2))
