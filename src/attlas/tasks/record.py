@@ -58,10 +58,7 @@ def mean(values: Sequence[float]) -> Measure:
 
 def fraction(values: Sequence[float]) -> Measure:
     """The mean of numbers in [0, 1]; its interval is cut to that range."""
-    found = mean(values)
-    if found.low is None or found.high is None:
-        return found
-    return replace(found, low=max(0.0, found.low), high=min(1.0, found.high))
+    return _within(mean(values))
 
 
 def pooled_share(cells: Sequence[tuple[float, int]]) -> Measure:
@@ -78,7 +75,14 @@ def pooled_fraction(cells: Sequence[tuple[float, int, float]]) -> Measure:
         return Measure(middle, 1)
     sd = math.sqrt(squares / (n - 1))
     half = Z95 * sd / math.sqrt(n)
-    return Measure(middle, n, max(0.0, middle - half), min(1.0, middle + half), sd=sd)
+    return _within(Measure(middle, n, middle - half, middle + half, sd=sd))
+
+
+def _within(found: Measure) -> Measure:
+    """Cut to [0, 1]; samples that are all alike say nothing about their spread."""
+    if found.low is None or found.high is None or not found.sd:
+        return replace(found, low=None, high=None)
+    return replace(found, low=max(0.0, found.low), high=min(1.0, found.high))
 
 
 def median(values: Sequence[float], floor: float | None = None) -> Measure:
