@@ -119,21 +119,31 @@ def _print_results(out: Console, results: list[Result], each: bool) -> None:
     table = Table(box=None, header_style="bold")
     for heading in ("mechanism", "held against", "check", "error", "bound", "status"):
         number = heading in ("error", "bound")
-        table.add_column(heading, overflow="fold", justify="right" if number else "left")
+        table.add_column(
+            heading, overflow="fold", justify="right" if number else "left",
+            no_wrap=heading in ("mechanism", "status"),
+        )  # fmt: skip
+    unheld = sorted(result.case for result in results if result.status == "no adapter")
+    results = [result for result in results if result.status != "no adapter"]
     for row in results if each else _closest(results):
         table.add_row(
             row.name, row.case, row.check, _number(row.error), _number(row.bound),
             f"[{STYLES[row.status]}]{row.status}[/]",
         )  # fmt: skip
-    out.print(table)
+    if results:
+        out.print(table)
+    if unheld:
+        out.print(f"\n{len(unheld)} cases without adapter:", style=STYLES["no adapter"])
+        out.print("  " + ", ".join(unheld), highlight=False)
     for result in results:
         if result.status in ("failed", "expected failure"):
             out.print(f"\n{result.status}: {result.name} [{result.case}] {result.check}",
                       style=STYLES[result.status], markup=False, highlight=False)  # fmt: skip
             out.print(f"  {result.reason}", markup=False, highlight=False)
     counts = {status: sum(r.status == status for r in results) for status in STYLES}
+    counts["no adapter"] = len(unheld)
     told = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
-    out.print(f"\n{len(results)} checks: {told or 'none ran'}", highlight=False)
+    out.print(f"\n{len(results) + len(unheld)} checks: {told or 'none ran'}", highlight=False)
 
 
 def _closest(results: list[Result]) -> Iterator[Result]:
@@ -141,7 +151,7 @@ def _closest(results: list[Result]) -> Iterator[Result]:
     rows: dict[tuple[str, str], list[Result]] = {}
     folders = {folder for folder, _ in adapters().items()}
     for result in results:
-        is_case = result.status == "no adapter" or result.case.split("/")[0] in folders
+        is_case = result.case.split("/")[0] in folders
         rows.setdefault((result.name, result.case if is_case else "contract"), []).append(result)
     for (name, against), group in rows.items():
         worst = max(group, key=_rank)
