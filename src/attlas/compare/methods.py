@@ -75,8 +75,10 @@ def parse_method(text: str) -> Method:
     method = Method(label, entry.name, tuple((o, options[o]) for o in ordered))
     try:
         method.part()
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise UserError(f"method {label}: {error}") from error
+    except TypeError as error:
+        raise UserError(f"method {label}: an option is of the wrong type ({error})") from error
     return method
 
 
