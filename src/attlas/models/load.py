@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from platformdirs import user_cache_dir
+from safetensors import SafetensorError
 from torch import nn
 
 from attlas.errors import UnknownName, UserError
@@ -142,8 +143,11 @@ def _converted(name: str, file: Path) -> Path:
         except OSError:
             if not _whole(folder):  # else another process has just finished the same work
                 raise
-    except OSError as error:
-        raise UserError(f"cannot convert {name} in {folder.parent}: {error}") from error
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"cannot convert {name} in {folder.parent}: {error}; it needs 600 MB there, or set "
+            "XDG_CACHE_HOME to another folder"
+        ) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return folder
