@@ -87,8 +87,10 @@ def compare(
 
 def _show(results: Results, grid: Grid, console: Console) -> None:
     """The table in the terminal, and table.md, pareto.png and report.html beside the results."""
+    import attlas.view.pareto as pareto
+    import attlas.view.report as report
+    import attlas.view.table as table
     from attlas.compare.summary import summarize
-    from attlas.view import pareto, report, table
 
     summary = summarize(results.lines, grid)
     console.print(table.terminal(summary))
