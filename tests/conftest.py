@@ -10,7 +10,7 @@ hook = install_import_hook("attlas", "beartype.beartype")
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-torch.set_num_threads(int(os.environ.get("ATTLAS_TEST_THREADS", "2")))
+torch.set_num_threads(int(os.environ.get("ATTLAS_TEST_THREADS", "1")))
 
 
 @pytest.fixture(autouse=True)

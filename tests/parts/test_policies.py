@@ -275,6 +275,19 @@ def test_forks_share_one_prefill():
     assert prompt.cache.get_seq_length() == prompt.tokens == 24
 
 
+def test_an_extended_prompt_is_one_read_at_once():
+    model, ids = tiny_models.decoder("llama"), tiny_models.prompt(1, 24)
+    policies = [make(keep=0.6) for make in POLICIES.values()]
+    context = prefill(model, ids[:, :20], policies)
+    extended, whole = context.extend(model, ids[:, 20:]), prefill(model, ids, policies)
+    torch.testing.assert_close(extended.logits, whole.logits, atol=1e-4, rtol=1e-4)
+    for policy in policies:
+        ours, theirs = extended.fork(policy), whole.fork(policy)
+        for layer, other in zip(ours.layers, theirs.layers, strict=True):
+            torch.testing.assert_close(layer.keys, other.keys, atol=1e-4, rtol=1e-4)
+    assert context.tokens == context.cache.get_seq_length() == 20
+
+
 def test_forks_of_a_model_with_sliding_windows():
     model, ids = tiny_models.decoder("gemma3"), tiny_models.prompt(2, 24)
     question = tiny_models.prompt(2, 3, seed=5)

@@ -30,6 +30,12 @@ class _Watch(Part):
     def prepare(self, layers: list[Any], model: nn.Module) -> None:
         self.states = [policy.states(layers, model) for policy in self.policies]
 
+    def fork(self) -> _Watch:
+        """A watch that learns on from here, leaving this one as it is."""
+        other = _Watch(self.policies)
+        other.states = [{i: state.fork() for i, state in states.items()} for states in self.states]
+        return other
+
     def observe(self, call: Call) -> None:
         for policy, states in zip(self.policies, self.states, strict=True):
             if (state := states.get(call.layer)) is not None:
@@ -69,10 +75,9 @@ class Prompt:
         Raises:
             ValueError: a policy that did not see the prompt, or its budget is too small.
         """
-        fork = DynamicCache()
         if policy is None:
-            fork.layers = [_copy(layer) for layer in self.cache.layers]
-            return fork
+            return _copies(self.cache)
+        fork = DynamicCache()
         if policy not in self._watch.policies:
             raise UserError(
                 f"this {type(policy).__name__} did not see the prompt; name it in "
@@ -88,6 +93,23 @@ class Prompt:
                 layer = _copy(layer)
             fork.layers.append(layer)
         return fork
+
+    @torch.no_grad()
+    def extend(self, model: nn.Module, input_ids: Int[Tensor, "batch tokens"]) -> Prompt:
+        """A longer prompt: what follows is read as exactly, and all policies learn from it too.
+
+        This prompt stays as it is, so that one context can be extended by many questions.
+
+        Args:
+            model: the model that read this prompt.
+            input_ids: the tokens that follow, without padding.
+        """
+        mask, watch = self.attention_mask, self._watch.fork()
+        if mask is not None:
+            mask = torch.cat([mask, mask.new_ones(input_ids.shape)], dim=1)
+        cache = _copies(self.cache)
+        logits = _read(model, input_ids, cache, watch, mask, None)
+        return Prompt(cache, logits, mask, watch)
 
 
 @torch.no_grad()
@@ -120,22 +142,39 @@ def prefill(
     watch = _Watch(policies)
     config: Any = model.config
     cache = DynamicCache(config=config.get_text_config(decoder=True))
-    with attach(model, *([watch] if policies else [])):
-        watch.prepare(cache.layers, model)
+    watch.prepare(cache.layers, model)
+    logits = _read(model, input_ids, cache, watch, attention_mask, chunk)
+    return Prompt(cache, logits, attention_mask, watch)
+
+
+def _read(
+    model: nn.Module, input_ids: Tensor, cache: DynamicCache, watch: _Watch, mask: Tensor | None,
+    chunk: int | None,
+) -> Tensor:  # fmt: skip
+    """Logits behind the last token, the cache grown and all policies the wiser."""
+    seen, tokens = int(cache.get_seq_length()), input_ids.shape[1]
+    with attach(model, *([watch] if watch.policies else [])):
         for start in range(0, tokens, chunk or tokens):
             stop = min(start + (chunk or tokens), tokens)
-            options = {} if attention_mask is None else _padded(attention_mask, start, stop)
-            logits = model(
+            options = {} if mask is None else _padded(mask, seen + start, seen + stop)
+            logits: Tensor = model(
                 input_ids[:, start:stop], past_key_values=cache, use_cache=True,
                 logits_to_keep=1, **options,
             ).logits[:, -1]  # fmt: skip
-    return Prompt(cache, logits, attention_mask, watch)
+    return logits
 
 
 def _padded(mask: Tensor, start: int, stop: int) -> dict[str, Tensor]:
     """Mask and positions of a chunk, counted over real tokens as generate() counts them."""
     positions = (mask.long().cumsum(dim=-1) - 1).clamp(min=0)
     return {"attention_mask": mask[:, :stop], "position_ids": positions[:, start:stop]}
+
+
+def _copies(cache: DynamicCache) -> DynamicCache:
+    """A cache that shares the tensors."""
+    other = DynamicCache()
+    other.layers = [_copy(layer) for layer in cache.layers]
+    return other
 
 
 def _copy(layer: DynamicLayer) -> DynamicLayer:
