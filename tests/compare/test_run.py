@@ -62,7 +62,7 @@ def test_the_main_job_writes_all_it_promises(tiny_preset, folder, tmp_path, caps
     assert full["decode_ms"]["floor"] > 0
     for name in ("table.md", "pareto.png", "report.html"):
         assert (tmp_path / name).stat().st_size > 500
-    assert "window(keep=0.5)" in capsys.readouterr().out
+    assert "keep=0.5" in capsys.readouterr().out
     main_ends(command(folder, tmp_path))
     assert lines(tmp_path) == found
     assert "are finished" in capsys.readouterr().out

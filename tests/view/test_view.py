@@ -87,15 +87,17 @@ def test_the_table_sorts_by_buttons_in_its_heads(summary, tmp_path):
 
 
 def test_the_terminal_and_markdown_tables_hold_the_same_numbers(summary, tmp_path):
-    console = Console(width=200, record=True, file=open(tmp_path / "null", "w"))  # noqa: SIM115
+    console = Console(width=80, record=True, file=open(tmp_path / "null", "w"))  # noqa: SIM115
     console.print(table.terminal(summary))
     shown = console.export_text()
+    assert "…" not in shown
     table.write(summary, tmp_path / "table.md")
     written = (tmp_path / "table.md").read_text("utf-8")
     for text in (shown, written):
-        assert "snapkv(keep=0.25)" in text
+        assert "snapkv" in text
+        assert "keep=0.25" in text
         assert "out of memory" in text
-        assert "95 % intervals" in text
+        assert "95 %" in text
     assert "<script>" not in written.replace(f"`toy(text='{EVIL}')`", "")
 
 

@@ -35,10 +35,13 @@ def terminal(summary: Summary) -> RenderableType:
                       pad_edge=False, header_style="bold")  # fmt: skip
         table.add_column("method", overflow="fold")
         for column in columns:
-            arrow = "↑" if column.better == "higher" else "↓"
-            table.add_column(f"{column.title} {arrow}", justify="right")
+            # In two lines, so that all stands in 80 columns.
+            table.add_column("\n".join(_head(column).split(" ", 1)), justify="right", no_wrap=True)
         for method in summary.table:
-            label = Text(method, "bold" if method == FULL else "")
+            name, bracket, options = method.partition("(")
+            label = Text(name, "bold" if method == FULL else "")
+            if bracket:
+                label += Text("\n" + options.removesuffix(")"), "dim")
             table.add_row(label, *(_terminal_cell(summary, method, c) for c in columns))
         parts += [Text(), table]
     notes = [f"  {c.title}: {meaning(c, summary)}" for c in summary.columns]
@@ -52,7 +55,7 @@ def write(summary: Summary, path: Path) -> None:
     lines = [f"# {escape(summary.grid.model)}: attention methods compared", ""]
     for caption, columns in zip(captions(summary), _halves(summary), strict=True):
         if columns:
-            heads = [f"{c.title} {'↑' if c.better == 'higher' else '↓'}" for c in columns]
+            heads = [_head(c) for c in columns]
             lines += [
                 f"**{caption}**",
                 "",
@@ -81,6 +84,10 @@ def origin(summary: Summary) -> str:
 def _halves(summary: Summary) -> tuple[list[Column], list[Column]]:
     quality = [c for c in summary.columns if c.quality]
     return quality, [c for c in summary.columns if not c.quality]
+
+
+def _head(column: Column) -> str:
+    return f"{column.title} {'↑' if column.better == 'higher' else '↓'}"
 
 
 def _terminal_cell(summary: Summary, method: str, column: Column) -> Text:
