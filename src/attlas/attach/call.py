@@ -28,6 +28,7 @@ class Step:
         offset: tokens that the cache had seen before this call.
         length: tokens of this call; 0 when the model takes no tokens (images).
         chunked: the session was told that the prompt comes in several calls.
+        shared: what parts work out once for all layers of the call.
     """
 
     cache: Any = None
@@ -36,12 +37,7 @@ class Step:
     offset: int = 0
     length: int = 0
     chunked: bool = False
-
-    def real_of(self, batch: int, seen: int, device: torch.device) -> Bool[Tensor, "batch seen"]:
-        """`real` as a tensor of the first `seen` columns, also when nothing is padded."""
-        if self.real is None:
-            return torch.ones(batch, seen, dtype=torch.bool, device=device)
-        return self.real[:, :seen].to(device)
+    shared: dict[Any, Any] = field(default_factory=dict)
 
 
 @dataclass(slots=True)

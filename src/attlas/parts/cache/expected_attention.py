@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from attlas.attach.call import Call
@@ -25,7 +25,7 @@ from attlas.catalog.registry import mechanism
 from attlas.errors import UserError
 from attlas.parts.cache.layer import LayerState
 from attlas.parts.cache.policy import CachePolicy, Slots, real_ranks
-from attlas.parts.cache.rotary import turn
+from attlas.parts.cache.rotary import Angles, Rotary, turn
 
 
 @mechanism("expected-attention", example={"keep": 0.5})
@@ -80,44 +80,74 @@ class ExpectedAttention(CachePolicy):
 
         Two lots of n_a and n_b with means apart by δ join as M = M_a + M_b + δδᵀ n_a n_b / n.
         """
-        rank, real = real_ranks(call)
+        tensors = state.tensors
+        weight, positions = self._asked(call)
+        fresh = weight.sum(dim=-1)[:, None, None]  # [batch, 1, 1]
         queries = call.q.float()
         if state.rotary is not None:
-            queries = state.rotary.unrotate(queries, call.positions)
-        weight = (real & (rank >= self.sinks))[:, None, :, None].float()
-        tensors = state.tensors
-        fresh = weight.sum(dim=2)  # [batch, 1, 1]
-        mean = (queries * weight).sum(dim=2) / fresh.clamp(min=1)
-        total, delta, share = fresh, mean, torch.ones_like(fresh)
-        if "mean" in tensors:
-            total = tensors["count"] + fresh
-            delta = mean - tensors["mean"]
-            share = fresh / total.clamp(min=1)
-            mean = tensors["mean"] + delta * share
+            cos, sin = self._angles(state.rotary, call, positions, tensors)
+            queries = turn(queries, cos, sin)
+        mean = torch.einsum("bhtd,bt->bhd", queries, weight) / fresh.clamp(min=1)
         if self.use_covariance:
-            centred = (queries - (delta + tensors.get("mean", 0.0))[:, :, None]) * weight
+            centred = (queries - mean[:, :, None]).mul_(weight[:, None, :, None])
             squares = centred.transpose(-1, -2) @ centred
-            if "mean" in tensors:
+        if "mean" in tensors:
+            delta = mean - tensors["mean"]
+            share = fresh / (tensors["count"] + fresh).clamp(min=1)
+            if self.use_covariance:
                 between = delta[..., :, None] * delta[..., None, :]
                 squares += tensors["squares"] + between * (share * tensors["count"])[..., None]
+            mean = tensors["mean"] + delta * share
+            fresh = tensors["count"] + fresh
+        if self.use_covariance:
             tensors["squares"] = squares
-        latest = call.positions.masked_fill(~real, -1).amax(dim=-1) + 1
-        latest = torch.maximum(tensors["next"], latest) if "next" in tensors else latest
-        tensors |= {"mean": mean, "count": total, "next": latest}
+        tensors |= {"mean": mean, "count": fresh}
+
+    def _asked(
+        self, call: Call
+    ) -> tuple[Float[Tensor, "batch query"], Int[Tensor, "batch query"]]:  # fmt: skip
+        """(1 for the queries that count, positions with -1 for padding), once for all layers."""
+        shared = call.step.shared
+        if (key := ("asked", self.sinks)) not in shared:
+            rank, real = real_ranks(call)
+            weight = (real & (rank >= self.sinks)).float()
+            shared[key] = weight, call.positions.masked_fill(~real, -1)
+        found: tuple[Tensor, Tensor] = shared[key]
+        return found
+
+    def _angles(
+        self, rotary: Rotary, call: Call, positions: Tensor, tensors: dict[str, Tensor]
+    ) -> Angles:
+        """What undoes the queries' rotation, once for all layers; keeps the mean rotation to come."""
+        shared = call.step.shared
+        if (key := ("angles", self.n_future, rotary)) not in shared:
+            cos, sin = rotary.back(call.positions)
+            ahead = positions.amax(dim=-1) + 1
+            if "next" in tensors:
+                ahead = torch.maximum(tensors["next"], ahead)
+            later = torch.arange(self.n_future, device=positions.device)
+            mean = [x.float().mean(dim=1) for x in rotary.angles(ahead[:, None] + later)]
+            shared[key] = (
+                (cos[:, None], sin[:, None]),
+                {"cos": mean[0], "sin": mean[1], "next": ahead},
+            )
+        back: Angles
+        back, future = shared[key]
+        tensors |= future
+        return back
 
     def scores(self, state: LayerState, slots: Slots) -> Float[Tensor, "batch kv_heads slots"]:
         """The expected weight of each key, times the norm of its value."""
         mean, covariance = self._future(state)
         heads = slots.keys.shape[1]
         keys = slots.keys.float()
-        logits = torch.einsum(
-            "bhgd,bhtd->bhgt", rearrange(mean, "b (h g) d -> b h g d", h=heads), keys
-        )
-        logits = logits * state.scaling
+        mean = rearrange(mean * state.scaling, "b (h g) d -> b h g d", h=heads)
+        logits = torch.einsum("bhgd,bhtd->bhgt", mean, keys)
         if covariance is not None:
-            spread = rearrange(covariance, "b (h g) d e -> b h g d e", h=heads)
-            reach = torch.einsum("bhtd,bhgde->bhgte", keys, spread)
-            logits += (reach * keys[:, :, None]).sum(dim=-1) * (state.scaling**2 / 2)
+            spread = rearrange(
+                covariance * (state.scaling**2 / 2), "b (h g) d e -> b h g d e", h=heads
+            )
+            logits += (keys[:, :, None] @ spread).mul_(keys[:, :, None]).sum(dim=-1)
         sinks = (slots.rank < self.sinks) & slots.valid
         logits = logits.masked_fill((sinks | ~slots.valid)[:, :, None], -torch.inf)
         scores = logits.softmax(dim=-1).nan_to_num(nan=0.0).mean(dim=2)  # NaN: nothing but sinks
@@ -138,9 +168,7 @@ class ExpectedAttention(CachePolicy):
         if self.use_covariance:
             covariance = tensors["squares"] / tensors["count"].clamp(min=1)[..., None]
         if state.rotary is not None:
-            ahead = torch.arange(self.n_future, device=mean.device)
-            cos, sin = state.rotary.angles(tensors["next"][:, None] + ahead)
-            cos, sin = cos.float().mean(dim=1)[:, None], sin.float().mean(dim=1)[:, None]
+            cos, sin = tensors["cos"][:, None], tensors["sin"][:, None]
             mean = turn(mean, cos, sin)
             if covariance is not None:
                 cos, sin = cos[:, None], sin[:, None]

@@ -129,10 +129,8 @@ class CachePolicy(Part):
         windows = tuple(
             layer.sliding_window for layer in layers if getattr(layer, "is_sliding", False)
         )
-        return {
-            i: LayerState(i, full, windows, Rotary.of(model, i) if self.rotates else None)
-            for i in full
-        }
+        rotary = Rotary.of(model, full[0]) if self.rotates else None
+        return {i: LayerState(i, full, windows, rotary) for i in full}
 
     def cache_layers(self, layers: list[Any], model: nn.Module) -> list[Any]:
         """Compressed layers in place of the full-attention ones; sliding windows stay."""
@@ -177,17 +175,7 @@ class CachePolicy(Part):
                 f"{int(slots.real.max())}, smaller than {name}={least} of {type(self).__name__}; "
                 f"give a larger budget or a smaller {name}"
             )
-        scores = self.scores(layer.state, slots).masked_fill(~slots.valid, -torch.inf)
-        # Stable, so that of equal scores (max pooling gives many) the earlier token stays, whatever
-        # the padding.
-        best, order = scores.sort(dim=-1, descending=True, stable=True)
-        width = int(slots.budget.max())
-        place = torch.arange(width, device=scores.device)
-        filled = (place < slots.budget[:, None, None]) & (best[..., :width] > -torch.inf)
-        # In order of position; empty slots, sent behind all others, come last.
-        chosen, _ = torch.where(filled, order[..., :width], scores.shape[-1]).sort(dim=-1)
-        filled = chosen < scores.shape[-1]
-        layer.keep(chosen.where(filled, 0), filled)
+        layer.keep(*best(self.scores(layer.state, slots), slots.valid, slots.budget))
         self.placed(layer, slots.real)
 
     def slots(self, layer: CompressedLayer, real: Bool[Tensor, "batch seen"] | None) -> Slots:
@@ -221,6 +209,30 @@ class CachePolicy(Part):
             real=real.sum(dim=-1),
             budget=budget,
         )
+
+
+def best(
+    scores: Float[Tensor, "batch kv_heads slots"],
+    valid: Bool[Tensor, "batch kv_heads slots"],
+    budget: Int[Tensor, " batch"],
+) -> tuple[Int[Tensor, "batch kv_heads kept"], Bool[Tensor, "batch kv_heads kept"]]:
+    """(slots of the best scores in their order, whether filled), by row and head.
+
+    Equal scores are common: repeated tokens have keys of one norm in the first layer, max pooling
+    repeats the largest. Which of them top-k takes depends on where they stand, so padded rows are
+    ranked without their padding, and choose as they would alone.
+    """
+    width = int(budget.max())
+    if bool(valid.all()) and int(budget.min()) == width:
+        chosen = scores.topk(width, dim=-1).indices.sort(dim=-1).values
+        return chosen, torch.ones_like(chosen, dtype=torch.bool)
+    chosen = torch.zeros(*scores.shape[:2], width, dtype=torch.long, device=scores.device)
+    for row, count in enumerate(budget.tolist()):
+        there = valid[row, 0].nonzero()[:, 0]  # padding is the same for all heads
+        top = scores[row, :, there].topk(count, dim=-1).indices.sort(dim=-1).values
+        chosen[row, :, :count] = there[top]
+    place = torch.arange(width, device=scores.device)
+    return chosen, (place < budget[:, None, None]).expand_as(chosen)
 
 
 def real_ranks(

@@ -99,13 +99,11 @@ class Rotary:
         cos, sin = self.angles(positions)
         return turn(x, cos[:, None], sin[:, None])
 
-    def unrotate(
-        self, x: Float[Tensor, "batch heads tokens dim"], positions: Int[Tensor, "batch tokens"]
-    ) -> Float[Tensor, "batch heads tokens dim"]:
-        """x as it was before it was rotated to positions."""
+    def back(self, positions: Int[Tensor, "batch tokens"]) -> Angles:
+        """The angles that undo the rotation to positions."""
         cos, sin = self.angles(positions)
         squared = cos.square() + sin.square()  # 1, or the square of YaRN's factor
-        return turn(x, (cos / squared)[:, None], (-sin / squared)[:, None])
+        return cos / squared, -sin / squared
 
 
 def turn(
@@ -116,9 +114,10 @@ def turn(
     """x · cos + half(x) · sin on the first channels; the others stay."""
     width = cos.shape[-1]
     moved, rest = x[..., :width], x[..., width:]
-    first, second = moved.chunk(2, dim=-1)
-    moved = moved * cos + torch.cat([-second, first], dim=-1) * sin
-    return torch.cat([moved, rest], dim=-1) if rest.shape[-1] else moved
+    (a, b), (cos_a, cos_b), (sin_a, sin_b) = (t.chunk(2, dim=-1) for t in (moved, cos, sin))
+    front = torch.addcmul(a * cos_a, b, sin_a, value=-1)
+    back = torch.addcmul(b * cos_b, a, sin_b)
+    return torch.cat([front, back, rest], dim=-1)
 
 
 def _frequencies(module: nn.Module) -> bool:

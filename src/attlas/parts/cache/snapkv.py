@@ -89,14 +89,14 @@ class SnapKV(CachePolicy):
         """Pooled mean attention of the last queries; their own tokens above all others."""
         queries, columns = state.tensors["queries"], state.tensors["columns"]
         heads = slots.keys.shape[1]
-        grouped = rearrange(queries.float(), "b (h g) w d -> b h g w d", h=heads)
-        logits = torch.einsum("bhgwd,bhtd->bhgwt", grouped, slots.keys.float()) * state.scaling
-        seen = slots.column[:, :, None] <= columns[:, None, :, None]
-        seen = seen & slots.valid[:, :, None]
-        logits = logits.masked_fill(~seen[:, :, None], -torch.inf)
+        grouped = rearrange(queries.float() * state.scaling, "b (h g) w d -> b h (g w) d", h=heads)
+        logits = grouped @ slots.keys.float().transpose(-1, -2)
+        logits = rearrange(logits, "b h (g w) t -> b h g w t", w=columns.shape[1])
         asked = columns >= 0
-        weights = logits.softmax(dim=-1).masked_fill(~asked[:, None, None, :, None], 0.0)
-        mean = weights.sum(dim=3) / asked.sum(dim=-1)[:, None, None, None]
+        future = (slots.column[:, :, None] > columns[:, None, :, None]) & asked[:, None, :, None]
+        logits.masked_fill_((future | ~slots.valid[:, :, None])[:, :, None], -torch.inf)
+        share = asked / asked.sum(dim=-1, keepdim=True)
+        mean = torch.einsum("bhgwt,bw->bhgt", logits.softmax(dim=-1), share)
         window = (slots.rank >= (slots.real - asked.sum(dim=-1))[:, None, None]) & slots.valid
         mean = mean.masked_fill(window[:, :, None] | ~slots.valid[:, :, None], 0.0)
         pooled: Tensor = self._pool(mean.flatten(0, 1)).unflatten(0, mean.shape[:2]).mean(dim=2)

@@ -22,6 +22,7 @@ from attlas.catalog.registry import mechanism
 from attlas.errors import UserError
 from attlas.parts.cache.layer import CompressedLayer, LayerState
 from attlas.parts.cache.policy import CachePolicy, Slots, real_ranks
+from attlas.parts.cache.rotary import turn
 
 
 @mechanism("window", paper="", aliases=("streaming-llm", "sinks-window"), example={"keep": 0.5})
@@ -89,7 +90,8 @@ class SinksWindow(CachePolicy):
         new = (tensors["next"] - held)[:, None] + number
         original = tensors.get("sinks")
         if original is None:
-            original = rotary.unrotate(layer.keys[:, :, : self.sinks].float(), old)
+            cos, sin = rotary.back(old)
+            original = turn(layer.keys[:, :, : self.sinks].float(), cos[:, None], sin[:, None])
             if self.while_decoding:
                 tensors["sinks"] = original
         moved = rotary.rotate(original, new).to(layer.keys.dtype)
