@@ -15,7 +15,7 @@ from attlas.contract.cases import Case, Check, adapter
 from attlas.parts.cache.expected_attention import ExpectedAttention
 from attlas.parts.cache.key_norm import KeyNorm
 from attlas.parts.cache.layer import CompressedLayer, LayerState
-from attlas.parts.cache.policy import CachePolicy
+from attlas.parts.cache.policy import CachePolicy, best
 from attlas.parts.cache.rotary import Rotary
 from attlas.parts.cache.snapkv import SnapKV
 from attlas.parts.cache.window import SinksWindow
@@ -23,12 +23,12 @@ from attlas.parts.record.column_sums import ColumnSums
 
 
 def key_norm(config: dict[str, Any]) -> KeyNorm:
-    return KeyNorm(1 - config["compression_ratio"], skip_layers=())
+    return KeyNorm(1.0 - config["compression_ratio"], skip_layers=())
 
 
 def snapkv(config: dict[str, Any]) -> SnapKV:
     return SnapKV(
-        1 - config["compression_ratio"],
+        1.0 - config["compression_ratio"],
         window=config["window_size"],
         kernel=config["kernel_size"],
     )
@@ -36,26 +36,26 @@ def snapkv(config: dict[str, Any]) -> SnapKV:
 
 def expected_attention(config: dict[str, Any]) -> ExpectedAttention:
     return ExpectedAttention(
-        1 - config["compression_ratio"],
+        1.0 - config["compression_ratio"],
         n_future=config["n_future_positions"],
         sinks=config["n_sink"],
-        epsilon=config.get("epsilon", 0.0),
+        epsilon=float(config.get("epsilon", 0.0)),
         use_covariance=config.get("use_covariance", True),
         use_vnorm=config.get("use_vnorm", True),
     )
 
 
 def window(config: dict[str, Any]) -> SinksWindow:
-    return SinksWindow(1 - config["compression_ratio"], sinks=config["n_sink"])
+    return SinksWindow(1.0 - config["compression_ratio"], sinks=config["n_sink"])
 
 
 def rerotated(config: dict[str, Any]) -> SinksWindow:
-    return SinksWindow(1 - config["compression_ratio"], sinks=config["n_sink"], rerotate=True)
+    return SinksWindow(1.0 - config["compression_ratio"], sinks=config["n_sink"], rerotate=True)
 
 
 def everything(config: dict[str, Any]) -> SinksWindow:
     """A budget of the whole context changes nothing."""
-    return SinksWindow(1 - config["compression_ratio"])
+    return SinksWindow(1.0 - config["compression_ratio"])
 
 
 POLICIES = {
@@ -89,18 +89,16 @@ def kept_otherwise(case: Case, name: str, ours: Tensor, theirs: Tensor, scores: 
 
 def run_layer(
     policy: CachePolicy, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary | None = None
-) -> tuple[Tensor, CompressedLayer, Tensor]:
-    """(scores, compressed layer, kept columns) of a prompt's queries, keys and values."""
+) -> tuple[Tensor, Tensor]:
+    """(scores, kept columns) of a prompt's queries, keys and values."""
     layer = CompressedLayer(LayerState(0, (0,), rotary=rotary, scaling=q.shape[-1] ** -0.5))
     layer.update(k, v)
     step = Step(length=q.shape[2])
     call = Call(0, nn.Identity(), q, k, v, layer.state.scaling, None, step, is_causal=True)
     policy.learn(layer.state, call)
-    scores = policy.scores(layer.state, policy.slots(layer, None))
-    policy.compress(layer, None)
-    kept = layer.columns()
-    everything = torch.arange(k.shape[2]).expand(*k.shape[:3])
-    return scores, layer, everything if kept is None else kept
+    slots = policy.slots(layer, None)
+    scores = policy.scores(layer.state, slots)
+    return scores, best(scores, slots.valid, slots.budget)[0]
 
 
 def press(case: Case) -> Iterator[Check]:
@@ -109,10 +107,10 @@ def press(case: Case) -> Iterator[Check]:
     policy = POLICIES[case.name.removeprefix("press-")][1](config)
     keys = case.inputs["k_rope"]
     batch, _, tokens, dim = keys.shape
-    rotary = Rotary.plain(dim, config["rope_theta"])
+    rotary = Rotary.plain(dim, float(config["rope_theta"]))
     queries = case.inputs.get("q_pre_rope", torch.zeros(batch, config["heads"], tokens, dim))
     queries = rotary.rotate(queries, torch.arange(tokens).expand(batch, -1))
-    scores, _, kept = run_layer(policy, queries, keys, case.inputs.get("v", keys), rotary)
+    scores, kept = run_layer(policy, queries, keys, case.inputs.get("v", keys), rotary)
     yield case.compare("out.scores", scores)
     yield kept_otherwise(case, "out.kept", kept, case.outs["kept"], case.outs["scores"])
 
@@ -123,10 +121,11 @@ def l2_norm(case: Case) -> Iterator[Check]:
     keys, values = case.inputs["k"], case.inputs["v"]
     count = case.outs["k"].shape[2]
     policy = KeyNorm(tokens=count, skip_layers=())
-    _, layer, _ = run_layer(policy, torch.zeros_like(keys), keys, values)
-    order = layer.keys.norm(dim=-1).argsort(dim=-1)[..., None]
-    yield case.compare("out.k", layer.keys.gather(2, order.expand_as(layer.keys)))
-    yield case.compare("out.v", layer.values.gather(2, order.expand_as(layer.values)))
+    scores, kept = run_layer(policy, torch.zeros_like(keys), keys, values)
+    order = scores.gather(-1, kept).argsort(dim=-1, descending=True)
+    at = kept.gather(-1, order)[..., None].expand(-1, -1, -1, keys.shape[-1])
+    yield case.compare("out.k", keys.gather(2, at))
+    yield case.compare("out.v", values.gather(2, at))
 
 
 @adapter("snapkv", mechanism="snapkv")
@@ -141,20 +140,21 @@ def snapkv_cluster(case: Case) -> Iterator[Check]:
         kernel=config["kernel_size"],
         pooling=config["pooling"].removesuffix("pool"),
     )
-    scores, layer, kept = run_layer(policy, queries, keys, values)
-    if kept.shape[-1] == keys.shape[2]:
-        prefix = kept[..., : keys.shape[2] - recent]
-        order = torch.arange(prefix.shape[-1]).expand_as(prefix)
-    else:
-        prefix = kept[..., :-recent].long()
+    scores, kept = run_layer(policy, queries, keys, values)
+    window = torch.arange(keys.shape[2] - recent, keys.shape[2]).expand(*kept.shape[:2], -1)
+    prefix = kept[..., :-recent].long()
+    if "kept_prefix_indices" in case.mids:
         order = scores.gather(-1, prefix).argsort(dim=-1, descending=True)
         prefix = prefix.gather(-1, order)
-    behind = torch.arange(order.shape[-1], kept.shape[-1]).expand(*order.shape[:2], -1)
-    at = torch.cat([order, behind], dim=-1)
-    yield case.compare("out.k", layer.keys.gather(2, at[..., None].expand_as(layer.keys)))
-    yield case.compare("out.v", layer.values.gather(2, at[..., None].expand_as(layer.values)))
-    if "kept_prefix_indices" in case.mids:
+        theirs = case.mids["kept_prefix_indices"].long()
+        # Pooling makes equal scores (max pooling many): of these either may be taken, in any order.
+        ours_at, theirs_at = scores.gather(-1, prefix), scores.gather(-1, theirs)
+        equal = (ours_at - theirs_at).abs() <= case.atol + case.rtol * theirs_at.abs()
+        prefix = torch.where(equal, theirs, prefix)
         yield case.compare("mid.kept_prefix_indices", prefix)
+    at = torch.cat([prefix, window], dim=-1)[..., None].expand(-1, -1, -1, keys.shape[-1])
+    yield case.compare("out.k", keys.gather(2, at))
+    yield case.compare("out.v", values.gather(2, at))
 
 
 @cache
@@ -219,6 +219,6 @@ def sink_metric(case: Case) -> Iterator[Check]:
         call = Call(layer, nn.Identity(), empty, empty, empty, 1.0, None, Step(length=tokens))
         recorder.update(call, weights[:, layer], torch.arange(tokens), torch.arange(tokens))
     yield case.compare("mid.importance", recorder.importance().transpose(0, 1))
-    yield case.compare("out.metric", recorder.sink_metric(case.config["epsilon"]))
+    yield case.compare("out.metric", recorder.sink_metric(float(case.config["epsilon"])))
     exceeds = recorder.importance()[..., 0] > case.config["epsilon"]
     yield case.compare("out.metric_per_head", exceeds.float().mean(dim=1))
