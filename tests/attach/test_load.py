@@ -4,11 +4,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-import tiny_models
 import torch
 import transformers
 from tokenizers import Tokenizer, models
 
+import tiny_models
 from attlas.errors import UserError
 from attlas.models import load as module
 from attlas.models.load import load, load_tokenizer

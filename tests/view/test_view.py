@@ -83,7 +83,7 @@ def test_the_table_sorts_by_buttons_in_its_heads(summary, tmp_path):
     html = page(summary, tmp_path)
     assert html.count('<th scope="col" data-first=') == html.count('<button type="button">')
     assert "aria-sort" in html
-    assert html.count('class="heat"') == 2 * len(summary.table)
+    assert html.count('class="heat"') == 3 * len(summary.table)
 
 
 def test_the_terminal_and_markdown_tables_hold_the_same_numbers(summary, tmp_path):

@@ -134,7 +134,9 @@ class Grid:
         """The cells that a unit measures for one method."""
         if unit.kind == "single":
             place = (unit.length, unit.depth)
-            return [Cell(method, "needle", *place, metric) for metric in ("single", "digits")]
+            return [
+                Cell(method, "needle", *place, metric) for metric in ("single", "digits", "blind")
+            ]
         if unit.kind == "several":
             return [Cell(method, "needle", unit.length, d, "several") for d in self.preset.depths]
         by_kind: dict[str, dict[str, tuple[str, ...]]] = {

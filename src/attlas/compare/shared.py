@@ -7,7 +7,7 @@ one. A part that changes attention itself reads the context alone.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -17,43 +17,61 @@ from torch import Tensor
 from attlas.attach import Part, attach
 from attlas.compare.methods import Method
 from attlas.parts.cache.policy import CachePolicy
-from attlas.parts.cache.prompt import prefill
+from attlas.parts.cache.prompt import Prompt, prefill
 
 
 class Reading:
     """A context that was prefilled; `fork` gives a method's cache as often as it is asked for.
 
-    Args:
+    Attributes:
         model: the model.
-        context: token ids.
-        methods: those that will be forked.
+        ids: token ids [1, tokens].
+        parts: by label, the parts of the methods that will be forked.
+        prompt: the context as the model read it, all policies among the parts looking on.
     """
 
-    def __init__(self, model: Any, context: Sequence[int], methods: Sequence[Method]) -> None:
-        self.model = model
-        self.ids = torch.tensor([list(context)], device=model.device)
-        self.parts = {method.label: method.part() for method in methods}
-        policies = [part for part in self.parts.values() if shares_prefill(part)]
-        self.prompt = prefill(model, self.ids, policies)
+    def __init__(
+        self, model: Any, ids: Tensor, parts: Mapping[str, Part | None], prompt: Prompt
+    ) -> None:
+        self.model, self.ids, self.parts, self.prompt = model, ids, parts, prompt
         self.own: dict[str, Any] = {}
 
-    def fork(self, method: Method) -> Any:
-        """A cache of the context as the method keeps it, to be used once, inside `attached`."""
+    @classmethod
+    def of(cls, model: Any, context: Sequence[int], methods: Sequence[Method]) -> Reading:
+        """Read a context."""
+        ids = torch.tensor([list(context)], device=model.device)
+        parts = {method.label: method.part() for method in methods}
+        policies = [part for part in parts.values() if isinstance(part, CachePolicy)]
+        return cls(model, ids, parts, prefill(model, ids, [p for p in policies if _shares(p)]))
+
+    def extended(self, more: Sequence[int]) -> Reading:
+        """The context with `more` read behind it; this reading stays as it is."""
+        ids = torch.tensor([list(more)], device=self.model.device)
+        prompt = self.prompt.extend(self.model, ids)
+        return Reading(self.model, torch.cat([self.ids, ids], dim=1), self.parts, prompt)
+
+    def fork(self, method: Method) -> tuple[Any, Tensor]:
+        """A cache of the context as the method keeps it, to be used once, and the next logits.
+
+        Call it inside `attached(method)`.
+        """
         part = self.parts[method.label]
-        if part is None or shares_prefill(part):
-            return self.prompt.fork(part)
+        if part is None or (isinstance(part, CachePolicy) and _shares(part)):
+            return self.prompt.fork(part), self.prompt.logits
         if method.label not in self.own:
-            self.own[method.label] = forward(self.model, self.ids, None).past_key_values
-        return copy.deepcopy(self.own[method.label])
+            output = forward(self.model, self.ids, None)
+            self.own[method.label] = output.past_key_values, output.logits[:, -1]
+        cache, logits = self.own[method.label]
+        return copy.deepcopy(cache), logits
 
     def attached(self, method: Method) -> AbstractContextManager[Any]:
         """The block inside which the method's caches are used."""
         return attached(self.model, self.parts[method.label])
 
 
-def shares_prefill(part: Part | None) -> bool:
-    """Whether a part's prefill is the model's own."""
-    return isinstance(part, CachePolicy) and getattr(part, "exact_prefill", True)
+def _shares(policy: CachePolicy) -> bool:
+    """Whether a policy's prefill is the model's own."""
+    return bool(getattr(policy, "exact_prefill", True))
 
 
 def attached(model: Any, part: Part | None) -> AbstractContextManager[Any]:

@@ -40,12 +40,15 @@ class Column:
 _NEEDLE = "over all lengths and depths"
 COLUMNS = (
     Column("single", "needle %", "higher", True,
-           "one number hidden in the text: answers with every digit right, " + _NEEDLE, 100.0),
+           "one number hidden in the text, asked for in the prompt: answers with every digit right, "
+           + _NEEDLE, 100.0),
     Column("digits", "digits %", "higher", True,
            "the same answers: digits that are right before the first mistake, " + _NEEDLE, 100.0),
+    Column("blind", "blind %", "higher", True,
+           "the same number, but the question comes after compression, unforeseen, " + _NEEDLE, 100.0),
     Column("several", "several %", "higher", True,
-           "four or more numbers hidden, one asked: answers with every digit right, " + _NEEDLE,
-           100.0),
+           "four or more numbers hidden, one asked for in the prompt: answers with every digit right, "
+           + _NEEDLE, 100.0),
     Column("kl", "KL nats", "lower", True,
            "divergence of the next-token distributions from full attention's, per token", 1.0, 3),
     Column("top1", "top-1 %", "higher", True,
@@ -146,7 +149,7 @@ def _pooled(key: str, lines: list[Line]) -> Measure | str:
     failed = next((line["status"] for line in lines if line["status"] != "ok"), None)
     if failed is not None:
         return str(failed)
-    if key in ("single", "several"):
+    if key in ("single", "blind", "several"):
         return pooled_share([(line["value"], line["n"]) for line in lines])
     if key == "digits":
         return pooled_fraction([(li["value"], li["n"], li["sd"] or 0.0) for li in lines])

@@ -145,7 +145,7 @@ def _read(
     start = clock(bench.model.device)
     try:
         with memory_watched():
-            reading = Reading(bench.model, context, methods)
+            reading = Reading.of(bench.model, context, methods)
     except OutOfMemory as error:
         for method in methods:
             tallies[method.label].reason = str(error)
@@ -165,27 +165,33 @@ def _needles(
     reading = _read(bench, hay.context, methods, tallies)
     if reading is None:
         return
+    asked = [reading.extended(key.question) for key in hay.asked]
     for method in methods:
         with _charged(bench, tallies[method.label]) as tally, reading.attached(method):
-            for key in hay.asked:
-                cache = reading.fork(method)
+            for key, prompt in zip(hay.asked, asked, strict=True):
+                cache, logits = prompt.fork(method)
                 tally.held.append(cache_bytes(cache))
-                said = _answer(bench, cache, key.question)
+                said = _answer(bench, cache, logits)
                 tally.add((unit.kind, key.depth), needle.correct(key, said))
                 tally.add(("digits", key.depth), needle.digits(key, said))
+                if unit.kind == "single":
+                    cache, _ = reading.fork(method)
+                    question = torch.tensor([key.question], device=bench.model.device)
+                    logits = forward(bench.model, question, cache).logits[:, -1]
+                    said = _answer(bench, cache, logits)
+                    tally.add(("blind", key.depth), needle.correct(key, said))
         if not tallies[method.label].reason:
             yield method
 
 
-def _answer(bench: Bench, cache: Any, question: list[int]) -> str:
+def _answer(bench: Bench, cache: Any, logits: torch.Tensor) -> str:
     """The greedy answer, until a number has been said, the model ends, or it talks too long."""
     ends = getattr(bench.model.generation_config, "eos_token_id", None)
     ends = {ends} if isinstance(ends, int) else set(ends or ())
     said: list[int] = []
-    ids = torch.tensor([question], device=bench.model.device)
     text = ""
     while len(said) < needle.ANSWER_TOKENS:
-        ids = forward(bench.model, ids, cache).logits[:, -1:].argmax(-1)
+        ids = logits.argmax(-1, keepdim=True)
         token = int(ids)
         if token in ends:
             break
@@ -193,6 +199,7 @@ def _answer(bench: Bench, cache: Any, question: list[int]) -> str:
         text = bench.tokenizer.decode(said)
         if needle.finished(text):
             break
+        logits = forward(bench.model, ids, cache).logits[:, -1]
     return text
 
 
@@ -214,7 +221,7 @@ def _continuations(
         return
     for method in methods:
         with _charged(bench, tallies[method.label]) as tally, reading.attached(method):
-            cache = reading.fork(method)
+            cache, _ = reading.fork(method)
             tally.held.append(cache_bytes(cache))
             logits = forward(bench.model, fed, cache, logits=0).logits[0]
             tally.add("kl", *fidelity.divergence(full, logits).tolist())

@@ -1,12 +1,11 @@
 """The model's own chat template, cut where a question begins.
 
-A cache is compressed at the end of the *context*. Were the question part of what is compressed, a
-method such as SnapKV, which scores keys by the last queries, would be told what to keep: a number
-that no use with two questions about one document can reach. So the template is cut in two:
+A method such as SnapKV scores keys by the last queries: with the question in the prompt it is told
+what to keep; without, it must keep what any question may need. Both are measured, so the template is
+cut in two:
 
-    opening   system and user header, then the text         -> prefilled, then compressed
-    closing   the question, the end of the user's turn,
-              the header of the assistant's turn            -> fed afterwards, never compressed
+    opening   system and user header, then the text
+    closing   the question, the end of the user's turn, the header of the assistant's turn
 """
 
 from __future__ import annotations

@@ -1,14 +1,17 @@
 """Needle in a haystack: a number for a city, hidden in the plays, asked for afterwards.
 
-    context   "... The special magic number for London is 4817263. ..."    (compressed)
-    question  "What is the special magic number for London?"               (fed after compression)
+    context   "... The special magic number for London is 4817263. ..."
+    question  "What is the special magic number for London?"
     score     1 if the first number in the greedy answer is 4817263, else 0
     digits    share of its digits that are right from the left, up to the first mistake
 
 *single*: one needle in the text. *several*: four or more cities at spread depths, alike but for
 city and number, one of them asked at a time: a method must keep all, and not mix them up.
-The depth is the share of the text that stands before the needle. The question is never part of what
-is compressed (see `attlas.tasks.chat`). Everything follows from the seed.
+The depth is the share of the text that stands before the needle. Everything follows from the seed.
+
+The question is part of the prompt that is compressed, as in `generate(prompt)` and in SnapKV's paper:
+a method may look at what is asked. *blind*: the single needle once more, the question fed after the
+context was compressed, as when one stored document is asked many things: nothing could be foreseen.
 
 After "Needle In A Haystack" (Kamradt, 2023) and "RULER: What's the Real Context Size of Your
 Long-Context Language Models?" (Hsieh et al., 2024), whose several-keys task this is in small.

@@ -39,7 +39,7 @@ def costs(summary: Summary) -> list[Column]:
 
 def qualities(summary: Summary) -> list[Column]:
     """The columns that stand on the vertical axis, graded ones first."""
-    order = ("digits", "single", "several", "top1", "kl", "perplexity")
+    order = ("digits", "single", "blind", "several", "top1", "kl", "perplexity")
     return sorted((c for c in summary.columns if c.quality), key=lambda c: order.index(c.key))
 
 

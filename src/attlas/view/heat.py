@@ -8,7 +8,11 @@ from attlas.compare.results import Line
 from attlas.compare.summary import Summary
 from attlas.view.table import MISSING
 
-_KINDS = (("single", "one needle"), ("several", "several needles"))
+_KINDS = (
+    ("single", "one needle"),
+    ("blind", "one needle, the question unforeseen"),
+    ("several", "several needles"),
+)
 
 
 def heat_maps(summary: Summary) -> str:

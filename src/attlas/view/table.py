@@ -13,24 +13,27 @@ from attlas.compare.methods import FULL
 from attlas.compare.summary import Column, Summary, meaning, shown
 
 MISSING = "–"
+NEEDLES = ("single", "digits", "blind", "several")
 
 
-def captions(summary: Summary) -> tuple[str, str]:
-    """What stands over the two halves: what is kept, and what it costs."""
+def parts_of(summary: Summary) -> list[tuple[str, list[Column]]]:
+    """The table in parts that fit 80 columns: needles, reading on, costs; each with its caption."""
     lengths = ", ".join(map(str, summary.grid.lengths))
-    return (
-        f"What is kept (needles: {lengths} tokens; the rest: {summary.longest} tokens; "
-        "with 95 % intervals)",
-        f"What it costs ({summary.longest} tokens; floor: the least this machine could need)",
-    )
+    needles = [c for c in summary.columns if c.key in NEEDLES]
+    kept = [c for c in summary.columns if c.quality and c not in needles]
+    costs = [c for c in summary.columns if not c.quality]
+    found = [
+        (f"What is found ({lengths} tokens; with 95 % intervals)", needles),
+        (f"What is kept ({summary.longest} tokens; with 95 % intervals)", kept),
+        (f"What it costs ({summary.longest} tokens; floor: the least this machine could need)", costs),
+    ]
+    return [(caption, columns) for caption, columns in found if columns]
 
 
 def terminal(summary: Summary) -> RenderableType:
-    """Two tables: what is kept, what it costs; intervals stand under the numbers."""
+    """The table in its parts; intervals stand under the numbers."""
     parts: list[RenderableType] = []
-    for caption, columns in zip(captions(summary), _halves(summary), strict=True):
-        if not columns:
-            continue
+    for caption, columns in parts_of(summary):
         table = Table(title=caption, title_justify="left", title_style="bold", box=None,
                       pad_edge=False, header_style="bold")  # fmt: skip
         table.add_column("method", overflow="fold")
@@ -51,21 +54,20 @@ def terminal(summary: Summary) -> RenderableType:
 
 
 def write(summary: Summary, path: Path) -> None:
-    """table.md: the same two tables, their meaning, and where they come from."""
+    """table.md: the same parts, their meaning, and where they come from."""
     lines = [f"# {escape(summary.grid.model)}: attention methods compared", ""]
-    for caption, columns in zip(captions(summary), _halves(summary), strict=True):
-        if columns:
-            heads = [_head(c) for c in columns]
-            lines += [
-                f"**{caption}**",
-                "",
-                _row(["method", *heads]),
-                _row(["---"] + ["--:"] * len(heads)),
-            ]
-            for method in summary.table:
-                cells = [_markdown_cell(summary, method, c) for c in columns]
-                lines.append(_row([f"`{method}`", *cells]))
-            lines.append("")
+    for caption, columns in parts_of(summary):
+        heads = [_head(c) for c in columns]
+        lines += [
+            f"**{caption}**",
+            "",
+            _row(["method", *heads]),
+            _row(["---"] + ["--:"] * len(heads)),
+        ]
+        for method in summary.table:
+            cells = [_markdown_cell(summary, method, c) for c in columns]
+            lines.append(_row([f"`{method}`", *cells]))
+        lines.append("")
     lines += ["↑ higher is better, ↓ lower is better.", ""]
     lines += [f"- {c.title}: {meaning(c, summary)}" for c in summary.columns]
     lines += ["", escape(origin(summary)), ""]
@@ -79,11 +81,6 @@ def origin(summary: Summary) -> str:
         f"model {grid.model}, {grid.dtype} on {grid.device} ({'; '.join(summary.stamps('machine'))}), "
         f"preset {grid.preset.name}, seed {grid.seed}; {'; '.join(summary.stamps('versions'))}"
     )
-
-
-def _halves(summary: Summary) -> tuple[list[Column], list[Column]]:
-    quality = [c for c in summary.columns if c.quality]
-    return quality, [c for c in summary.columns if not c.quality]
 
 
 def _head(column: Column) -> str:
