@@ -83,7 +83,7 @@ def kept_otherwise(case: Case, name: str, ours: Tensor, theirs: Tensor, scores: 
     edge = scores.masked_fill(~theirs, torch.inf).amin(dim=-1, keepdim=True)
     near = (scores - edge).abs() <= 2 * (case.atol + case.rtol * edge.abs())
     return Check(
-        f"{name}: tokens kept by one side alone", float(((ours != theirs) & ~near).sum()), 0
+        f"{name}: tokens kept by one side alone", float(((ours != theirs) & ~near).sum()), 0.0
     )
 
 
@@ -199,7 +199,7 @@ def on_model(case: Case) -> Iterator[Check]:
     top = case.outs["first_logits_top10_ids"].long()
     yield case.compare("out.first_logits_top10", first[top])
     wrong = sum(a != b for a, b in zip(generated, case.outs["generated_ids"].tolist(), strict=True))
-    yield Check("out.generated_ids: tokens that differ", wrong, 0)
+    yield Check("out.generated_ids: tokens that differ", float(wrong), 0.0)
 
 
 for case_name in ("knorm", "snapkv", "expected-attention", "expected-attention-mean", "streaming"):
