@@ -60,8 +60,8 @@ PRESETS = {
         decode=16,
         methods=(
             "full",
-            *(f"{name}(keep={keep})" for name in _BUDGETS for keep in (0.75, 0.25)),
-            "key-norm-eviction(keep=0.75)",
+            *(f"{name}(keep={keep})" for name in _BUDGETS for keep in (0.5, 0.25)),
+            "key-norm-eviction(keep=0.5)",
         ),
     ),
     "full": Preset(
@@ -81,6 +81,7 @@ PRESETS = {
                 for keep in (0.75, 0.5, 0.25)
             ),
             "window(keep=0.25, rerotate=True)",
+            "snapkv(keep=0.25, kernel=7)",
         ),
     ),
 }

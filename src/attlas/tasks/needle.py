@@ -1,9 +1,12 @@
 """Needle in a haystack: a number for a city, hidden in the plays, asked for afterwards.
 
-    context   "... The special magic number for London is 4817263. ..."
+    context   "... The special magic number for London is 481. ..."
     question  "What is the special magic number for London?"
-    score     1 if the first number in the greedy answer is 4817263, else 0
+    score     1 if the first number in the greedy answer is 481, else 0
     digits    share of its digits that are right from the left, up to the first mistake
+
+Three digits, since SmolLM2 reads digits one by one: of a longer number every method that drops tokens
+loses some, and exact match tells none from another.
 
 *single*: one needle in the text. *several*: four or more cities at spread depths, alike but for
 city and number, one of them asked at a time: a method must keep all, and not mix them up.
@@ -107,7 +110,7 @@ def _haystack(
     rng = random.Random(seed)
     frame = template(tokenizer)
     cities = rng.sample(CITIES, len(places))
-    numbers = [str(rng.randrange(1_000_000, 10_000_000)) for _ in places]
+    numbers = [str(rng.randrange(100, 1000)) for _ in places]
     needles = [
         tokens(tokenizer, NEEDLE.format(city=city, number=number))
         for city, number in zip(cities, numbers, strict=True)

@@ -23,12 +23,13 @@ _METHOD_NOTE = """
 <h2 id="how">How it was measured</h2>
 <ul>
 <li>All texts are passages of the works of Shakespeare, drawn by the seed.</li>
-<li>A needle is a sentence such as <q>The special magic number for London is 4817263.</q> between
-two lines of the plays. Its depth is the share of the text before it. The answer is greedy and right
-only if every digit is.</li>
-<li><strong>The question is never part of what is compressed.</strong> Each method compresses the
-text alone and is then asked through the model’s own chat template; none can peek at what will be
-wanted, so numbers can be lower than those of tests that compress the question along.</li>
+<li>A needle is a sentence such as <q>The special magic number for London is 481.</q> between two
+lines of the plays. Its depth is the share of the text before it. It is asked for through the model’s
+own chat template; the answer is greedy and right only if every digit is.</li>
+<li><strong>Asked in the prompt, or blind.</strong> For the needles the question is part of the prompt
+that is compressed, as when a prompt is simply generated from: a method may look at what is asked. For
+the column <q>blind</q> the text alone is compressed and the question comes afterwards, as when one
+stored document is asked many things.</li>
 <li>KL, top-1 agreement and perplexity read the true continuation of a text, token by token, through
 the compressed cache.</li>
 <li>Speed and memory: each method runs by itself, several times in turn; times are medians. The floor
