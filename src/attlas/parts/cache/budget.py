@@ -68,27 +68,24 @@ class Budget:
         Raises:
             ValueError: the layers that stay whole use up the budget.
         """
-        if self.bytes is not None:
-            held = slot_bytes * (windows + whole * real)
-            left = self.bytes // len(real) - held
-            kept = left.div((slot_bytes + index_bytes) * (layers - whole), rounding_mode="floor")
-        else:
-            if self.keep is not None:
-                # Row by row in Python: the product in double precision decides int().
-                promised = [int(count * self.keep) for count in real.tolist()]
-                total = torch.tensor(promised, device=real.device) * layers
+        # Plain integers: a handful of rows, and int() of a product in double precision.
+        counts: list[int] = real.tolist()
+        kept = []
+        for count in counts:
+            if self.bytes is not None:
+                left = self.bytes // len(counts) - slot_bytes * (windows + whole * count)
+                room = left // ((slot_bytes + index_bytes) * (layers - whole))
             else:
-                assert self.tokens is not None
-                total = torch.full_like(real, self.tokens * layers)
-            kept = (total - whole * real).div(layers - whole, rounding_mode="floor")
-        kept = torch.minimum(kept, real)
-        if ((kept < 1) & (real > 1)).any():
-            raise UserError(
-                f"the budget {self} leaves no token for a context of {int(real.max())} tokens"
-                + (f" beside {whole} layers kept whole" if whole else "")
-                + "; give a larger budget"
-            )
-        return kept.clamp(min=1)
+                promised = int(count * self.keep) if self.keep is not None else self.tokens or 0
+                room = (layers * promised - whole * count) // (layers - whole)
+            if room < 1 < count:
+                raise UserError(
+                    f"the budget {self} leaves no token for a context of {count} tokens"
+                    + (f" beside {whole} layers kept whole" if whole else "")
+                    + "; give a larger budget"
+                )
+            kept.append(max(1, min(room, count)))
+        return torch.tensor(kept, device=real.device)
 
     def __str__(self) -> str:
         name = next(n for n in ("keep", "tokens", "bytes") if getattr(self, n) is not None)

@@ -165,50 +165,45 @@ class CachePolicy(Part):
         if layer.state.layer in self.skipped:
             return
         slots = self.slots(layer, real)
-        evicted = slots.budget < slots.valid.sum(dim=-1).amax(dim=1)
-        if not evicted.any():
+        held = slots.valid[:, 0].sum(dim=-1).tolist()  # as many in every head
+        short = [n for n, m in zip(slots.budget.tolist(), held, strict=True) if n < m]
+        if not short:
             return
         name, least = self.floor
-        if (slots.budget < least)[evicted].any():
+        if min(short) < least:
             raise UserError(
-                f"the budget {self.budget} is {int(slots.budget[evicted].min())} tokens of "
-                f"{int(slots.real.max())}, smaller than {name}={least} of {type(self).__name__}; "
-                f"give a larger budget or a smaller {name}"
+                f"the budget {self.budget} is {min(short)} tokens of {int(slots.real.max())}, "
+                f"smaller than {name}={least} of {type(self).__name__}; give a larger budget or a "
+                f"smaller {name}"
             )
         layer.keep(*best(self.scores(layer.state, slots), slots.valid, slots.budget))
         self.placed(layer, slots.real)
 
     def slots(self, layer: CompressedLayer, real: Bool[Tensor, "batch seen"] | None) -> Slots:
         """The slots of a layer as `scores` takes them."""
-        keys, values = layer.keys, layer.values
+        keys, values, state = layer.keys, layer.values, layer.state
         batch, heads, count, _ = keys.shape
-        if real is None:
-            real = torch.ones(batch, layer.seen, dtype=torch.bool, device=keys.device)
-        real = real[:, : layer.seen].to(keys.device)
         columns = layer.columns()
         if columns is None:
             columns = torch.arange(count, device=keys.device).expand(batch, heads, count)
-        at = columns.clamp(min=0).long()
-        spread = real[:, None].expand(-1, heads, -1)
-        rank = (real.cumsum(dim=-1) - 1)[:, None].expand(-1, heads, -1)
-        state = layer.state
+        at = columns.clamp(min=0).long() if layer.index is not None else columns
+        if real is None:
+            total = torch.full((batch,), layer.seen, device=keys.device)
+            valid, rank = columns >= 0, at
+        else:
+            real = real[:, : layer.seen].to(keys.device)
+            total = real.sum(dim=-1)
+            valid = real[:, None].expand(-1, heads, -1).gather(-1, at) & (columns >= 0)
+            rank = (real.cumsum(dim=-1) - 1)[:, None].expand(-1, heads, -1).gather(-1, at)
         budget = self.budget.slots(
-            real.sum(dim=-1),
+            total,
             slot_bytes=heads * (keys.shape[-1] + values.shape[-1]) * keys.element_size(),
             index_bytes=heads * INDEX_BYTES,
             layers=len(state.full),
             whole=len(set(self.skipped) & set(state.full)),
             windows=sum(min(layer.seen, window - 1) for window in state.windows),
         )
-        return Slots(
-            keys=keys,
-            values=values,
-            valid=spread.gather(-1, at) & (columns >= 0),
-            column=at,
-            rank=rank.gather(-1, at),
-            real=real.sum(dim=-1),
-            budget=budget,
-        )
+        return Slots(keys, values, valid, column=at, rank=rank, real=total, budget=budget)
 
 
 def best(

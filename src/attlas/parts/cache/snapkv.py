@@ -93,10 +93,18 @@ class SnapKV(CachePolicy):
         logits = grouped @ slots.keys.float().transpose(-1, -2)
         logits = rearrange(logits, "b h (g w) t -> b h g w t", w=columns.shape[1])
         asked = columns >= 0
-        future = (slots.column[:, :, None] > columns[:, None, :, None]) & asked[:, None, :, None]
-        logits.masked_fill_((future | ~slots.valid[:, :, None])[:, :, None], -torch.inf)
-        share = asked / asked.sum(dim=-1, keepdim=True)
-        mean = torch.einsum("bhgwt,bw->bhgt", logits.softmax(dim=-1), share)
+        # No slot before the first asked query lies in anyone's future: slots are in order.
+        first = int(columns.clamp(min=0).min())
+        late = slots.column[:, :, None, first:] > columns[:, None, :, None]
+        logits[..., first:].masked_fill_((late & asked[:, None, :, None])[:, :, None], -torch.inf)
+        if not slots.valid.all():
+            logits.masked_fill_(~slots.valid[:, :, None, None], -torch.inf)
+        weights = logits.softmax(dim=-1)
+        if asked.all():
+            mean = weights.mean(dim=3)
+        else:
+            share = asked / asked.sum(dim=-1, keepdim=True)
+            mean = torch.einsum("bhgwt,bw->bhgt", weights, share)
         window = (slots.rank >= (slots.real - asked.sum(dim=-1))[:, None, None]) & slots.valid
         mean = mean.masked_fill(window[:, :, None] | ~slots.valid[:, :, None], 0.0)
         pooled: Tensor = self._pool(mean.flatten(0, 1)).unflatten(0, mean.shape[:2]).mean(dim=2)
