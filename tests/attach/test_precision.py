@@ -1,0 +1,37 @@
+"""Half precision: the same path, statistics in float32, caches in the model's own type."""
+
+import pytest
+import tiny_models
+import torch
+
+import attlas
+from attlas.attach import attach
+
+POLICIES = ("window", "key-norm-eviction", "snapkv", "expected-attention")
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt-oss"])
+@pytest.mark.parametrize("name", POLICIES)
+def test_bfloat16(name, kind):
+    options = {"window": 4} if name == "snapkv" else {"skip_layers": ()} if "norm" in name else {}
+    if name == "window":
+        options = {"rerotate": True}
+    model, ids = tiny_models.decoder(kind).bfloat16(), tiny_models.prompt()
+    policy = attlas.make(name, keep=0.5, **options)
+    with torch.no_grad(), attach(model, policy, record=["entropy"]) as session:
+        cache = model(ids).past_key_values
+        logits = model(tiny_models.prompt(2, 2, seed=3), past_key_values=cache).logits
+    assert logits.dtype == torch.bfloat16
+    assert logits.isfinite().all()
+    assert session["entropy"].dtype == torch.float32
+    held = [layer for layer in cache.layers if hasattr(layer, "index")]
+    assert {layer.keys.dtype for layer in held} == {torch.bfloat16}
+    assert {layer.keys.shape[2] for layer in held} == {14}
+
+
+def test_bfloat16_without_parts():
+    model, ids = tiny_models.decoder("llama").bfloat16(), tiny_models.prompt()
+    with torch.no_grad():
+        expected = model(ids).logits
+        with attach(model):
+            assert torch.equal(model(ids).logits, expected)
