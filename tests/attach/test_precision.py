@@ -1,10 +1,10 @@
 """Half precision: the same path, statistics in float32, caches in the model's own type."""
 
 import pytest
-import tiny_models
 import torch
 
 import attlas
+import tiny_models
 from attlas.attach import attach
 
 POLICIES = ("window", "key-norm-eviction", "snapkv", "expected-attention")

@@ -1,0 +1,47 @@
+"""On a GPU the same as on the CPU."""
+
+import pytest
+import torch
+
+import attlas
+import tiny_models
+from attlas.attach import attach, prefill
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+POLICIES = {
+    "window": {"rerotate": True, "while_decoding": True},
+    "key-norm-eviction": {"skip_layers": ()},
+    "snapkv": {"window": 4},
+    "expected-attention": {"while_decoding": True},
+}
+RECORDERS = ("entropy", "sink-mass", "mean-distance", "top-links", "column-sums", "weights")
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gemma3", "gpt-oss", "gpt2"])
+@pytest.mark.parametrize("name", POLICIES)
+def test_policies_and_recorders(name, kind):
+    model, ids = tiny_models.decoder(kind), tiny_models.prompt()
+    mask = torch.ones_like(ids)
+    mask[0, :6] = 0
+    found = {}
+    for device in ("cpu", "cuda"):
+        model, ids, mask = model.to(device), ids.to(device), mask.to(device)
+        policy = attlas.make(name, keep=0.5, **POLICIES[name])
+        with torch.no_grad(), attach(model, policy, record=RECORDERS) as session:
+            cache = model(ids, attention_mask=mask).past_key_values
+            longer = torch.cat([mask, torch.ones_like(mask[:, :2])], dim=1)
+            later = tiny_models.prompt(2, 2, seed=3).to(device)
+            logits = model(later, past_key_values=cache, attention_mask=longer).logits
+        found[device] = [logits, *(session[r] for r in RECORDERS if r != "top-links")]
+        assert session["top-links"]["index"].device.type == device
+    for one, two in zip(found["cpu"], found["cuda"], strict=True):
+        torch.testing.assert_close(two.cpu(), one, atol=2e-3, rtol=1e-2)
+
+
+def test_forks():
+    model, ids = tiny_models.decoder("llama").cuda(), tiny_models.prompt(1, 24).cuda()
+    policy = attlas.make("expected-attention", keep=0.5)
+    prompt = prefill(model, ids, [policy], chunk=10)
+    for used in (policy, None):
+        with torch.no_grad(), attach(model, *([used] if used else [])):
+            assert model(ids[:, :1], past_key_values=prompt.fork(used)).logits.isfinite().all()
