@@ -49,7 +49,7 @@ def check_budget(method: Method, part: CachePolicy, model: Any, length: int) -> 
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     slot = 2 * heads * width * model.dtype.itemsize
-    layers = part.states(part._fresh(model), model)
+    layers = part.states(part.fresh_layers(model), model)
     budget = part.budget
     whole = slot * length * len(layers)
     if (budget.tokens or 0) > length or (budget.bytes or 0) > whole:

@@ -55,6 +55,8 @@ class CachePolicy(Part):
         while_decoding: enforce the budget again after every later call, where the policy can.
     """
 
+    #: A policy chooses which pairs may meet.
+    stages = ("mask",)
     #: The policy uses the model's rotary embedding.
     rotates = False
 
@@ -97,7 +99,7 @@ class CachePolicy(Part):
 
     def check(self, model: nn.Module) -> None:
         """Refuse models without full attention to compress, or with a rotation not understood."""
-        layers = self._fresh(model)
+        layers = self.fresh_layers(model)
         full = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
         if not full:
             raise UserError(
@@ -117,7 +119,8 @@ class CachePolicy(Part):
             Rotary.of(model, full[0])
 
     @staticmethod
-    def _fresh(model: Any) -> list[Any]:
+    def fresh_layers(model: Any) -> list[Any]:
+        """The layers that an empty cache of this model comes with."""
         from transformers.cache_utils import DynamicCache
 
         layers: list[Any] = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
