@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -35,7 +37,9 @@ def test_blocks_run(page: Path, registered, tmp_path, monkeypatch, request, caps
     (tmp_path / "tests").symlink_to(ROOT / "tests")
     if "smollm2" in page.read_text():
         request.getfixturevalue("smollm2")
-    names: dict[str, object] = {"__name__": page.stem}
+    module = types.ModuleType(f"page_{page.stem}")
+    monkeypatch.setitem(sys.modules, module.__name__, module)  # a page is a file like any other
+    names = vars(module)
     for language, text in blocks(page):
         if language == "python":
             exec(compile(text, f"{page.name}", "exec"), names)

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
-from attlas.positions.base import Position, as_float, even
+from attlas.positions.base import Position, even
 
 Scaling = Literal["linear", "ntk", "yarn"]
 
@@ -81,7 +81,9 @@ class RoPE(Position):
         positions: Integer[Tensor, "*batch tokens"],
     ) -> Float[Tensor, "batch heads tokens dim"]:
         """Turn x, whose tokens stand at `positions`."""
-        angles = as_float(positions)[..., None, :, None] * self._per_head(x)[:, None, :]
+        # In float32, as Transformers does; in float64 for those who check against it.
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        angles = positions[..., None, :, None].to(dtype) * self._per_head(x)[:, None, :].to(dtype)
         cos = (angles.cos() * self.magnitude).to(x.dtype)
         sin = (angles.sin() * self.magnitude).to(x.dtype)
         if self.interleaved:
