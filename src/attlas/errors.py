@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+#: Names that one sentence can hold.
+FEW = 20
+
 
 class UserError(ValueError):
     """A mistake in what the user asked for; the command line prints it alone and exits with 2."""
@@ -16,6 +19,11 @@ class UnknownName(UserError):
     def __init__(self, what: str, got: str, known: Iterable[str]) -> None:
         names = sorted(set(known))
         near = get_close_matches(got, names, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(repr(n) for n in near)}?" if near else f"known: {names}"
+        if near:
+            hint = f"did you mean {' or '.join(repr(n) for n in near)}?"
+        elif len(names) <= FEW:
+            hint = f"known: {names}"
+        else:
+            hint = f"none of the {len(names)} known comes near; `attlas list` shows them"
         super().__init__(f"unknown {what} {got!r}; {hint}")
         self.near = near
