@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from attlas import masks, ops
 from attlas.catalog.registry import mechanism
+from attlas.errors import at_least_one
 from attlas.masks import Mask
 from attlas.positions import Position, ScoreMod, named
 
@@ -75,13 +76,13 @@ class Attention(nn.Module):
         layer_idx: int = 0,
     ) -> None:
         super().__init__()
-        self.dim, self.heads = _at_least_one("dim", dim), _at_least_one("heads", heads)
-        self.kv_heads = heads if kv_heads is None else _at_least_one("kv_heads", kv_heads)
+        self.dim, self.heads = at_least_one("dim", dim), at_least_one("heads", heads)
+        self.kv_heads = heads if kv_heads is None else at_least_one("kv_heads", kv_heads)
         if heads % self.kv_heads:
             raise ValueError(f"kv_heads must divide heads={heads}, got {kv_heads}")
         if head_dim is None and dim % heads:
             raise ValueError(f"heads must divide dim={dim} unless head_dim is given, got {heads}")
-        self.head_dim = dim // heads if head_dim is None else _at_least_one("head_dim", head_dim)
+        self.head_dim = dim // heads if head_dim is None else at_least_one("head_dim", head_dim)
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
         if causal and not self.has_causal_form:
@@ -328,12 +329,6 @@ class Attention(nn.Module):
 
 #: The stages that one fused call stands for.
 _FUSED = ("score", "normalize", "aggregate", "weigh")
-
-
-def _at_least_one(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} takes a whole number of at least 1, got {value!r}")
-    return value
 
 
 def _combined(a: Mask | None, b: Mask | None) -> Mask | None:

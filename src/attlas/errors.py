@@ -27,3 +27,14 @@ class UnknownName(UserError):
             hint = f"none of the {len(names)} known comes near; `attlas list` shows them"
         super().__init__(f"unknown {what} {got!r}; {hint}")
         self.near = near
+
+
+def at_least_one(name: str, value: int) -> int:
+    """`value` if it is a whole number of at least 1.
+
+    Raises:
+        ValueError: otherwise, naming the argument.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} takes a whole number of at least 1, got {value!r}")
+    return value

@@ -13,8 +13,9 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from attlas.attach.call import Call, Part, Recorder, ScoreMod, Step
+from attlas.attach.call import Call, Part, Recorder, Step
 from attlas.attach.session import Session, attach
+from attlas.positions import ScoreMod
 
 if TYPE_CHECKING:
     from attlas.parts.cache.prompt import Prompt, prefill

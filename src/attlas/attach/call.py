@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,10 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from attlas.errors import UserError
-
-#: A pointwise change of scores, as FlexAttention writes it: (score, batch, head, q_idx, kv_idx).
-#: Indices are columns of the original sequence, whatever a cache has dropped.
-ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+from attlas.positions import ScoreMod
 
 
 @dataclass(slots=True)
@@ -140,7 +136,10 @@ class Part:
         """Called before each forward call of the model."""
 
     def score_mod(self, call: Call) -> ScoreMod | None:
-        """A pointwise change of this call's scores, None for no change."""
+        """A pointwise change of this call's scores, None for no change.
+
+        Its indices are columns of the original sequence, whatever a cache has dropped.
+        """
         return None
 
     def mask(self, call: Call) -> Bool[Tensor, "#batch #heads #query keys"] | None:

@@ -12,8 +12,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from attlas import masks, ops
 from attlas.attach.blocks import weight_blocks
-from attlas.attach.call import Call, ScoreMod
+from attlas.attach.call import Call
 from attlas.errors import UserError
+from attlas.positions import ScoreMod
 
 if TYPE_CHECKING:
     from attlas.attach.session import Session

@@ -115,13 +115,7 @@ class Session:
     @property
     def kv_bytes(self) -> int:
         """Bytes of keys, values and slot indices that the cache of the last call holds."""
-        layers = self.cache.layers if self.cache is not None else []
-        return sum(
-            tensor.numel() * tensor.element_size()
-            for layer in layers
-            for name in ("keys", "values", "index")
-            if isinstance(tensor := getattr(layer, name, None), Tensor)
-        )
+        return 0 if self.cache is None else cache_bytes(self.cache)
 
     def before(self, step: Step) -> None:
         """A forward call begins: the cache is made ready and every part is told."""
@@ -136,6 +130,16 @@ class Session:
         self.step = None
         if cache is not None:
             self.cache = cache
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of keys, values and slot indices that a cache holds."""
+    return sum(
+        tensor.numel() * tensor.element_size()
+        for layer in cache.layers
+        for name in ("keys", "values", "index")
+        if isinstance(tensor := getattr(layer, name, None), Tensor)
+    )
 
 
 def _checked_model(model: nn.Module) -> nn.Module:

@@ -82,13 +82,3 @@ def attached(model: Any, part: Part | None) -> AbstractContextManager[Any]:
 def forward(model: Any, ids: Tensor, cache: Any, logits: int = 1) -> Any:
     """One call of the model: logits of the last `logits` tokens (0: of all) and its cache."""
     return model(ids, past_key_values=cache, use_cache=True, logits_to_keep=logits)
-
-
-def cache_bytes(cache: Any) -> int:
-    """Bytes of keys, values and slot indices that a cache holds."""
-    return sum(
-        tensor.numel() * tensor.element_size()
-        for layer in cache.layers
-        for name in ("keys", "values", "index")
-        if isinstance(tensor := getattr(layer, name, None), Tensor)
-    )

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
+from attlas.attach.session import cache_bytes
 from attlas.compare.grid import Cell, Grid, Unit
 from attlas.compare.methods import Method
-from attlas.compare.shared import Reading, attached, cache_bytes, forward
+from attlas.compare.shared import Reading, attached, forward
 from attlas.tasks import fidelity, needle
 from attlas.tasks.continuation import continuation
 from attlas.tasks.memory import Peak

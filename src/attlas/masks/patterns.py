@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Integer
 from torch import Tensor
 
+from attlas.errors import at_least_one
 from attlas.masks.algebra import Coarse, HeadGroups, Mask, PerHead, Reach
 
 
@@ -195,33 +196,33 @@ causal: Mask = _Causal()
 
 def window(size: int) -> Mask:
     """Keys fewer than `size` tokens away on either side; with `causal`, the last `size` keys."""
-    return _Window(_positive("size", size))
+    return _Window(at_least_one("size", size))
 
 
 def sinks(count: int) -> Mask:
     """The first `count` keys (attention sinks), for every query."""
-    return _First(_positive("count", count), "sinks")
+    return _First(at_least_one("count", count), "sinks")
 
 
 def prefix(count: int) -> Mask:
     """The first `count` keys, for every query: `causal | prefix(n)` is a prefix language model."""
-    return _First(_positive("count", count), "prefix")
+    return _First(at_least_one("count", count), "prefix")
 
 
 def strided(stride: int) -> Mask:
     """Keys at distances that are multiples of `stride`."""
-    return _Strided(_positive("stride", stride))
+    return _Strided(at_least_one("stride", stride))
 
 
 def dilated(size: int, dilation: int) -> Mask:
     """`size` keys a side, the query's own included, `dilation` tokens apart."""
-    far = (_positive("size", size) - 1) * _positive("dilation", dilation) + 1
+    far = (at_least_one("size", size) - 1) * at_least_one("dilation", dilation) + 1
     return window(far) & strided(dilation)
 
 
 def blocks(mask: Mask, size: int) -> Mask:
     """`mask` read on blocks of `size` tokens: q sees k where block q//size sees block k//size."""
-    return Coarse(mask, _positive("size", size))
+    return Coarse(mask, at_least_one("size", size))
 
 
 def block(size: int) -> Mask:
@@ -273,15 +274,9 @@ def per_head(*masks: Mask) -> Mask:
 
 def by_groups(mask: Mask, size: int) -> Mask:
     """A mask made for groups of heads, on the heads themselves: head h takes group h // size's."""
-    return HeadGroups(mask, _positive("size", size))
+    return HeadGroups(mask, at_least_one("size", size))
 
 
 def _grid_shape(ends: Tensor) -> tuple[int, ...]:
     """[batch, 1, q_blocks | 1, 1 | k_blocks], for block ends that are [n, 1] or [n]."""
     return (-1, 1, *(1,) * (2 - ends.ndim), *ends.shape)
-
-
-def _positive(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} takes a whole number of at least 1, got {value!r}")
-    return value
