@@ -1,4 +1,4 @@
-"""The command line: `attlas list`, `show`, `verify`, `compare`, `train`, `roofline`.
+"""The command line: `attlas list`, `show`, `verify`, `compare`, `calibrate`, `train`, `roofline`.
 
 What a user can mend ends in one sentence on standard error and exit code 2, never in a traceback.
 """
@@ -9,6 +9,7 @@ import sys
 
 import typer
 
+from attlas.calibration.command import calibrate_command
 from attlas.catalog.command import list_papers, show
 from attlas.compare.command import compare
 from attlas.compare.roofline import roofline
@@ -27,6 +28,7 @@ app.command("list")(list_papers)
 app.command()(show)
 app.command()(verify)
 app.command()(compare)
+app.command("calibrate")(calibrate_command)
 app.command()(train)
 app.command()(roofline)
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from attlas.errors import UserError
-from attlas.parts.cache.layer import CompressedLayer, LayerState
+from attlas.storage.layer import LayerState, StoredLayer
 
 
 @pytest.fixture
 def layer():
-    layer = CompressedLayer(LayerState(0, (0,), tensors={"mean": torch.arange(3.0)}))
+    layer = StoredLayer({"Part": LayerState(0, (0,), tensors={"mean": torch.arange(3.0)})})
     keys = torch.arange(3 * 2 * 10).float().view(3, 2, 10, 1).expand(-1, -1, -1, 4)
     layer.update(keys, keys + 0.5)
     slots = torch.tensor([[[0, 4, 7], [1, 2, 9]]]).expand(3, -1, -1)
@@ -34,12 +34,12 @@ def test_rows(layer):
     before = layer.columns()
     layer.reorder_cache(torch.tensor([1, 0, 2]))
     assert torch.equal(layer.columns(), before[[1, 0, 2]])
-    assert layer.state.tensors["mean"].tolist() == [1, 0, 2]
+    assert layer.learned["Part"].tensors["mean"].tolist() == [1, 0, 2]
     layer.batch_repeat_interleave(2)
     assert torch.equal(layer.columns(), before[[1, 1, 0, 0, 2, 2]])
     layer.batch_select_indices(torch.tensor([4, 0]))
     assert torch.equal(layer.columns(), before[[2, 1]])
-    assert layer.state.tensors["mean"].tolist() == [2, 1]
+    assert layer.learned["Part"].tensors["mean"].tolist() == [2, 1]
     assert layer.keys.shape[0] == 2
 
 
@@ -53,11 +53,11 @@ def test_crop(layer):
 
 
 def test_reset(layer):
-    layer.compressed = True
+    layer.settled = True
     layer.reset()
     assert layer.get_seq_length() == 0
     assert layer.columns() is None
-    assert not layer.compressed
-    assert not layer.state.tensors
+    assert not layer.settled
+    assert not layer.learned["Part"].tensors
     layer.update(torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 4))
     assert layer.get_seq_length() == 3

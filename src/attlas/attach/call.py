@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from attlas.errors import UserError
 from attlas.positions import ScoreMod
+from attlas.storage.layer import Chosen
 
 
 @dataclass(slots=True)
@@ -47,7 +48,8 @@ class Call:
         layer: index of the layer.
         module: the model's attention module.
         q: queries, rotated where the model rotates them.
-        k: keys in the cache, those of this call last; not repeated for grouped heads.
+        k: keys in the cache, those of this call last; not repeated for grouped heads. Where the cache
+            holds them encoded and no part needs to see them, those of this call alone.
         v: values likewise.
         scaling: factor of q·k.
         mask: which slots each query may attend (True = may), None for all or, with `is_causal`,
@@ -55,6 +57,7 @@ class Call:
         step: the forward call that this is part of.
         columns: original column of each slot, -1 for an empty one; None while nothing was dropped.
         cache_layer: this layer's part of the cache.
+        chosen: which slots are read in this step, None for all.
         is_causal: with `mask` None and several queries, query i sees keys 0..i only.
         score_mod: the pointwise changes of scores in force (soft caps, biases, parts), None without.
         sinks: logits per head that take part in the softmax without a value (GPT-OSS), or None.
@@ -71,6 +74,7 @@ class Call:
     step: Step
     columns: Int[Tensor, "batch kv_heads keys"] | None = None
     cache_layer: Any = None
+    chosen: Chosen | None = None
     is_causal: bool = False
     score_mod: ScoreMod | None = None
     sinks: Float[Tensor, " heads"] | None = None
@@ -144,6 +148,14 @@ class Part:
 
     def mask(self, call: Call) -> Bool[Tensor, "#batch #heads #query keys"] | None:
         """Pairs of query and slot that may meet, combined with the model's own mask; None: all."""
+        return None
+
+    def select(self, call: Call) -> Chosen | None:
+        """The slots that this step reads; None for all. One part of a session may choose."""
+        return None
+
+    def attend(self, call: Call) -> Float[Tensor, "batch query heads value_dim"] | None:
+        """The whole attention of this call in another way; None leaves it to the next part, or to us."""
         return None
 
     def output(

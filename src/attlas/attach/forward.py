@@ -14,13 +14,18 @@ from attlas import masks, ops
 from attlas.attach.blocks import weight_blocks
 from attlas.attach.call import Call
 from attlas.errors import UserError
+from attlas.ops.segments import listed
 from attlas.positions import ScoreMod
+from attlas.storage.layer import Chosen, StoredLayer
 
 if TYPE_CHECKING:
     from attlas.attach.session import Session
 
 #: The session of each attention module of the models attached now.
 SESSIONS: dict[nn.Module, Session] = {}
+
+#: Queries times heads of a group that are attended to as the cache holds its keys.
+ROWS = 64
 
 #: Arguments of other attention functions, with what a user may do instead.
 REFUSED = {
@@ -63,12 +68,14 @@ def attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     call = _call(session, module, query, key, value, attention_mask, scaling, kwargs)
-    heads = _heads(call, dropout)
+    found = (part.attend(call) for part in session.attenders)
+    heads = next((heads for heads in found if heads is not None), None)
+    if heads is None:
+        heads = _heads(session, call, attention_mask, dropout)
     for part in session.editors:
         heads = part.output(call, heads)
-    if session.observers or session.recorders:
-        with torch.no_grad():
-            _look(session, call)
+    with torch.no_grad():
+        _look(session, call)
     return heads, None
 
 
@@ -101,13 +108,52 @@ def _call(
     )
     if step.cache is not None and layer < len(step.cache.layers):
         call.cache_layer = step.cache.layers[layer]
-        columns = getattr(call.cache_layer, "columns", None)
-        call.columns = columns() if columns is not None else None
+    call.score_mod = _score_mod(call, [part.score_mod(call) for part in session.modders])
+    chosen = (part.select(call) for part in session.selectors)
+    call.chosen = next((choice for choice in chosen if choice is not None), None)
+    if not _as_held(session, call):
+        _with_keys(session, call, mask)
+    return call
+
+
+def _as_held(session: Session, call: Call) -> bool:
+    """Whether this call is attended to in the form in which the cache holds its keys.
+
+    It is when the prompt is over, the queries are few, and nobody looks at the keys one by one.
+    """
+    layer = call.cache_layer
+    if not isinstance(layer, StoredLayer) or not layer.settled:
+        return False
+    watched = session.recorders or session.maskers or call.score_mod is not None
+    few = call.q.shape[2] * call.groups <= ROWS
+    return not watched and few and call.is_causal
+
+
+def _with_keys(session: Session, call: Call, mask: Tensor | None) -> None:
+    """All keys that the cache holds, in slots, and which of them each query may attend to."""
+    layer = call.cache_layer
+    if isinstance(layer, StoredLayer):
+        if layer.settled:
+            call.k, call.v, call.columns = layer.read()
+            layer.read_bytes = layer.nbytes
+    elif (columns := getattr(layer, "columns", None)) is not None:
+        call.columns = columns()
     call.mask = _in_columns(call, mask)
     for part in session.maskers:
         call.mask = _both(call, part.mask(call))
-    call.score_mod = _score_mod(call, [part.score_mod(call) for part in session.modders])
-    return call
+    if call.chosen is not None:
+        call.mask = _both(call, _shown(call, call.chosen))
+
+
+def _shown(call: Call, chosen: Chosen) -> Bool[Tensor, "batch heads 1 keys"]:
+    """Which slots a choice reads."""
+    slots = call.k.shape[2]
+    at, there = listed(chosen.index, chosen.page, chosen.slots, None)
+    shown = torch.zeros(*at.shape[:2], slots + 1, dtype=torch.bool, device=at.device)
+    shown.scatter_(2, torch.where(there[:, :, 0], at, slots).long(), True)
+    shown = shown[..., :slots]
+    shown[..., chosen.slots :] = True
+    return shown.repeat_interleave(call.q.shape[1] // shown.shape[1], dim=1)[:, :, None]
 
 
 def _in_columns(
@@ -115,21 +161,17 @@ def _in_columns(
 ) -> Bool[Tensor, "batch mask_heads query keys"] | None:
     """The model's mask, whose columns are the original ones, for the slots that are there."""
     columns = call.columns
-    if mask is not None and mask.dtype != torch.bool:
-        raise UserError(
-            f"attach takes a boolean attention mask (True = may attend), got one of {mask.dtype}; "
-            "give the 2-D mask of 0 and 1, or a boolean 4-D one"
-        )
+    mask = _boolean(mask)
     if columns is None:
         return mask
     there = columns >= 0
     if mask is None:
         if call.q.shape[2] > 1 and call.is_causal:
             there = there[:, :, None] & (columns[:, :, None] <= call.queries[:, None])
-        elif getattr(call.cache_layer, "ragged", False):
-            there = there[:, :, None]
-        else:
+        elif bool(there.all()):
             return None
+        else:
+            there = there[:, :, None]
     else:
         at = columns.clamp(min=0).long()
         if mask.shape[1] > 1:
@@ -141,6 +183,15 @@ def _in_columns(
     if there.shape[1] != call.q.shape[1]:
         there = there.repeat_interleave(call.groups, dim=1)
     return there.expand(-1, -1, call.q.shape[2], -1)
+
+
+def _boolean(mask: Tensor | None) -> Tensor | None:
+    if mask is not None and mask.dtype != torch.bool:
+        raise UserError(
+            f"attach takes a boolean attention mask (True = may attend), got one of {mask.dtype}; "
+            "give the 2-D mask of 0 and 1, or a boolean 4-D one"
+        )
+    return mask
 
 
 def _both(call: Call, extra: Tensor | None) -> Bool[Tensor, "batch mask_heads query keys"] | None:
@@ -186,8 +237,15 @@ def _score_mod(call: Call, mods: Sequence[ScoreMod | None]) -> ScoreMod | None:
     return together
 
 
-def _heads(call: Call, dropout: float) -> Float[Tensor, "batch query heads value_dim"]:
-    """Attention proper: SDPA unless scores are changed."""
+def _heads(
+    session: Session, call: Call, mask: Tensor | None, dropout: float
+) -> Float[Tensor, "batch query heads value_dim"]:
+    """Attention proper: as the cache holds its keys, else SDPA unless scores are changed."""
+    if _as_held(session, call):
+        heads = call.cache_layer.attend(
+            call.q, scale=call.scaling, visible=_boolean(mask), sinks=call.sinks, chosen=call.chosen
+        )
+        return heads.transpose(1, 2).contiguous()  # type: ignore[no-any-return]
     if call.score_mod is None and call.sinks is None:
         heads, _ = sdpa_attention_forward(
             call.module, call.q, call.k, call.v, call.mask,
@@ -198,11 +256,11 @@ def _heads(call: Call, dropout: float) -> Float[Tensor, "batch query heads value
         raise UserError(
             "attach cannot honour dropout together with changed scores; call model.eval()"
         )
-    mask: Tensor | masks.Mask | None = call.mask
-    if mask is None and call.is_causal and call.q.shape[2] > 1:
-        mask = masks.causal
+    pattern: Tensor | masks.Mask | None = call.mask
+    if pattern is None and call.is_causal and call.q.shape[2] > 1:
+        pattern = masks.causal
     heads, lse = ops.attend(
-        call.q, call.k, call.v, mask=mask, score_mod=_in_slots(call), scale=call.scaling,
+        call.q, call.k, call.v, mask=pattern, score_mod=_in_slots(call), scale=call.scaling,
         return_lse=True, q_offset=0,
     )  # fmt: skip
     if call.sinks is not None:
@@ -231,3 +289,5 @@ def _look(session: Session, call: Call) -> None:
                 recorder.update(call, weights, queries, keys)
     for part in session.observers:
         part.observe(call)
+    if isinstance(call.cache_layer, StoredLayer) and not call.step.chunked:
+        call.cache_layer.settled = True

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from attlas.attach.call import Part, Recorder, Step
 from attlas.errors import UserError
+from attlas.storage.layer import StoredLayer
 
 #: The name under which attlas stands in Transformers' registries while a session is open.
 NAME = "attlas"
@@ -24,7 +25,8 @@ def attach(
     """Attach parts to a Transformers model for the length of a `with` block.
 
     Parts compose in the order given: masks are combined, score changes and changes of the heads'
-    outputs follow one another. At most one part may own the cache.
+    outputs follow one another. Of the parts that deal with the cache one may evict, one quantize and one
+    select, in this order, each working on what those before it left.
 
     Args:
         model: any Transformers model that calls its attention through `AttentionInterface`.
@@ -37,7 +39,7 @@ def attach(
 
     Raises:
         ValueError: the model cannot be intercepted or is attached already, a part cannot work on
-            it, or two parts own the cache.
+            it, or two parts cannot work on one cache.
         TypeError: something that is no model or no part.
     """
     return Session(model, parts, record, chunked)
@@ -72,10 +74,10 @@ class Session:
         self.maskers = self._overriding("mask")
         self.editors = self._overriding("output")
         self.observers = self._overriding("observe")
+        self.selectors = self._overriding("select")
+        self.attenders = self._overriding("attend")
         self.keepers = self._overriding("cache_layers")
-        if len(self.keepers) > 1:
-            names = " and ".join(type(p).__name__ for p in self.keepers)
-            raise UserError(f"only one part can own the cache, got {names}")
+        _check_keepers(self.keepers)
         self.plain = not self.parts
         self.direct = self.plain
         self.layers: dict[nn.Module, int] = {}
@@ -117,6 +119,11 @@ class Session:
         """Bytes of keys, values and slot indices that the cache of the last call holds."""
         return 0 if self.cache is None else cache_bytes(self.cache)
 
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of the cache that the last call read, summaries that it chose by included."""
+        return 0 if self.cache is None else bytes_read(self.cache)
+
     def before(self, step: Step) -> None:
         """A forward call begins: the cache is made ready and every part is told."""
         self.step, self.cache = step, step.cache
@@ -124,9 +131,17 @@ class Session:
         self.direct = self.plain and not any(hasattr(layer, "columns") for layer in layers)
         for part in self.parts:
             part.begin(step)
+        ended = step.chunked and step.length == 1 and step.offset > 0
+        for layer in layers:
+            if isinstance(layer, StoredLayer):
+                layer.attached = True
+                layer.settled = layer.settled or ended
 
     def after(self, cache: Any) -> None:
         """A forward call has ended."""
+        for layer in self.cache.layers if self.cache is not None else ():
+            if isinstance(layer, StoredLayer):
+                layer.attached = False
         self.step = None
         if cache is not None:
             self.cache = cache
@@ -134,15 +149,33 @@ class Session:
 
 def cache_bytes(cache: Any) -> int:
     """Bytes of keys, values, slot indices and remembered states that a cache holds."""
+    return sum(layer_bytes(layer) for layer in cache.layers)
+
+
+def layer_bytes(layer: Any) -> int:
+    """Bytes that one layer of a cache holds."""
+    if isinstance(layer, StoredLayer):
+        return layer.nbytes
     held = [
-        tensor
-        for layer in cache.layers
-        for tensor in (
-            *(getattr(layer, name, None) for name in ("keys", "values", "index")),
-            *getattr(layer, "states", {}).values(),
-        )
+        *(getattr(layer, name, None) for name in ("keys", "values")),
+        *getattr(layer, "states", {}).values(),
     ]
     return sum(t.numel() * t.element_size() for t in held if isinstance(t, Tensor))
+
+
+def bytes_read(cache: Any) -> int:
+    """Bytes of a cache that its last step read; of a layer that does not count, all it holds."""
+    return sum(getattr(layer, "read_bytes", 0) or layer_bytes(layer) for layer in cache.layers)
+
+
+def _check_keepers(keepers: list[Part]) -> None:
+    from attlas.parts.cache.part import CachePart, check_together
+
+    others = [part for part in keepers if not isinstance(part, CachePart)]
+    if others and len(keepers) > 1:
+        names = " and ".join(type(p).__name__ for p in keepers)
+        raise UserError(f"only one part can own the cache, got {names}")
+    check_together([part for part in keepers if isinstance(part, CachePart)])
 
 
 def _checked_model(model: nn.Module) -> nn.Module:

@@ -162,7 +162,10 @@ def _step(session: Session, cache: Any, arguments: dict[str, Any]) -> Step:
 
 
 def _owned(session: Session, cache: Any, arguments: dict[str, Any]) -> DynamicCache:
-    """The cache to use: a new one, or the given one with its empty layers replaced in place."""
+    """The cache to use: a new one, or the given one with its empty layers replaced in place.
+
+    A cache that was made before, by a fork or from a file, is gone on with as it is.
+    """
     model: Any = session.model
     config = model.config.get_text_config(decoder=True)
     keeper = session.keepers[0]
@@ -177,12 +180,21 @@ def _owned(session: Session, cache: Any, arguments: dict[str, Any]) -> DynamicCa
             f"{type(keeper).__name__} cannot work on {kind}; give a DynamicCache or no cache"
         )
     if any(hasattr(layer, "columns") for layer in cache.layers):
+        if cache is not session.cache:
+            for part in session.keepers:
+                getattr(part, "resume", _as_it_is)(cache.layers, session.model)
         return cache
     if cache.get_seq_length() > 0:
         raise UserError(
             f"{type(keeper).__name__} cannot take over a cache that holds "
             f"{cache.get_seq_length()} tokens already; run the prompt inside attach()"
         )
-    fresh = cache.layers or DynamicCache(config=config).layers
-    cache.layers = keeper.cache_layers(fresh, session.model)
+    layers = cache.layers or DynamicCache(config=config).layers
+    for part in session.keepers:
+        layers = part.cache_layers(layers, session.model)
+    cache.layers = layers
     return cache
+
+
+def _as_it_is(layers: list[Any], model: nn.Module) -> None:
+    """For parts that have nothing to do with a cache that is there already."""

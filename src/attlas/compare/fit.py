@@ -11,8 +11,8 @@ from attlas.compare.grid import Grid
 from attlas.compare.methods import Method
 from attlas.compare.shared import attached
 from attlas.errors import UserError
-from attlas.parts.cache.layer import INDEX_BYTES
 from attlas.parts.cache.policy import CachePolicy
+from attlas.storage.layer import INDEX_BYTES
 from attlas.tasks import needle
 
 

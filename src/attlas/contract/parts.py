@@ -24,6 +24,18 @@ def is_policy(subject: Subject) -> bool:
     return inspect.isclass(subject.object) and issubclass(subject.object, CachePolicy)
 
 
+def is_cache_part(subject: Subject) -> bool:
+    """Whether the part deals with what a cache holds, or with what a step reads of it."""
+    from attlas.parts.cache.part import CachePart
+
+    return inspect.isclass(subject.object) and issubclass(subject.object, CachePart)
+
+
+def changes_nothing(subject: Subject) -> bool:
+    """Whether there are options, said by the part, with which it changes nothing."""
+    return is_cache_part(subject) and subject.object.everything is not None
+
+
 def is_recorder(subject: Subject) -> bool:
     """Whether the part looks and changes nothing."""
     from attlas.attach import Recorder
@@ -31,12 +43,28 @@ def is_recorder(subject: Subject) -> bool:
     return inspect.isclass(subject.object) and issubclass(subject.object, Recorder)
 
 
+def leaves_prompt(subject: Subject) -> bool:
+    """Whether the prompt's own attention stays the model's."""
+    exact = is_cache_part(subject) and subject.object.exact_prefill
+    return exact or is_recorder(subject)
+
+
 def made(subject: Subject, **options: Any) -> Any:
     """The part, with the example's budget unless the options set another."""
     example = dict(subject.example)
     if any(name in options for name in BUDGETS):
         example = {name: value for name, value in example.items() if name not in BUDGETS}
-    return subject.object(**{**example, **options})
+    return calibrated(subject.object(**{**example, **options}))
+
+
+def calibrated(part: Any) -> Any:
+    """The part, with statistics of the small Llama where it needs some and has none."""
+    from attlas.calibration import Calibrated, calibrate
+
+    if isinstance(part, Calibrated) and part.calibration is None:
+        texts = [prompt(96, seed=seed) for seed in (2, 3)]
+        part.calibration = calibrate(small_llama(), part, texts)
+    return part
 
 
 def small_llama(dtype: torch.dtype = torch.float64) -> Any:
@@ -52,9 +80,9 @@ def small_llama(dtype: torch.dtype = torch.float64) -> Any:
     return LlamaForCausalLM(config).to(dtype).eval()
 
 
-def prompt(tokens: int, batch: int = 1) -> Tensor:
+def prompt(tokens: int, batch: int = 1, seed: int = 1) -> Tensor:
     """Token numbers, none of them padding."""
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     return torch.randint(2, 64, (batch, tokens))
 
 
@@ -121,7 +149,7 @@ def generates(subject: Subject) -> Iterator[Measure]:
             yield holds(f"{way} length", len(logits) == 6, f"{len(logits)} tokens instead of 6")
 
 
-@check("part", poisoned=False, when=lambda subject: is_policy(subject) or is_recorder(subject))
+@check("part", poisoned=False, when=lambda subject: leaves_prompt(subject))
 def prompt_exact(subject: Subject) -> Iterator[Measure]:
     """The prompt's own logits are those of the model alone."""
     from attlas.attach import attach
@@ -133,17 +161,42 @@ def prompt_exact(subject: Subject) -> Iterator[Measure]:
             yield same("prompt", model(ids).logits, plain)
 
 
-@check("part", poisoned=False, when=is_policy)
+@check("part", poisoned=False, when=changes_nothing)
 def whole_budget(subject: Subject) -> Iterator[Measure]:
-    """A budget of the whole prompt changes nothing."""
+    """A budget of everything changes nothing."""
     from attlas.attach import attach
 
     model, ids = small_llama(), prompt(24, 2)
     plain = continued(model, ids)
-    with attach(model, made(subject, keep=1.0)):
-        yield same("keep=1.0", continued(model, ids), plain)
-    with attach(model, made(subject, tokens=500)):
-        yield same("tokens=500 of 24", continued(model, ids), plain)
+    everything = subject.object.everything
+    with attach(model, made(subject, **everything)):
+        yield same(f"{everything}", continued(model, ids), plain)
+    if is_policy(subject):
+        with attach(model, made(subject, tokens=500)):
+            yield same("tokens=500 of 24", continued(model, ids), plain)
+
+
+@check("part", poisoned=False, when=is_cache_part)
+def stored(subject: Subject) -> Iterator[Measure]:
+    """A prompt's cache goes on from a file as it does in memory."""
+    from pathlib import Path
+    from tempfile import TemporaryDirectory
+
+    from attlas.attach import attach
+    from attlas.storage import load_cache, save_cache
+
+    model, ids = small_llama(), prompt(24, 2)
+    more = ids[:, :1]
+    with TemporaryDirectory() as folder, torch.no_grad(), attach(model, made(subject)) as session:
+        model(ids, use_cache=True)
+        path = Path(folder) / "cache.safetensors"
+        save_cache(session.cache, path, model)
+        held = session.kv_bytes
+        here = model(more, past_key_values=session.cache).logits
+        cache = load_cache(path, model)
+        there = model(more, past_key_values=cache).logits
+        yield Measure("logits", distance(there, here), 0.0)
+        yield holds("bytes", path.stat().st_size >= held, f"{path.stat().st_size} for {held}")
 
 
 @check("part", poisoned=False, when=is_policy)
@@ -169,7 +222,7 @@ def bytes_promised(subject: Subject) -> Iterator[Measure]:
         yield Measure(f"{case} within", off, 0.02, f"{held} bytes held, {promise} promised")
 
 
-@check("part", poisoned=False, when=lambda subject: is_policy(subject) or is_recorder(subject))
+@check("part", poisoned=False, when=lambda subject: is_cache_part(subject) or is_recorder(subject))
 def padding(subject: Subject) -> Iterator[Measure]:
     """A prompt in a batch padded on the left continues as it does alone."""
     from attlas.attach import attach

@@ -1,15 +1,18 @@
 """Functions on q, k, v. Each has a plain reference and faster routes that agree with it."""
 
 from attlas.ops.attend import ROUTES, Route, attend
+from attlas.ops.decode import decode
 from attlas.ops.fused import fused
 from attlas.ops.latent import latent_attend
 from attlas.ops.memory_efficient import memory_efficient
+from attlas.ops.pages import best_pages, page_bounds, page_scores
 from attlas.ops.reference import (
     as_dense,
     grouped_product,
     indices,
     merge,
     reference,
+    repeated,
     scores_of,
     softmax,
 )
@@ -20,13 +23,18 @@ __all__ = [
     "Route",
     "as_dense",
     "attend",
+    "best_pages",
+    "decode",
     "fused",
     "grouped_product",
     "indices",
     "latent_attend",
     "memory_efficient",
     "merge",
+    "page_bounds",
+    "page_scores",
     "reference",
+    "repeated",
     "running_mean",
     "scores_of",
     "softmax",

@@ -23,9 +23,9 @@ from torch import Tensor
 from attlas.attach.call import Call
 from attlas.catalog.registry import mechanism
 from attlas.errors import UserError
-from attlas.parts.cache.layer import LayerState
 from attlas.parts.cache.policy import CachePolicy, Slots, real_ranks
-from attlas.parts.cache.rotary import Angles, Rotary, turn
+from attlas.storage.layer import LayerState
+from attlas.storage.rotary import Angles, Rotary, turn
 
 
 @mechanism("expected-attention", example={"keep": 0.5})

@@ -18,8 +18,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attlas.catalog.registry import mechanism
-from attlas.parts.cache.layer import LayerState
 from attlas.parts.cache.policy import CachePolicy, Slots
+from attlas.storage.layer import LayerState
 
 
 @mechanism("key-norm-eviction", aliases=("knorm", "key-norm"), example={"keep": 0.5})

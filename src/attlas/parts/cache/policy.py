@@ -1,25 +1,23 @@
 """What every cache policy has in common: learn from the prompt, score its keys, keep the best.
 
-The prompt is the first call on an empty cache. Its attention is exact; right after it, layer by
-layer, the keys are scored and the best n of each row and head stay, in their order. What comes
-later is kept, unless `while_decoding` enforces the budget after every call.
+When the prompt is over the keys are scored and the best n of each row and head stay, in their order.
+What comes later is kept, unless `while_decoding` enforces the budget after every call.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicLayer
 
-from attlas.attach.call import Call, Part, Step
+from attlas.attach.call import Call
 from attlas.errors import UserError
 from attlas.parts.cache.budget import Budget
-from attlas.parts.cache.layer import INDEX_BYTES, CompressedLayer, LayerState
-from attlas.parts.cache.rotary import Rotary
+from attlas.parts.cache.part import CachePart, Role
+from attlas.storage.layer import INDEX_BYTES, LayerState, StoredLayer
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class Slots:
     budget: Int[Tensor, " batch"]
 
 
-class CachePolicy(Part):
+class CachePolicy(CachePart):
     """Base of the policies. A subclass gives `scores`, and `learn` when it needs more than keys.
 
     Args:
@@ -57,8 +55,9 @@ class CachePolicy(Part):
 
     #: A policy chooses which pairs may meet.
     stages = ("mask",)
-    #: The policy uses the model's rotary embedding.
-    rotates = False
+    role: ClassVar[Role] = "evict"
+    joins: ClassVar[tuple[Role, ...]] = ("quantize", "select")
+    everything = {"keep": 1.0}  # noqa: RUF012
 
     def __init__(
         self,
@@ -83,91 +82,63 @@ class CachePolicy(Part):
         """Layers that stay whole."""
         return ()
 
-    def learn(self, state: LayerState, call: Call) -> None:
-        """Gather statistics from a call of the layer, prompt or later."""
-
     def scores(
         self, state: LayerState, slots: Slots
     ) -> Float[Tensor, "batch kv_heads slots"]:  # fmt: skip
         """How much each slot is worth keeping; higher stays."""
         raise NotImplementedError
 
-    def placed(self, layer: CompressedLayer, real: Int[Tensor, " batch"]) -> None:
+    def budgets(self, state: LayerState, slots: Slots) -> Int[Tensor, " batch"]:
+        """Slots to keep in this layer, by row; the same in every layer unless a policy says otherwise."""
+        return slots.budget
+
+    def drop(self, layer: StoredLayer, slots: Slots, scores: Float[Tensor, "b h slots"]) -> None:
+        """Hold the best slots of every head alone."""
+        layer.keep(*best(scores, slots.valid, slots.budget))
+
+    def placed(self, layer: StoredLayer, state: LayerState, real: Int[Tensor, " batch"]) -> None:
         """Called when the layer holds what was kept."""
 
     # How attach uses it.
 
     def check(self, model: nn.Module) -> None:
         """Refuse models without full attention to compress, or with a rotation not understood."""
+        super().check(model)
         layers = self.fresh_layers(model)
-        full = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
-        if not full:
-            raise UserError(
-                f"{type(self).__name__} compresses full-attention layers; "
-                f"{type(model).__name__} has none with a growing cache"
-            )
+        full = set(self.states(layers, model))
         outside = [i for i in self.skipped if not 0 <= i < len(layers)]
         if outside:
             raise UserError(
                 f"skip_layers names layer {outside[0]}; the model has layers 0 to {len(layers) - 1}"
             )
-        if set(full) <= set(self.skipped):
+        if full <= set(self.skipped):
             raise UserError(
                 f"skip_layers={self.skipped} leaves no layer of the model's {len(layers)} to compress"
             )
-        if self.rotates:
-            Rotary.of(model, full[0])
 
-    @staticmethod
-    def fresh_layers(model: Any) -> list[Any]:
-        """The layers that an empty cache of this model comes with."""
-        from transformers.cache_utils import DynamicCache
-
-        layers: list[Any] = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
-        return layers
-
-    def states(self, layers: list[Any], model: nn.Module) -> dict[int, LayerState]:
-        """An empty state for each full-attention layer among an empty cache's layers."""
-        full = tuple(i for i, layer in enumerate(layers) if type(layer) is DynamicLayer)
-        windows = tuple(
-            layer.sliding_window for layer in layers if getattr(layer, "is_sliding", False)
-        )
-        rotary = Rotary.of(model, full[0]) if self.rotates else None
-        return {i: LayerState(i, full, windows, rotary) for i in full}
-
-    def cache_layers(self, layers: list[Any], model: nn.Module) -> list[Any]:
-        """Compressed layers in place of the full-attention ones; sliding windows stay."""
-        states = self.states(layers, model)
-        return [CompressedLayer(states[i]) if i in states else x for i, x in enumerate(layers)]
-
-    def begin(self, step: Step) -> None:
-        """In a chunked prompt, the first single token ends it: now the layers are compressed."""
-        if not (step.chunked and step.length == 1 and step.offset and step.cache is not None):
-            return
-        for layer in step.cache.layers:
-            if isinstance(layer, CompressedLayer) and not layer.compressed:
-                self.compress(layer, step.real)
-
-    def observe(self, call: Call) -> None:
-        """Learn from a call, and compress when it is the prompt's."""
-        layer = call.cache_layer
-        if not isinstance(layer, CompressedLayer) or (layer.compressed and not self.while_decoding):
-            return
-        layer.state.scaling = call.scaling
-        self.learn(layer.state, call)
-        if layer.compressed or not call.step.chunked:
-            self.compress(layer, call.step.real)
-
-    def compress(self, layer: CompressedLayer, real: Bool[Tensor, "batch seen"] | None) -> None:
+    def settle(
+        self, layer: StoredLayer, state: LayerState, real: Bool[Tensor, "batch seen"] | None
+    ) -> None:
         """Keep the best slots of a layer and free the rest.
 
         Raises:
             ValueError: the budget is smaller than what the method must hold.
         """
-        layer.compressed = True
-        if layer.state.layer in self.skipped:
-            return
-        slots = self.slots(layer, real)
+        if state.layer not in self.skipped:
+            self._compress(layer, state, real)
+        if not self.while_decoding:
+            state.tensors.clear()
+
+    def later(self, layer: StoredLayer, state: LayerState, call: Call) -> None:
+        """Enforce the budget again, where that was asked for."""
+        if self.while_decoding:
+            self.learn(state, call)
+            self.settle(layer, state, call.step.real)
+
+    def _compress(
+        self, layer: StoredLayer, state: LayerState, real: Bool[Tensor, "batch seen"] | None
+    ) -> None:
+        slots = self.slots(layer, state, real)
         held = slots.valid[:, 0].sum(dim=-1).tolist()  # as many in every head
         short = [n for n, m in zip(slots.budget.tolist(), held, strict=True) if n < m]
         if not short:
@@ -179,12 +150,16 @@ class CachePolicy(Part):
                 f"smaller than {name}={least} of {type(self).__name__}; give a larger budget or a "
                 f"smaller {name}"
             )
-        layer.keep(*best(self.scores(layer.state, slots), slots.valid, slots.budget))
-        self.placed(layer, slots.real)
+        self.drop(layer, slots, self.scores(state, slots))
+        self.placed(layer, state, slots.real)
 
-    def slots(self, layer: CompressedLayer, real: Bool[Tensor, "batch seen"] | None) -> Slots:
+    def slots(
+        self, layer: StoredLayer, state: LayerState, real: Bool[Tensor, "batch seen"] | None
+    ) -> Slots:
         """The slots of a layer as `scores` takes them."""
-        keys, values, state = layer.keys, layer.values, layer.state
+        keys, values = layer.keys, layer.values
+        assert keys is not None
+        assert values is not None
         batch, heads, count, _ = keys.shape
         columns = layer.columns()
         if columns is None:
@@ -206,7 +181,8 @@ class CachePolicy(Part):
             whole=len(set(self.skipped) & set(state.full)),
             windows=sum(min(layer.seen, window - 1) for window in state.windows),
         )
-        return Slots(keys, values, valid, column=at, rank=rank, real=total, budget=budget)
+        slots = Slots(keys, values, valid, column=at, rank=rank, real=total, budget=budget)
+        return replace(slots, budget=self.budgets(state, slots))
 
 
 def best(

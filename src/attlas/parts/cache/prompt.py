@@ -1,4 +1,4 @@
-"""One exact prefill, from which caches of several policies fork."""
+"""One exact prefill, from which the caches of several parts fork."""
 
 from __future__ import annotations
 
@@ -12,35 +12,58 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from attlas.attach import Call, Part, attach
 from attlas.errors import UserError
-from attlas.parts.cache.layer import CompressedLayer, LayerState
-from attlas.parts.cache.policy import CachePolicy
+from attlas.parts.cache.part import CachePart, check_together
+from attlas.storage.layer import LayerState, StoredLayer
+
+Method = CachePart | Sequence[CachePart]
+
+
+def parts_of(method: Method | None) -> tuple[CachePart, ...]:
+    """The parts that work together on one cache; none for the whole cache."""
+    if method is None:
+        return ()
+    return (method,) if isinstance(method, CachePart) else tuple(method)
 
 
 class _Watch(Part):
-    """Lets several policies learn from the same prompt."""
+    """Lets several parts learn from the same prompt."""
 
-    def __init__(self, policies: Sequence[CachePolicy]) -> None:
-        self.policies = list(policies)
+    def __init__(self, parts: Sequence[CachePart]) -> None:
+        self.parts = list(parts)
         self.states: list[dict[int, LayerState]] = []
 
     def check(self, model: nn.Module) -> None:
-        for policy in self.policies:
-            policy.check(model)
+        for part in self.parts:
+            part.check(model)
 
     def prepare(self, layers: list[Any], model: nn.Module) -> None:
-        self.states = [policy.states(layers, model) for policy in self.policies]
+        self.states = [part.states(layers, model) for part in self.parts]
 
     def fork(self) -> _Watch:
         """A watch that learns on from here, leaving this one as it is."""
-        other = _Watch(self.policies)
+        other = _Watch(self.parts)
         other.states = [{i: state.fork() for i, state in states.items()} for states in self.states]
         return other
 
     def observe(self, call: Call) -> None:
-        for policy, states in zip(self.policies, self.states, strict=True):
+        for part, states in zip(self.parts, self.states, strict=True):
             if (state := states.get(call.layer)) is not None:
                 state.scaling = call.scaling
-                policy.learn(state, call)
+                part.learn(state, call)
+
+    def of(self, part: CachePart) -> dict[int, LayerState]:
+        """What a part has learned, by layer.
+
+        Raises:
+            ValueError: it did not see the prompt.
+        """
+        for known, states in zip(self.parts, self.states, strict=True):
+            if known is part:
+                return {i: state.fork() for i, state in states.items()}
+        raise UserError(
+            f"this {type(part).__name__} did not see the prompt; name it in "
+            "prefill(model, input_ids, parts)"
+        )
 
 
 class Prompt:
@@ -66,29 +89,29 @@ class Prompt:
         self.tokens = int(cache.get_seq_length())
         self._watch = watch
 
-    def fork(self, policy: CachePolicy | None = None) -> DynamicCache:
-        """A cache to go on from: whole without a policy, else what the policy keeps.
+    def fork(self, method: Method | None = None) -> DynamicCache:
+        """A cache to go on from: whole without a part, else what the part, or several, make of it.
 
-        Go on under `attach(model, policy)`, or `attach(model)` for the whole cache. Each call gives
+        Go on under `attach(model, part)`, or `attach(model)` for the whole cache. Each call gives
         a new cache.
 
         Raises:
-            ValueError: a policy that did not see the prompt, or its budget is too small.
+            ValueError: a part that did not see the prompt, or parts that cannot work together.
         """
-        if policy is None:
+        parts = parts_of(method)
+        if not parts:
             return _copies(self.cache)
+        check_together(list(parts))
         fork = DynamicCache()
-        if policy not in self._watch.policies:
-            raise UserError(
-                f"this {type(policy).__name__} did not see the prompt; name it in "
-                "prefill(model, input_ids, policies)"
-            )
-        states = self._watch.states[self._watch.policies.index(policy)]
+        learned = {part.name: self._watch.of(part) for part in parts}
         real = None if self.attention_mask is None else self.attention_mask.bool()
         for number, layer in enumerate(self.cache.layers):
-            if number in states:
-                layer = _filled(layer, states[number].fork())
-                policy.compress(layer, real)
+            states = {name: known[number] for name, known in learned.items() if number in known}
+            if states:
+                layer = _stored(layer, states)
+                for part in parts:
+                    part.settle(layer, layer.learned[part.name], real)
+                layer.settled = True
             else:
                 layer = _copy(layer)
             fork.layers.append(layer)
@@ -96,7 +119,7 @@ class Prompt:
 
     @torch.no_grad()
     def extend(self, model: nn.Module, input_ids: Int[Tensor, "batch tokens"]) -> Prompt:
-        """A longer prompt: what follows is read as exactly, and all policies learn from it too.
+        """A longer prompt: what follows is read as exactly, and all parts learn from it too.
 
         This prompt stays as it is, so that one context can be extended by many questions.
 
@@ -116,21 +139,21 @@ class Prompt:
 def prefill(
     model: nn.Module,
     input_ids: Int[Tensor, "batch tokens"],
-    policies: Sequence[CachePolicy] = (),
+    methods: Sequence[Method] = (),
     attention_mask: Int[Tensor, "batch tokens"] | Bool[Tensor, "batch tokens"] | None = None,
     chunk: int | None = None,
 ) -> Prompt:
-    """Run a context through the model once, exactly, while all policies learn from it.
+    """Run a context through the model once, exactly, while all parts learn from it.
 
     Args:
         model: a Transformers decoder.
         input_ids: the context.
-        policies: those that will be asked for forks.
+        methods: parts that will be asked for forks, or several that work together on one cache.
         attention_mask: 0 for padding.
         chunk: tokens per forward call, to bound memory; all at once unless given.
 
     Raises:
-        ValueError: a chunk below 1, or a policy that cannot work on the model.
+        ValueError: a chunk below 1, or a part that cannot work on the model.
     """
     if chunk is not None and chunk < 1:
         raise UserError(f"chunk must be at least 1, got {chunk}")
@@ -139,7 +162,8 @@ def prefill(
         raise UserError("input_ids holds no token")
     if attention_mask is not None and not attention_mask[:, -1].all():
         raise UserError("attention_mask must pad on the left, so that every row ends with a token")
-    watch = _Watch(policies)
+    every = [part for method in methods for part in parts_of(method)]
+    watch = _Watch(list({id(part): part for part in every}.values()))
     config: Any = model.config
     cache = DynamicCache(config=config.get_text_config(decoder=True))
     watch.prepare(cache.layers, model)
@@ -151,9 +175,9 @@ def _read(
     model: nn.Module, input_ids: Tensor, cache: DynamicCache, watch: _Watch, mask: Tensor | None,
     chunk: int | None,
 ) -> Tensor:  # fmt: skip
-    """Logits behind the last token, the cache grown and all policies the wiser."""
+    """Logits behind the last token, the cache grown and all parts the wiser."""
     seen, tokens = int(cache.get_seq_length()), input_ids.shape[1]
-    with attach(model, *([watch] if watch.policies else [])):
+    with attach(model, *([watch] if watch.parts else [])):
         for start in range(0, tokens, chunk or tokens):
             stop = min(start + (chunk or tokens), tokens)
             options = {} if mask is None else _padded(mask, seen + start, seen + stop)
@@ -184,11 +208,9 @@ def _copy(layer: DynamicLayer) -> DynamicLayer:
     return other
 
 
-def _filled(layer: DynamicLayer, state: LayerState) -> CompressedLayer:
-    filled = CompressedLayer(state)
-    filled.__dict__ |= {name: x for name, x in layer.__dict__.items() if name in _HELD}
-    filled.seen = layer.get_seq_length()
-    return filled
-
-
-_HELD = ("keys", "values", "is_initialized", "dtype", "device")
+def _stored(layer: DynamicLayer, states: dict[str, LayerState]) -> StoredLayer:
+    """A stored layer that shares the tensors of a prompt's."""
+    other = StoredLayer(states)
+    other.dtype, other.device, other.is_initialized = layer.dtype, layer.device, True
+    other.keys, other.values, other.seen = layer.keys, layer.values, layer.get_seq_length()
+    return other

@@ -24,8 +24,8 @@ from torch.nn import functional as F
 from attlas.attach.call import Call
 from attlas.catalog.registry import mechanism
 from attlas.errors import UserError
-from attlas.parts.cache.layer import LayerState
 from attlas.parts.cache.policy import CachePolicy, Slots, real_ranks
+from attlas.storage.layer import LayerState
 
 
 @mechanism("snapkv", example={"keep": 0.5, "window": 4})

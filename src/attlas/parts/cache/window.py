@@ -20,9 +20,9 @@ from torch import Tensor
 from attlas.attach.call import Call
 from attlas.catalog.registry import mechanism
 from attlas.errors import UserError
-from attlas.parts.cache.layer import CompressedLayer, LayerState
 from attlas.parts.cache.policy import CachePolicy, Slots, real_ranks
-from attlas.parts.cache.rotary import turn
+from attlas.storage.layer import LayerState, StoredLayer
+from attlas.storage.rotary import turn
 
 
 @mechanism("window", paper="", aliases=("streaming-llm", "sinks-window"), example={"keep": 0.5})
@@ -79,20 +79,20 @@ class SinksWindow(CachePolicy):
         tensors["next"] = torch.maximum(tensors["next"], latest) if "next" in tensors else latest
         tensors["first"] = torch.minimum(tensors["first"], first) if "first" in tensors else first
 
-    def placed(self, layer: CompressedLayer, real: Int[Tensor, " batch"]) -> None:
+    def placed(self, layer: StoredLayer, state: LayerState, real: Int[Tensor, " batch"]) -> None:
         """Move the sinks' keys next to the window, from where they were first rotated to."""
-        rotary, tensors = layer.state.rotary, layer.state.tensors
-        if not self.rotates or rotary is None or not self.sinks:
+        rotary, tensors, keys = state.rotary, state.tensors, layer.keys
+        if not self.rotates or rotary is None or not self.sinks or keys is None:
             return
-        number = torch.arange(self.sinks, device=layer.keys.device)
+        number = torch.arange(self.sinks, device=keys.device)
         held = (layer.index[:, 0] >= 0).sum(dim=-1) if layer.index is not None else real
         old = tensors["first"][:, None] + number
         new = (tensors["next"] - held)[:, None] + number
         original = tensors.get("sinks")
         if original is None:
             cos, sin = rotary.back(old)
-            original = turn(layer.keys[:, :, : self.sinks].float(), cos[:, None], sin[:, None])
+            original = turn(keys[:, :, : self.sinks].float(), cos[:, None], sin[:, None])
             if self.while_decoding:
                 tensors["sinks"] = original
-        moved = rotary.rotate(original, new).to(layer.keys.dtype)
-        layer.keys = torch.cat([moved, layer.keys[:, :, self.sinks :]], dim=2)
+        moved = rotary.rotate(original, new).to(keys.dtype)
+        layer.keys = torch.cat([moved, keys[:, :, self.sinks :]], dim=2)

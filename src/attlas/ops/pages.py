@@ -1,0 +1,77 @@
+"""Pages of keys: summaries, what a query can at most gain from a page, and the best pages.
+
+    low, high = elementwise minimum and maximum over a page's keys
+    bound     = Σ_d max(q_d · low_d, q_d · high_d)  ≥  q · k   for every key k of the page
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import pad
+
+from attlas.errors import at_least_one
+
+
+def page_bounds(
+    k: Float[Tensor, "batch kv_heads tokens dim"], page: int
+) -> tuple[Float[Tensor, "batch kv_heads pages dim"], Float[Tensor, "batch kv_heads pages dim"]]:
+    """(low, high) of each page of keys; the last page may hold fewer tokens.
+
+    Raises:
+        ValueError: a page below 1.
+    """
+    at_least_one("page", page)
+    short = -k.shape[2] % page
+    low = pad(k, (0, 0, 0, short), value=torch.inf).unflatten(2, (-1, page)).amin(3)
+    high = pad(k, (0, 0, 0, short), value=-torch.inf).unflatten(2, (-1, page)).amax(3)
+    return low, high
+
+
+def page_scores(
+    q: Float[Tensor, "batch heads 1 dim"],
+    low: Float[Tensor, "batch kv_heads pages dim"],
+    high: Float[Tensor, "batch kv_heads pages dim"],
+    *,
+    shared: bool = True,
+) -> Float[Tensor, "batch list_heads pages"]:
+    """Each page's bound, in float32: the largest of a group's heads when `shared`, else by query head.
+
+    Σ_d max(q low, q high) = q⁺ · high − q⁻ · low with q⁺ = max(q, 0), q⁻ = max(−q, 0): two products.
+    """
+    from attlas.ops.decode_kernels import score_pages, scores_refused
+
+    if scores_refused(q, low) is None:
+        return score_pages(q, low, high, shared=shared)
+    return reference_page_scores(q, low, high, shared=shared)
+
+
+def reference_page_scores(q: Tensor, low: Tensor, high: Tensor, *, shared: bool) -> Tensor:
+    """`page_scores` by two products."""
+    grouped = q[:, :, 0].unflatten(1, (low.shape[1], -1)).float()
+    bound = grouped.clamp(min=0) @ high.float().mT + grouped.clamp(max=0) @ low.float().mT
+    return bound.amax(2) if shared else bound.flatten(1, 2)
+
+
+def best_pages(
+    scores: Float[Tensor, "batch heads pages"], count: int
+) -> Int[Tensor, "batch heads count"]:
+    """Numbers of the `count` pages of highest score, ascending, as int32; −1 where it is −∞.
+
+    Equal scores are decided for the earlier page on every route.
+    """
+    from attlas.ops.decode_kernels import choice_refused, choose_pages
+
+    count = min(count, scores.shape[-1])
+    if choice_refused(scores) is None:
+        return choose_pages(scores, count)
+    return reference_best_pages(scores, count)
+
+
+def reference_best_pages(scores: Tensor, count: int) -> Tensor:
+    """`best_pages` by sorting."""
+    order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+    chosen = order.sort(dim=-1).values
+    there = scores.gather(-1, chosen) > -torch.inf
+    return torch.where(there, chosen, -1).to(torch.int32)

@@ -1,0 +1,200 @@
+"""What every part that deals with a cache has in common: learn from the prompt, then settle.
+
+The prompt is the first call on an empty cache. Its attention is exact; right after it, layer by layer,
+every part *settles*: a policy drops keys, a quantiser encodes what is left, a selection summarises
+what it will choose from. Parts settle in the order in which they were given, so each works on what
+those before it left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
+
+from jaxtyping import Bool
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from attlas.attach.call import Call, Part, Step
+from attlas.errors import UserError
+from attlas.storage.body import Body
+from attlas.storage.layer import LayerState, StoredLayer, Taken
+from attlas.storage.rotary import Rotary
+
+#: What a part does with a cache; at most one part of each role works on one, in this order.
+Role = Literal["evict", "quantize", "select"]
+ROLES: tuple[Role, ...] = ("evict", "quantize", "select")
+
+
+class CachePart(Part):
+    """Base of the parts that deal with a cache. A subclass gives `settle`, and `learn` when it asks."""
+
+    #: Evict, quantize or select.
+    role: ClassVar[Role]
+    #: Roles of other parts that this one can work together with on one cache.
+    joins: ClassVar[tuple[Role, ...]] = ()
+    #: The part uses the model's rotary embedding.
+    rotates: bool = False
+    #: The prompt's own attention is the model's.
+    exact_prefill: bool = True
+    #: Options with which the part changes nothing, which the contract checks; None where there are none.
+    everything: ClassVar[dict[str, Any] | None] = None
+
+    @property
+    def name(self) -> str:
+        """Under which a cache remembers what this part knows of it."""
+        return type(self).__name__
+
+    # What a part defines.
+
+    def learn(self, state: LayerState, call: Call) -> None:
+        """Gather statistics from a call of the layer, prompt or later."""
+
+    def settle(
+        self, layer: StoredLayer, state: LayerState, real: Bool[Tensor, "batch seen"] | None
+    ) -> None:
+        """The prompt is over: do with the layer what the part is for.
+
+        Args:
+            layer: what the parts before this one left.
+            state: what was learned.
+            real: which of the tokens seen are no padding; None when all are.
+        """
+        raise NotImplementedError
+
+    def later(self, layer: StoredLayer, state: LayerState, call: Call) -> None:
+        """A call after the prompt has been attended to."""
+
+    # How attach uses it.
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse models without full attention, or with a rotation that is not understood."""
+        layers = self.fresh_layers(model)
+        full = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
+        if not full:
+            raise UserError(
+                f"{type(self).__name__} works on full-attention layers; "
+                f"{type(model).__name__} has none with a growing cache"
+            )
+        if self.rotates:
+            Rotary.of(model, full[0])
+
+    @staticmethod
+    def fresh_layers(model: Any) -> list[Any]:
+        """The layers that an empty cache of this model comes with."""
+        layers: list[Any] = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
+        return layers
+
+    def states(self, layers: list[Any], model: nn.Module) -> dict[int, LayerState]:
+        """An empty state for each full-attention layer among an empty cache's layers."""
+        full = tuple(i for i, layer in enumerate(layers) if _is_full(layer))
+        windows = tuple(
+            layer.sliding_window for layer in layers if getattr(layer, "is_sliding", False)
+        )
+        rotary = Rotary.of(model, full[0]) if self.rotates else None
+        return {i: LayerState(i, full, windows, rotary) for i in full}
+
+    def cache_layers(self, layers: list[Any], model: nn.Module) -> list[Any]:
+        """Stored layers in place of the full-attention ones; sliding windows stay."""
+        states = self.states(layers, model)
+        found = []
+        for number, layer in enumerate(layers):
+            if number in states:
+                layer = layer if isinstance(layer, StoredLayer) else StoredLayer()
+                layer.learned[self.name] = states[number]
+            found.append(layer)
+        return found
+
+    def resume(self, layers: list[Any], model: nn.Module) -> None:
+        """Go on with a cache that was made, forked or loaded before this session.
+
+        Raises:
+            ValueError: the cache does not know this part, which needs to have seen the prompt.
+        """
+        for number, state in self.states(layers, model).items():
+            layer = layers[number]
+            if not isinstance(layer, StoredLayer):
+                continue
+            known = layer.learned.get(self.name)
+            if known is None and self.role == "select":
+                raise UserError(
+                    f"{type(self).__name__} did not see the prompt of this cache; read it inside "
+                    "attach, or with prefill(model, input_ids, [part])"
+                )
+            if known is not None:
+                known.rotary, known.full, known.windows = state.rotary, state.full, state.windows
+
+    def begin(self, step: Step) -> None:
+        """In a chunked prompt, the first single token ends it: now the layers settle."""
+        if not (step.chunked and step.length == 1 and step.offset and step.cache is not None):
+            return
+        for layer in step.cache.layers:
+            if isinstance(layer, StoredLayer) and not layer.settled:
+                self.settle(layer, layer.learned[self.name], step.real)
+
+    def observe(self, call: Call) -> None:
+        """Learn from a call, and settle when it is the prompt's."""
+        layer = call.cache_layer
+        if not isinstance(layer, StoredLayer) or self.name not in layer.learned:
+            return
+        state = layer.learned[self.name]
+        if layer.settled:
+            self.later(layer, state, call)
+            return
+        state.scaling = call.scaling
+        self.learn(state, call)
+        if not call.step.chunked:
+            self.settle(layer, state, call.step.real)
+
+
+def absorb(
+    layer: StoredLayer,
+    real: Bool[Tensor, "batch seen"] | None,
+    encode: Callable[[Taken], dict[str, Body]],
+    *,
+    recent: int,
+    block: int,
+) -> None:
+    """Turn all but the newest tokens of each row into bodies, a whole number of blocks.
+
+    Rows are counted each by its own tokens, so that padding changes nothing.
+
+    Args:
+        layer: whose dense slots are taken.
+        real: which of the tokens seen are no padding; None when all are.
+        encode: makes bodies, by name, of what was taken.
+        recent: newest tokens that stay dense.
+        block: tokens of a block.
+    """
+    if layer.dense_slots - recent < block:
+        return
+    counts = [max(0, held - recent) // block * block for held in layer.lengths(real)]
+    if max(counts, default=0):
+        for name, body in encode(layer.take(counts, real)).items():
+            layer.put(name, body)
+
+
+def _is_full(layer: Any) -> bool:
+    return type(layer) in (DynamicLayer, StoredLayer)
+
+
+def check_together(parts: list[CachePart]) -> None:
+    """Refuse parts that cannot work on one cache, or in this order.
+
+    Raises:
+        ValueError: two parts of one role, or parts that do not go together, by name.
+    """
+    for before, after in ((a, b) for i, a in enumerate(parts) for b in parts[i + 1 :]):
+        names = f"{type(before).__name__} and {type(after).__name__}"
+        if before.role == after.role:
+            raise UserError(f"only one part can {before.role}, got {names}")
+        if after.role not in before.joins or before.role not in after.joins:
+            raise UserError(
+                f"{names} cannot work on one cache: one would {before.role} and the other "
+                f"{after.role} what they both need to own"
+            )
+        if ROLES.index(before.role) > ROLES.index(after.role):
+            raise UserError(
+                f"give the part that {after.role}s before the one that {before.role}s: {names} came "
+                "in the other order"
+            )

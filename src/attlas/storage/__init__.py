@@ -1,0 +1,18 @@
+"""What a cache holds: layers for Transformers' caches, and the forms of keys and values in them."""
+
+from attlas.storage.body import Body
+from attlas.storage.coded import CodedBody
+from attlas.storage.files import load_cache, save_cache
+from attlas.storage.layer import Chosen, LayerState, StoredLayer
+from attlas.storage.ragged import RaggedBody
+
+__all__ = [
+    "Body",
+    "Chosen",
+    "CodedBody",
+    "LayerState",
+    "RaggedBody",
+    "StoredLayer",
+    "load_cache",
+    "save_cache",
+]

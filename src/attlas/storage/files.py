@@ -1,0 +1,170 @@
+"""Stored caches: a compressed prompt as a safetensors file, to be read once and asked many times.
+
+The file holds every tensor of every layer and, as text, what makes them a cache again: kinds of
+bodies, counts, and which model, type and length the cache is of. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from attlas.errors import UserError
+from attlas.storage.body import KINDS
+from attlas.storage.layer import LayerState, StoredLayer
+
+FORMAT = "attlas-cache-1"
+
+
+def save_cache(cache: DynamicCache, path: str | Path, model: nn.Module) -> None:
+    """Write a cache that `model` filled to `path`.
+
+    Raises:
+        ValueError: a cache with layers that cannot be stored, or a path that cannot be written.
+    """
+    tensors: dict[str, Tensor] = {}
+    layers = []
+    for number, layer in enumerate(cache.layers):
+        if type(layer) not in (DynamicLayer, StoredLayer):
+            raise UserError(
+                f"layer {number} is a {type(layer).__name__}, which cannot be stored; caches of "
+                "full-attention layers can"
+            )
+        layers.append(_layer_out(layer, f"{number}.", tensors))
+    about = {"format": FORMAT, "model": fingerprint(model), "dtype": _name(_dtype(cache)),
+             "tokens": int(cache.get_seq_length()), "layers": layers}  # fmt: skip
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        whole = {name: t.detach().contiguous() for name, t in tensors.items()}
+        save_file(whole, partial, metadata={"attlas": json.dumps(about)})
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write the cache to {path}: {error.strerror}") from error
+
+
+def load_cache(path: str | Path, model: nn.Module, *, tokens: int | None = None) -> DynamicCache:
+    """A cache that `save_cache` wrote, on the model's device; go on inside `attach`.
+
+    Args:
+        path: the file.
+        model: the model that filled it.
+        tokens: length that the context must have; any unless given.
+
+    Raises:
+        ValueError: no such file or a damaged one; another model, type or length, naming both sides.
+    """
+    device = next(model.parameters()).device
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            about = json.loads((file.metadata() or {}).get("attlas", "null"))
+            if not isinstance(about, dict) or about.get("format") != FORMAT:
+                raise UserError(f"{path} is no cache stored by attlas")
+            _check(path, about, model, tokens)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        cache = DynamicCache()
+        cache.layers = [
+            _layer_in(told, f"{number}.", tensors) for number, told in enumerate(about["layers"])
+        ]
+    except FileNotFoundError:
+        raise UserError(f"there is no stored cache at {path}") from None
+    except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise UserError(f"the stored cache at {path} is damaged: {error}") from error
+    return cache
+
+
+def _check(path: Any, about: dict[str, Any], model: nn.Module, tokens: int | None) -> None:
+    stored, asked = about["model"], fingerprint(model)
+    for what in asked:
+        if stored.get(what) != asked[what]:
+            raise UserError(
+                f"the cache at {path} is of another model: its {what} is {stored.get(what)}, "
+                f"this model's is {asked[what]}"
+            )
+    dtype = _name(next(model.parameters()).dtype)
+    if about["dtype"] != dtype:
+        raise UserError(
+            f"the cache at {path} holds {about['dtype']}, this model computes in {dtype}; "
+            f"load the model in {about['dtype']}, or read the prompt anew"
+        )
+    if tokens is not None and about["tokens"] != tokens:
+        raise UserError(
+            f"the cache at {path} is of a context of {about['tokens']} tokens, {tokens} were asked for"
+        )
+
+
+def fingerprint(model: Any) -> dict[str, Any]:
+    """What tells one model from another: kind, sizes, and the weights of its embedding."""
+    config = model.config.get_text_config(decoder=True)
+    sizes = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size")
+    weights = model.get_input_embeddings().weight.detach()
+    sample = weights.flatten()[:: max(1, weights.numel() // 4096)].float().cpu()
+    digest = hashlib.sha256(sample.half().numpy().tobytes()).hexdigest()[:16]
+    return {
+        "kind": config.model_type,
+        **{size: getattr(config, size, None) for size in sizes},
+        "weights": digest,
+    }
+
+
+def _dtype(cache: DynamicCache) -> torch.dtype:
+    for layer in cache.layers:
+        if isinstance(layer.keys, Tensor):
+            return layer.keys.dtype
+    raise UserError("the cache is empty; there is nothing to store")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _layer_out(layer: DynamicLayer, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    if isinstance(layer.keys, Tensor):
+        tensors |= {f"{prefix}keys": layer.keys, f"{prefix}values": layer.values}
+    if not isinstance(layer, StoredLayer):
+        return {"stored": False}
+    if layer.index is not None:
+        tensors[f"{prefix}index"] = layer.index
+    bodies = {}
+    for name, body in layer.bodies.items():
+        bodies[name] = {"kind": body.kind, "constants": body.constants}
+        tensors |= {f"{prefix}body.{name}.{part}": t for part, t in body.tensors.items()}
+    learned = {}
+    for name, state in layer.learned.items():
+        learned[name] = {"layer": state.layer, "scaling": state.scaling}
+        tensors |= {f"{prefix}learned.{name}.{part}": t for part, t in state.tensors.items()}
+    return {
+        "stored": True, "seen": layer.seen, "ragged": layer.ragged, "settled": layer.settled,
+        "bodies": bodies, "learned": learned,
+    }  # fmt: skip
+
+
+def _layer_in(told: dict[str, Any], prefix: str, tensors: dict[str, Tensor]) -> DynamicLayer:
+    def under(start: str) -> dict[str, Tensor]:
+        start = prefix + start
+        return {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
+
+    keys, values = tensors[f"{prefix}keys"], tensors[f"{prefix}values"]
+    layer = StoredLayer() if told["stored"] else DynamicLayer()
+    layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
+    layer.keys, layer.values = keys, values
+    if isinstance(layer, StoredLayer):
+        layer.seen, layer.ragged, layer.settled = told["seen"], told["ragged"], told["settled"]
+        layer.index = tensors.get(f"{prefix}index")
+        for name, body in told["bodies"].items():
+            made = KINDS[body["kind"]].restored(under(f"body.{name}."), body["constants"])
+            layer.bodies[name] = made
+        for name, state in told["learned"].items():
+            found = under(f"learned.{name}.")
+            layer.learned[name] = LayerState(
+                state["layer"], (), scaling=state["scaling"], tensors=found
+            )
+    return layer
