@@ -192,12 +192,15 @@ class Attention(nn.Module):
 
     def project(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each [batch, heads, tokens, head_dim]."""
-        x, tokens = inputs.x, inputs.tokens
-        return (
-            rearrange(self.q_proj(x), "b t (h d) -> b h t d", d=self.head_dim),
-            rearrange(self.k_proj(tokens), "b t (h d) -> b h t d", d=self.head_dim),
-            rearrange(self.v_proj(tokens), "b t (h d) -> b h t d", d=self.head_dim),
-        )
+        q, tokens = self.q_proj(inputs.x), inputs.tokens
+        k, v = self.k_proj(tokens), self.v_proj(tokens)
+        return self.split_heads(q), self.split_heads(k), self.split_heads(v)
+
+    def split_heads(
+        self, x: Float[Tensor, "batch tokens joined"]
+    ) -> Float[Tensor, "batch heads tokens head_dim"]:
+        """What stands side by side in each token, as heads of `head_dim` channels."""
+        return rearrange(x, "b t (h d) -> b h t d", d=self.head_dim)
 
     def position(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Queries and keys that know where they stand; k holds this pass's own keys."""
@@ -270,7 +273,12 @@ class Attention(nn.Module):
         changed = (getattr(type(self), s) is not getattr(Attention, s) for s in _FUSED)
         if any(changed):
             return self.aggregate(self.weigh(q, k, mask, inputs), v)
-        q, k = self.features(q, k)
+        return self.fused(*self.features(q, k), v, mask)
+
+    def fused(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None
+    ) -> Float[Tensor, "batch heads queries width"]:
+        """Softmax attention in one call, with the layer's scale, change of scores and dropout."""
         return ops.attend(
             q, k, v, mask=mask, score_mod=self.score_mod, scale=self.scale,
             dropout=self.dropout if self.training else 0.0,
@@ -315,11 +323,7 @@ class Attention(nn.Module):
 
     def per_query_head(self, x: Tensor, like: Tensor) -> Tensor:
         """Keys or values with each group's repeated for its query heads."""
-        return (
-            x
-            if x.shape[1] == like.shape[1]
-            else x.repeat_interleave(like.shape[1] // x.shape[1], dim=1)
-        )
+        return ops.repeated(x, like.shape[1])
 
     def runs_along(self, mask: Mask | Tensor | None, inputs: Inputs) -> bool:
         """Whether nothing but causality and padding hides pairs, so that running sums over the keys

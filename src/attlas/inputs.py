@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
+import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
@@ -51,6 +53,13 @@ class Inputs:
     def token_positions(self) -> Tensor:
         """Positions of `tokens`."""
         return self.positions if self.context is None else self.key_positions
+
+    def positions_of(self, keys: int) -> Tensor:
+        """Where the last `keys` keys stand: cached ones by their order, `tokens` as they were told."""
+        new = self.token_positions
+        old = self.key_positions[..., -keys:][..., : keys - new.shape[-1]]
+        rows = torch.broadcast_shapes(old.shape[:-1], new.shape[:-1])
+        return torch.cat((old.expand(*rows, -1), new.expand(*rows, -1)), dim=-1)
 
     @property
     def real(self) -> Bool[Tensor, "batch all_keys"] | None:
@@ -103,47 +112,42 @@ def with_states(cache: Cache, layer_idx: int) -> Any:
     return layer
 
 
+@cache
 def _state_layer() -> type:
     """Made on first use, so that importing attlas does not import Transformers' caches."""
-    global _StateLayer
-    if _StateLayer is None:
-        from transformers.cache_utils import DynamicLayer
+    from transformers.cache_utils import DynamicLayer
 
-        class StateLayer(DynamicLayer):  # type: ignore[misc]
-            """A dynamic layer with named tensors beside its keys and values, the batch first."""
+    class StateLayer(DynamicLayer):  # type: ignore[misc]
+        """A dynamic layer with named tensors beside its keys and values, the batch first."""
 
-            is_croppable = False  # what a recurrence has taken in cannot be taken out again
+        is_croppable = False  # what a recurrence has taken in cannot be taken out again
 
-            def __init__(self) -> None:
-                super().__init__()
-                self.states: dict[str, Tensor] = {}
+        def __init__(self) -> None:
+            super().__init__()
+            self.states: dict[str, Tensor] = {}
 
-            def _each(self, change: Any) -> None:
-                self.states = {name: change(state) for name, state in self.states.items()}
+        def _each(self, change: Any) -> None:
+            self.states = {name: change(state) for name, state in self.states.items()}
 
-            def reset(self) -> None:
-                super().reset()
-                self.states = {}
+        def reset(self) -> None:
+            super().reset()
+            self.states = {}
 
-            def crop(self, tokens_to_remove: int) -> None:
-                if tokens_to_remove and self.states:
-                    raise ValueError(f"tokens_to_remove must be 0 here, got {tokens_to_remove}")
-                super().crop(tokens_to_remove)
+        def crop(self, tokens_to_remove: int) -> None:
+            if tokens_to_remove and self.states:
+                raise ValueError(f"tokens_to_remove must be 0 here, got {tokens_to_remove}")
+            super().crop(tokens_to_remove)
 
-            def reorder_cache(self, beam_idx: Tensor) -> None:
-                super().reorder_cache(beam_idx)
-                self._each(lambda state: state.index_select(0, beam_idx.to(state.device)))
+        def reorder_cache(self, beam_idx: Tensor) -> None:
+            super().reorder_cache(beam_idx)
+            self._each(lambda state: state.index_select(0, beam_idx.to(state.device)))
 
-            def batch_repeat_interleave(self, repeats: int) -> None:
-                super().batch_repeat_interleave(repeats)
-                self._each(lambda state: state.repeat_interleave(repeats, dim=0))
+        def batch_repeat_interleave(self, repeats: int) -> None:
+            super().batch_repeat_interleave(repeats)
+            self._each(lambda state: state.repeat_interleave(repeats, dim=0))
 
-            def batch_select_indices(self, indices: Tensor) -> None:
-                super().batch_select_indices(indices)
-                self._each(lambda state: state[indices])
+        def batch_select_indices(self, indices: Tensor) -> None:
+            super().batch_select_indices(indices)
+            self._each(lambda state: state[indices])
 
-        _StateLayer = StateLayer
-    return _StateLayer
-
-
-_StateLayer: type | None = None
+    return StateLayer

@@ -20,7 +20,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from einops import rearrange, reduce
+from einops import reduce
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
@@ -77,15 +77,13 @@ class CompressedConvolutional(Attention):
         # Fused kernels want a head's channels side by side.
         convolved = self.conv_heads(self.conv_channels(latents.mT)).mT.contiguous()
         width = self.heads * self.head_dim
-        q, k = (rearrange(t, "b t (h d) -> b h t d", d=self.head_dim)
-                for t in narrow.tensor_split((width,), dim=-1))  # fmt: skip
+        q, k = map(self.split_heads, narrow.tensor_split((width,), dim=-1))
         mean = (q + self.per_query_head(k, q)) / 2
         group_mean = reduce(mean, "b (g h) t d -> b g t d", "mean", g=self.kv_heads)
-        q, k = (rearrange(t, "b t (h d) -> b h t d", d=self.head_dim)
-                for t in convolved.tensor_split((width,), dim=-1))  # fmt: skip
+        q, k = map(self.split_heads, convolved.tensor_split((width,), dim=-1))
         delayed = self.v_delayed(self.before(x, "x", 1, inputs)[:, :-1])
         v = torch.cat((self.v_current(x), delayed), dim=-1)
-        return q + mean, k + group_mean, rearrange(v, "b t (h d) -> b h t d", d=self.head_dim)
+        return q + mean, k + group_mean, self.split_heads(v)
 
     def position(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Both of length √d, keys times their temperature, then turned."""

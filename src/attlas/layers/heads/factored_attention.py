@@ -68,7 +68,7 @@ class Factored(Attention):
         tokens = max(inputs.x.shape[1], inputs.key_positions.shape[-1])
         if tokens > self.length:
             raise ValueError(f"length={self.length} is the longest sequence, got {tokens} tokens")
-        v = rearrange(self.v_proj(inputs.tokens), "b t (h d) -> b h t d", d=self.head_dim)
+        v = self.split_heads(self.v_proj(inputs.tokens))
         q = v.new_ones(len(v), self.heads, inputs.x.shape[1], 1)
         return q, torch.ones_like(v[..., :1]), v
 

@@ -140,10 +140,7 @@ class KeyDriven(_Grouped):
         self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, inputs: Inputs
     ) -> Tensor:
         """One fused call on the keys and values served."""
-        return ops.attend(
-            q, self.served(k), self.served(v), mask=mask, score_mod=self.score_mod,
-            scale=self.scale, dropout=self.dropout if self.training else 0.0,
-        )  # fmt: skip
+        return self.fused(q, self.served(k), self.served(v), mask)
 
 
 @mechanism(

@@ -18,7 +18,6 @@ import math
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
@@ -62,13 +61,8 @@ class KeyValue(Attention):
 
     def project(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         """Keys twice, and values."""
-        k, v = (
-            rearrange(projection(inputs.tokens), "b t (h d) -> b h t d", d=self.head_dim)
-            for projection in (self.k_proj, self.v_proj)
-        )
-        if inputs.context is None:
-            return k, k, v
-        return rearrange(self.k_proj(inputs.x), "b t (h d) -> b h t d", d=self.head_dim), k, v
+        k, v = (self.split_heads(part(inputs.tokens)) for part in (self.k_proj, self.v_proj))
+        return (k if inputs.context is None else self.split_heads(self.k_proj(inputs.x))), k, v
 
     def position(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """[Σw q, rows · w, 1] and [k, 1, columns · w], whose product is the positional form's."""

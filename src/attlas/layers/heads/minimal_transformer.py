@@ -22,7 +22,6 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from attlas import ops
 from attlas.attention import Attention
 from attlas.catalog.registry import Reduction, mechanism
 from attlas.inputs import Inputs
@@ -99,10 +98,7 @@ class MinimalTransformer(Attention):
         self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, inputs: Inputs
     ) -> Tensor:
         """Fused as the plain layer's, with every head's slice of the values."""
-        return ops.attend(
-            q, k, self.slices(v), mask=mask, score_mod=self.score_mod, scale=self.scale,
-            dropout=self.dropout if self.training else 0.0,
-        )  # fmt: skip
+        return self.fused(q, k, self.slices(v), mask)
 
     def aggregate(self, weights: Tensor, v: Tensor) -> Tensor:
         """Every head's slice of the values, summed."""

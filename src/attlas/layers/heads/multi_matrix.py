@@ -16,7 +16,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from attlas.attention import Attention, Prepared
@@ -70,7 +69,7 @@ class MultiMatrix(Attention):
         """Queries through both factors; one key and one value."""
         q = self.q_up(self.q_norm(self.q_down(inputs.x)))
         k, v = self.k_proj(inputs.tokens), self.v_proj(inputs.tokens)
-        return rearrange(q, "b t (h d) -> b h t d", h=self.heads), k[:, None], v[:, None]
+        return self.split_heads(q), k[:, None], v[:, None]
 
 
 @mechanism("mfa-key-reuse", paper="multi-matrix-factorization", aliases=("mfa-kr",),
@@ -89,7 +88,7 @@ class MultiMatrixKeyReuse(MultiMatrix):
         """Queries and keys; values of no width, for the cache."""
         q = self.q_up(self.q_norm(self.q_down(inputs.x)))
         k = self.k_proj(inputs.tokens)[:, None]
-        return rearrange(q, "b t (h d) -> b h t d", h=self.heads), k, k[..., :0]
+        return self.split_heads(q), k, k[..., :0]
 
     def position(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Queries turned; keys are cached as they are, since values are made of them."""
@@ -99,11 +98,4 @@ class MultiMatrixKeyReuse(MultiMatrix):
         """Values made of all keys, and then the keys turned."""
         q, k, _, mask, inputs = super().prepare(*args, **options)
         v = k + self.gate * self.mix(k)
-        return q, self.position_encoding.rotate(k, self.at(k, inputs)), v, mask, inputs
-
-    def at(self, k: Tensor, inputs: Inputs) -> Tensor:
-        """Where the keys stand: cached ones by their order, this pass's own as it was told."""
-        new = inputs.token_positions
-        old = inputs.key_positions[..., -k.shape[2] :][..., : k.shape[2] - new.shape[-1]]
-        rows = max(old.shape, new.shape, key=len)[:-1]
-        return torch.cat((old.expand(*rows, -1), new.expand(*rows, -1)), dim=-1)
+        return q, self.position_encoding.rotate(k, inputs.positions_of(k.shape[2])), v, mask, inputs

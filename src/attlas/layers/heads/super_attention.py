@@ -18,7 +18,6 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from attlas.attention import Attention
@@ -56,11 +55,7 @@ class Optimised(Attention):
     def project(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys projected, values as they came."""
         q, k = self.q_proj(inputs.x), self.k_proj(inputs.tokens)
-        return self.slices(q), self.slices(k), self.slices(inputs.tokens)
-
-    def slices(self, x: Tensor) -> Tensor:
-        """Head by head, [batch, heads, tokens, head_dim]."""
-        return rearrange(x, "b t (h d) -> b h t d", d=self.head_dim)
+        return self.split_heads(q), self.split_heads(k), self.split_heads(inputs.tokens)
 
 
 @mechanism("efficient-qk-attention", paper="super-attention", reduces_to=Reduction(
@@ -76,8 +71,8 @@ class EfficientQK(Optimised):
 
     def project(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         """Queries projected, keys and values as they came."""
-        slices = self.slices(inputs.tokens)
-        return self.slices(self.q_proj(inputs.x)), slices, slices
+        slices = self.split_heads(inputs.tokens)
+        return self.split_heads(self.q_proj(inputs.x)), slices, slices
 
 
 def _no_mixing(layer: Super, plain: Attention) -> None:
@@ -111,7 +106,7 @@ class Super(EfficientQK):
     def project(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         """As the efficient form's, the values mixed."""
         q, k, _ = super().project(inputs)
-        return q, k, self.slices(self.mixed(inputs))
+        return q, k, self.split_heads(self.mixed(inputs))
 
     def mixed(self, inputs: Inputs) -> Tensor:
         """W_A's rows for the new tokens times all tokens, those of earlier passes recalled."""

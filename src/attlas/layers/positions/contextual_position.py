@@ -16,7 +16,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from attlas.attention import Attention
@@ -64,7 +63,7 @@ class ContextualPosition(Attention):
         q, k, v = super().project(inputs)
         if self.gate_keys:
             gate = self.gate_proj(inputs.tokens)
-            k = torch.cat((k, rearrange(gate, "b t (h d) -> b h t d", d=self.head_dim)), dim=-1)
+            k = torch.cat((k, self.split_heads(gate)), dim=-1)
         elif self.value_gates:
             k = torch.cat((k, v), dim=-1)
         return q, k, v

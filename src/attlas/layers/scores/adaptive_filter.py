@@ -113,10 +113,7 @@ class AdaptiveFilter(Attention):
     ) -> Tensor:
         """Weights by the likelihood of each residual, times the decay; rows sum to at most 1."""
         dtype = torch.promote_types(q.dtype, torch.float32)
-        now = inputs.token_positions
-        past = inputs.key_positions[..., : inputs.key_positions.shape[-1] - now.shape[-1]]
-        lead = torch.broadcast_shapes(past.shape[:-1], now.shape[:-1])
-        times = torch.cat((past.expand(*lead, -1), now.expand(*lead, -1)), dim=-1)
+        times = inputs.positions_of(k.shape[2])
         far = (inputs.positions[..., None, :, None] - times[..., None, None, :]).abs().to(dtype)
         noises = softplus(torch.stack((self.sigma, self.eta, self.gamma, self.nu)).to(dtype))
         (sigma, eta, gamma, nu), mu = noises[..., None, None], self.decay(dtype)[:, None, None]
@@ -142,7 +139,7 @@ class AdaptiveFilter(Attention):
         """The estimate at the query's time, or one step further, projected."""
         heads = self.turned(heads, inputs.positions)
         if self.residual:
-            own = rearrange(self.v_proj(inputs.x), "b t (h d) -> b h t d", d=self.head_dim)
+            own = self.split_heads(self.v_proj(inputs.x))
             heads = heads + self.per_query_head(own, heads)
         heads = self.normed("o", heads)
         if self.predict:

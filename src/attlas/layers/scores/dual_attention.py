@@ -111,7 +111,7 @@ class DualAttention(Attention):
             k = torch.cat((k, (self.relation_k or self.relation_q)(tokens)), dim=-1)
             if self.symbols != "relative":
                 v = torch.cat((self.symbol_proj(self.symbols_of(inputs)), v), dim=-1)
-        return self._heads(q), self._heads(k), v[:, None]
+        return self.split_heads(q), self.split_heads(k), v[:, None]
 
     def symbols_of(self, inputs: Inputs) -> Tensor:
         """The symbol of each sender, [batch, tokens, dim]."""
@@ -135,7 +135,7 @@ class DualAttention(Attention):
 
     def weigh(self, q: Tensor, k: Tensor, mask: Mask | Tensor | None, inputs: Inputs) -> Tensor:
         """The maps of the heads; then, for every relational head, its map times each relation."""
-        k = self._heads(k[:, 0])
+        k = self.split_heads(k[:, 0])
         maps = super().weigh(q[:, : self.heads], k[:, : self.kv_heads], mask, inputs)
         if self.relational == 0:
             return maps
@@ -153,11 +153,11 @@ class DualAttention(Attention):
 
     def aggregate(self, weights: Tensor, v: Tensor) -> Tensor:
         """Values summed by each head's map, and relations by theirs."""
-        n, v = self.relational, self._heads(v[:, 0])
+        n, v = self.relational, self.split_heads(v[:, 0])
         weights = torch.dropout(weights, self.dropout, self.training)
         maps = weights[:, : self.heads]
         if n and self.symbols == "relative":
-            named = self._heads(self.symbol_proj(self.symbol_library)[None])
+            named = self.split_heads(self.symbol_proj(self.symbol_library)[None])
             parts = (self._by_distance(maps[:, :n]), named), (maps[:, n:], v)
             heads = torch.cat([m @ self.per_query_head(x, m) for m, x in parts], dim=1)
         else:
@@ -182,6 +182,3 @@ class DualAttention(Attention):
             return y
         own = rearrange(heads[:, : self.relational], "b h t d -> b t (h d)")
         return torch.cat((y, self.relational_o_proj(own)), dim=-1)
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return rearrange(x, "b t (h d) -> b h t d", d=self.head_dim)

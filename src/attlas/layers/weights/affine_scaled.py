@@ -84,10 +84,7 @@ class AffineScaled(Attention):
         alpha = self.alpha(inputs.x)
         if self.training:
             self._follow(alpha.detach(), inputs)
-        out = ops.attend(
-            q, k, v, mask=mask, score_mod=self.score_mod, scale=self.scale,
-            dropout=self.dropout if self.training else 0.0,
-        )  # fmt: skip
+        out = self.fused(q, k, v, mask)
         shift = self.mean_alpha.to(alpha.dtype)[:, None, None] - alpha
         return alpha * out + shift * self.per_query_head(self._mean(q, k, v, mask, inputs), out)
 

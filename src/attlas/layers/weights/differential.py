@@ -20,7 +20,6 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from attlas import ops
 from attlas.attention import Attention
 from attlas.catalog.registry import mechanism
 from attlas.inputs import Inputs
@@ -113,14 +112,7 @@ class Differential(Attention):
         """What one map gives."""
         # The fastest kernels of a GPU want values no wider than keys; elsewhere scoring twice is dear.
         halves = v.chunk(2, dim=-1) if v.is_cuda else (v,)
-        parts = [
-            ops.attend(
-                q, k, half, mask=mask, score_mod=self.score_mod, scale=self.scale,
-                dropout=self.dropout if self.training else 0.0,
-            )
-            for half in halves
-        ]  # fmt: skip
-        return torch.cat(parts, dim=-1)
+        return torch.cat([Attention.fused(self, q, k, half, mask) for half in halves], dim=-1)
 
     def weigh(
         self, q: Tensor, k: Tensor, mask: Mask | Tensor | None, inputs: Inputs
