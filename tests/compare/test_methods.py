@@ -14,8 +14,8 @@ def test_labels_are_written_one_way():
     )
     labels = [method.label for method in methods]
     assert labels == ["full", "window(keep=0.25, sinks=4)", "snapkv(keep=0.5)"]
-    assert methods[0].part() is None
-    assert methods[1].part().sinks == 4
+    assert methods[0].parts() == ()
+    assert methods[1].parts()[0].sinks == 4
 
 
 @pytest.mark.parametrize(
@@ -49,6 +49,6 @@ def test_a_part_registered_anywhere_can_be_named():
             self.strength = strength
 
     try:
-        assert parse_method("toy-part(strength=2.0)").part().strength == 2.0
+        assert parse_method("toy-part(strength=2.0)").parts()[0].strength == 2.0
     finally:
         registry.unregister("toy-part")

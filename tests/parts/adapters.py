@@ -14,12 +14,12 @@ from attlas.attach.session import attach
 from attlas.contract.cases import Case, Check, adapter
 from attlas.parts.cache.expected_attention import ExpectedAttention
 from attlas.parts.cache.key_norm import KeyNorm
-from attlas.parts.cache.layer import CompressedLayer, LayerState
 from attlas.parts.cache.policy import CachePolicy, best
-from attlas.parts.cache.rotary import Rotary
 from attlas.parts.cache.snapkv import SnapKV
 from attlas.parts.cache.window import SinksWindow
 from attlas.parts.record.column_sums import ColumnSums
+from attlas.storage.layer import LayerState, StoredLayer
+from attlas.storage.rotary import Rotary
 
 
 def key_norm(config: dict[str, Any]) -> KeyNorm:
@@ -91,13 +91,14 @@ def run_layer(
     policy: CachePolicy, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary | None = None
 ) -> tuple[Tensor, Tensor]:
     """(scores, kept columns) of a prompt's queries, keys and values."""
-    layer = CompressedLayer(LayerState(0, (0,), rotary=rotary, scaling=q.shape[-1] ** -0.5))
+    state = LayerState(0, (0,), rotary=rotary, scaling=q.shape[-1] ** -0.5)
+    layer = StoredLayer({policy.name: state})
     layer.update(k, v)
     step = Step(length=q.shape[2])
-    call = Call(0, nn.Identity(), q, k, v, layer.state.scaling, None, step, is_causal=True)
-    policy.learn(layer.state, call)
-    slots = policy.slots(layer, None)
-    scores = policy.scores(layer.state, slots)
+    call = Call(0, nn.Identity(), q, k, v, state.scaling, None, step, is_causal=True)
+    policy.learn(state, call)
+    slots = policy.slots(layer, state, None)
+    scores = policy.scores(state, slots)
     return scores, best(scores, slots.valid, slots.budget)[0]
 
 

@@ -16,6 +16,7 @@ def layer():
     filled = torch.ones_like(slots, dtype=torch.bool)
     filled[1, :, 2] = False
     layer.keep(slots, filled)
+    layer.fixed = layer.seen
     layer.update(keys[:, :, :2], keys[:, :, :2])
     return layer
 

@@ -20,9 +20,9 @@ PRESET = Preset("tiny", (64, 128), (0.1, 0.9), 2, 1, 8, 1, 1, ())
 @pytest.fixture
 def summary() -> Summary:
     methods = (
-        Method("full", "full"),
-        Method("snapkv(keep=0.25)", "snapkv", (("keep", 0.25),)),
-        Method(f"toy(text='{EVIL}')", "toy", (("text", EVIL),)),
+        Method("full"),
+        Method("snapkv(keep=0.25)", (("snapkv", (("keep", 0.25),)),)),
+        Method(f"toy(text='{EVIL}')", (("toy", (("text", EVIL),)),)),
     )
     grid = Grid(EVIL, methods, TASKS, (64, 128), PRESET, "cpu", "float32", 0)
     lines = []

@@ -25,6 +25,9 @@ class Step:
         offset: tokens that the cache had seen before this call.
         length: tokens of this call; 0 when the model takes no tokens (images).
         chunked: the session was told that the prompt comes in several calls.
+        ids: the token ids of this call, None when the model is given embeddings or images.
+        hidden: what the attention module under way was given, by module; filled when a part
+            `wants_hidden`.
         shared: what parts work out once for all layers of the call.
     """
 
@@ -34,6 +37,8 @@ class Step:
     offset: int = 0
     length: int = 0
     chunked: bool = False
+    ids: Int[Tensor, "batch query"] | None = None
+    hidden: dict[nn.Module, Tensor] = field(default_factory=dict)
     shared: dict[Any, Any] = field(default_factory=dict)
 
 
@@ -104,6 +109,11 @@ class Call:
         return given.expand(self.q.shape[0], -1)
 
     @property
+    def hidden(self) -> Float[Tensor, "batch query width"] | None:
+        """What the attention module was given, where a part `wants_hidden`."""
+        return self.step.hidden.get(self.module)
+
+    @property
     def queries(self) -> Int[Tensor, " query"]:
         """Original columns of the queries."""
         first = self.step.offset
@@ -119,6 +129,9 @@ class Call:
 
 class Part:
     """What attaches to a model. Override the hooks that the part needs, named by stage."""
+
+    #: The part reads `call.hidden`, the states from which the layer makes queries, keys and values.
+    wants_hidden: bool = False
 
     def check(self, model: nn.Module) -> None:
         """Look at the model before anything is changed.

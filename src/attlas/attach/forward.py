@@ -136,6 +136,8 @@ def _with_keys(session: Session, call: Call, mask: Tensor | None) -> None:
         if layer.settled:
             call.k, call.v, call.columns = layer.read()
             layer.read_bytes = layer.nbytes
+            if (bias := layer.biases()) is not None:
+                call.score_mod = _weighted(call, bias)
     elif (columns := getattr(layer, "columns", None)) is not None:
         call.columns = columns()
     call.mask = _in_columns(call, mask)
@@ -143,6 +145,17 @@ def _with_keys(session: Session, call: Call, mask: Tensor | None) -> None:
         call.mask = _both(call, part.mask(call))
     if call.chosen is not None:
         call.mask = _both(call, _shown(call, call.chosen))
+
+
+def _weighted(call: Call, bias: Float[Tensor, "batch kv_heads seen"]) -> ScoreMod:
+    """The score change in force, and after it what keys have that stand for several tokens."""
+    mod, groups = call.score_mod, call.groups
+
+    def weighted(s: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        changed = s if mod is None else mod(s, b, h, q, k)
+        return changed + bias[b, h // groups, k].to(s.dtype)
+
+    return weighted
 
 
 def _shown(call: Call, chosen: Chosen) -> Bool[Tensor, "batch heads 1 keys"]:

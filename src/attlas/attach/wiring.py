@@ -1,4 +1,4 @@
-"""How a session takes hold of a model, and lets go: registries, configurations and two hooks."""
+"""How a session takes hold of a model, and lets go: registries, configurations and hooks."""
 
 from __future__ import annotations
 
@@ -47,6 +47,8 @@ def connect(session: Session) -> None:
             session.layers[module] = _layer_number(module, name)
         _switch(model)
         session.undo += _hook(session)
+        if any(part.wants_hidden for part in session.parts):
+            session.undo += _watch_hidden(session)
     except BaseException:
         disconnect(session)
         raise
@@ -140,6 +142,18 @@ def _hook(session: Session) -> list[Any]:
     ]
 
 
+def _watch_hidden(session: Session) -> list[Any]:
+    """Hooks that show a layer's attention what its module was given, of one module at a time."""
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        states = kwargs.get("hidden_states", args[0] if args else None)
+        if session.step is not None and isinstance(states, Tensor):
+            session.step.hidden = {module: states}
+
+    layers = (m for m in session.layers if isinstance(getattr(m, "layer_idx", None), int))
+    return [m.register_forward_pre_hook(before, with_kwargs=True).remove for m in layers]
+
+
 def _step(session: Session, cache: Any, arguments: dict[str, Any]) -> Step:
     step = Step(cache=cache if isinstance(cache, Cache) else None, chunked=session.chunked)
     if session.plain:
@@ -151,6 +165,7 @@ def _step(session: Session, cache: Any, arguments: dict[str, Any]) -> Step:
     step.length = 0 if tokens is None else tokens.shape[1]
     step.offset = 0 if step.cache is None else int(step.cache.get_seq_length())
     step.positions = arguments.get("position_ids")
+    step.ids = arguments.get("input_ids")
     if isinstance(mask, Tensor) and mask.ndim == 2 and not mask.all():
         step.real = mask.bool()
     elif session.keepers and mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
 
+from attlas.calibration.parts import Calibrated
+from attlas.calibration.run import Fits, calibrate, windows
+from attlas.calibration.statistics import default_path
 from attlas.catalog import registry
 from attlas.errors import UserError
 
@@ -30,8 +35,6 @@ def calibrate_command(
 
     What was read is kept: interrupted, the same command goes on where it was.
     """
-    from attlas.calibration import Calibrated, calibrate, windows
-    from attlas.calibration.statistics import default_path
     from attlas.compare.methods import parse_call
     from attlas.models.load import load, load_tokenizer
 
@@ -48,17 +51,36 @@ def calibrate_command(
     loaded, tokenizer = load(model), load_tokenizer(model)
     texts = windows(tokenizer, said, tokens=tokens, length=length, seed=seed)
     path = out or default_path(made.calibration_key, loaded)
-    console = Console()
+    _into(path, made, loaded, texts, Console())
+
+
+def ensure(parts: Iterable[Any], model: Any, tokenizer: Any, console: Console) -> None:
+    """Calibrate for those parts whose statistics are missing and can be summed in a minute or so.
+
+    Parts whose statistics are optimised say themselves, when they are attached, what to run.
+    """
+    for part in parts:
+        if not isinstance(part, Calibrated) or isinstance(part, Fits) or part.calibration:
+            continue
+        path = default_path(part.calibration_key, model)
+        if not path.exists():
+            _into(path, part, model, windows(tokenizer), console)
+
+
+def _into(
+    path: Path, part: Calibrated, model: Any, texts: Sequence[Tensor], console: Console
+) -> None:
+    """Calibrate with a progress bar; what was read is kept beside `path` until it is finished."""
     columns = (
         TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
         TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
     )  # fmt: skip
     partial = path.with_name(path.name + ".partial")
     with Progress(*columns, console=console) as progress:
-        bar = progress.add_task(f"calibrating {name}", total=len(texts))
+        bar = progress.add_task(f"calibrating {part.calibration_key}", total=len(texts))
         try:
             found = calibrate(
-                loaded, made, texts, partial=partial,
+                model, part, texts, partial=partial,
                 tick=lambda done, total: progress.update(bar, completed=done, total=total),
             )  # fmt: skip
         except KeyboardInterrupt:
@@ -66,4 +88,4 @@ def calibrate_command(
             console.print(f"stopped; what was read is kept in {partial}, the same command goes on")
             raise typer.Exit(130) from None
     found.save(path)
-    console.print(f"{len(found.tensors)} tensors of {model} for {made.calibration_key}: {path}")
+    console.print(f"{len(found.tensors)} tensors for {part.calibration_key}: {path}")

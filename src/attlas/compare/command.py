@@ -10,6 +10,7 @@ import torch
 import typer
 from rich.console import Console
 
+from attlas.calibration.command import ensure
 from attlas.compare.fit import check_fit
 from attlas.compare.grid import PRESETS, Grid, fitting_lengths, parse_lengths, parse_tasks
 from attlas.compare.methods import parse_methods
@@ -73,6 +74,7 @@ def compare(
         seed=seed,
     )
     results.check(grid)
+    ensure((part for method in planned_methods for part in method.parts()), loaded, tokenizer, console)
     check_fit(grid, loaded, tokenizer)
     try:
         run(grid, loaded, tokenizer, results, console)

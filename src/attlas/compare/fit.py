@@ -26,14 +26,14 @@ def check_fit(grid: Grid, model: Any, tokenizer: Any) -> None:
     with attach(model):  # refuses a model whose attention cannot be intercepted
         pass
     for method in grid.methods:
-        part = method.part()
+        parts = method.parts()
         try:
-            with attached(model, part):
+            with attached(model, parts):
                 pass
         except (TypeError, ValueError) as error:
             raise UserError(f"method {method.label} on model {grid.model!r}: {error}") from error
-        if isinstance(part, CachePolicy):
-            for length in grid.lengths:
+        for part in parts:
+            for length in grid.lengths if isinstance(part, CachePolicy) else ():
                 check_budget(method, part, model, length)
     if "needle" in grid.tasks:
         needle.several(tokenizer, grid.lengths[0], grid.preset.depths, str(grid.seed))

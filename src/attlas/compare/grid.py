@@ -144,7 +144,7 @@ class Grid:
             "continuation": {"fidelity": ("kl", "top1"), "perplexity": ("perplexity",)},
             "alone": {
                 "speed": ("prefill_ms", "decode_ms"),
-                "memory": ("cache_bytes", "peak_bytes"),
+                "memory": ("cache_bytes", "read_bytes", "peak_bytes"),
             },
         }
         metrics = by_kind[unit.kind]

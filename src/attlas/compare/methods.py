@@ -1,13 +1,12 @@
-"""The grammar of `--methods`: `full`, `snapkv(keep=0.25)`, `window(keep=0.25, sinks=4)`, ...
+"""The grammar of `--methods`: `full`, `snapkv(keep=0.25)`, `snapkv(keep=0.5)+zipcache(recent=64)`, ...
 
 A method is a name of the registry and options of its constructor, written as Python literals and
-read as such: nothing that the user writes is ever evaluated.
+read as such: nothing that the user writes is ever evaluated. `+` joins parts that work together.
 """
 
 from __future__ import annotations
 
 import ast
-import inspect
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 
 from attlas.catalog import registry
 from attlas.errors import UnknownName, UserError
+from attlas.parts.cache.part import CachePart, check_together
 
 #: Attention as the model has it: every key is kept. It is what the others are compared with.
 FULL = "full"
@@ -22,21 +22,32 @@ FULL = "full"
 _WRITTEN = re.compile(r"\s*([A-Za-z][\w-]*)\s*(\(.*\))?\s*", re.DOTALL)
 
 
+#: A part of a method: its name and its options.
+Named = tuple[str, tuple[tuple[str, Any], ...]]
+
+
 @dataclass(frozen=True)
 class Method:
-    """A method of the grid: its label is written one way, however the user wrote it."""
+    """A method of the grid: its label is written one way, however the user wrote it.
+
+    Attributes:
+        label: the method as it is written.
+        named: its parts; none for full attention.
+    """
 
     label: str
-    name: str
-    options: tuple[tuple[str, Any], ...] = ()
+    named: tuple[Named, ...] = ()
 
-    def part(self) -> Any:
-        """A fresh part to attach, or None for full attention.
+    def parts(self) -> tuple[Any, ...]:
+        """Fresh parts to attach, none for full attention.
 
         Raises:
-            ValueError: an option that the part does not take, or takes otherwise.
+            ValueError: an option that a part does not take or takes otherwise, or parts that cannot
+                work together.
         """
-        return None if self.name == FULL else registry.make(self.name, **dict(self.options))
+        made = tuple(registry.make(name, **dict(options)) for name, options in self.named)
+        check_together([part for part in made if isinstance(part, CachePart)])
+        return made
 
 
 def parse_methods(texts: Iterable[str]) -> tuple[Method, ...]:
@@ -56,22 +67,19 @@ def parse_method(text: str) -> Method:
 
     Raises:
         UnknownName: no part has this name; the nearest are suggested.
-        UserError: the grammar or the options are wrong.
+        UserError: the grammar or the options are wrong, or parts cannot work together.
     """
-    name, options = parse_call("method", text)
-    if name.lower() == FULL:
+    pieces = list(split(text, "+"))
+    name, options = parse_call("method", pieces[0] if pieces else text)
+    if name.lower() == FULL and len(pieces) == 1:
         if options:
             raise UserError(f"method {FULL!r} takes no options, got {sorted(options)}")
-        return Method(FULL, FULL)
-    entry = _part(name)
-    order = list(inspect.signature(entry.object).parameters)
-    given = tuple(
-        sorted(options.items(), key=lambda o: order.index(o[0]) if o[0] in order else len(order))
-    )
-    label = written(entry.name, given)
-    method = Method(label, entry.name, given)
+        return Method(FULL)
+    named = tuple(_named(piece) for piece in pieces)
+    label = "+".join(written(*one) for one in named)
+    method = Method(label, named)
     try:
-        method.part()
+        method.parts()
     except ValueError as error:
         raise UserError(f"method {label}: {error}") from error
     except TypeError as error:
@@ -79,8 +87,18 @@ def parse_method(text: str) -> Method:
     return method
 
 
-def split(text: str) -> Iterator[str]:
-    """The pieces between commas that stand in no bracket and no quotes."""
+def _named(text: str) -> Named:
+    name, options = parse_call("method", text)
+    entry = _part(name)
+    order = list(registry.signature(entry.object))
+    given = tuple(
+        sorted(options.items(), key=lambda o: order.index(o[0]) if o[0] in order else len(order))
+    )
+    return entry.name, given
+
+
+def split(text: str, between: str = ",") -> Iterator[str]:
+    """The pieces between commas, or other signs, that stand in no bracket and no quotes."""
     depth, quote, piece = 0, "", ""
     for sign in text:
         if quote:
@@ -91,7 +109,7 @@ def split(text: str) -> Iterator[str]:
             depth += 1
         elif sign in ")]}":
             depth -= 1
-        if sign == "," and depth == 0 and not quote:
+        if sign == between and depth == 0 and not quote:
             yield piece
             piece = ""
         else:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from attlas.attach import Part, attach
 from attlas.compare.methods import Method
+from attlas.parts.cache.part import CachePart
 from attlas.parts.cache.policy import CachePolicy
 from attlas.parts.cache.prompt import Prompt, prefill
 
@@ -26,12 +27,12 @@ class Reading:
     Attributes:
         model: the model.
         ids: token ids [1, tokens].
-        parts: by label, the parts of the methods that will be forked.
-        prompt: the context as the model read it, all policies among the parts looking on.
+        parts: by label, the parts of the methods that will be forked; none for the full cache.
+        prompt: the context as the model read it, all that share it looking on.
     """
 
     def __init__(
-        self, model: Any, ids: Tensor, parts: Mapping[str, Part | None], prompt: Prompt
+        self, model: Any, ids: Tensor, parts: Mapping[str, tuple[Part, ...]], prompt: Prompt
     ) -> None:
         self.model, self.ids, self.parts, self.prompt = model, ids, parts, prompt
         self.own: dict[str, Any] = {}
@@ -40,9 +41,9 @@ class Reading:
     def of(cls, model: Any, context: Sequence[int], methods: Sequence[Method]) -> Reading:
         """Read a context."""
         ids = torch.tensor([list(context)], device=model.device)
-        parts = {method.label: method.part() for method in methods}
-        policies = [part for part in parts.values() if isinstance(part, CachePolicy)]
-        return cls(model, ids, parts, prefill(model, ids, [p for p in policies if _shares(p)]))
+        parts = {method.label: method.parts() for method in methods}
+        sharing = [cache_parts(one) for one in parts.values() if one and shares(one)]
+        return cls(model, ids, parts, prefill(model, ids, sharing))
 
     def extended(self, more: Sequence[int]) -> Reading:
         """The context with `more` read behind it; this reading stays as it is."""
@@ -55,9 +56,9 @@ class Reading:
 
         Call it inside `attached(method)`.
         """
-        part = self.parts[method.label]
-        if part is None or (isinstance(part, CachePolicy) and _shares(part)):
-            return self.prompt.fork(part), self.prompt.logits
+        parts = self.parts[method.label]
+        if shares(parts):
+            return self.prompt.fork(cache_parts(parts)), self.prompt.logits
         if method.label not in self.own:
             output = forward(self.model, self.ids, None)
             self.own[method.label] = output.past_key_values, output.logits[:, -1]
@@ -69,14 +70,26 @@ class Reading:
         return attached(self.model, self.parts[method.label])
 
 
-def _shares(policy: CachePolicy) -> bool:
-    """Whether a policy's prefill is the model's own."""
-    return bool(getattr(policy, "exact_prefill", True))
+def cache_parts(parts: Sequence[Part]) -> list[CachePart]:
+    """Those of a method's parts that deal with the cache."""
+    return [part for part in parts if isinstance(part, CachePart)]
 
 
-def attached(model: Any, part: Part | None) -> AbstractContextManager[Any]:
-    """`attach(model, part)`; the bare model for full attention."""
-    return nullcontext() if part is None else attach(model, part)
+def shares(parts: Sequence[Part]) -> bool:
+    """Whether a method's prefill is the model's own, so that it can share it."""
+    return all(isinstance(part, CachePart) and part.exact_prefill for part in parts)
+
+
+def stepwise(parts: Sequence[Part]) -> bool:
+    """Whether what a method does with a token depends on tokens coming one at a time."""
+    return any(
+        not isinstance(part, CachePolicy) or part.while_decoding for part in cache_parts(parts)
+    )
+
+
+def attached(model: Any, parts: Sequence[Part]) -> AbstractContextManager[Any]:
+    """`attach(model, *parts)`; the bare model for full attention."""
+    return attach(model, *parts) if parts else nullcontext()
 
 
 def forward(model: Any, ids: Tensor, cache: Any, logits: int = 1) -> Any:

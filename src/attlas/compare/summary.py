@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from attlas.compare.grid import Grid
-from attlas.compare.methods import FULL, Method
+from attlas.compare.methods import FULL, Method, written
 from attlas.compare.results import Line
 from attlas.tasks.record import Measure, pooled_fraction, pooled_share
 
 _MB = 1e-6
-_BUDGET_OPTIONS = ("keep", "tokens", "bytes")
+_BUDGET_OPTIONS = ("keep", "tokens", "bytes", "bits", "pages")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +56,15 @@ COLUMNS = (
     Column("perplexity", "perplexity", "lower", True,
            "of the true continuation: how many tokens the model hesitates between", 1.0, 1),
     Column("cache_bytes", "cache MB", "lower", False,
-           "keys, values and slot indices held after the context", _MB, 1),
+           "keys, values, slot indices and summaries held after the context", _MB, 1),
+    Column("read_bytes", "read MB", "lower", False,
+           "of these, what one generated token reads", _MB, 1),
     Column("peak_bytes", "peak MB", "lower", False, "", _MB),
     Column("prefill_ms", "prefill ms", "lower", False,
            "reading the context and compressing it, each method by itself"),
     Column("decode_ms", "decode ms", "lower", False, "each generated token", 1.0, 1),
+    Column("pays_from", "pays from", "lower", False,
+           "tokens of context from which on a generated token takes less time than with the full cache"),
 )  # fmt: skip
 
 
@@ -103,6 +107,8 @@ def summarize(lines: Sequence[Line], grid: Grid) -> Summary:
             ]  # fmt: skip
             if chosen:
                 row[column.key] = _pooled(column.key, chosen)
+        if method.named and (found := break_even(lines, method.label)) is not None:
+            row["pays_from"] = found
     shown = tuple(c for c in COLUMNS if any(c.key in row for row in table.values()))
     return Summary(grid, shown, table, tuple(lines))
 
@@ -116,19 +122,48 @@ def meaning(column: Column, summary: Summary) -> str:
     return "growth of the process's resident memory during prefill and decode, weights not included"
 
 
+def break_even(lines: Sequence[Line], method: str) -> Measure | str | None:
+    """The length from which on a method decodes faster than the full cache, at all lengths measured.
+
+    Between two lengths the difference of the times is taken for a straight line. "never" where the
+    longest is not faster; None where fewer than two lengths were measured.
+    """
+    times: dict[str, dict[int, float]] = {FULL: {}, method: {}}
+    for line in lines:
+        if line["metric"] == "decode_ms" and line["status"] == "ok" and line["method"] in times:
+            times[line["method"]][line["length"]] = line["value"]
+    lengths = sorted(set(times[FULL]) & set(times[method]))
+    if len(lengths) < 2:
+        return None
+    gain = [times[FULL][n] - times[method][n] for n in lengths]
+    slower = [i for i, g in enumerate(gain) if g <= 0]
+    if not slower:
+        return Measure(lengths[0], len(lengths))
+    last = slower[-1]
+    if last == len(lengths) - 1:
+        return "never"
+    share = -gain[last] / (gain[last + 1] - gain[last])
+    return Measure(lengths[last] + share * (lengths[last + 1] - lengths[last]), len(lengths))
+
+
 def family(method: Method) -> str:
-    """A method without its budget: what a line in a picture connects."""
-    rest = [f"{name}={value!r}" for name, value in method.options if name not in _BUDGET_OPTIONS]
-    return f"{method.name}({', '.join(rest)})" if rest else method.name
+    """A method without its budgets: what a line in a picture connects."""
+    return "+".join(
+        written(name, [o for o in options if o[0] not in _BUDGET_OPTIONS])
+        for name, options in method.named
+    ) or FULL  # fmt: skip
 
 
 def budget(method: Method) -> str:
-    """A method's budget in a few signs; empty where it has none."""
-    given = dict(method.options)
-    if method.name == FULL or not set(given) & set(_BUDGET_OPTIONS):
-        return ""
-    name = next(name for name in _BUDGET_OPTIONS if name in given)
-    return f"{100 * given[name]:g} %" if name == "keep" else f"{given[name]} {name}"
+    """A method's budgets in a few signs; empty where it has none."""
+    found = []
+    for _, options in method.named:
+        given = dict(options)
+        name = next((name for name in _BUDGET_OPTIONS if name in given), None)
+        if name is not None:
+            share = name == "keep" and isinstance(given[name], float)
+            found.append(f"{100 * given[name]:g} %" if share else f"{given[name]} {name}")
+    return " + ".join(found)
 
 
 def shown(column: Column, measure: Measure) -> tuple[str, str]:

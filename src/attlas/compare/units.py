@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from attlas.attach.session import cache_bytes
+from attlas.attach.session import bytes_read, cache_bytes
 from attlas.compare.grid import Cell, Grid, Unit
 from attlas.compare.methods import Method
-from attlas.compare.shared import Reading, attached, forward
+from attlas.compare.shared import Reading, attached, forward, stepwise
 from attlas.tasks import fidelity, needle
 from attlas.tasks.continuation import continuation
 from attlas.tasks.memory import Peak
@@ -135,6 +135,7 @@ def _measure(bench: Bench, cell: Cell, tally: Tally) -> Measure:
         "top1": fidelity.top1,
         "perplexity": perplexity,
         "cache_bytes": median,
+        "read_bytes": median,
         "peak_bytes": median,
     }[cell.metric](values)
 
@@ -224,12 +225,18 @@ def _continuations(
         with _charged(bench, tallies[method.label]) as tally, reading.attached(method):
             cache, _ = reading.fork(method)
             tally.held.append(cache_bytes(cache))
-            logits = forward(bench.model, fed, cache, logits=0).logits[0]
+            logits = _fed(bench.model, fed, cache, stepwise(reading.parts[method.label]))
             tally.add("kl", *fidelity.divergence(full, logits).tolist())
             tally.add("top1", *fidelity.agreement(full, logits))
             tally.add("perplexity", *surprise(logits, targets).tolist())
         if not tallies[method.label].reason:
             yield method
+
+
+def _fed(model: Any, fed: torch.Tensor, cache: Any, one_by_one: bool) -> torch.Tensor:
+    """Logits behind each of the tokens, fed as they would be generated where that matters."""
+    pieces = fed.split(1, dim=1) if one_by_one else (fed,)
+    return torch.cat([forward(model, piece, cache, logits=0).logits[0] for piece in pieces])
 
 
 def _alone(
@@ -240,7 +247,7 @@ def _alone(
     device = bench.model.device
     ids = torch.tensor([text.context], device=device)
     for method in methods:
-        with _charged(bench, tallies[method.label]) as tally, attached(bench.model, method.part()):
+        with _charged(bench, tallies[method.label]) as tally, attached(bench.model, method.parts()):
             peak = Peak(device)
             start = clock(device)
             cache = forward(bench.model, ids, None).past_key_values
@@ -252,6 +259,7 @@ def _alone(
                 tally.add("decode_ms", 1e3 * (clock(device) - start))
             tally.add("peak_bytes", float(peak.bytes()))
             tally.add("cache_bytes", float(tally.held[-1]))
+            tally.add("read_bytes", float(bytes_read(cache)))
         if not tallies[method.label].reason:
             yield method
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
 from attlas.errors import UserError
@@ -39,7 +39,7 @@ class Codes:
         channel: factor of each channel, or None.
     """
 
-    data: Int[Tensor, "batch heads tokens bytes"]
+    data: Integer[Tensor, "batch heads tokens bytes"]
     step: Float[Tensor, "batch heads token_groups channel_groups"]
     zero: Float[Tensor, "batch heads token_groups channel_groups"]
     bits: int
@@ -164,7 +164,7 @@ def check(bits: int, dim: int, channel_group: int, token_group: int) -> None:
         raise UserError(f"{bits} bits need a multiple of {least} channels, got {dim}")
 
 
-def pack(codes: Int[Tensor, "*rows dim"], bits: int) -> Int[Tensor, "*rows bytes"]:
+def pack(codes: Integer[Tensor, "*rows dim"], bits: int) -> Integer[Tensor, "*rows bytes"]:
     """Codes as bytes: in each plane, byte j holds the codes of neighbouring channels, low bits first."""
     packed, shift = [], 0
     for width in PLANES[bits]:
@@ -176,7 +176,9 @@ def pack(codes: Int[Tensor, "*rows dim"], bits: int) -> Int[Tensor, "*rows bytes
     return packed[0] if len(packed) == 1 else torch.cat(packed, dim=-1)
 
 
-def unpack(data: Int[Tensor, "*rows bytes"], bits: int, dim: int) -> Int[Tensor, "*rows dim"]:
+def unpack(
+    data: Integer[Tensor, "*rows bytes"], bits: int, dim: int
+) -> Integer[Tensor, "*rows dim"]:
     """What `pack` packed."""
     found: Tensor | None = None
     start, shift = 0, 0

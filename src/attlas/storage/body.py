@@ -29,10 +29,12 @@ class Body(ABC):
         index: original column of each slot, −1 for an empty one; None when slot i is column
             `first + i` in every row.
         first: column of slot 0 where there is no index.
+        bias: what is added to the scores of a slot; None for nothing.
     """
 
     kind: ClassVar[str] = ""
     index: Int[Tensor, "batch kv_heads slots"] | None = None
+    bias: Float[Tensor, "batch kv_heads slots"] | None = None
     first: int = 0
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -147,7 +149,10 @@ class GrownBody(Body):
         counts = torch.full_like(at, new) if other.lengths is None else other.lengths.to(at.dtype)
         for name, growing in self.held.items():
             if group := self.group(name):
-                growing.put(other.held[name].tensor, at // group, -(-counts // group))
+                heads = growing.tensor.shape[1]  # one where all heads of a row share, alike in each
+                growing.put(
+                    other.held[name].tensor, at[:, :heads] // group, -(-counts[:, :heads] // group)
+                )
         width = self.columns_held.tensor.shape[2]
         self.columns_held.put(other.columns(*shape)[..., None], at, counts)
         self.columns_held.tensor[:, :, width:][self.columns_held.tensor[:, :, width:] == 0] = -1

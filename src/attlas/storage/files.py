@@ -102,12 +102,12 @@ def _check(path: Any, about: dict[str, Any], model: nn.Module, tokens: int | Non
 
 
 def fingerprint(model: Any) -> dict[str, Any]:
-    """What tells one model from another: kind, sizes, and the weights of its embedding."""
+    """What tells one model from another in any precision: kind, sizes, signs of embedded numbers."""
     config = model.config.get_text_config(decoder=True)
     sizes = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size")
     weights = model.get_input_embeddings().weight.detach()
-    sample = weights.flatten()[:: max(1, weights.numel() // 4096)].float().cpu()
-    digest = hashlib.sha256(sample.half().numpy().tobytes()).hexdigest()[:16]
+    sample = weights.flatten()[:: max(1, weights.numel() // 4096)] > 0
+    digest = hashlib.sha256(sample.cpu().numpy().tobytes()).hexdigest()[:16]
     return {
         "kind": config.model_type,
         **{size: getattr(config, size, None) for size in sizes},
@@ -142,8 +142,8 @@ def _layer_out(layer: DynamicLayer, prefix: str, tensors: dict[str, Tensor]) -> 
         learned[name] = {"layer": state.layer, "scaling": state.scaling}
         tensors |= {f"{prefix}learned.{name}.{part}": t for part, t in state.tensors.items()}
     return {
-        "stored": True, "seen": layer.seen, "ragged": layer.ragged, "settled": layer.settled,
-        "bodies": bodies, "learned": learned,
+        "stored": True, "seen": layer.seen, "fixed": layer.fixed, "ragged": layer.ragged,
+        "settled": layer.settled, "bodies": bodies, "learned": learned,
     }  # fmt: skip
 
 
@@ -157,7 +157,8 @@ def _layer_in(told: dict[str, Any], prefix: str, tensors: dict[str, Tensor]) -> 
     layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
     layer.keys, layer.values = keys, values
     if isinstance(layer, StoredLayer):
-        layer.seen, layer.ragged, layer.settled = told["seen"], told["ragged"], told["settled"]
+        for name in ("seen", "fixed", "ragged", "settled"):
+            setattr(layer, name, told[name])
         layer.index = tensors.get(f"{prefix}index")
         for name, body in told["bodies"].items():
             made = KINDS[body["kind"]].restored(under(f"body.{name}."), body["constants"])

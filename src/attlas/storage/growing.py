@@ -48,7 +48,8 @@ class Growing:
 
     def _make_room(self, count: int, spare: int) -> None:
         batch, heads, _, width = self._room.shape
-        room = self._room.new_empty(batch, heads, count + spare, width)
+        shape, pinned = (batch, heads, count + spare, width), self._room.is_pinned()
+        room = self._room.new_empty(shape, pin_memory=pinned)
         room[:, :, : self._count] = self.tensor
         self._room, self._own = room, True
 

@@ -80,6 +80,7 @@ class StoredLayer(DynamicLayer):  # type: ignore[misc]
             one; None while none was dropped. Dense slots behind them hold the last tokens in order.
         seen: tokens seen, padding included.
         ragged: some row has empty dense slots.
+        fixed: tokens seen when some were last dropped, behind which the cache can be cropped.
         settled: the prompt is over and what parts do with it has been done.
         learned: what each part knows of this layer, by the part's name.
         attached: the forward call under way goes through attlas's attention.
@@ -94,6 +95,7 @@ class StoredLayer(DynamicLayer):  # type: ignore[misc]
         self.bodies: dict[str, Body] = {}
         self.index: Tensor | None = None
         self.seen = 0
+        self.fixed = 0
         self.ragged = False
         self.settled = False
         self.attached = False
@@ -181,7 +183,7 @@ class StoredLayer(DynamicLayer):  # type: ignore[misc]
     def reset(self) -> None:
         """Forget everything; the next call is a new prompt."""
         super().reset()
-        self.bodies, self.index, self.seen = {}, None, 0
+        self.bodies, self.index, self.seen, self.fixed = {}, None, 0, 0
         self.ragged, self.settled, self.read_bytes = False, False, 0
         for state in self.learned.values():
             state.tensors.clear()
@@ -192,16 +194,25 @@ class StoredLayer(DynamicLayer):  # type: ignore[misc]
         Raises:
             ValueError: so many that what was dropped or encoded would be touched.
         """
-        chosen = 0 if self.index is None else self.index.shape[-1]
-        tail = self.dense_slots - chosen
-        fixed = self.index is not None or bool(self.bodies)
-        if tokens_to_remove < 0 and fixed and -tokens_to_remove > tail:
+        if tokens_to_remove >= 0 or self._keys is None:
+            super().crop(tokens_to_remove)
+            return
+        limit = self.seen + tokens_to_remove
+        batch, heads = self._keys.tensor.shape[:2]
+        encoded = [int(b.columns(batch, heads, self.device).max()) for b in self.bodies.values()]
+        free = self.seen - max([self.fixed, *(column + 1 for column in encoded)])
+        if -tokens_to_remove > free:
             raise UserError(
                 f"crop({tokens_to_remove}) reaches into the compressed context; only the last "
-                f"{tail} tokens can be taken back"
+                f"{free} tokens can be taken back"
             )
-        super().crop(tokens_to_remove)
-        self.seen -= abs(tokens_to_remove)
+        chosen = 0 if self.index is None else self.index.shape[-1]
+        if -tokens_to_remove <= self.dense_slots - chosen:
+            super().crop(tokens_to_remove)
+        else:
+            columns = self.dense_columns()
+            self.keep(*first_ones((columns >= 0) & (columns < limit)))
+        self.seen = limit
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows in another order, as beam search asks."""
@@ -213,7 +224,7 @@ class StoredLayer(DynamicLayer):  # type: ignore[misc]
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Only some rows."""
-        self._rows(lambda x: x[indices])
+        self._rows(lambda x: x[indices.to(x.device)])
 
     def _rows(self, change: Callable[[Tensor], Tensor]) -> None:
         if self._keys is not None and self._values is not None:
@@ -301,7 +312,7 @@ class StoredLayer(DynamicLayer):  # type: ignore[misc]
             self.index = None if rest is None or not rest.shape[-1] else rest
             return taken
         there = self._there(real)
-        order = (~there).long().sort(dim=-1, stable=True).indices  # tokens first, in their order
+        order = (~there).long().sort(dim=-1, stable=True).indices
         number = torch.arange(order.shape[-1], device=order.device)
         wanted = torch.tensor(counts, device=order.device)[:, None, None]
         columns = self.dense_columns().gather(-1, order)
@@ -309,10 +320,8 @@ class StoredLayer(DynamicLayer):  # type: ignore[misc]
         index = torch.where(goes, columns, -1)[..., : max(counts)]
         at = order[..., : max(counts)]
         taken = Taken(_at(keys, at), _at(values, at), index, 0)
-        stays = there.gather(-1, order) & ~goes
-        last = (~stays).long().sort(dim=-1, stable=True).indices
-        last = last[..., : int(stays.sum(dim=-1).max())]
-        self.keep(order.gather(-1, last), stays.gather(-1, last))
+        slots, stays = first_ones(there.gather(-1, order) & ~goes)
+        self.keep(order.gather(-1, slots), stays)
         return taken
 
     def put(self, name: str, body: Body) -> None:
@@ -336,6 +345,19 @@ class StoredLayer(DynamicLayer):  # type: ignore[misc]
         k = torch.cat([*(k.to(keys.dtype) for k, _ in parts), keys], dim=2)
         v = torch.cat([*(v.to(values.dtype) for _, v in parts), values], dim=2)
         return k, v, self.columns()
+
+    def biases(self) -> Float[Tensor, "batch kv_heads seen"] | None:
+        """What the bodies add to the scores of the token of each column; None for nothing."""
+        found = [body for body in self.bodies.values() if body.bias is not None]
+        if not found:
+            return None
+        batch, heads = self._keys.tensor.shape[:2]  # type: ignore[union-attr]
+        table = torch.zeros(batch, heads, self.seen + 1, device=self.device)
+        for body in found:
+            columns = body.columns(batch, heads, self.device).long()
+            # What is no slot goes where no column is.
+            table.scatter_(2, torch.where(columns < 0, self.seen, columns), body.bias.to(table))  # type: ignore[union-attr]
+        return table[..., : self.seen]
 
     def attend(
         self,
@@ -393,6 +415,15 @@ class StoredLayer(DynamicLayer):  # type: ignore[misc]
             k, v = keys[:, :, start:], values[:, :, start:]
             found.append(Dense(k, v, visible=seen, causal=visible is None))
         return found
+
+
+def first_ones(
+    there: Bool[Tensor, "batch kv_heads slots"],
+) -> tuple[Int[Tensor, "batch kv_heads n"], Bool[Tensor, "batch kv_heads n"]]:
+    """(slots that are there, in their order, then others; which of them are there), by row and head."""
+    order = (~there).long().sort(dim=-1, stable=True).indices
+    order = order[..., : int(there.sum(dim=-1).max())]
+    return order, there.gather(-1, order)
 
 
 def _at(x: Tensor, slots: Tensor) -> Tensor:

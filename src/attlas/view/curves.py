@@ -11,6 +11,7 @@ from attlas.tasks.record import Measure
 #: Colours that colour-blind readers can tell apart, after Okabe and Ito.
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#7f6bd0", "#8a8a00")
 INK = "#888888"
+COSTS = ("cache_bytes", "read_bytes", "decode_ms", "prefill_ms")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,7 @@ class Curve:
 
 def costs(summary: Summary) -> list[Column]:
     """The columns that stand on the horizontal axis."""
-    return [c for c in summary.columns if c.key in ("cache_bytes", "decode_ms", "prefill_ms")]
+    return [c for c in summary.columns if c.key in COSTS]
 
 
 def qualities(summary: Summary) -> list[Column]:

@@ -12,8 +12,9 @@ from attlas.view.curves import INK, costs, curves, qualities
 
 
 def write(summary: Summary, path: Path) -> None:
-    """Draw two qualities against two costs; nothing where there is not one of each."""
-    across, up = _two(costs(summary), "cache_bytes"), _two(qualities(summary), "digits")
+    """Draw two qualities against bytes held, bytes read and time; nothing where one side is missing."""
+    across = [c for c in costs(summary) if c.key != "prefill_ms"] or costs(summary)
+    up = _two(qualities(summary))
     if not across or not up:
         return
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -35,12 +36,11 @@ def write(summary: Summary, path: Path) -> None:
         figure.savefig(path)
 
 
-def _two(columns: list[Column], first: str) -> list[Column]:
-    """Two columns that say different things: `first` where it was measured, then another kind."""
-    other = {"digits": ("top1", "kl", "perplexity"), "cache_bytes": ("decode_ms", "prefill_ms")}
+def _two(columns: list[Column]) -> list[Column]:
+    """Two qualities that say different things: what is found, and what is kept of running text."""
     by_key = {column.key: column for column in columns}
-    chosen = [by_key[key] for key in (first, *other[first]) if key in by_key]
-    return chosen[:2]
+    order = ("digits", "kl", "top1", "perplexity")
+    return [by_key[key] for key in order if key in by_key][:2]
 
 
 def _draw(axis: matplotlib.axes.Axes, summary: Summary, cost: Column, quality: Column) -> None:

@@ -151,6 +151,7 @@ class CachePolicy(CachePart):
                 f"smaller {name}"
             )
         self.drop(layer, slots, self.scores(state, slots))
+        layer.fixed = layer.seen
         self.placed(layer, state, slots.real)
 
     def slots(

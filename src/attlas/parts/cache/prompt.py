@@ -30,6 +30,7 @@ class _Watch(Part):
 
     def __init__(self, parts: Sequence[CachePart]) -> None:
         self.parts = list(parts)
+        self.wants_hidden = any(part.wants_hidden for part in parts)
         self.states: list[dict[int, LayerState]] = []
 
     def check(self, model: nn.Module) -> None:
