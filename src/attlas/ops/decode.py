@@ -22,11 +22,13 @@ from torch import Tensor
 
 from attlas.errors import UnknownName
 from attlas.ops.reference import grouped_product, merge, softmax
-from attlas.ops.segments import Segment
+from attlas.ops.segments import Dense, Segment
 
 ROUTES = ("auto", "reference", "triton")
 #: Numbers of keys that the reference makes of codes or gathers at once: 16 MiB in float32.
 AT_ONCE = 2**22
+#: Scores of dense keys held at once: 128 MiB in float32.
+SCORES = 2**25
 
 
 def decode(
@@ -76,16 +78,19 @@ def decode(
 
 def reference_decode(q: Tensor, segments: Sequence[Segment], scale: float) -> tuple[Tensor, Tensor]:
     """Blocks of slots, merged."""
-    width = max(1, q.shape[0] * q.shape[-1] * q.shape[1])
-    size = max(64, AT_ONCE // width)
+    batch, heads, queries, dim = q.shape
+    gathered = max(64, AT_ONCE // max(1, batch * heads * max(dim, queries)))
+    # Dense keys lie there as they are used, so that only their scores take memory.
+    dense = max(gathered, SCORES // max(1, batch * heads * queries))
     parts = [
         _attended(q, k, v, seen, bias, scale)
         for segment in segments
-        for k, v, seen, bias in segment.blocks(q.shape[2], size)
+        for k, v, seen, bias in segment.blocks(
+            queries, dense if isinstance(segment, Dense) else gathered
+        )
         if k.shape[2]
     ]
     if not parts:
-        dim = q.shape[-1]
         return q.new_zeros(*q.shape[:3], dim), q.new_full(q.shape[:3], -torch.inf)
     return parts[0] if len(parts) == 1 else merge(parts)
 
@@ -93,12 +98,27 @@ def reference_decode(q: Tensor, segments: Sequence[Segment], scale: float) -> tu
 def _attended(
     q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, bias: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    scores = grouped_product(q * scale, k.to(q.dtype).transpose(-1, -2))
+    exact = torch.promote_types(q.dtype, torch.float32)  # half precision is too coarse to merge by
+    if seen is None and bias is None and _fused_on_cpu(q, k, v):
+        # A group's heads are rows of one product, so that the keys they share are read once.
+        rows = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            rows, k, v, 0.0, False, scale=scale
+        )
+        return out.reshape(*q.shape[:3], v.shape[-1]), lse.reshape(q.shape[:3]).to(exact)
+    scores = grouped_product(q * scale, k.to(q.dtype).transpose(-1, -2)).to(exact)
     if bias is not None:
         scores = scores + _for_queries(bias.to(scores.dtype)[:, :, None], q.shape[1])
     if seen is not None:
         scores = scores.masked_fill(~_for_queries(seen, q.shape[1]), -torch.inf)
-    return grouped_product(softmax(scores), v.to(q.dtype)), torch.logsumexp(scores, -1)
+    return grouped_product(softmax(scores).to(q.dtype), v.to(q.dtype)), torch.logsumexp(scores, -1)
+
+
+def _fused_on_cpu(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether SDPA's CPU kernel, which gives the lse too, can take these: twice as fast as products."""
+    alike = q.device.type == "cpu" and k.dtype == v.dtype == q.dtype and k.shape[-1] == v.shape[-1]
+    trains = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+    return alike and not trains and k.stride(-1) == v.stride(-1) == 1
 
 
 def _for_queries(x: Tensor, heads: int) -> Tensor:

@@ -144,7 +144,9 @@ def real_slots(body: Body) -> Bool[Tensor, "batch kv_heads slots"] | None:
 def lengths_of(body: Body) -> Int[Tensor, "batch kv_heads"] | None:
     """How many of the first slots hold tokens, by row and head; None when all do."""
     lengths = body.lengths if isinstance(body, GrownBody) else None
-    return lengths.to(body.device) if lengths is not None and isinstance(body, TieredBody) else lengths
+    return (
+        lengths.to(body.device) if lengths is not None and isinstance(body, TieredBody) else lengths
+    )
 
 
 def keys_of(
