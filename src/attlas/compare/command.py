@@ -31,7 +31,7 @@ def compare(
         list[str] | None, typer.Option(help="needle,fidelity,perplexity,speed,memory.")
     ] = None,
     lengths: Annotated[list[str] | None, typer.Option(help="Tokens of context: 1024,2048.")] = None,
-    preset: Annotated[str, typer.Option(help="quick or full.")] = "quick",
+    preset: Annotated[str, typer.Option(help="quick, full, or cache: the whole family.")] = "quick",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, or auto.")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto.")] = "auto",
     out: Annotated[

@@ -47,6 +47,35 @@ class Preset:
         return max(96, self.continuation, self.decode)
 
 
+#: Ways to save on a cache, each at budgets that make it comparable with the others in bytes.
+FAMILY = (
+    "full",
+    *(
+        f"{name}(keep={keep})"
+        for name in (
+            "window", "snapkv", "expected-attention", "observed-attention", "tova", "pyramid-kv",
+            "ada-kv", "q-filters",
+        )
+        for keep in (0.5, 0.25, 0.125)
+    ),
+    *(f"snapkv(keep={keep}, window=16, kernel=7, pooling='max')" for keep in (0.25, 0.125)),
+    *(f"balancekv(keep={keep})" for keep in (0.5, 0.25)),
+    "key-norm-eviction(keep=0.5)",
+    *(f"quantized-cache(bits={bits})" for bits in (8, 4, 3, 2)),
+    "zipcache",
+    "qaq-quality-adaptive-quantization",
+    "akvq-vl",
+    *(f"eigen-attention(keep={keep})" for keep in (0.75, 0.5)),
+    *(f"{name}(keep={keep})" for name in (
+        "quest-page-selection", "loki-low-rank-keys", "lrqk-low-rank-attention",
+        "recycled-attention", "delta-layer-aware-attention",
+    ) for keep in (0.25, 0.125)),
+    "adaptive-long-context-heads",
+    "snapkv(keep=0.5)+quantized-cache(bits=4)",
+    "snapkv(keep=0.25)+quantized-cache(bits=4)",
+    "quantized-cache(bits=4)+quest-page-selection(keep=0.125)",
+)  # fmt: skip
+
 _BUDGETS = ("window", "snapkv", "expected-attention")
 PRESETS = {
     "quick": Preset(
@@ -83,6 +112,17 @@ PRESETS = {
             "window(keep=0.25, rerotate=True)",
             "snapkv(keep=0.25, kernel=7)",
         ),
+    ),
+    "cache": Preset(
+        name="cache",
+        lengths=(1024, 4096, 8192),
+        depths=(0.1, 0.3, 0.5, 0.7, 0.9),
+        needles=2,
+        contexts=2,
+        continuation=128,
+        repeats=2,
+        decode=16,
+        methods=FAMILY,
     ),
 }
 

@@ -2,6 +2,7 @@
 
 from attlas.ops.attend import ROUTES, Route, attend
 from attlas.ops.decode import decode
+from attlas.ops.delta import delta_correction
 from attlas.ops.fused import fused
 from attlas.ops.latent import latent_attend
 from attlas.ops.memory_efficient import memory_efficient
@@ -25,6 +26,7 @@ __all__ = [
     "attend",
     "best_pages",
     "decode",
+    "delta_correction",
     "fused",
     "grouped_product",
     "indices",

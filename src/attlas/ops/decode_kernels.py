@@ -18,6 +18,8 @@ from attlas.ops.segments import Coded, Dense, Listed, Ragged, Segment
 #: Query rows that share keys, width of a key or value, and pages of a row that the kernels take.
 ROWS, WIDTH, PAGES = 64, 256, 16384
 HALVES = (torch.bfloat16, torch.float16)
+#: Segments of numbers, which one kernel takes.
+HELD = (Dense, Ragged, Listed)
 
 
 def refuses(q: Tensor, segments: Sequence[Segment]) -> str | None:
@@ -30,7 +32,7 @@ def refuses(q: Tensor, segments: Sequence[Segment]) -> str | None:
             from attlas.kernels.coded import coded_refuses
 
             reason = coded_refuses(q, segment)
-        elif isinstance(segment, Dense | Ragged | Listed):
+        elif isinstance(segment, HELD):
             reason = _segment_refused(q, segment)
         else:
             reason = f"no kernel reads {type(segment).__name__}"
@@ -58,9 +60,9 @@ def launch(
             if isinstance(segment, Coded):
                 from attlas.kernels.coded import coded_attend
 
-                coded_attend(q, segment, scale, sums, lses, first)
+                coded_attend(q, segment, scale, sums, lses, first, count)
             else:
-                assert isinstance(segment, Dense | Ragged | Listed)
+                assert isinstance(segment, HELD)
                 kernels.attend(q, segment, scale, sums, lses, first, count)
         return kernels.merged(sums, lses, q.dtype)
 
@@ -153,14 +155,14 @@ def _runs(q: Tensor, segment: Segment, units: int) -> int:
         return coded_runs(q, segment, units)
     from attlas.kernels.decode import runs
 
-    assert isinstance(segment, Dense | Ragged | Listed)
+    assert isinstance(segment, HELD)
     return runs(q, segment, units)
 
 
 def _v_dim(segment: Segment) -> int:
     if isinstance(segment, Coded):
         return segment.v.dim
-    assert isinstance(segment, Dense | Ragged | Listed)
+    assert isinstance(segment, HELD)
     return segment.v.shape[-1]
 
 
