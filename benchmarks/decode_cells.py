@@ -129,6 +129,7 @@ class Cell:
         self.copies: dict[str, int] = {}
         self.nbytes: dict[str, int] = {}
         self.failed: list[dict[str, object]] = []
+        self.kept: list[Callable[[], object]] = []
 
     def cache(self, n: int) -> tuple[Tensor, Tensor]:
         while len(self.caches) <= n:
@@ -154,6 +155,7 @@ class Cell:
             self.runs.pop(name, None)
             self.fails(name, error)
             return
+        self.kept.append(run)  # a graph does not hold the tensors that it reads
         for key in (name, f"{name}, eager"):
             self.copies[key], self.nbytes[key] = len(calls), nbytes
 

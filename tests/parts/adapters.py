@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from fractions import Fraction
 from functools import cache
 from typing import Any
 
@@ -12,10 +13,14 @@ from torch import Tensor, nn
 from attlas.attach.call import Call, Step
 from attlas.attach.session import attach
 from attlas.contract.cases import Case, Check, adapter
+from attlas.parts.cache.ada_kv import AdaKV
 from attlas.parts.cache.expected_attention import ExpectedAttention
 from attlas.parts.cache.key_norm import KeyNorm
+from attlas.parts.cache.observed_attention import ObservedAttention
 from attlas.parts.cache.policy import CachePolicy, best
+from attlas.parts.cache.pyramid_kv import PyramidKV, pyramid
 from attlas.parts.cache.snapkv import SnapKV
+from attlas.parts.cache.tova import TOVA
 from attlas.parts.cache.window import SinksWindow
 from attlas.parts.record.column_sums import ColumnSums
 from attlas.storage.layer import LayerState, StoredLayer
@@ -58,6 +63,40 @@ def everything(config: dict[str, Any]) -> SinksWindow:
     return SinksWindow(1.0 - config["compression_ratio"])
 
 
+def tova(config: dict[str, Any]) -> TOVA:
+    return TOVA(1.0 - config["compression_ratio"])
+
+
+def observed(config: dict[str, Any]) -> ObservedAttention:
+    return ObservedAttention(1.0 - config["compression_ratio"])
+
+
+class UnevenPyramid(PyramidKV):
+    """Rounds each layer from a mean that may be no whole number, as published code does."""
+
+    def budgets(self, state: LayerState, slots: Any) -> Tensor:
+        place = state.layer, len(state.full)
+        share = self.budget.keep or 0.0
+        means = [(Fraction(real * share), real) for real in slots.real.tolist()]
+        return torch.tensor([pyramid(*m, self.floor[1], self.beta, *place) for m in means])
+
+
+def pyramid_kv(config: dict[str, Any]) -> PyramidKV:
+    options = {"window": config["window_size"], "kernel": config["kernel_size"]}
+    return UnevenPyramid(
+        1.0 - config["compression_ratio"], scorer_options=options, beta=float(config["beta"])
+    )
+
+
+def ada_kv(config: dict[str, Any]) -> AdaKV:
+    options = {"window": config["window_size"], "kernel": config["kernel_size"]}
+    return AdaKV(
+        1.0 - config["compression_ratio"],
+        scorer_options=options,
+        alpha=float(config["alpha_safeguard"]),
+    )
+
+
 POLICIES = {
     "knorm": ("key-norm-eviction", key_norm),
     "snapkv": ("snapkv", snapkv),
@@ -67,6 +106,11 @@ POLICIES = {
     "streaming-llm": ("window", window),
     "streaming-llm-rerotated": ("window", rerotated),
     "full-cache": ("window", everything),
+    "tova": ("tova", tova),
+    "observed": ("observed-attention", observed),
+    "observed-attention": ("observed-attention", observed),
+    "pyramidkv": ("pyramid-kv", pyramid_kv),
+    "adakv-snapkv": ("ada-kv", ada_kv),
 }
 
 
@@ -188,7 +232,7 @@ def answer(
     with attach(model, policy) as session:
         cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
         layers = session.cache.layers
-        held = torch.tensor([layer.keys.shape[2] for layer in layers])
+        held = torch.tensor([slots_held(layer) for layer in layers])
         kept = {number: layers[number].columns() for number in scores}
         out = model(question, past_key_values=cache, logits_to_keep=1).logits[0, -1]
         first, generated = out, []
@@ -198,15 +242,48 @@ def answer(
     return scores, held, kept, first, generated
 
 
+def slots_held(layer: Any) -> int:
+    """Slots of a layer, on average over its heads."""
+    columns = layer.columns()
+    if columns is None:
+        return int(layer.keys.shape[2])
+    return int((columns >= 0).sum()) // columns[..., 0].numel()
+
+
+def removed_otherwise(case: Case, number: int, kept: Tensor, alpha: float) -> Iterator[Check]:
+    """Against a published mask of what is hidden, head by head, for one layer of one row.
+
+    Scores near the last one kept of the layer, or of a head that keeps no more than what it is sure
+    of, may be taken either way.
+    """
+    scores = case.outs[f"scores.layer{number}"]
+    theirs = case.outs[f"removed_mask.layer{number}"] == 0
+    ours = torch.zeros(len(scores), scores.shape[-1] + 1, dtype=torch.bool)
+    ours = ours.scatter(-1, torch.where(kept >= 0, kept, -1).long() % ours.shape[-1], True)[:, :-1]
+    share = int(theirs.sum()) // len(scores)
+    safe = theirs.sum(dim=-1, keepdim=True) <= int(alpha * share)
+    edge = scores.masked_fill(~theirs, torch.inf).amin(dim=-1, keepdim=True)
+    edge = torch.where(safe, edge, scores.masked_fill(theirs, -torch.inf).max())
+    near = (scores - edge).abs() <= 2 * (case.atol + case.rtol * edge.abs())
+    name = f"out.removed_mask.layer{number}"
+    yield Check(f"{name}: removed otherwise", float(((ours != theirs) & ~near).sum()), 0.0)
+    yield Check(f"{name}: slots held", float((ours.sum() - theirs.sum()).abs()), 0.0)
+
+
 def on_model(case: Case) -> Iterator[Check]:
     """Prefill, compression, a question and greedy decoding on the real language model."""
     scores, held, kept, first, generated = answer(case)
     for number in case.config["layers_saved"] if scores else ():
         theirs = case.outs[f"scores.layer{number}"]
         yield case.compare(f"out.scores.layer{number}", scores[number][0])
+        if f"removed_mask.layer{number}" in case.outs:
+            alpha = case.config["alpha_safeguard"]
+            yield from removed_otherwise(case, number, kept[number][0], alpha)
+            continue
         label = f"kept.layer{number}"
         yield kept_otherwise(case, f"out.{label}", kept[number][0], case.outs[label], theirs)
-    yield case.compare("out.kept_per_layer", held)
+    if not any(name.startswith("removed_mask") for name in case.outs):
+        yield case.compare("out.kept_per_layer", held)  # what is hidden counts as held there
     top = case.outs["first_logits_top10_ids"].long()
     logits = case.compare("out.first_logits_top10", first[top])
     # Which of two keys of one norm stays is decided by rounding; the logits may be either's.
@@ -218,9 +295,11 @@ def on_model(case: Case) -> Iterator[Check]:
     yield Check("out.generated_ids: tokens that differ", float(wrong), 0.0)
 
 
-for case_name in ("knorm", "snapkv", "expected-attention", "expected-attention-mean", "streaming"):
+PRESSES = ("knorm", "snapkv", "expected-attention", "expected-attention-mean", "streaming", "tova",
+           "observed")  # fmt: skip
+for case_name in PRESSES:
     adapter(f"press-{case_name}", mechanism=POLICIES[case_name][0])(press)
-for case_name in POLICIES.keys() - {"streaming"}:
+for case_name in POLICIES.keys() - {"streaming", "observed"}:
     adapter(f"model-{case_name}", mechanism=POLICIES[case_name][0])(on_model)
 
 

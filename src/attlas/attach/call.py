@@ -64,6 +64,7 @@ class Call:
         cache_layer: this layer's part of the cache.
         chosen: which slots are read in this step, None for all.
         is_causal: with `mask` None and several queries, query i sees keys 0..i only.
+        model_mask: the model's own mask, before parts hid more; None as `mask` is.
         score_mod: the pointwise changes of scores in force (soft caps, biases, parts), None without.
         sinks: logits per head that take part in the softmax without a value (GPT-OSS), or None.
         kwargs: whatever else the model passed to its attention function.
@@ -81,6 +82,7 @@ class Call:
     cache_layer: Any = None
     chosen: Chosen | None = None
     is_causal: bool = False
+    model_mask: Bool[Tensor, "batch mask_heads query keys"] | None = None
     score_mod: ScoreMod | None = None
     sinks: Float[Tensor, " heads"] | None = None
     kwargs: dict[str, Any] = field(default_factory=dict)

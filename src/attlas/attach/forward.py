@@ -140,7 +140,7 @@ def _with_keys(session: Session, call: Call, mask: Tensor | None) -> None:
                 call.score_mod = _weighted(call, bias)
     elif (columns := getattr(layer, "columns", None)) is not None:
         call.columns = columns()
-    call.mask = _in_columns(call, mask)
+    call.mask = call.model_mask = _in_columns(call, mask)
     for part in session.maskers:
         call.mask = _both(call, part.mask(call))
     if call.chosen is not None:

@@ -215,7 +215,9 @@ def bytes_promised(subject: Subject) -> Iterator[Measure]:
             model(ids, use_cache=True)
             held = session.kv_bytes
             if "keep" in options:  # a share is one of tokens; slot indices come on top
+                bodies = [b for layer in session.cache.layers for b in layer.bodies.values()]
                 slots = [layer.index for layer in session.cache.layers]
+                slots += [getattr(body, "column", None) for body in bodies]
                 held -= sum(t.numel() * t.element_size() for t in slots if t is not None)
         yield holds(f"{case} at most", held <= promise, f"{held} bytes held, {promise} promised")
         off = abs(held - promise) / promise

@@ -4,6 +4,7 @@ from attlas.storage.body import Body
 from attlas.storage.coded import CodedBody
 from attlas.storage.files import load_cache, save_cache
 from attlas.storage.layer import Chosen, LayerState, StoredLayer
+from attlas.storage.low_rank import LowRankBody
 from attlas.storage.ragged import RaggedBody
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "Chosen",
     "CodedBody",
     "LayerState",
+    "LowRankBody",
     "RaggedBody",
     "StoredLayer",
     "load_cache",

@@ -46,7 +46,7 @@ class Selection(CachePart):
     """
 
     #: A selection chooses which pairs may meet.
-    stages = ("mask",)
+    stages: ClassVar[tuple[str, ...]] = ("mask",)
     role: ClassVar[Role] = "select"
     joins: ClassVar[tuple[Role, ...]] = ("evict", "quantize")
 
