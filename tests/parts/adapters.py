@@ -247,7 +247,7 @@ def slots_held(layer: Any) -> int:
     columns = layer.columns()
     if columns is None:
         return int(layer.keys.shape[2])
-    return int((columns >= 0).sum()) // columns[..., 0].numel()
+    return int((columns >= 0).sum()) // int(columns[..., 0].numel())
 
 
 def removed_otherwise(case: Case, number: int, kept: Tensor, alpha: float) -> Iterator[Check]:

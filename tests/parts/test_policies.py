@@ -97,7 +97,8 @@ def test_padding_does_not_count(kind, policy):
         padded, cache = logits_after(model, make(keep=0.6), ids, side, length=31)
         torch.testing.assert_close(padded, alone, atol=2e-4, rtol=1e-3)
         assert any(
-            getattr(layer, "ragged", False) or getattr(layer, "bodies", {}) for layer in cache.layers
+            getattr(layer, "ragged", False) or getattr(layer, "bodies", {})
+            for layer in cache.layers
         )
 
 

@@ -10,6 +10,7 @@ from attlas import ops
 from attlas.attach import attach, prefill
 from attlas.errors import UserError
 from attlas.ops.quantize import encode
+from attlas.parts.cache.key_norm import KeyNorm
 from attlas.parts.cache.quantizer import Quantizer
 from attlas.parts.cache.snapkv import SnapKV
 from attlas.parts.select.selection import Selection, keys_of, lengths_of
@@ -268,6 +269,7 @@ def test_parts_that_cannot_work_together_are_refused_by_name():
         ([SnapKV(0.5), SnapKV(0.25)], "only one part can evict"),
         ([Pages(2), Coarse()], "other order"),
         ([Coarse(), SnapKV(0.5)], "other order"),
+        ([KeyNorm(0.5, while_decoding=True), Coarse()], "while_decoding of KeyNorm"),
     ):
         with pytest.raises(UserError, match=said):
             attach(model, *parts)

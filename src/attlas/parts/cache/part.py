@@ -193,6 +193,12 @@ def check_together(parts: list[CachePart]) -> None:
                 f"{names} cannot work on one cache: one would {before.role} and the other "
                 f"{after.role} what they both need to own"
             )
+        again = next((p for p in (before, after) if getattr(p, "while_decoding", False)), None)
+        if again is not None:
+            raise UserError(
+                f"while_decoding of {type(again).__name__} drops keys after every call, which it can "
+                f"only where it alone holds the cache; {names} share one"
+            )
         if ROLES.index(before.role) > ROLES.index(after.role):
             raise UserError(
                 f"give the part that {after.role}s before the one that {before.role}s: {names} came "
