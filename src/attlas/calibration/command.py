@@ -39,7 +39,7 @@ def calibrate_command(
     from attlas.models.load import load, load_tokenizer
 
     name, options = parse_call("part", part)
-    made = registry.make(name, **{**registry.find(name).example, **options})
+    made = _made(name, options)
     if not isinstance(made, Calibrated):
         raise UserError(f"{name} needs no calibration; attach it as it is")
     said = None
@@ -52,6 +52,17 @@ def calibrate_command(
     texts = windows(tokenizer, said, tokens=tokens, length=length, seed=seed)
     path = out or default_path(made.calibration_key, loaded)
     _into(path, made, loaded, texts, Console())
+
+
+def _made(name: str, options: dict[str, Any]) -> Any:
+    """The part; a budget, which statistics do not rest on, is the example's where none is given."""
+    try:
+        return registry.make(name, **options)
+    except ValueError:
+        example = registry.find(name).example
+        if "keep" in options or "keep" not in example:
+            raise
+        return registry.make(name, keep=example["keep"], **options)
 
 
 def ensure(parts: Iterable[Any], model: Any, tokenizer: Any, console: Console) -> None:

@@ -6,6 +6,7 @@ from attlas.storage.files import load_cache, save_cache
 from attlas.storage.layer import Chosen, LayerState, StoredLayer
 from attlas.storage.low_rank import LowRankBody
 from attlas.storage.ragged import RaggedBody
+from attlas.storage.tiered import TieredBody
 
 __all__ = [
     "Body",
@@ -15,6 +16,7 @@ __all__ = [
     "LowRankBody",
     "RaggedBody",
     "StoredLayer",
+    "TieredBody",
     "load_cache",
     "save_cache",
 ]

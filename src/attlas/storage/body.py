@@ -126,8 +126,11 @@ class GrownBody(Body):
 
     def alike(self, other: Body) -> bool:
         """Whether another body's tokens can be put behind these."""
-        whole = all(self.slots % (self.group(name) or 1) == 0 for name in self.held)
-        return type(other) is type(self) and whole and self._follows(other)
+        if type(other) is not type(self) or not self._follows(other):
+            return False
+        ends = torch.tensor(self.slots) if self.lengths is None else self.lengths
+        groups = {self.group(name) or 1 for name in self.held}
+        return all(bool((ends % group == 0).all()) for group in groups)
 
     def _follows(self, other: Body) -> bool:
         plain = self.columns_held is None and other.index is None
