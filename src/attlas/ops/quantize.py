@@ -1,7 +1,10 @@
 """Numbers in few bits: asymmetric uniform codes with a step and a zero for each group.
 
-    step = (max − min) / (2ᵇ − 1)      zero = min      over a group of tokens × channels
+    step = (max − zero) / (2ᵇ − 1)     zero = min      over a group of tokens × channels
     code = round((x / channel − zero) / step)          x̂ = (code · step + zero) · channel
+
+Zeros are rounded down and steps up to the type in which they are held, so that every number is within
+half a step of its code.
 
 A group is `token_group` tokens of `channel_group` channels: (1, dim) is per token, (n, 1) per channel
 over runs of n tokens, (1, g) grouped. `channel`, where it is given, is a factor per channel that the
@@ -13,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int, Integer
@@ -30,13 +34,14 @@ class Codes:
 
     Attributes:
         data: packed codes, `dim · bits / 8` bytes a token.
-        step: size of a code's unit, by group; float16 unless the numbers need more.
+        step: size of a code's unit, by group.
         zero: value of code 0, by group.
         bits: 8, 4, 3, 2 or 1.
         dim: channels.
         token_group: tokens that share a step; the last group may hold fewer.
         channel_group: channels that share a step.
         channel: factor of each channel, or None.
+        dtype: of the numbers that are read; they are computed in float32 at least.
     """
 
     data: Integer[Tensor, "batch heads tokens bytes"]
@@ -67,7 +72,8 @@ class Codes:
 
     def with_tensors(self, tensors: dict[str, Tensor]) -> Codes:
         """The same format over other tensors, as rows in another order."""
-        return replace(self, **tensors)
+        changed: dict[str, Any] = {**tensors}
+        return replace(self, **changed)
 
     def read(self, start: int = 0, stop: int | None = None) -> Float[Tensor, "b h tokens dim"]:
         """Tokens `start` to `stop` as numbers of `dtype`."""
@@ -89,15 +95,14 @@ class Codes:
         )
 
     def _numbers(self, data: Tensor, of: Callable[[Tensor], Tensor], repeats: int = 1) -> Tensor:
+        wide = torch.promote_types(self.dtype, torch.float32)
         codes = unpack(data, self.bits, self.dim)
         groups = self.step.shape[-1]
-        step, zero = (of(x).to(self.dtype)[..., None] for x in (self.step, self.zero))
-        numbers = codes.to(self.dtype).unflatten(-1, (groups, -1)) * step + zero
-        numbers = numbers.flatten(-2)
-        if self.channel is None:
-            return numbers
-        channel = self.channel.to(self.dtype)
-        return numbers * (channel if repeats == 1 else channel.repeat_interleave(repeats, dim=1))
+        step, zero = (of(x).to(wide)[..., None] for x in (self.step, self.zero))
+        numbers: Tensor = (codes.to(wide).unflatten(-1, (groups, -1)) * step + zero).flatten(-2)
+        if self.channel is not None:
+            numbers = numbers * self.channel.to(wide).repeat_interleave(repeats, dim=1)
+        return numbers.to(self.dtype)
 
 
 def encode(
@@ -117,7 +122,7 @@ def encode(
         token_group: tokens that share a step.
         channel_group: channels that share a step; all of them unless given.
         channel: divide each channel by this first, and multiply when read.
-        meta: type of steps and zeros.
+        meta: type of steps and zeros; float16 ends at 65504, and numbers beyond need float32.
 
     Raises:
         ValueError: bits that are not offered, groups that do not divide the channels, or a width
@@ -130,8 +135,8 @@ def encode(
     blocks, real = _blocks(wide, token_group, group)
     low = blocks.masked_fill(~real, torch.inf).amin(dim=(3, 5), keepdim=True)
     high = blocks.masked_fill(~real, -torch.inf).amax(dim=(3, 5), keepdim=True)
-    step = ((high - low) / (2**bits - 1)).to(meta)
-    zero = low.to(meta)
+    zero = -_raised(-low, meta)
+    step = _raised((high - zero.float()) / (2**bits - 1), meta)
     unit = torch.where(step == 0, 1.0, step.float())  # a group of equal numbers has code 0 alone
     codes = ((blocks - zero.float()) / unit).round().clamp(0, 2**bits - 1)
     codes = codes.flatten(4).flatten(2, 3)[:, :, : x.shape[2]].to(torch.uint8)
@@ -139,6 +144,14 @@ def encode(
         pack(codes, bits), step.squeeze((3, 5)), zero.squeeze((3, 5)), bits, dim, token_group, group,
         channel, x.dtype,
     )  # fmt: skip
+
+
+def _raised(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in `dtype`, never less than it was."""
+    info = torch.finfo(dtype)
+    near = x.to(dtype)
+    above = x + x.abs() * info.eps + info.smallest_normal * info.eps
+    return torch.where(near.to(x.dtype) < x, above.to(dtype), near)
 
 
 def _blocks(x: Tensor, tokens: int, channels: int) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ from attlas.storage.coded import CodedBody
 from attlas.storage.files import load_cache, save_cache
 from attlas.storage.layer import Chosen, LayerState, StoredLayer
 from attlas.storage.low_rank import LowRankBody
+from attlas.storage.packed import PackedBody
 from attlas.storage.ragged import RaggedBody
 from attlas.storage.tiered import TieredBody
 
@@ -14,6 +15,7 @@ __all__ = [
     "CodedBody",
     "LayerState",
     "LowRankBody",
+    "PackedBody",
     "RaggedBody",
     "StoredLayer",
     "TieredBody",

@@ -1,0 +1,324 @@
+"""ActQKV: a window of tokens asks for pages with one query, which its unusual tokens shape.
+
+    b_t = mean over channels of (q_t − m)² / (s + s̄/100)        activation bias; m, s: running mean and
+    p   = Σ_t b_t q_t / Σ_t b_t                                  variance of queries, window by window
+    score of a page = cos(p, mean key of the page)               all heads together
+
+A prompt is read window by window: each attends the first tokens, the newest, and the pages of highest
+score. With W queries of mean u and variance s_w, and N = min(windows so far, horizon),
+
+    s ← (s (N − 1/W) + s_w + (u − m)²/(1 + 1/N)) / (N + 1 − 1/W)       m ← (m N + u) / (N + 1)
+
+and b is uniform until more than `horizon` windows were seen: p is then the mean query. Queries and keys
+meet as if all keys stood at one distance, that of the window's edge: rotation would favour near pages.
+
+A generated token is its own probe, and the layers share what they read by how much their scores leave
+open: with H the entropy of softmax(scores) over log(pages), averaged over the last windows and steps,
+
+    pages of layer l = what is left of the total · H_l / Σ_{m ≥ l} H_m
+
+rounded, and kept between 0.7 and 2 times the average so that the layers' pages sum to the total. Cost:
+the pages' mean keys, one query against them, and what is chosen. With keep = 1 it is full attention.
+
+Source: "Activation-aware Probe-Query: Effective Key-Value Retrieval for Long-Context LLMs Inference" and
+the authors' code, which counts windows over all layers and prompts together (horizon 1000); here each
+layer and prompt has its own statistics, hence a short horizon. Their pages are represented by the four
+keys that local attention favours, here by all; they add the question's score to a page's, and give far
+keys one distance in attention too, which is not done here.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from attlas import ops
+from attlas.attach.call import Call
+from attlas.catalog.registry import mechanism
+from attlas.errors import UserError, at_least_one
+from attlas.parts.cache.part import Role
+from attlas.parts.cache.policy import real_ranks
+from attlas.parts.select.chunks import by_rank, first_positions, left_aligned, real_counts
+from attlas.parts.select.probes import Running, best_of_rows, page_cosines, probe
+from attlas.parts.select.selection import Selection, keys_of, lengths_of
+from attlas.parts.select.summaries import Portion, extend, one_of
+from attlas.storage.body import Body
+from attlas.storage.layer import Chosen, LayerState, StoredLayer
+from attlas.storage.rotary import Rotary, turn
+
+#: A layer reads at least and at most this many times the average: 32 and 92 of 46 pages with the authors.
+LEAST, MOST = 0.7, 2
+#: Windows and steps over which a layer's entropy is averaged.
+HISTORY = 100
+#: A little more than a half, so that ties are rounded up whatever the last bit.
+HALF = 0.501
+
+
+@mechanism(
+    "actqkv-probe-query",
+    aliases=("actqkv",),
+    example={"tokens": 4, "page": 2, "window": 6, "sinks": 2, "local": 4},
+)
+class ActQKV(Selection):
+    """Retrieve pages for each window of a prompt by its probe query, and for each token by its own.
+
+    Args:
+        keep: share of the far tokens that is read, on average over the layers, in (0, 1].
+        tokens: or their number, a number of pages.
+        page: tokens of a page.
+        window: tokens of a prompt that retrieve together; None reads prompts in full.
+        sinks: first tokens that are always read, a number of pages.
+        local: tokens before a window that are always read; the newest while decoding.
+        horizon: windows over which the statistics of queries run.
+
+    Raises:
+        ValueError: no budget or two, or a number that is out of range or no number of pages.
+    """
+
+    stages = ("score", "mask")
+    #: Keys are turned back by their place in the text, which other parts would change.
+    joins: ClassVar[tuple[Role, ...]] = ()
+    rotates = True
+    exact_prefill = False
+
+    def __init__(
+        self,
+        keep: float | None = None,
+        *,
+        tokens: int | None = None,
+        page: int = 32,
+        window: int | None = 256,
+        sinks: int = 64,
+        local: int = 512,
+        horizon: int = 4,
+    ) -> None:
+        super().__init__(page=page, recent=local)
+        one_of(keep=keep, tokens=tokens)
+        for name, value in (("tokens", tokens), ("sinks", sinks)):
+            if value is not None and (value < 0 or value % page):
+                raise UserError(f"{name} must be a number of pages of {page}, got {value}")
+        self.portion = Portion(keep, None if tokens is None else tokens // page)
+        self.window = None if window is None else at_least_one("window", window)
+        self.sinks, self.local, self.horizon = sinks, local, at_least_one("horizon", horizon)
+
+    # The prompt, window by window.
+
+    def attend(self, call: Call) -> Float[Tensor, "batch query heads value_dim"] | None:
+        """A prompt's attention, each window to its own pages; None while nothing is far.
+
+        Raises:
+            ValueError: the model or another part changes scores.
+        """
+        layer, size = call.cache_layer, self.window
+        state = layer.learned.get(self.name) if isinstance(layer, StoredLayer) else None
+        if state is None or size is None or layer.settled or call.q.shape[2] == 1:
+            return None
+        if call.score_mod is not None or call.sinks is not None:
+            raise UserError("ActQKV reads a prompt by windows, and cannot honour changed scores")
+        before, after = real_counts(call)
+        new = [b - a for a, b in zip(before, after, strict=True)]
+        far = max(after) - self.local > self.sinks + self.page
+        rank, real = real_ranks(call)
+        q = call.q if call.step.real is None else left_aligned(call.q, real)
+        asked = self._at_the_edge(state, q, _aligned(call.positions, real))
+        k, v = by_rank(call.k, call.v, None, call.step.real)
+        pages = self._page_keys(state, k, first_positions(call)) if far else None
+        starts, counts = (torch.tensor(n, device=q.device) for n in (before, new))
+        heads = q.new_zeros(*q.shape[:3], v.shape[-1]) if far else None
+        for start in range(0, max(new), size):
+            stop = min(start + size, max(new))
+            there = torch.arange(start, stop, device=q.device) < counts[:, None]
+            query = self._ask(state, asked[:, :, start:stop], there)
+            if pages is None or heads is None:
+                continue
+            scores = page_cosines(query, pages)
+            at, seen = self._read(state, scores, starts + start, there, k)
+            heads[:, :, start:stop] = _window(
+                q[:, :, start:stop], k, v, at, seen, starts + start, call.scaling
+            )
+        if heads is None:
+            return None
+        back = (rank - starts[:, None]).clamp(min=0)[:, None, :, None].expand_as(heads)
+        return heads.gather(2, back).transpose(1, 2).contiguous()
+
+    def _ask(
+        self, state: LayerState, q: Float[Tensor, "batch heads tokens dim"], there: Tensor
+    ) -> Float[Tensor, "batch heads dim"]:
+        """A window's probe query; the statistics move on."""
+        flat, tensors = q.transpose(1, 2).flatten(2), state.tensors
+        known = Running.empty(flat)
+        if "mean" in tensors:
+            known = Running(tensors["mean"], tensors["var"], tensors["windows"])
+        query, _, known = probe(flat, there, known, self.horizon)
+        tensors |= known._asdict()
+        heads: Tensor = query.unflatten(1, (q.shape[1], -1))
+        return heads
+
+    def _read(
+        self, state: LayerState, scores: Float[Tensor, "batch pages"], start: Tensor, there: Tensor,
+        k: Tensor,
+    ) -> tuple[Int[Tensor, "batch slots"], Bool[Tensor, "batch slots"]]:  # fmt: skip
+        """(what a window reads, whether it is there): first tokens, retrieved pages, the newest."""
+        first = self.sinks // self.page
+        near = ((start - self.local).clamp(min=0) // self.page).clamp(min=first)
+        count = (near - first).clamp(min=0)
+        scores = scores[:, first:]
+        chosen = best_of_rows(scores, count, self.portion.of_rows(count[:, None])[:, 0])
+        self._note(state, scores, count, there.any(1))
+        pages = torch.where(chosen >= 0, chosen + first, -1)
+        inside = torch.arange(self.page, device=start.device)
+        slots = (pages[..., None] * self.page + inside).flatten(1)
+        near = near * self.page
+        newest = near[:, None] + torch.arange(
+            self.local + self.page + there.shape[1], device=start.device
+        )
+        head = torch.arange(self.sinks, device=start.device).expand(len(start), -1)
+        at = torch.cat([head, slots, newest], dim=1)
+        return at.clamp(0, k.shape[2] - 1), (at >= 0) & (at < k.shape[2])
+
+    # Decoding.
+
+    def learn(self, state: LayerState, call: Call) -> None:
+        """Where each row's positions begin."""
+        first = first_positions(call)
+        if call.step.real is not None and "first" in state.tensors:
+            some = real_ranks(call)[1].any(1)
+            first = torch.where(some, first, state.tensors["first"])
+        state.tensors["first"] = first
+
+    def settle(
+        self, layer: StoredLayer, state: LayerState, real: Bool[Tensor, "batch seen"] | None
+    ) -> None:
+        """Pack pages; the statistics of the prompt's queries are not needed any more."""
+        for name in Running._fields:
+            state.tensors.pop(name, None)
+        super().settle(layer, state, real)
+
+    def summarize(self, state: LayerState, body: Body) -> None:
+        """The mean key of every page."""
+
+        def make(rows: slice, start: int, stop: int) -> dict[str, Tensor]:
+            keys, first = keys_of(body, start, stop)[rows], state.tensors["first"][rows]
+            return {"pages": self._page_keys(state, keys, first + start)}
+
+        extend(state, body, self.page, ("pages",), make)
+
+    def choose(self, state: LayerState, body: Body, call: Call) -> Chosen | None:
+        """The first pages, and the best of the others, as many as this layer's scores ask for."""
+        asked = self._at_the_edge(state, call.q, call.positions)[:, :, 0]
+        pages, first = state.tensors["pages"], self.sinks // self.page
+        scores = page_cosines(asked, pages)[:, first:]
+        lengths, batch = lengths_of(body), asked.shape[0]
+        if lengths is None:
+            count = torch.full((batch,), scores.shape[1], device=asked.device)
+        else:
+            count = (lengths[:, 0] // self.page - first).clamp(min=0)
+        self._note(state, scores, count, count >= 0)
+        allowed = self._share(state, call, self.portion.of_rows(count[:, None])[:, 0], count)
+        chosen = best_of_rows(scores, count, allowed)
+        sinks = torch.arange(first, dtype=torch.int32, device=asked.device).expand(batch, -1)
+        index = torch.cat([sinks, torch.where(chosen >= 0, chosen + first, -1)], dim=1)
+        index = index[:, None].expand(-1, pages.shape[1], -1).contiguous()
+        return Chosen(index, self.page, body.slots, scored=pages.numel() * pages.element_size())
+
+    def _share(
+        self,
+        state: LayerState,
+        call: Call,
+        mean: Int[Tensor, " batch"],
+        most: Int[Tensor, " batch"],
+    ) -> Int[Tensor, " batch"]:
+        """Pages of this layer: of what the layers before it left, in proportion to its entropy."""
+        layers: list[Any] = call.step.cache.layers
+        behind = [i for i in state.full if i > state.layer]
+        left = call.step.shared.get((self.name, "left"))
+        left = mean * len(state.full) if left is None else left
+        own = state.tensors["entropy"].nanmean(1)
+        total = own
+        for number in behind:
+            known = layers[number].learned[self.name].tensors.get("entropy")
+            total = total + (torch.nan if known is None else known.nanmean(1))
+        # Equal shares as long as some layer behind has not been asked.
+        share = (own / total.clamp(min=1e-12)).nan_to_num(nan=1 / (1 + len(behind)))
+        least, largest = (mean * LEAST).long(), torch.minimum(mean * MOST, most)
+        low = torch.maximum(least, left - largest * len(behind))
+        high = torch.minimum(largest, left - least * len(behind))
+        pages = (share * left + HALF).floor().long().maximum(low).minimum(high)
+        call.step.shared[self.name, "left"] = left - pages
+        return pages
+
+    def _note(
+        self,
+        state: LayerState,
+        scores: Float[Tensor, "batch pages"],
+        count: Int[Tensor, " batch"],
+        some: Bool[Tensor, " batch"],
+    ) -> None:
+        """Remember how much a window's or token's scores leave open, from 0 to 1; NaN where none was."""
+        there = torch.arange(scores.shape[1], device=scores.device) < count[:, None]
+        weights = scores.masked_fill(~there, -torch.inf).softmax(1).nan_to_num()
+        entropy = -(weights * weights.clamp(min=1e-30).log()).sum(1, keepdim=True)
+        entropy = torch.where(count[:, None] > 1, entropy / count[:, None].clamp(min=2).log(), 1.0)
+        known = state.tensors.get("entropy", entropy[:, :0])
+        longer = torch.cat([known, entropy], dim=1)
+        same = torch.cat([torch.full_like(entropy, torch.nan), known], dim=1)
+        state.tensors["entropy"] = torch.where(some[:, None], longer, same)[:, -HISTORY:]
+
+    def _at_the_edge(
+        self, state: LayerState, q: Float[Tensor, "batch heads n dim"], positions: Tensor
+    ) -> Float[Tensor, "batch heads n dim"]:
+        """Queries as they stand `local` tokens behind the keys, whose own rotation is undone."""
+        rotary = state.rotary
+        if rotary is None:
+            return q.float()
+        turned = _unturned(rotary, q, positions)
+        cos, sin = rotary.angles(torch.full_like(positions, self.local))
+        return turn(turned, cos[:, None].to(turned.dtype), sin[:, None].to(turned.dtype))
+
+    def _page_keys(
+        self,
+        state: LayerState,
+        k: Float[Tensor, "batch kv_heads n dim"],
+        first: Int[Tensor, " batch"],
+    ) -> Float[Tensor, "batch kv_heads pages dim"]:
+        """Means of whole pages of keys, the first at position `first`, without rotation."""
+        k = k[:, :, : k.shape[2] // self.page * self.page]
+        turned = k
+        if state.rotary is not None:
+            positions = first[:, None] + torch.arange(k.shape[2], device=k.device)
+            turned = _unturned(state.rotary, k, positions)
+        means: Tensor = turned.unflatten(2, (-1, self.page)).mean(3).to(k.dtype)
+        return means
+
+
+def _unturned(
+    rotary: Rotary, x: Float[Tensor, "batch heads n dim"], positions: Int[Tensor, "batch n"]
+) -> Float[Tensor, "batch heads n dim"]:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    cos, sin = rotary.back(positions)
+    return turn(x.to(wide), cos[:, None].to(wide), sin[:, None].to(wide))
+
+
+def _aligned(positions: Int[Tensor, "batch n"], real: Bool[Tensor, "batch n"]) -> Tensor:
+    """Positions of each row's real tokens first."""
+    order = (~real).long().sort(dim=1, stable=True).indices
+    return positions.gather(1, order)
+
+
+def _window(
+    q: Float[Tensor, "batch heads w dim"],
+    k: Float[Tensor, "batch kv_heads n dim"],
+    v: Float[Tensor, "batch kv_heads n v_dim"],
+    at: Int[Tensor, "batch slots"],
+    there: Bool[Tensor, "batch slots"],
+    start: Int[Tensor, " batch"],
+    scaling: float,
+) -> Float[Tensor, "batch heads w v_dim"]:
+    """Attention of a window over the slots it reads, each once, none later than the query."""
+    k, v = (x.gather(2, at[:, None, :, None].expand(*x.shape[:2], -1, x.shape[3])) for x in (k, v))
+    rank = start[:, None] + torch.arange(q.shape[2], device=q.device)
+    mask = there[:, None] & (at[:, None] <= rank[..., None])
+    return ops.attend(q, k, v, mask=mask[:, None], scale=scaling)

@@ -1,0 +1,65 @@
+"""Delta correction of a sparse prefill: every γ-th query is also dense, and lends what was missed.
+
+    out_t = sparse_t + (dense_s − sparse_s)      s = γ ⌊t/γ⌋,   the last queries dense
+
+Works behind whatever makes the prompt's attention sparse, given before it:
+
+    attach(model, SparsePrefill(sinks=4, window=2048), DeltaCorrection(gamma=64))
+
+Queries are counted by each row's own real tokens. Of a prompt in several calls each call is corrected
+by itself: groups are counted from its first token, and its last queries are dense. Texts packed into
+one row borrow across their border. Decoding is left as it is. Dense is what the model's own mask lets
+a query see.
+
+Cost: (n/γ + tail)·n pairs beside those of the sparse attention. Reduces to full attention at γ = 1,
+and with nothing sparse before it.
+
+Source: "Delta Attention: Fast and Accurate Sparse Attention Inference by Delta Correction".
+"""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor
+
+from attlas.attach.call import Call, Part
+from attlas.catalog.registry import mechanism
+from attlas.errors import at_least_one
+from attlas.ops.delta import delta_correction
+from attlas.parts.select.sparse_prefill import is_prompt
+
+
+@mechanism("delta-correction", aliases=("delta-attention",), example={"gamma": 4, "tail": 4})
+class DeltaCorrection(Part):
+    """Repair the output of a sparse prefill by full attention of every γ-th query.
+
+    Args:
+        gamma: queries from one that is dense to the next.
+        tail: last queries that are dense, at least; `gamma` and the remainder may add to them.
+
+    Raises:
+        ValueError: a `gamma` or `tail` below 1.
+    """
+
+    #: What is summed is corrected.
+    stages = ("aggregate",)
+
+    def __init__(self, gamma: int = 64, *, tail: int = 128) -> None:
+        self.gamma, self.tail = at_least_one("gamma", gamma), at_least_one("tail", tail)
+
+    def output(
+        self, call: Call, heads: Float[Tensor, "batch query heads value_dim"]
+    ) -> Float[Tensor, "batch query heads value_dim"]:
+        """The heads' outputs with what sparse attention missed."""
+        if not is_prompt(call):
+            return heads
+        first = call.step.offset
+        end = first + call.q.shape[2]  # a static cache has room behind the last token
+        real = None if call.step.real is None else call.step.real[:, first:end].to(heads.device)
+        visible = None if call.model_mask is None else call.model_mask[..., :end]
+        corrected = delta_correction(
+            call.q, call.k[:, :, :end], call.v[:, :, :end], heads.transpose(1, 2),
+            gamma=self.gamma, tail=self.tail, visible=visible, score_mod=call.score_mod,
+            scale=call.scaling, sinks=call.sinks, real=real,
+        )  # fmt: skip
+        return corrected.transpose(1, 2).contiguous()

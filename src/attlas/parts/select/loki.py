@@ -1,0 +1,182 @@
+"""Loki: keys lie in few dimensions, and in these the largest logits are found cheaply.
+
+    P_r   = the first r principal components of a key head's keys, from calibration
+    ŝ_j   = (q P_r) · (k_j P_r)
+    read  = for each query head the tokens of largest ŝ, and those too new to be packed; both exactly
+
+Components are those of keys after rotation, or before it; logits are of rotated queries and keys in
+both cases, and means are subtracted for the components alone, as in the authors' code.
+
+The paper keeps keys in the basis of all components, whose first r channels are then there to be read.
+Here keys stay as they are, so that bodies, kernels and other parts read them as ever, and k P_r is held
+beside them: r / 2d more bytes.
+
+Cost: r numbers a token and key head are read; then the chosen keys and values. Reads all tokens, hence
+reduces to full attention, at keep = 1; at r = the head's width ŝ is the logit itself, but for its scale.
+
+Source: "Loki: Low-Rank Keys for Efficient Sparse Attention".
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from attlas.attach.call import Call
+from attlas.calibration import Calibrated, Calibration, Calibrator
+from attlas.catalog.registry import mechanism
+from attlas.errors import UserError, at_least_one
+from attlas.ops.reference import grouped_product
+from attlas.parts.select.selection import Selection, keys_of, lengths_of
+from attlas.parts.select.summaries import Portion, best, extend, one_of
+from attlas.storage.body import Body
+from attlas.storage.layer import Chosen, LayerState
+from attlas.storage.rotary import Rotary, turn
+
+NAME = "loki-low-rank-keys"
+
+
+class KeyComponents(Calibrator):
+    """Principal components of the keys of every layer and key head.
+
+        C = E[k kᵀ] − E[k] E[k]ᵀ = P Λ Pᵀ,   λ_1 ≥ λ_2 ≥ …
+
+    Args:
+        rotary: whether keys are taken "after" their rotation or "before".
+    """
+
+    def __init__(self, rotary: Literal["after", "before"]) -> None:
+        super().__init__()
+        self.rotary = rotary
+        self.rotaries: dict[int, Rotary | None] = {}
+
+    def check(self, model: nn.Module) -> None:
+        """Learn how the model rotates.
+
+        Raises:
+            ValueError: in a way that cannot be undone.
+        """
+        config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
+        if self.rotary == "before":
+            self.rotaries = {i: Rotary.of(model, i) for i in range(config.num_hidden_layers)}
+
+    def observe(self, call: Call) -> None:
+        """Sum up k and k kᵀ over real tokens."""
+        k = call.k[:, :, -call.q.shape[2] :]
+        if (rotary := self.rotaries.get(call.layer)) is not None:
+            cos, sin = rotary.back(call.positions)
+            k = turn(k, cos[:, None], sin[:, None])
+        k, count = k.double(), torch.tensor(k.shape[0] * k.shape[2])
+        if call.step.real is not None:
+            real = call.step.real[:, -k.shape[2] :].to(k.device)
+            k, count = k * real[:, None, :, None], real.sum()
+        self.add(f"{call.layer}.outer", torch.einsum("bhnd,bhne->hde", k, k))
+        self.add(f"{call.layer}.sum", k.sum((0, 2)))
+        self.add(f"{call.layer}.count", count.reshape(1))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """For each layer `components` [kv_heads, dim, dim], in columns, and their `variance`."""
+        found: dict[str, Tensor] = {}
+        for name in (n.removesuffix(".count") for n in self.sums if n.endswith(".count")):
+            count = float(self.sums[f"{name}.count"])
+            mean = self.sums[f"{name}.sum"] / count
+            spread = self.sums[f"{name}.outer"] / count - mean[:, :, None] * mean[:, None]
+            variance, components = torch.linalg.eigh(spread)
+            found[f"{name}.components"] = components.flip(-1).float()
+            found[f"{name}.variance"] = variance.flip(-1).clamp(min=0).float()
+        if not found:
+            raise UserError("no key was seen; calibrate on at least one text")
+        return found
+
+
+@mechanism(NAME, aliases=("loki",), example={"keep": 0.5, "rank": 0.5, "block": 2})
+class Loki(Calibrated, Selection):
+    """Read the tokens whose keys' principal components go best with the query's.
+
+    Args:
+        keep: share of a row's packed tokens that a step reads, in (0, 1].
+        tokens: or how many of them.
+        rank: components that choose: a share of the head's width, as 0.25, or a number, as 16.
+        rotary: components of keys "after" their rotation or "before" it.
+        block: tokens that are packed at once.
+        calibration: a file or statistics; those that `attlas calibrate` left unless given.
+        offload: hold what is packed in host memory, and on the device what was read last.
+        capacity: tokens a head that the device then holds; as many as a step reads unless given.
+
+    Raises:
+        ValueError: none or both of `keep` and `tokens`, or an option out of range.
+    """
+
+    #: Approximate logits choose which pairs meet.
+    stages = ("score", "mask")
+
+    def __init__(
+        self,
+        keep: float | None = None,
+        *,
+        tokens: int | None = None,
+        rank: float | int = 0.25,
+        rotary: Literal["after", "before"] = "after",
+        block: int = 16,
+        calibration: str | Path | Calibration | None = None,
+        offload: bool = False,
+        capacity: int | None = None,
+    ) -> None:
+        Selection.__init__(self, block=block, offload=offload, capacity=capacity)
+        Calibrated.__init__(self, calibration)
+        one_of(keep=keep, tokens=tokens)
+        self.portion = Portion(keep, None if tokens is None else at_least_one("tokens", tokens))
+        if isinstance(rank, float) and not 0 < rank <= 1:
+            raise UserError(f"rank must be a share in (0, 1] or a whole number, got {rank}")
+        if rotary not in ("after", "before"):
+            raise UserError(f"rotary must be 'after' or 'before', got {rotary!r}")
+        self.rank = rank if isinstance(rank, float) else at_least_one("rank", rank)
+        self.rotary = rotary
+
+    @property
+    def calibration_key(self) -> str:
+        """Components before the rotation are others than those after it."""
+        return NAME if self.rotary == "after" else f"{NAME},rotary={self.rotary}"
+
+    def calibrator(self) -> Calibrator:
+        """Principal components of keys."""
+        return KeyComponents(self.rotary)
+
+    def check(self, model: nn.Module) -> None:
+        """Find the components, and refuse a rank above the width of a head."""
+        super().check(model)
+        dim = next(t for n, t in self.statistics.items() if n.endswith("components")).shape[-1]
+        if not isinstance(self.rank, float) and self.rank > dim:
+            raise UserError(
+                f"rank={self.rank} is more than the {dim} channels of this model's heads"
+            )
+
+    def components(self, layer: int, like: Tensor) -> Float[Tensor, "kv_heads dim rank"]:
+        """The first components of a layer, beside a tensor and in its type."""
+        whole = self.statistics[f"{layer}.components"]
+        dim = whole.shape[-1]
+        rank = max(1, int(dim * self.rank)) if isinstance(self.rank, float) else self.rank
+        return whole[..., :rank].to(like)
+
+    def summarize(self, state: LayerState, body: Body) -> None:
+        """The first components of each new key."""
+
+        def codes(rows: slice, start: int, stop: int) -> dict[str, Tensor]:
+            keys = keys_of(body, start, stop)[rows]
+            return {"codes": keys @ self.components(state.layer, keys)}
+
+        extend(state, body, 1, ("codes",), codes)
+
+    def choose(self, state: LayerState, body: Body, call: Call) -> Chosen | None:
+        """The tokens of largest approximate logit."""
+        codes = state.tensors["codes"]
+        components = self.components(state.layer, codes)
+        grouped = call.q[:, :, 0].to(codes.dtype).unflatten(1, (codes.shape[1], -1))
+        queries = (grouped @ components).flatten(1, 2)[:, :, None]
+        scores = grouped_product(queries, codes.mT)[:, :, 0]
+        read = codes.numel() * codes.element_size()
+        return Chosen(best(scores, self.portion, lengths_of(body)), 1, body.slots, read)

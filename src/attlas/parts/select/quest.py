@@ -1,0 +1,92 @@
+"""Quest: of the keys' pages, read those that could hold a large logit for this query.
+
+    low, high = elementwise minimum and maximum over a page's keys
+    bound(q, page) = Σ_d max(q_d · low_d, q_d · high_d)  ≥  q · k    for every key k of the page
+    read           = the pages of largest bound, and all tokens that do not fill a page yet
+
+Pages are cut over each row's own tokens. A page once packed is summarised once. Heads of a group read
+common pages, by the largest of their bounds, so that a page's keys are read once for the group; with
+`shared=False` each query head has its own, which is the authors' code (it repeats keys first).
+
+Cost: two vectors a page are held and read, 1/page of the keys and values together; then the chosen
+pages. Reads all pages, hence reduces to full attention, at keep = 1.
+
+Source: "Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference", in whose code the page
+of the newest token competes with the others instead of being always read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from attlas.attach.call import Call
+from attlas.catalog.registry import mechanism
+from attlas.errors import at_least_one
+from attlas.ops.pages import page_bounds, page_scores
+from attlas.parts.select.selection import Selection, keys_of, lengths_of
+from attlas.parts.select.summaries import Portion, best, extend, one_of
+from attlas.storage.body import Body
+from attlas.storage.layer import Chosen, LayerState
+
+#: Pages that the authors read at least when the budget is one of tokens.
+LEAST_PAGES = 3
+
+
+@mechanism(
+    "quest-page-selection", aliases=("quest",), example={"keep": 0.5, "page": 4, "dense_layers": ()}
+)
+class Quest(Selection):
+    """Read the pages whose bound is largest.
+
+    Args:
+        keep: share of a row's packed pages that a step reads, in (0, 1].
+        tokens: or a budget of tokens: `tokens // page` pages, three at least.
+        pages: or a number of pages.
+        page: tokens of a page.
+        dense_layers: layers that read everything; the paper's first two.
+        shared: query heads of a group read common pages.
+        offload: hold the pages in host memory, and on the device what was read last.
+        capacity: tokens a head that the device then holds; as many as a step reads unless given.
+
+    Raises:
+        ValueError: none or several of `keep`, `tokens` and `pages`, or one out of range.
+    """
+
+    def __init__(
+        self,
+        keep: float | None = None,
+        *,
+        tokens: int | None = None,
+        pages: int | None = None,
+        page: int = 16,
+        dense_layers: Sequence[int] = (0, 1),
+        shared: bool = True,
+        offload: bool = False,
+        capacity: int | None = None,
+    ) -> None:
+        super().__init__(page=page, dense_layers=dense_layers, offload=offload, capacity=capacity)
+        one_of(keep=keep, tokens=tokens, pages=pages)
+        if tokens is not None:
+            pages = max(LEAST_PAGES, at_least_one("tokens", tokens) // page)
+        self.portion, self.shared = Portion(keep, pages), shared
+
+    def summarize(self, state: LayerState, body: Body) -> None:
+        """Minimum and maximum of the keys of each new page."""
+
+        def bounds(rows: slice, start: int, stop: int) -> dict[str, Tensor]:
+            low, high = page_bounds(keys_of(body, start, stop)[rows], self.page)
+            return {"low": low, "high": high}
+
+        if state.layer not in self.dense_layers:
+            extend(state, body, self.page, ("low", "high"), bounds)
+
+    def choose(self, state: LayerState, body: Body, call: Call) -> Chosen | None:
+        """The pages of largest bound."""
+        low, high = state.tensors["low"], state.tensors["high"]
+        scores = page_scores(call.q, low, high, shared=self.shared)
+        lengths = lengths_of(body)
+        pages = None if lengths is None else -(-lengths // self.page)
+        read = 2 * low.numel() * low.element_size()
+        return Chosen(best(scores, self.portion, pages), self.page, body.slots, read)

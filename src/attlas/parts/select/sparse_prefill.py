@@ -1,0 +1,137 @@
+"""A sparse prefill: the prompt attends to its first tokens and to a window, decoding to everything.
+
+    token t of the prompt sees   {0 … s−1} ∪ {t−w+1 … t}
+
+Tokens are counted by each row's own real ones, so that padding is neither sink nor window. Every call
+of several tokens is taken for a prompt or a piece of one, unless its cache has been compressed;
+sliding-window layers and models that are not causal stay as they are. Recorders are shown the weights
+of full attention.
+
+Cost: n·(s + w) pairs instead of n²/2; blocks without a visible pair are not visited. A window of the
+whole prompt reduces to full attention.
+
+Source: the pattern of "Efficient Streaming Language Models with Attention Sinks", which "Delta
+Attention: Fast and Accurate Sparse Attention Inference by Delta Correction" repairs.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from attlas import masks
+from attlas.attach.call import Call, Part
+from attlas.catalog.registry import mechanism
+from attlas.errors import UserError, at_least_one
+from attlas.masks import Mask
+from attlas.masks.algebra import Reach
+from attlas.ops.delta import attend_with_sinks
+from attlas.storage.layer import StoredLayer
+
+
+@mechanism("sparse-prefill", paper="", example={"sinks": 2, "window": 8})
+class SparsePrefill(Part):
+    """Let the prompt's tokens attend to the first ones and to the newest.
+
+    Args:
+        sinks: first tokens that all see.
+        window: newest tokens that each sees, itself included.
+
+    Raises:
+        ValueError: negative sinks, or a window below 1.
+    """
+
+    #: A pattern chooses which pairs may meet.
+    stages = ("mask",)
+
+    def __init__(self, *, sinks: int = 4, window: int = 2048) -> None:
+        if sinks < 0:
+            raise UserError(f"sinks must be at least 0, got {sinks}")
+        self.sinks, self.window = sinks, at_least_one("window", window)
+        near = masks.window(window)
+        self.pattern = masks.causal & (near | masks.sinks(sinks) if sinks else near)
+
+    def attend(self, call: Call) -> Float[Tensor, "batch query heads value_dim"] | None:
+        """Attention under the pattern; None where there is no prompt to thin out."""
+        if not is_prompt(call):
+            return None
+        heads = attend_with_sinks(
+            call.q, call.k, call.v, mask=self._visible(call), score_mod=call.score_mod,
+            scale=call.scaling, q_offset=call.step.offset, sinks=call.sinks,
+        )  # fmt: skip
+        return heads.transpose(1, 2).contiguous()
+
+    def _visible(self, call: Call) -> Mask | Bool[Tensor, "batch heads query keys"]:
+        """The pattern where nothing else is hidden, so that its empty blocks are known; else booleans."""
+        pattern: Mask = self.pattern
+        if (real := real_keys(call)) is not None:
+            key = ("sparse-prefill", self.sinks, self.window)
+            if key not in call.step.shared:
+                call.step.shared[key] = Ranked(pattern, real) & masks.padding(real)
+            pattern = call.step.shared[key]
+        if call.mask is None or _only_causal(call):
+            return pattern
+        sizes = call.q.shape[2], call.k.shape[2]
+        seen = masks.dense(pattern, *sizes, q_offset=call.step.offset, device=call.q.device)
+        return seen & call.mask
+
+
+def is_prompt(call: Call) -> bool:
+    """Whether a call reads a prompt, or a piece of one, with full causal attention."""
+    layer = call.cache_layer
+    whole = call.columns is None and not (isinstance(layer, StoredLayer) and layer.settled)
+    slides = call.kwargs.get("sliding_window") is not None
+    return call.q.shape[2] > 1 and call.is_causal and whole and not slides
+
+
+def real_keys(call: Call) -> Bool[Tensor, "batch keys"] | None:
+    """Which keys are no padding; None when all are."""
+    if call.step.real is None:
+        return None
+    real, keys = call.step.real.to(call.q.device), call.k.shape[2]
+    return torch.nn.functional.pad(real, (0, max(0, keys - real.shape[1])))[:, :keys]
+
+
+def _only_causal(call: Call) -> bool:
+    """Whether the mask in force hides later tokens and padding and nothing else."""
+    mask, shared = call.mask, call.step.shared
+    if mask is None or mask is not call.model_mask:
+        return mask is None
+    if (key := ("only causal", id(mask))) not in shared:
+        real = real_keys(call)
+        plain = masks.causal if real is None else masks.causal & masks.padding(real)
+        sizes = call.q.shape[2], call.k.shape[2]
+        seen = masks.dense(plain, *sizes, q_offset=call.step.offset, device=mask.device)
+        shared[key] = torch.equal(seen.expand_as(mask), mask)
+    found: bool = shared[key]
+    return found
+
+
+class Ranked(Mask):
+    """A pattern whose positions count each row's real tokens alone.
+
+    Args:
+        inner: the pattern.
+        real: which tokens are no padding.
+    """
+
+    def __init__(self, inner: Mask, real: Bool[Tensor, "batch tokens"]) -> None:
+        self.inner, self.heads, self.batch = inner, inner.heads, real.shape[0]
+        self.rank = (real.cumsum(dim=-1) - 1).clamp(min=0)
+
+    def visible(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        """By the ranks of query and key."""
+        rank, last = self.rank.to(q.device), self.rank.shape[1] - 1
+        return self.inner.visible(b, h, rank[b, q.clamp(max=last)], rank[b, k.clamp(max=last)])
+
+    def reach(self, q_lo: Tensor, q_hi: Tensor, k_lo: Tensor, k_hi: Tensor) -> Reach:
+        """Ranks grow with positions, so that a block's ends have the ends of its ranks."""
+        return self.inner.reach(*(self._at(ends) for ends in (q_lo, q_hi, k_lo, k_hi)))
+
+    def _at(self, ends: Tensor) -> Tensor:
+        found = self.rank.to(ends.device)[:, ends.clamp(max=self.rank.shape[1] - 1)]
+        return found.reshape(-1, 1, *(1,) * (2 - ends.ndim), *ends.shape)
+
+    def __repr__(self) -> str:
+        return f"ranked({self.inner!r})"

@@ -1,0 +1,338 @@
+"""The kernel of quantised segments, run by Triton's interpreter where there is no GPU, against float64.
+
+Triton looks for its interpreter when a kernel is defined, so without a GPU the cases run in a process
+of their own, one for all: this file, run as a program, prints a line for each.
+"""
+
+from __future__ import annotations
+
+import json
+import operator
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from importlib.util import find_spec
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+
+from attlas.ops.decode import reference_decode
+from attlas.ops.quantize import Codes, encode, pack
+from attlas.ops.segments import Coded
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+
+#: Tokens and channels that share a step; 0 channels are all.
+TOKEN, CHANNEL, GROUPED = (1, 0), (32, 1), (1, 32)
+#: What a case is when it says nothing else; `units` multiprocessors cut the slots into runs.
+PLAIN: dict[str, Any] = {
+    "k": (4, *TOKEN), "v": (4, *TOKEN), "dim": 64, "v_dim": 64, "batch": 1, "kv_heads": 2, "group": 2,
+    "queries": 1, "slots": 150, "dtype": "float16", "channel": False, "lengths": None, "lists": None,
+    "page": 16, "units": 2, "cut": (64, 4, 2, 1), "view": False, "size": 1.0,
+}  # fmt: skip
+CASES: dict[str, dict[str, Any]] = {
+    **{
+        f"{bits} bits, {name}": {"k": (bits, *shared), "v": (bits, *shared)}
+        for bits, (name, shared) in product(
+            (8, 4, 3, 2), {"per token": TOKEN, "per channel": CHANNEL, "grouped": GROUPED}.items()
+        )
+    },
+    "keys per channel of 2 bits, values grouped": {"k": (2, 32, 1), "v": (2, 1, 16), "dim": 128},
+    "one run": {"units": 1},
+    "more units than blocks": {"units": 64, "cut": (16, 4, 2, 1)},
+    "one slot": {"slots": 1, "k": (4, *CHANNEL)},
+    "whole blocks": {"slots": 256, "k": (2, *CHANNEL), "v": (2, *CHANNEL)},
+    "large groups of tokens": {"k": (4, 128, 1), "v": (2, 64, 1), "slots": 300},
+    "blocks of two groups of tokens": {"k": (4, 32, 1), "cut": (64, 4, 2, 1), "group": 4},
+    "blocks of four groups of tokens": {"k": (4, 16, 1), "v": (8, 16, 1), "group": 3},
+    "8 groups of channels": {"k": (4, 1, 8), "v": (4, 1, 8), "group": 4, "queries": 2},
+    "three groups of channels": {"dim": 48, "v_dim": 48, "k": (8, 1, 16), "v": (3, 1, 16)},
+    "odd widths": {"dim": 96, "v_dim": 80, "k": (3, *TOKEN), "v": (4, *TOKEN)},
+    "narrow": {"dim": 16, "v_dim": 16, "k": (2, *TOKEN), "v": (2, *CHANNEL)},
+    "words of 16 bits": {"dim": 128, "v_dim": 128, "k": (2, *CHANNEL), "v": (4, *TOKEN)},
+    "wide": {"dim": 256, "v_dim": 256, "k": (2, *TOKEN), "v": (2, *TOKEN), "slots": 70},
+    "factors of channels": {"channel": True, "k": (4, *TOKEN), "v": (2, *GROUPED)},
+    "factors and steps of channels": {"channel": True, "k": (3, *CHANNEL), "v": (4, *CHANNEL)},
+    "three queries": {"queries": 3},
+    "more rows than 16": {"queries": 5, "group": 4, "k": (4, *CHANNEL)},
+    "copies of few rows": {"group": 1, "queries": 3, "v": (4, *GROUPED)},
+    "16 rows without copies": {"cut": (32, 4, 2, 1, 16), "k": (4, *CHANNEL)},
+    "lengths": {"batch": 3, "lengths": "mixed", "k": (4, *CHANNEL)},
+    "lengths of none": {"batch": 2, "lengths": "none"},
+    "lengths and queries": {"batch": 2, "lengths": "mixed", "queries": 3, "v": (4, *CHANNEL)},
+    "pages": {"lists": "keys", "k": (4, *CHANNEL), "v": (4, *GROUPED)},
+    "pages as large as groups": {"lists": "keys", "page": 32, "k": (2, *CHANNEL)},
+    "pages of query heads": {"lists": "queries", "batch": 2, "k": (4, *CHANNEL), "group": 3},
+    "pages and lengths": {"lists": "keys", "lengths": "mixed", "batch": 2, "v": (2, *CHANNEL)},
+    "odd pages": {"lists": "queries", "page": 5, "lengths": "mixed"},
+    "tokens": {"lists": "keys", "page": 1, "queries": 2},
+    "part of a longer cache": {"view": True, "batch": 2, "k": (3, *CHANNEL), "v": (2, *GROUPED)},
+    "small keys": {"size": 1e-3, "k": (8, *CHANNEL)},
+    "large keys": {"size": 50.0, "k": (8, *CHANNEL), "v": (8, *CHANNEL)},
+    "float32": {"dtype": "float32", "k": (3, *CHANNEL), "v": (8, *GROUPED)},
+    "float32, words of 16 bits": {"dtype": "float32", "dim": 128, "k": (2, *TOKEN)},
+    "bfloat16": {"dtype": "bfloat16", "k": (2, *CHANNEL), "v": (4, *GROUPED)},
+    "bfloat16 of 8 bits": {"dtype": "bfloat16", "k": (8, *TOKEN), "v": (8, *TOKEN)},
+}  # fmt: skip
+
+
+def inputs(device: str, case: dict[str, Any]) -> tuple[torch.Tensor, Coded]:
+    torch.manual_seed(0)
+    pair, slots, dtype = (
+        (case["batch"], case["kv_heads"]),
+        case["slots"],
+        getattr(torch, case["dtype"]),
+    )
+    q = torch.randn(case["batch"], pair[1] * case["group"], case["queries"], case["dim"]).to(
+        device, dtype
+    )
+    k, v = (
+        _codes(
+            torch.randn(*pair, slots, case[width]) * case["size"] + centre, case, case[side], device
+        )
+        for side, width, centre in (("k", "dim", 1.0), ("v", "v_dim", -0.3))
+    )
+    lengths = {
+        None: None,
+        "mixed": torch.randint(0, slots + 1, pair),
+        "none": torch.zeros(pair, dtype=torch.long),
+    }[case["lengths"]]
+    index = None
+    if case["lists"]:
+        heads = pair[1] * (case["group"] if case["lists"] == "queries" else 1)
+        pages = -(-slots // case["page"])
+        index = torch.rand(case["batch"], heads, pages).argsort(-1)[..., : max(1, pages * 2 // 3)]
+        index = index.masked_fill(torch.rand(index.shape) > 0.8, -1).to(torch.int32)
+    lengths, index = (None if t is None else t.to(device) for t in (lengths, index))
+    return q, Coded(k, v, lengths, index, case["page"])
+
+
+def _codes(x: torch.Tensor, case: dict[str, Any], how: tuple[int, int, int], device: str) -> Codes:
+    bits, tokens, channels = how
+    x = x.to(device, getattr(torch, case["dtype"]))
+    channel = torch.rand(*x.shape[:2], 1, x.shape[-1]).to(device) + 0.5 if case["channel"] else None
+    codes = encode(
+        x,
+        bits,
+        token_group=tokens,
+        channel_group=min(channels, x.shape[-1]) or None,
+        channel=channel,
+    )
+    if not case["view"]:
+        return codes
+    longer = {  # what stands behind must not be read
+        name: torch.cat((t, torch.full_like(t, torch.nan if t.is_floating_point() else 255)), dim=2)
+        for name, t in codes.tensors.items()
+    }
+    return codes.with_tensors({name: t[:, :, : t.shape[2] // 2] for name, t in longer.items()})
+
+
+def errors(name: str, device: str = "cpu") -> tuple[float, float]:
+    """Of the kernel against float64, and what is allowed: twice the plain form's, and an ulp."""
+    from attlas.kernels.coded import Tiles, coded_attend, coded_runs
+
+    case = {**PLAIN, **CASES[name]}
+    q, segment = inputs(device, case)
+    scale, cut = q.shape[-1] ** -0.5, Tiles(*case["cut"])
+    each = coded_runs(q, segment, case["units"], cut)
+    runs = (q.shape[0], each + 2, *q.shape[1:3])  # a run before and one behind, of others
+    sums = torch.full((*runs, case["v_dim"]), torch.nan, device=device)
+    lses = torch.full(runs, torch.nan, device=device)
+    coded_attend(q, segment, scale, sums, lses, 1, each, cut)
+    for others in (sums[:, 0], sums[:, -1], lses[:, 0], lses[:, -1]):
+        assert others.isnan().all()
+    exact = reference_decode(q.double(), [_double(segment)], scale)
+    plain = reference_decode(q, [segment], scale)
+    worst = 0.0
+    for ours, theirs, right in zip(merged(sums[:, 1:-1], lses[:, 1:-1]), plain, exact, strict=True):
+        assert ours.shape == right.shape
+        assert torch.equal(ours.isfinite(), right.isfinite())
+        ours, theirs, right = (x.double().nan_to_num(0, 0, 0) for x in (ours, theirs, right))
+        unit = torch.finfo(q.dtype).eps * right.abs().max().item()
+        allowed = 2 * (theirs - right).abs().max().item() + unit
+        worst = max(worst, (ours - right).abs().max().item() / max(allowed, 1e-30))
+    return worst, 1.0
+
+
+def merged(sums: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, natural log-sum-exp) of runs."""
+    natural = lses.double() * torch.log(torch.tensor(2.0, dtype=torch.float64)).item()
+    lse = natural.logsumexp(1)
+    share = (natural - lse[:, None]).exp().nan_to_num(0.0)
+    return (share[..., None] * sums.double()).sum(1), lse
+
+
+def _double(segment: Coded) -> Coded:
+    k, v = (replace(codes, dtype=torch.float64) for codes in (segment.k, segment.v))
+    return replace(segment, k=k, v=v)
+
+
+@pytest.fixture(scope="module")
+def judged() -> dict[str, tuple[float, float]]:
+    if torch.cuda.is_available():
+        return {name: errors(name, "cuda") for name in CASES}
+    run = subprocess.run(
+        [sys.executable, __file__], capture_output=True, text=True, check=False,
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-2000:]
+    return dict(json.loads(line) for line in run.stdout.splitlines())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_coded_kernel_is_as_exact_as_the_plain_form(name: str, judged: Any) -> None:
+    error, allowed = judged[name]
+    assert error <= allowed
+
+
+#: (keys, values) of (bits, width, tokens that share a step, groups of channels), page and query rows.
+BUILT: dict[str, tuple[Any, ...]] = {
+    "4 bits per token": ((4, 128, 1, 1), (4, 128, 1, 1), 0, 4),
+    "2 bits, keys per channel, values grouped": ((2, 128, 32, 128), (2, 128, 1, 4), 0, 4),
+    "8 and 3 bits, pages, many rows": ((8, 128, 64, 128), (3, 128, 1, 1), 32, 32),
+    "3 bits, and values per channel": ((3, 64, 1, 2), (4, 64, 32, 64), 0, 1),
+}
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("name", BUILT)
+def test_coded_kernel_compiles_for_a_gpu_that_is_not_there(name: str, dtype: str) -> None:
+    """The interpreter takes what the compiler refuses, and never sees the assembly."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from attlas.kernels.coded import TILES, constants
+    from attlas.kernels.coded_run import over_a_run as kernel
+
+    k, v, page, rows = BUILT[name]
+    cut = TILES[k[0]]
+    half = torch.bfloat16 if dtype == "bf16" else torch.float16
+    fixed = constants(k, v, page, rows, half, cut)[0]
+    strides = {"k_n": k[0] * k[1] // fixed["K_WORD"], "v_n": v[0] * v[1] // fixed["V_WORD"]}
+    fixed = {**fixed, **strides, "EVEN": True, "ASSEMBLY": True, "k_channel": None, "lengths": None}
+    fixed |= {} if page else {"index": None}
+    types = {"q": dtype, "k": f"i{fixed['K_WORD']}", "v": f"i{fixed['V_WORD']}"}
+    types |= dict.fromkeys(("k_more", "v_more"), "u8") | dict.fromkeys(("sums", "lses"), "fp32")
+    types |= {f"{side}_{what}": "fp16" for side, what in product("kv", ("step", "zero", "channel"))}
+    types |= {"index": "i32"}
+    names = kernel.arg_names
+    taken = {
+        n: "constexpr" if n in fixed else f"*{types[n]}" if n in types else "i32" for n in names
+    } | {"factor": "fp32"}
+    even = {(names.index(n),): [["tt.divisibility", 16]] for n in types if n not in fixed}
+    made = compile(
+        ASTSource(kernel, taken, {(names.index(n),): x for n, x in fixed.items()}, even),
+        target=GPUTarget("cuda", 90, 32),
+        options={"num_warps": cut.warps, "num_stages": cut.stages},
+    )
+    assert made.metadata.shared <= 99 * 1024
+    assert "cp.async" in made.asm["ptx"]  # codes are on their way while others are in work
+
+
+def ptx(lines: str, given: list[int]) -> list[int]:
+    """Registers $0, $1, … after so much of PTX as the assembly uses, with `given` behind them."""
+    count = 1 + max(int(n) for n in re.findall(r"\$(\d+)", lines)) - len(given)
+    held = {f"${count + n}": value for n, value in enumerate(given)}
+    for line in re.sub(r"^\{.reg[^;]*;|\}$", "", lines).split(";")[:-1]:
+        operation, into, *names = line.replace(",", " ").split()
+        a, *more = (held[n] if n in held else int(n, 0) for n in names)
+        if operation == "prmt.b32":
+            both = (a | more[0] << 32).to_bytes(8, "little")
+            found = sum(both[more[1] >> 4 * n & 7] << 8 * n for n in range(4))
+        elif operation == "lop3.b32":
+            assert more[2] == (0xF0 & 0xCC) | 0xAA
+            found = (a & more[0]) | more[1]
+        elif operation == "mov.b32":
+            found = a
+        else:
+            act = {"and.b32": operator.and_, "shr.u32": operator.rshift, "shl.b32": operator.lshift}
+            found = act[operation](a, *more)
+        held[into] = found & 0xFFFFFFFF
+    return [held[f"${n}"] for n in range(count)]
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+@pytest.mark.parametrize("word", [16, 8])
+def test_assembly_leaves_each_code_at_its_scale(bits: int, word: int) -> None:
+    """Half a register times `scale` · 2²⁴, as float16, is the code that `pack` put there."""
+    from attlas.kernels import bits as assembled
+
+    if (bits, word) in {(8, 8), (3, 16)}:
+        pytest.skip("there is no such assembly")
+    lines = getattr(assembled, f"_{bits}_OF_{word}").value
+    each = 4 if bits == 3 else word // bits
+    codes = torch.randint(
+        0, 2**bits, (32 // word, each), dtype=torch.uint8
+    )  # of 2 words or 4 bytes
+    low = pack(codes & 3 if bits == 3 else codes, 2 if bits == 3 else bits)
+    given = [int.from_bytes(bytes(low.flatten().tolist()), "little")]
+    if bits == 3:  # four codes to a byte, the rest of which means nothing
+        upper = ((codes >> 2) << torch.arange(4, dtype=torch.uint8)).sum(-1) | 0xA0
+        given.append(int.from_bytes(bytes(upper.tolist()), "little"))
+    regs = torch.tensor(ptx(lines, given)).view(each, -1)
+    halves = torch.stack((regs & 0xFFFF, regs >> 16), dim=-1).flatten(1).to(torch.int16)
+    at = torch.arange(each) * (2 if bits == 3 else bits) % 8
+    numbers = halves.view(torch.float16).double() * 2.0**24 / 2.0 ** at[:, None]
+    assert torch.equal(numbers, codes.T.double())
+
+
+def test_coded_kernel_compiles_nothing_anew_for_another_length() -> None:
+    from attlas.kernels.coded_run import over_a_run as kernel
+
+    fixed = {"k_n", "v_n", "k_step_n", "v_step_n"}  # strides of a token, the same at every length
+    numbers = {p.name for p in kernel.params if p.name[:2] in ("q_", "k_", "v_", "in")}
+    strides = {n for n in numbers if n[-2:] in ("_b", "_h", "_n", "_q")}
+    assert {p.name for p in kernel.params if p.do_not_specialize} >= strides - fixed
+    assert strides > fixed
+
+
+def _segment(bits: int = 4, width: int = 64, page: int | None = None, **how: Any) -> Coded:
+    codes = encode(torch.randn(1, 1, 64, width), bits, **how)
+    index = None if page is None else torch.zeros(1, 1, 1, dtype=torch.int32)
+    return Coded(codes, codes, None, index, page or 1)
+
+
+@pytest.mark.parametrize(
+    ("segment", "reason"),
+    [
+        (_segment(), "not on a CUDA device"),
+        (_segment(width=32), "32 wide, queries 64"),
+    ],
+)
+def test_coded_kernel_says_why_it_refuses(segment: Coded, reason: str) -> None:
+    from attlas.kernels.coded import coded_refuses
+
+    assert reason in str(coded_refuses(torch.randn(1, 1, 1, 64), segment))
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ({"bits": 1}, "1 bits"),
+        ({"width": 24, "bits": 8}, "24 wide"),
+        ({"channel_group": 2}, "32 groups of channels"),
+        ({"token_group": 32}, "32 tokens by 64 channels"),
+        ({"token_group": 24, "channel_group": 1}, "24 tokens share"),
+        ({"token_group": 32, "channel_group": 1, "page": 8}, "pages of 8"),
+        ({"token_group": 32, "channel_group": 1, "page": 64}, "pages of 64"),
+    ],
+)
+def test_coded_kernel_refuses_formats_it_cannot_read(
+    how: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from attlas.kernels import coded
+
+    monkeypatch.setattr(coded, "_on_device", lambda codes: True)
+    segment = _segment(**how)
+    assert reason in str(coded.coded_refuses(torch.randn(1, 1, 1, segment.k.dim), segment))
+    assert coded.coded_refuses(torch.randn(1, 1, 1, 64), _segment()) is None
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for each in CASES:
+        print(json.dumps([each, errors(each)]))

@@ -1,0 +1,126 @@
+"""Adapters of the quantisers of caches to published implementations' numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from attlas.contract.cases import Case, Check, adapter
+from attlas.parts.cache.mixed import parted
+from attlas.parts.cache.qaq import (
+    centred,
+    group_bits,
+    key_error,
+    outlying,
+    value_error,
+)
+from attlas.parts.cache.zipcache import channel_scale, least, saliency
+from attlas.storage.layer import LayerState, StoredLayer, Taken
+from attlas.storage.shared import encode_rows
+from attlas.storage.varied import Varied
+
+
+@adapter("zipcache", mechanism="zipcache")
+def zipcache(case: Case) -> Iterator[Check]:
+    """Saliency from given probes, then channel-separable rows of merged heads."""
+    config, x = case.config, case.inputs["x"]
+    scores = probed(case.inputs["q"], case.inputs["k"], case.inputs["probe_ids"].long())
+    yield case.compare("mid.saliency", scores)
+    real = torch.ones(x.shape[:3], dtype=torch.bool)
+    # Their scores decide, so that near-ties do not.
+    other = least(case.mids["saliency"], real, config["unimportant_ratio"])
+    ids = case.mids["unimportant_ids"].long()
+    yield case.compare("mid.unimportant_ids", in_order(other, case.mids["saliency"], ids))
+    # The published scale is one for all rows of a batch.
+    scale = channel_scale(x, real).amax(dim=0, keepdim=True)
+    yield case.compare("mid.channel_scale", rearrange(scale, "b h 1 d -> b 1 (h d)"))
+    channel = scale.expand(x.shape[0], -1, -1, -1)
+    taken = Taken(x, x, None, 0)
+    mixed = torch.zeros_like(x)
+    for member, bits in ((~other, config["bits_salient"]), (other, config["bits_other"])):
+        part = parted(taken, member)
+        if part is None:
+            continue
+        at = part.index.long()
+        if member is other:  # published rows of unimportant tokens go by rank of score
+            at = ids
+        coded = encode_rows(_at(x, at), bits, channel=channel, meta=torch.float32)
+        mixed = mixed.scatter(2, at[..., None].expand(-1, -1, -1, x.shape[-1]), coded.read())
+    yield case.compare("out.mixed_dequantized", mixed)
+    single = encode_rows(x, config["bits_salient"], channel=channel, meta=torch.float32)
+    yield case.compare("out.single_dequantized", single.read())
+
+
+def probed(q: Tensor, k: Tensor, probes: Tensor) -> Tensor:
+    """Saliency of all keys from some queries, as the part measures it."""
+    batch = q.shape[0]
+    state = LayerState(0, (0,), scaling=q.shape[-1] ** -0.5)
+    state.tensors = {"queries": q[:, :, probes], "columns": probes.expand(batch, -1)}
+    layer = StoredLayer({"ZipCache": state})
+    layer.update(k, k)
+    return saliency(layer, state, None)
+
+
+def in_order(other: Tensor, scores: Tensor, theirs: Tensor) -> Tensor:
+    """The chosen tokens in their order of rising score, equal scores as they have them."""
+    count = theirs.shape[-1]
+    order = scores.masked_fill(~other, torch.inf).argsort(dim=-1, stable=True)[..., :count]
+    equal = scores.gather(-1, order) == scores.gather(-1, theirs)
+    return torch.where(equal, theirs, order)
+
+
+def _at(x: Tensor, at: Tensor) -> Tensor:
+    return x.gather(2, at[..., None].expand(-1, -1, -1, x.shape[-1]))
+
+
+@adapter("qaq-fixed-bits", "qaq-key", "qaq-value", mechanism="qaq-quality-adaptive-quantization")
+def qaq(case: Case) -> Iterator[Check]:
+    """A whole cache [layers, batch, heads, tokens, dim], its groups and their bits."""
+    config, cache = case.config, case.inputs["cache"]
+    layers, _, heads, tokens, _ = cache.shape
+    shapes = {
+        "token": "l b h t d -> t b 1 (l h d)",
+        "layer": "l b h t d -> t b l (h d)",
+        "head": "l b h t d -> t b (l h) d",
+    }
+    level = config["level"]
+    x = rearrange(cache, shapes[level])
+    normal, symmetric = config["method"] == "normal", config["symmetric"]
+    apart = outlying(x, config["outliers_ratio"])
+    bits = torch.full(x.shape[:3], config.get("n_bits_uniform", 0))
+    if config["use_attentions"]:
+        target, count = config["target_quantization_error"], torch.tensor([tokens])
+        if config["key_or_value"] == "key":
+            error = key_error(count, target, config["q_norm"])
+        else:
+            attention = case.inputs["attentions"][:, :, :, -config["last_n_attentions"] :]
+            most = rearrange(attention.amax(dim=3), "l b h t -> l b h t 1")
+            error = value_error(count, target) / rearrange(most, shapes[level]).amax(dim=-1)
+        bits = group_bits(x, apart, error, config["n_bits_min"], config["n_bits_max"], symmetric)
+        if newest := config["last_n_attentions"] - 1:
+            bits[-newest:] = config["n_bits_max"]
+    yield case.compare("mid.n_bits", by_level(bits, level, layers, heads))
+    named = {"token": "t b 1 (l h d) -> b t l h d", "layer": "t b l (h d) -> b t l h d",
+             "head": "t b (l h) d -> b t l h d"}  # fmt: skip
+    mask = rearrange(apart, named[level], l=layers, h=heads)
+    yield case.compare("mid.outlier_mask", mask)
+    mean, scale = centred(x, apart, bits, config["method"], "zero" if symmetric else "mean")
+    held = Varied.packed(x, bits, mean, scale, apart, heads=layers * heads, normal=normal)
+    ours = rearrange(held.read(), "b (l h) t d -> l b h t d", l=layers)
+    yield case.compare("out.dequantized", ours)
+    ratio = config["outliers_ratio"]
+    width = torch.finfo(cache.dtype).bits
+    average = bits.float().mean() * (1 - ratio) + width * ratio
+    yield case.compare("out.average_bits", average[None])
+
+
+def by_level(bits: Tensor, level: str, layers: int, heads: int) -> Tensor:
+    """Bits as they are published: [batch, tokens], with layers, with heads."""
+    if level == "token":
+        return rearrange(bits, "t b 1 -> b t")
+    if level == "layer":
+        return rearrange(bits, "t b l -> b t l")
+    return rearrange(bits, "t b (l h) -> b t l h", l=layers, h=heads)
