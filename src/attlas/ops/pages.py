@@ -51,7 +51,8 @@ def reference_page_scores(q: Tensor, low: Tensor, high: Tensor, *, shared: bool)
     """`page_scores` by two products."""
     grouped = q[:, :, 0].unflatten(1, (low.shape[1], -1)).float()
     bound = grouped.clamp(min=0) @ high.float().mT + grouped.clamp(max=0) @ low.float().mT
-    return bound.amax(2) if shared else bound.flatten(1, 2)
+    scores: Tensor = bound.amax(2) if shared else bound.flatten(1, 2)
+    return scores
 
 
 def best_pages(

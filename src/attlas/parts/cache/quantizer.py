@@ -1,4 +1,4 @@
-"""What every quantiser of a cache has in common: encode the context, keep the newest tokens as they are."""
+"""What every quantiser has in common: encode the context, keep the newest tokens as they are."""
 
 from __future__ import annotations
 
