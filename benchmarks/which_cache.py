@@ -47,8 +47,17 @@ def read(folder: Path) -> tuple[dict[tuple[str, int], Row], list[dict[str, Any]]
         if line["status"] == "ok":
             key = (line["method"], line["length"], line["metric"])
             gathered.setdefault(key, []).append((line["value"], line["n"]))
+    whole = max(sum(n for _, n in found) for key, found in gathered.items() if key[2] == "single")
+    partial = {
+        (method, length)
+        for method, length in {key[:2] for key in gathered}
+        if sum(n for _, n in gathered.get((method, length, "single"), [])) < whole
+        or (method, length, "cache_bytes") not in gathered
+    }
     rows: dict[tuple[str, int], Row] = {}
     for (method, length, metric), found in gathered.items():
+        if (method, length) in partial and metric != "decode_ms":
+            continue  # a run that was stopped: its depths are not those of the others
         count = sum(n for _, n in found)
         row = rows.setdefault((method, length), Row())
         row.values[metric] = sum(v * n for v, n in found) / count
@@ -80,7 +89,7 @@ def page(folder: Path) -> str:
     for length in reversed(lengths):
         text += _table(rows, length)
     text += ["## Advice by budget", ""]
-    longest = max((n for n in lengths if _measured(rows, n)), default=max(lengths))
+    longest = _advised(rows, lengths)
     for share, words in HELD:
         text += [_advice(rows, longest, share, words), ""]
     text += [_reading(rows, longest), "", _nothing_lost(rows, longest), ""]
@@ -88,8 +97,14 @@ def page(folder: Path) -> str:
     return "\n".join(text).rstrip() + "\n"
 
 
-def _measured(rows: dict[tuple[str, int], Row], length: int) -> bool:
-    return "single" in rows.get((FULL, length), Row()).values
+def _advised(rows: dict[tuple[str, int], Row], lengths: list[int]) -> int:
+    """The longest length at which most of the methods were measured."""
+    count = {n: sum(_measured(rows, n, m) for m, at in rows if at == n) for n in lengths}
+    return max(n for n in lengths if 2 * count[n] > max(count.values()))
+
+
+def _measured(rows: dict[tuple[str, int], Row], length: int, method: str) -> bool:
+    return "single" in rows.get((method, length), Row()).values
 
 
 def _setting(lines: Iterable[dict[str, Any]]) -> str:

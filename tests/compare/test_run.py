@@ -87,8 +87,8 @@ def test_killed_in_the_middle_it_goes_on(tiny_preset, folder, tmp_path):
     assert path.read_bytes().startswith(before)
     counts = Counter(cell_of(line) for line in lines(tmp_path))
     assert set(counts.values()) == {1}
-    # needle: 2 depths × (single, digits, blind, several), then kl, top1, perplexity, speed 2, memory 2
-    assert len(counts) == 2 * (2 * 4 + 3 + 4)
+    # needle: 2 depths × (single, digits, blind, several), then kl, top1, perplexity, speed 2, memory 3
+    assert len(counts) == 2 * (2 * 4 + 3 + 5)
 
 
 def test_memory_that_runs_out_is_a_result(tiny_preset, folder, tmp_path, monkeypatch):

@@ -87,3 +87,10 @@ def test_speed_table_is_generated_from_the_results(monkeypatch):
 
     results = ROOT / "benchmarks" / "results" / "mechanisms-cuda.json"
     assert (ROOT / "benchmarks" / "mechanisms.md").read_text() == table(results)
+
+
+def test_which_cache_is_generated_from_the_results(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from which_cache import page
+
+    assert (ROOT / "docs" / "which-cache.md").read_text() == page(ROOT / "benchmarks" / "cache")

@@ -78,7 +78,7 @@ def _numbers(tokenizer: Any, text: str) -> list[int]:
 def calibrate(
     model: nn.Module,
     part: Calibrated,
-    texts: Sequence[Int[Tensor, "1 tokens"]],
+    texts: Sequence[Int[Tensor, "1 _"]],
     *,
     partial: Path | None = None,
     tick: Tick = lambda done, total: None,

@@ -46,9 +46,9 @@ class Tiles:
 #: of these tiles take up to 250 registers a thread.
 TILES = {
     8: Tiles(64, 4, 4, 3),
-    4: Tiles(128, 4, 4, 2),
+    4: Tiles(128, 2, 3, 4),
     3: Tiles(128, 4, 3, 2),
-    2: Tiles(128, 4, 4, 2),
+    2: Tiles(128, 4, 3, 2),
 }
 #: Rows of all copies together: what the tensor cores take at once.
 ROWS = 16

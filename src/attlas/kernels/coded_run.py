@@ -76,13 +76,16 @@ def _steps(
 
 @triton.jit
 @no_type_check
-def _read(data, at, inside, DIM: tl.constexpr, ROOM: tl.constexpr, EACH: tl.constexpr):
-    """Words of some slots, [slots, words]."""
+def _read(
+    data, at, inside, DIM: tl.constexpr, ROOM: tl.constexpr, EACH: tl.constexpr, TWICE: tl.constexpr
+):  # fmt: skip
+    """Words of `EACH` codes of some slots, [slots, words]; `TWICE`: every one for two places."""
     w = tl.arange(0, ROOM // EACH)
     mask = inside[:, None]
     if DIM < ROOM:
         mask = mask & (w < DIM // EACH)[None, :]
-    return tl.load(data + at[:, None] + w[None, :], mask=mask, other=0)
+    place = w // 2 if TWICE else w
+    return tl.load(data + at[:, None] + place[None, :], mask=mask, other=0)
 
 
 @triton.jit
@@ -93,11 +96,15 @@ def _words(
 ):  # fmt: skip
     """Codes of some slots, and of 3 bits the other plane."""
     if WIDTH == 3:
-        words = _read(data, at, inside, DIM, ROOM, 4)
-        byte = _read(more, at, inside, DIM, ROOM, 8)
-        other = alternate(byte, byte >> 4)
+        words = _read(data, at, inside, DIM, ROOM, 4, False)
+        if ROOM >= 128:
+            byte = _read(more, at, inside, DIM, ROOM, 8, False)
+            other = alternate(byte, byte >> 4)
+        else:  # Triton 3.6 compiles so narrow a join wrongly, though its interpreter does not.
+            half = (tl.arange(0, ROOM // 4) % 2 * 4).to(tl.uint8)
+            other = _read(more, at, inside, DIM, ROOM, 4, True) >> half[None, :]
     else:
-        words = _read(data, at, inside, DIM, ROOM, WORD // WIDTH)
+        words = _read(data, at, inside, DIM, ROOM, WORD // WIDTH, False)
         other = words
     return words, other
 

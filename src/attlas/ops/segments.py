@@ -38,6 +38,11 @@ class Segment(Protocol):
         """Bytes of keys, values and what goes with them that one step reads."""
         ...
 
+    @property
+    def v_dim(self) -> int:
+        """Width of a value."""
+        ...
+
     def blocks(self, queries: int, size: int) -> Iterator[Block]:
         """(keys, values, visible, bias) of successive slots, at most about `size` at once."""
         ...
@@ -68,6 +73,11 @@ class Dense:
     def nbytes(self) -> int:
         """Keys, values and biases."""
         return _bytes(self.k) + _bytes(self.v) + _bytes(self.bias)
+
+    @property
+    def v_dim(self) -> int:
+        """Width of a value."""
+        return self.v.shape[-1]
 
     def blocks(self, queries: int, size: int) -> Iterator[Block]:
         """Runs of slots."""
@@ -111,6 +121,11 @@ class Ragged:
         held = (self.k, self.v, self.bias, self.offsets, self.lengths)
         return sum(_bytes(t) for t in held)
 
+    @property
+    def v_dim(self) -> int:
+        """Width of a value."""
+        return self.v.shape[-1]
+
     def blocks(self, queries: int, size: int) -> Iterator[Block]:
         """Runs of slots, the shorter heads filled up with what is not seen."""
         for start in range(0, self.longest, size):
@@ -143,9 +158,14 @@ class Listed:
 
     @property
     def nbytes(self) -> int:
-        """The listed keys and values, and the list."""
+        """The listed keys and values, places of the list that hold none included, and the list."""
         width = (self.k.shape[-1] + self.v.shape[-1]) * self.k.element_size()
         return self.index.numel() * self.page * width + _bytes(self.index)
+
+    @property
+    def v_dim(self) -> int:
+        """Width of a value."""
+        return self.v.shape[-1]
 
     def blocks(self, queries: int, size: int) -> Iterator[Block]:
         """Runs of listed slots, gathered."""
@@ -181,6 +201,11 @@ class Coded:
         share = self.index.shape[-1] * self.page / max(1, self.k.tokens)
         heads = self.index.shape[1] / self.k.data.shape[1]
         return int(held * share * heads) + _bytes(self.index)
+
+    @property
+    def v_dim(self) -> int:
+        """Width of a value."""
+        return self.v.dim
 
     def blocks(self, queries: int, size: int) -> Iterator[Block]:
         """Runs of slots, read as numbers run by run."""
@@ -224,8 +249,10 @@ def listed(
 
 def taken(x: Tensor, at: Int[Tensor, "batch list_heads n"]) -> Tensor:
     """Rows `at` of x, whose heads are repeated where a list is one of query heads."""
-    if at.shape[1] != x.shape[1]:
-        x = x.repeat_interleave(at.shape[1] // x.shape[1], dim=1)
+    if at.shape[1] != x.shape[1]:  # never the whole of x once for every query head
+        row = torch.arange(x.shape[0], device=x.device)[:, None, None]
+        head = torch.arange(at.shape[1], device=x.device) // (at.shape[1] // x.shape[1])
+        return x[row, head[:, None], at.long()]
     return x.gather(2, at.long()[..., None].expand(-1, -1, -1, x.shape[-1]))
 
 

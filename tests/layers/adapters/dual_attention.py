@@ -68,7 +68,7 @@ def dual_attention(case: Case) -> Iterator[Check]:
     if "symbols" in case.mids and symbols != "relative":
         yield case.compare("mid.symbols", layer.symbols_of(inputs))
     if "relations" in case.mids:
-        relations = layer.relate(q, layer._heads(k[:, 0]))
+        relations = layer.relate(q, layer.split_heads(k[:, 0]))
         yield case.compare("mid.relations", relations.permute(0, 2, 3, 1))
     if "relational_weights" in case.mids:
         yield case.compare("mid.relational_weights", layer.weights(x)[:, :n])
