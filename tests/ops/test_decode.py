@@ -252,11 +252,3 @@ def test_the_best_pages_come_ascending_and_the_earlier_of_equals_first(
     found = best_pages(torch.tensor(row)[None, None], count)
     assert found.dtype == torch.int32
     assert found[0, 0].tolist() == chosen
-
-
-def test_nothing_held_is_as_wide_as_values() -> None:
-    q, k, v = torch.randn(1, 2, 1, 8), torch.zeros(1, 1, 0, 8), torch.zeros(1, 1, 0, 5)
-    out, lse = decode(q, [Dense(k, v)])
-    assert out.shape == (1, 2, 1, 5)
-    assert out.eq(0).all()
-    assert lse.isneginf().all()

@@ -91,8 +91,7 @@ def reference_decode(q: Tensor, segments: Sequence[Segment], scale: float) -> tu
         if k.shape[2]
     ]
     if not parts:
-        width = segments[0].v_dim if segments else dim
-        return q.new_zeros(*q.shape[:3], width), q.new_full(q.shape[:3], -torch.inf)
+        return q.new_zeros(*q.shape[:3], dim), q.new_full(q.shape[:3], -torch.inf)
     return parts[0] if len(parts) == 1 else merge(parts)
 
 

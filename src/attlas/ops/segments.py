@@ -38,11 +38,6 @@ class Segment(Protocol):
         """Bytes of keys, values and what goes with them that one step reads."""
         ...
 
-    @property
-    def v_dim(self) -> int:
-        """Width of a value."""
-        ...
-
     def blocks(self, queries: int, size: int) -> Iterator[Block]:
         """(keys, values, visible, bias) of successive slots, at most about `size` at once."""
         ...
@@ -73,11 +68,6 @@ class Dense:
     def nbytes(self) -> int:
         """Keys, values and biases."""
         return _bytes(self.k) + _bytes(self.v) + _bytes(self.bias)
-
-    @property
-    def v_dim(self) -> int:
-        """Width of a value."""
-        return self.v.shape[-1]
 
     def blocks(self, queries: int, size: int) -> Iterator[Block]:
         """Runs of slots."""
@@ -121,11 +111,6 @@ class Ragged:
         held = (self.k, self.v, self.bias, self.offsets, self.lengths)
         return sum(_bytes(t) for t in held)
 
-    @property
-    def v_dim(self) -> int:
-        """Width of a value."""
-        return self.v.shape[-1]
-
     def blocks(self, queries: int, size: int) -> Iterator[Block]:
         """Runs of slots, the shorter heads filled up with what is not seen."""
         for start in range(0, self.longest, size):
@@ -162,11 +147,6 @@ class Listed:
         width = (self.k.shape[-1] + self.v.shape[-1]) * self.k.element_size()
         return self.index.numel() * self.page * width + _bytes(self.index)
 
-    @property
-    def v_dim(self) -> int:
-        """Width of a value."""
-        return self.v.shape[-1]
-
     def blocks(self, queries: int, size: int) -> Iterator[Block]:
         """Runs of listed slots, gathered."""
         for index in self.index.split(max(1, size // self.page), dim=-1):
@@ -201,11 +181,6 @@ class Coded:
         share = self.index.shape[-1] * self.page / max(1, self.k.tokens)
         heads = self.index.shape[1] / self.k.data.shape[1]
         return int(held * share * heads) + _bytes(self.index)
-
-    @property
-    def v_dim(self) -> int:
-        """Width of a value."""
-        return self.v.dim
 
     def blocks(self, queries: int, size: int) -> Iterator[Block]:
         """Runs of slots, read as numbers run by run."""
