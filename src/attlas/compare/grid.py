@@ -70,6 +70,7 @@ FAMILY = (
         "quest-page-selection", "loki-low-rank-keys", "lrqk-low-rank-attention",
         "recycled-attention", "delta-layer-aware-attention",
     ) for keep in (0.25, 0.125)),
+    *(f"loki-low-rank-keys(keep={keep}, rank=0.5)" for keep in (0.25, 0.125)),
     "adaptive-long-context-heads",
     "snapkv(keep=0.5)+quantized-cache(bits=4)",
     "snapkv(keep=0.25)+quantized-cache(bits=4)",

@@ -24,6 +24,7 @@ Source: "AKVQ-VL: Attention-Aware KV Cache Adaptive 2-Bit Quantization for Visio
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -68,6 +69,8 @@ class AKVQ(Quantizer):
     Raises:
         ValueError: bits that are not offered, shares or runs out of order.
     """
+
+    everything: ClassVar[dict[str, Any]] = {"bits": 16, "salient_bits": 16}
 
     def __init__(
         self,

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -122,6 +123,8 @@ class EigenAttention(Calibrated, Quantizer):
     """
 
     rotates = True
+
+    everything: ClassVar[dict[str, Any]] = {"keep": 1.0}
 
     def __init__(
         self,

@@ -13,6 +13,8 @@ Source: the scheme of "KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV C
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 from torch import nn
 
 from attlas.catalog.registry import mechanism
@@ -48,6 +50,8 @@ class QuantizedCache(Quantizer):
         ValueError: bits that are not offered, 16 for keys or values alone, a group that does not
             divide the model's channels.
     """
+
+    everything: ClassVar[dict[str, Any]] = {"bits": 16}
 
     def __init__(
         self,

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, ClassVar
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -60,6 +61,8 @@ class WKVQuant(Calibrated, Quantizer):
     Raises:
         ValueError: bits that are not offered, a group that does not divide the channels.
     """
+
+    everything: ClassVar[dict[str, Any]] = {"bits": 16}
 
     def __init__(
         self,

@@ -20,7 +20,7 @@ Source: "ZipCache: Accurate and Efficient KV Cache Quantization with Salient Tok
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -66,6 +66,8 @@ class ZipCache(Quantizer):
     Raises:
         ValueError: bits that are not offered, shares out of range.
     """
+
+    everything: ClassVar[dict[str, Any]] = {"salient_bits": 16, "other_bits": 16}
 
     def __init__(
         self,

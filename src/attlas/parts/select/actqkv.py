@@ -84,6 +84,8 @@ class ActQKV(Selection):
     rotates = True
     exact_prefill = False
 
+    everything: ClassVar[dict[str, Any]] = {"tokens": 4096}
+
     def __init__(
         self,
         keep: float | None = None,

@@ -18,6 +18,8 @@ each chunk, which the paper also tries, are not built.
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -48,6 +50,8 @@ class AdaptiveLongContext(Selection):
     Raises:
         ValueError: a number out of range, or sinks that are no whole number of pages.
     """
+
+    everything: ClassVar[dict[str, Any]] = {"window": 4096}
 
     def __init__(
         self, threshold: float = 0.6, *, sinks: int = 16, window: int = 128, page: int = 16

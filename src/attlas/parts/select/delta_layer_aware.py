@@ -18,7 +18,7 @@ the bottom looks at its neighbours alone and misleads all behind it, so that it 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -61,6 +61,8 @@ class DeltaLayerAware(Selection):
 
     #: Slots of one layer must be those of another, which dropping or sorting tokens by head would end.
     joins: ClassVar[tuple[Role, ...]] = ()
+
+    everything: ClassVar[dict[str, Any]] = {"tokens": 4096}
 
     def __init__(
         self,

@@ -20,7 +20,7 @@ Source: "Loki: Low-Rank Keys for Efficient Sparse Attention".
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -113,6 +113,8 @@ class Loki(Calibrated, Selection):
 
     #: Approximate logits choose which pairs meet.
     stages = ("score", "mask")
+
+    everything: ClassVar[dict[str, Any]] = {"keep": 1.0}
 
     def __init__(
         self,

@@ -29,7 +29,7 @@ Source: "Efficient Low Rank Attention for Long-Context Inference in Large Langua
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -72,6 +72,8 @@ class LRQK(Selection):
 
     #: Codes choose which pairs meet.
     stages = ("score", "mask")
+
+    everything: ClassVar[dict[str, Any]] = {"keep": 1.0}
 
     def __init__(
         self,

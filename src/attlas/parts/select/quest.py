@@ -18,6 +18,7 @@ of the newest token competes with the others instead of being always read.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -53,6 +54,8 @@ class Quest(Selection):
     Raises:
         ValueError: none or several of `keep`, `tokens` and `pages`, or one out of range.
     """
+
+    everything: ClassVar[dict[str, Any]] = {"keep": 1.0}
 
     def __init__(
         self,

@@ -16,6 +16,8 @@ Source: "Recycled Attention: Efficient inference for long-context language model
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
@@ -52,6 +54,8 @@ class RecycledAttention(Selection):
     Raises:
         ValueError: no budget or two, both a stride and a similarity, or one out of range.
     """
+
+    everything: ClassVar[dict[str, Any]] = {"stride": 1}
 
     def __init__(
         self,

@@ -16,6 +16,8 @@ Attention: Fast and Accurate Sparse Attention Inference by Delta Correction" rep
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -44,6 +46,8 @@ class SparsePrefill(Part):
 
     #: A pattern chooses which pairs may meet.
     stages = ("mask",)
+
+    everything: ClassVar[dict[str, Any]] = {"window": 4096}
 
     def __init__(self, *, sinks: int = 4, window: int = 2048) -> None:
         if sinks < 0:
