@@ -85,6 +85,9 @@ def page(folder: Path) -> str:
         "from the full cache's next-token distributions. *ppl*: perplexity of the true continuation over",
         "the full cache's.",
         "",
+        "Gates of `duo-attention` and scales of `wkvquant` were made by `attlas calibrate`; the random",
+        "gates that they are compared with are `torch.rand(30, 3)` after `torch.manual_seed(0)`.",
+        "",
     ]
     for length in reversed(lengths):
         text += _table(rows, length)
