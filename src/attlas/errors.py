@@ -29,6 +29,21 @@ class UnknownName(UserError):
         self.near = near
 
 
+def exactly_one(what: str, **options: object) -> None:
+    """Nothing, if one of the options is given and the others are None.
+
+    Raises:
+        ValueError: otherwise, naming the options and those that were given.
+    """
+    given = [name for name, value in options.items() if value is not None]
+    if len(given) != 1:
+        *others, last = (f"{name}=" for name in options)
+        raise UserError(
+            f"{what} takes exactly one of {', '.join(others)} or {last}, got "
+            + (" and ".join(given) or "none")
+        )
+
+
 def at_least_one(name: str, value: int) -> int:
     """`value` if it is a whole number of at least 1.
 

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import json
 import operator
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from importlib.util import find_spec
 from itertools import product
@@ -19,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from interpreted import interpreted
 
 from attlas.ops.decode import reference_decode
 from attlas.ops.quantize import Codes, encode, pack
@@ -175,12 +173,7 @@ def _double(segment: Coded) -> Coded:
 def judged() -> dict[str, tuple[float, float]]:
     if torch.cuda.is_available():
         return {name: errors(name, "cuda") for name in CASES}
-    run = subprocess.run(
-        [sys.executable, __file__], capture_output=True, text=True, check=False,
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-2000:]
-    return dict(json.loads(line) for line in run.stdout.splitlines())
+    return dict(json.loads(line) for line in interpreted(__file__).splitlines())
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -7,15 +7,13 @@ program, prints a line for each.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
+from interpreted import interpreted
 from torch import Tensor
 
 from attlas.ops.decode import decode
@@ -257,12 +255,7 @@ def judged_all(device: str) -> dict[str, tuple[float, float]]:
 def judged() -> dict[str, tuple[float, float]]:
     if torch.cuda.is_available():
         return judged_all("cuda")
-    run = subprocess.run(
-        [sys.executable, __file__], capture_output=True, text=True, check=False,
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-2000:]
-    return dict(json.loads(run.stdout))
+    return dict(json.loads(interpreted(__file__)))
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -7,7 +7,6 @@ of their own, one for all: this file, run as a program, prints a line for each.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -16,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from interpreted import interpreted
 
 from attlas import masks, ops
 from attlas.ops import latent as op
@@ -107,12 +107,7 @@ def errors(name: str, device: str = "cpu") -> tuple[float, float]:
 def judged() -> dict[str, tuple[float, float]]:
     if torch.cuda.is_available():
         return {name: errors(name, "cuda") for name in CASES}
-    run = subprocess.run(
-        [sys.executable, __file__], capture_output=True, text=True, check=False,
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-2000:]
-    return dict(json.loads(line) for line in run.stdout.splitlines())
+    return dict(json.loads(line) for line in interpreted(__file__).splitlines())
 
 
 @pytest.mark.parametrize("name", CASES)

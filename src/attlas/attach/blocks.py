@@ -33,7 +33,7 @@ def weight_blocks(
     rows = max(1, size // (batch * heads * slots))
     keys = call.k.float().repeat_interleave(call.groups, dim=1)
     columns = call.head_columns
-    queries = call.queries
+    queries, real = call.queries, call.real
     triangle = call.mask is None and call.is_causal and length > 1
     for start in range(0, length, rows):
         stop = min(start + rows, length)
@@ -49,10 +49,8 @@ def weight_blocks(
         elif call.mask is not None:
             scores.masked_fill_(~call.mask[:, :, start:stop], -torch.inf)
         weights = _softmax(scores, call.sinks)
-        if call.step.real is not None:
-            offset = call.step.offset
-            real = call.step.real[:, offset + start : offset + stop].to(weights.device)
-            weights = weights * real[:, None, :, None]
+        if real is not None:
+            weights = weights * real[:, None, start:stop, None]
         yield weights, queries[start:stop], at
 
 

@@ -116,6 +116,14 @@ class Call:
         return self.step.hidden.get(self.module)
 
     @property
+    def real(self) -> Bool[Tensor, "batch query"] | None:
+        """Which of this call's tokens are no padding; None when all are."""
+        if self.step.real is None:
+            return None
+        first = self.step.offset
+        return self.step.real[:, first : first + self.q.shape[2]].to(self.q.device)
+
+    @property
     def queries(self) -> Int[Tensor, " query"]:
         """Original columns of the queries."""
         first = self.step.offset

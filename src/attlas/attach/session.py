@@ -160,7 +160,7 @@ def layer_bytes(layer: Any) -> int:
         *(getattr(layer, name, None) for name in ("keys", "values")),
         *getattr(layer, "states", {}).values(),
     ]
-    return sum(t.numel() * t.element_size() for t in held if isinstance(t, Tensor))
+    return sum(t.nbytes for t in held if isinstance(t, Tensor))
 
 
 def bytes_read(cache: Any) -> int:

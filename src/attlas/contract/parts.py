@@ -219,7 +219,7 @@ def bytes_promised(subject: Subject) -> Iterator[Measure]:
                 bodies = [b for layer in session.cache.layers for b in layer.bodies.values()]
                 slots = [layer.index for layer in session.cache.layers]
                 slots += [getattr(body, "column", None) for body in bodies]
-                held -= sum(t.numel() * t.element_size() for t in slots if t is not None)
+                held -= sum(t.nbytes for t in slots if t is not None)
         yield holds(f"{case} at most", held <= promise, f"{held} bytes held, {promise} promised")
         off = abs(held - promise) / promise
         yield Measure(f"{case} within", off, 0.02, f"{held} bytes held, {promise} promised")

@@ -103,9 +103,8 @@ class Seq2Seq(AttlasModel, GenerationMixin):  # type: ignore[misc]
         self.norm = nn.RMSNorm(width, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(width, config.vocab_size, bias=False)
         #: Whether keys and values of the target can be kept from step to step.
-        self.keeps = not any(
-            getattr(layer.cross_attention, "needs_earlier_queries", False) for layer in self.layers
-        )
+        layers: Any = self.layers
+        self.keeps = not any(layer.cross_attention.needs_earlier_queries for layer in layers)
         self.gradient_checkpointing = False
         self.post_init()
 

@@ -68,7 +68,7 @@ class Codes:
     @property
     def nbytes(self) -> int:
         """Bytes held: codes, steps, zeros and channel factors."""
-        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+        return sum(t.nbytes for t in self.tensors.values())
 
     def with_tensors(self, tensors: dict[str, Tensor]) -> Codes:
         """The same format over other tensors, as rows in another order."""

@@ -67,7 +67,7 @@ class Dense:
     @property
     def nbytes(self) -> int:
         """Keys, values and biases."""
-        return _bytes(self.k) + _bytes(self.v) + _bytes(self.bias)
+        return self.k.nbytes + self.v.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
     def blocks(self, queries: int, size: int) -> Iterator[Block]:
         """Runs of slots."""
@@ -109,7 +109,7 @@ class Ragged:
     def nbytes(self) -> int:
         """Keys, values, biases, offsets and lengths."""
         held = (self.k, self.v, self.bias, self.offsets, self.lengths)
-        return sum(_bytes(t) for t in held)
+        return sum(t.nbytes for t in held if t is not None)
 
     def blocks(self, queries: int, size: int) -> Iterator[Block]:
         """Runs of slots, the shorter heads filled up with what is not seen."""
@@ -145,7 +145,7 @@ class Listed:
     def nbytes(self) -> int:
         """The listed keys and values, places of the list that hold none included, and the list."""
         width = (self.k.shape[-1] + self.v.shape[-1]) * self.k.element_size()
-        return self.index.numel() * self.page * width + _bytes(self.index)
+        return self.index.numel() * self.page * width + self.index.nbytes
 
     def blocks(self, queries: int, size: int) -> Iterator[Block]:
         """Runs of listed slots, gathered."""
@@ -180,7 +180,7 @@ class Coded:
             return held
         share = self.index.shape[-1] * self.page / max(1, self.k.tokens)
         heads = self.index.shape[1] / self.k.data.shape[1]
-        return int(held * share * heads) + _bytes(self.index)
+        return int(held * share * heads) + self.index.nbytes
 
     def blocks(self, queries: int, size: int) -> Iterator[Block]:
         """Runs of slots, read as numbers run by run."""
@@ -229,7 +229,3 @@ def taken(x: Tensor, at: Int[Tensor, "batch list_heads n"]) -> Tensor:
         head = torch.arange(at.shape[1], device=x.device) // (at.shape[1] // x.shape[1])
         return x[row, head[:, None], at.long()]
     return x.gather(2, at.long()[..., None].expand(-1, -1, -1, x.shape[-1]))
-
-
-def _bytes(t: Tensor | None) -> int:
-    return 0 if t is None else t.numel() * t.element_size()

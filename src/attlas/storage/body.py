@@ -85,7 +85,7 @@ class Body(ABC):
     @property
     def nbytes(self) -> int:
         """Bytes of all that is held."""
-        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+        return sum(t.nbytes for t in self.tensors.values())
 
     def columns(self, batch: int, heads: int, device: torch.device) -> Tensor:
         """Original column of every slot, [batch, kv_heads, slots]."""

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from attlas.ops.quantize import Codes
+from attlas.ops.reference import repeated
 from attlas.ops.segments import Block, Coded
 from attlas.storage.body import Body
 from attlas.storage.coded import CodedBody
@@ -121,11 +122,11 @@ class ShiftedBody(CodedBody):
     def segment(self, index: Tensor | None = None, page: int = 1) -> Changed:  # type: ignore[override]
         """All slots, or those of the listed pages, shifted back."""
         k, v = self.shifts
-        extra = sum(t.numel() * t.element_size() for t in (k, v))
+        extra = sum(t.nbytes for t in (k, v))
         return Changed(
             super().segment(index, page),
-            lambda x: x + _each(k, x),
-            lambda x: x + _each(v, x),
+            lambda x: x + repeated(k, x.shape[1]).to(x.dtype),
+            lambda x: x + repeated(v, x.shape[1]).to(x.dtype),
             extra,
         )
 
@@ -140,9 +141,3 @@ class ShiftedBody(CodedBody):
         plain = CodedBody.restored(tensors, constants)
         shifts = (tensors["k.shift"], tensors["v.shift"])
         return cls(plain.k, plain.v, plain.index, plain.first, shifts=shifts)
-
-
-def _each(shift: Tensor, x: Tensor) -> Tensor:
-    """A shift for the heads of x, which lists of query heads repeat."""
-    repeats = x.shape[1] // shift.shape[1]
-    return (shift if repeats == 1 else shift.repeat_interleave(repeats, dim=1)).to(x.dtype)

@@ -33,7 +33,7 @@ class Growing:
     @property
     def nbytes(self) -> int:
         """Bytes of memory taken, room included."""
-        return self._room.numel() * self._room.element_size()
+        return self._room.nbytes
 
     def append(self, more: Shaped[Tensor, "batch heads new width"], beside: int = 0) -> None:
         """Put tokens behind those that are there; `beside` tokens are held elsewhere."""

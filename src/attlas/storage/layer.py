@@ -138,7 +138,7 @@ class StoredLayer(DynamicLayer):  # type: ignore[misc]
         tensors = [t for state in self.learned.values() for t in state.tensors.values()]
         tensors += [] if self.index is None else [self.index]
         bodies = [body.nbytes for body in self.bodies.values()]
-        return sum(growing) + sum(t.numel() * t.element_size() for t in tensors) + sum(bodies)
+        return sum(growing) + sum(t.nbytes for t in tensors) + sum(bodies)
 
     # Transformers' cache interface.
 
@@ -280,9 +280,12 @@ class StoredLayer(DynamicLayer):  # type: ignore[misc]
         """Dense slots of each row that hold a token and no padding; as many in every head."""
         if self.index is None and real is None:
             return [self.dense_slots] * (0 if self._keys is None else self._keys.tensor.shape[0])
-        return self._there(real)[:, 0].sum(dim=-1).tolist()
+        return self.there(real)[:, 0].sum(dim=-1).tolist()
 
-    def _there(self, real: Tensor | None) -> Bool[Tensor, "batch kv_heads slots"]:
+    def there(
+        self, real: Bool[Tensor, "batch seen"] | None
+    ) -> Bool[Tensor, "batch kv_heads slots"]:
+        """Which dense slots hold a token that is no padding."""
         columns = self.dense_columns()
         there = columns >= 0
         if real is None:
@@ -300,7 +303,7 @@ class StoredLayer(DynamicLayer):  # type: ignore[misc]
         keys, values = self.keys, self.values
         assert keys is not None
         assert values is not None
-        there = None if self.index is None and real is None else self._there(real)
+        there = None if self.index is None and real is None else self.there(real)
         if min(counts) == max(counts) and (there is None or (not self.ragged and there.all())):
             count = counts[0]
             first = self.seen - self.dense_slots
@@ -311,7 +314,7 @@ class StoredLayer(DynamicLayer):  # type: ignore[misc]
             rest = None if self.index is None else self.index[..., count:]
             self.index = None if rest is None or not rest.shape[-1] else rest
             return taken
-        there = self._there(real)
+        there = self.there(real)
         order = (~there).long().sort(dim=-1, stable=True).indices
         number = torch.arange(order.shape[-1], device=order.device)
         wanted = torch.tensor(counts, device=order.device)[:, None, None]

@@ -82,7 +82,7 @@ class Bases:
     @property
     def nbytes(self) -> int:
         """Bytes of the directions."""
-        return sum(b.numel() * b.element_size() for b in (self.k, self.v))
+        return sum(b.nbytes for b in (self.k, self.v))
 
     @cached_property
     def digest(self) -> str:
@@ -256,12 +256,12 @@ class LowRank:
     def nbytes(self) -> int:
         """Coordinates, positions and bases; of a list, its share of the first two."""
         held = [self.k, self.v] + ([] if self.positions is None else [self.positions])
-        bytes_held = sum(t.numel() * t.element_size() for t in held)
+        bytes_held = sum(t.nbytes for t in held)
         if self.index is None:
             return bytes_held + self.bases.nbytes
         listed_slots = self.index.shape[1] * self.index.shape[2] * self.page
         share = listed_slots / max(1, self.k.shape[1] * self.k.shape[2])
-        own = self.index.numel() * self.index.element_size()
+        own = self.index.nbytes
         return int(bytes_held * share) + own + self.bases.nbytes
 
     def blocks(self, queries: int, size: int) -> Iterator[Block]:

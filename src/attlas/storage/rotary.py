@@ -99,6 +99,14 @@ class Rotary:
         cos, sin = self.angles(positions)
         return turn(x, cos[:, None], sin[:, None])
 
+    def unrotate(
+        self, x: Float[Tensor, "batch heads tokens dim"], positions: Int[Tensor, "batch tokens"]
+    ) -> Float[Tensor, "batch heads tokens dim"]:
+        """x as it was before it was rotated to positions, in single precision at least."""
+        exact = torch.promote_types(x.dtype, torch.float32)
+        cos, sin = (angle[:, None].to(exact) for angle in self.back(positions))
+        return turn(x.to(exact), cos, sin)
+
     def back(self, positions: Int[Tensor, "batch tokens"]) -> Angles:
         """The angles that undo the rotation to positions."""
         cos, sin = self.angles(positions)

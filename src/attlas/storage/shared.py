@@ -85,7 +85,7 @@ class SharedBody(CodedBody):
         """Codes of all slots, or those of the listed pages."""
         if index is not None:
             return super().segment(index, page)
-        held = sum(h.tensor.numel() * h.tensor.element_size() for h in self.held.values())
+        held = sum(h.tensor.nbytes for h in self.held.values())
         return SharedCoded(self.k, self.v, self.lengths, held=held)
 
     @classmethod

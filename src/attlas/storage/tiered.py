@@ -121,14 +121,14 @@ class TieredBody(GrownBody):
     @property
     def nbytes(self) -> int:
         """Bytes on the device."""
-        return 0 if self.tier is None else _bytes(self.tier.k) + _bytes(self.tier.v)
+        return 0 if self.tier is None else self.tier.k.nbytes + self.tier.v.nbytes
 
     @property
     def host_bytes(self) -> int:
         """Bytes in host memory: keys, values, columns and the books of the tier."""
         books = 0
         if self.tier is not None:
-            books = self.tier.place.nbytes + _bytes(self.tier.slot) + _bytes(self.tier.used)
+            books = self.tier.place.nbytes + self.tier.slot.nbytes + self.tier.used.nbytes
         return super().nbytes + books
 
     def columns(self, batch: int, heads: int, device: torch.device) -> Tensor:
@@ -142,7 +142,7 @@ class TieredBody(GrownBody):
     def read(self) -> tuple[Tensor, Tensor]:
         """Keys and values of all slots, on the device for as long as they are needed."""
         k, v = (self.held[name].tensor.to(self.device) for name in ("k", "v"))
-        self.moved += _bytes(k) + _bytes(v)
+        self.moved += k.nbytes + v.nbytes
         return k, v
 
     def segment(self, index: Tensor | None = None, page: int = 1) -> Dense | Listed:
@@ -196,7 +196,7 @@ class TieredBody(GrownBody):
             if self.device.type == "cuda":
                 part = part.pin_memory()
             device_side[where[0], where[1], where[2]] = part.to(self.device, non_blocking=True)
-            self.moved += _bytes(part)
+            self.moved += part.nbytes
         self.misses += len(row)
 
     def _room_for(self, heads: int, tokens: int) -> Tier:
@@ -263,7 +263,3 @@ def _mark(used: Tensor, place: Tensor, which: Tensor, clock: int) -> None:
     """Note that the places which are marked were used now."""
     row, head, entry = which.nonzero(as_tuple=True)
     used[row, head, place[row, head, entry]] = clock
-
-
-def _bytes(x: Tensor) -> int:
-    return x.numel() * x.element_size()

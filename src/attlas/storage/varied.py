@@ -209,7 +209,7 @@ class VariedSegment:
     def nbytes(self) -> int:
         """Codes, outliers and what goes with them."""
         parts = (self.body.k, self.body.v)
-        return sum(t.numel() * t.element_size() for x in parts for t in x.tensors.values())
+        return sum(t.nbytes for x in parts for t in x.tensors.values())
 
     def blocks(self, queries: int, size: int) -> Iterator[Block]:
         """Runs of slots, read as numbers run by run."""

@@ -48,7 +48,7 @@ def measure_roof(device: torch.device, dtype: torch.dtype) -> Roof:
     matrix = torch.randn(size, size, device=device).to(dtype)
     copying = _median_time(lambda: target.copy_(source), device)
     product = _median_time(lambda: matrix @ matrix, device)
-    return Roof(2 * source.numel() * source.element_size() / copying, 2 * size**3 / product)
+    return Roof(2 * source.nbytes / copying, 2 * size**3 / product)
 
 
 def prefill_floor(model: Any, roof: Roof, length: int) -> float:
@@ -78,7 +78,7 @@ def _head_dim(config: Any) -> int:
 
 
 def _weight_bytes(model: Any) -> int:
-    return sum(p.numel() * p.element_size() for p in model.parameters())
+    return sum(p.nbytes for p in model.parameters())
 
 
 def _median_time(work: Callable[[], object], device: torch.device) -> float:

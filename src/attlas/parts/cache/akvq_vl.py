@@ -33,17 +33,18 @@ from torch import Tensor, nn
 from attlas.attach.call import Call
 from attlas.catalog.registry import mechanism
 from attlas.errors import UserError
-from attlas.ops.quantize import PLANES, check, encode
+from attlas.ops.quantize import check, encode
 from attlas.parts.cache.mixed import (
     attention_paid,
     column_ranks,
+    greatest,
     parted,
     remember,
     spread,
     taken_columns,
     widths,
 )
-from attlas.parts.cache.quantizer import Quantizer
+from attlas.parts.cache.quantizer import Quantizer, offered
 from attlas.storage.body import Body
 from attlas.storage.changed import TurnedBody, turned
 from attlas.storage.layer import LayerState, StoredLayer, Taken
@@ -87,9 +88,7 @@ class AKVQ(Quantizer):
         block: int = 128,
     ) -> None:
         super().__init__(recent=recent, block=block)
-        for name, number in (("bits", bits), ("salient_bits", salient_bits)):
-            if number not in (16, *PLANES):
-                raise UserError(f"{name} takes 16 or one of {sorted(PLANES)}, got {number}")
+        offered(bits=bits, salient_bits=salient_bits)
         if not 0 <= salient <= 1:
             raise UserError(f"salient must be in [0, 1], got {salient}")
         if any(not 0 <= start < stop for start, stop in images):
@@ -149,7 +148,7 @@ class AKVQ(Quantizer):
         worth = state.tensors["worth"].gather(-1, columns.clamp(min=0).long())
         pivot = real & (far(taken.k, real, self.pivot_cut) | far(taken.v, real, self.pivot_cut))
         plain = real & ~pivot
-        salient = plain & (worth > 0) if self._early(state) else top(worth, plain, self.salient)
+        salient = plain & (worth > 0) if self._early(state) else greatest(worth, plain, self.salient)
         classes = {
             "rest": (plain & ~salient, self.bits),
             "salient": (salient, self.salient_bits),
@@ -178,14 +177,3 @@ def far(
     away = (norm - norm.nanmedian(dim=-1, keepdim=True).values).abs()
     found: Tensor = away > cut * away.nanmedian(dim=-1, keepdim=True).values
     return found
-
-
-def top(
-    worth: Float[Tensor, "batch heads tokens"],
-    among: Bool[Tensor, "batch heads tokens"],
-    share: float,
-) -> Bool[Tensor, "batch heads tokens"]:
-    """The ⌊share · n⌋ of greatest worth among n tokens, by row and head."""
-    order = worth.masked_fill(~among, -torch.inf).argsort(dim=-1, descending=True, stable=True)
-    place = order.argsort(dim=-1)
-    return among & (place < (share * among.sum(dim=-1, keepdim=True)).floor())

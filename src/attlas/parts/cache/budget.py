@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from attlas.errors import UserError
+from attlas.errors import UserError, exactly_one
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,7 @@ class Budget:
     bytes: int | None = None
 
     def __post_init__(self) -> None:
-        given = [n for n in ("keep", "tokens", "bytes") if getattr(self, n) is not None]
-        if len(given) != 1:
-            raise UserError(
-                "a budget takes exactly one of keep= (a share), tokens= or bytes=, got "
-                + (" and ".join(given) or "none")
-            )
+        exactly_one("a budget", keep=self.keep, tokens=self.tokens, bytes=self.bytes)
         if self.keep is not None and not 0 < self.keep <= 1:
             raise UserError(f"keep must lie in (0, 1], got {self.keep}")
         for name in ("tokens", "bytes"):

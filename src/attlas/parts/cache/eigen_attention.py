@@ -39,7 +39,7 @@ from attlas import masks, ops
 from attlas.attach.call import Call
 from attlas.calibration import Calibrated, Calibration, Calibrator
 from attlas.catalog.registry import mechanism
-from attlas.errors import UserError, at_least_one
+from attlas.errors import UserError, at_least_one, exactly_one
 from attlas.parts.cache.part import CachePart
 from attlas.parts.cache.quantizer import Quantizer
 from attlas.storage.body import Body
@@ -85,9 +85,8 @@ class Subspaces(Calibrator):
         if self.rotary is not None:
             positions = call.positions[:, None]
             k, q = (turned(x, self.rotary, positions, back=True) for x in (k, q))
-        if call.step.real is not None:
-            first = call.step.offset
-            real = call.step.real[:, None, first : first + tokens, None].to(k)
+        if (real := call.real) is not None:
+            real = real[:, None, :, None].to(k)
             k, q, v = k * real, q * real, v * real
         both = torch.einsum("bhtd,bhte->hde", k, k) + torch.einsum("bhtd,bhte->hde", q, q)
         if self.rotary is not None:
@@ -138,13 +137,7 @@ class EigenAttention(Calibrated, Quantizer):
     ) -> None:
         Calibrated.__init__(self, calibration)
         Quantizer.__init__(self, recent=recent, block=block)
-        asked = {"keep": keep, "rank": rank, "energy": energy}
-        given = [name for name, value in asked.items() if value is not None]
-        if len(given) != 1:
-            raise UserError(
-                "eigen attention takes exactly one of keep= (a share of bytes), rank= or energy= "
-                f"(a share), got {' and '.join(given) or 'none'}"
-            )
+        exactly_one("eigen attention", keep=keep, rank=rank, energy=energy)
         for name, share in (("keep", keep), ("energy", energy)):
             if share is not None and not 0 < share <= 1:
                 raise UserError(f"{name} must lie in (0, 1], got {share}")

@@ -83,7 +83,7 @@ def attention_paid(
     keys = layer.keys
     assert keys is not None
     heads, columns = keys.shape[1], layer.dense_columns()
-    there = real_slots(layer, real)
+    there = layer.there(real)
     bodies = [body.segment() for body in layer.bodies.values()]
     for start in range(0, state.tensors["columns"].shape[1], AT_ONCE):
         queries = state.tensors["queries"][:, :, start : start + AT_ONCE]
@@ -98,18 +98,6 @@ def attention_paid(
             other = ops.decode(queries.float(), bodies, scale=state.scaling)[1]
             lse = torch.logaddexp(lse, rearrange(other, "b (h g) w -> b h g w", h=heads))
         yield (logits - lse[..., None]).exp().nan_to_num(0.0)
-
-
-def real_slots(
-    layer: StoredLayer, real: Bool[Tensor, "batch seen"] | None
-) -> Bool[Tensor, "batch kv_heads slots"]:
-    """Which dense slots hold a token that is no padding."""
-    columns = layer.dense_columns()
-    there = columns >= 0
-    if real is None:
-        return there
-    known = real[:, None].expand(-1, columns.shape[1], -1).to(columns.device)
-    return there & known.gather(-1, columns.clamp(min=0).long())
 
 
 def column_ranks(
@@ -171,3 +159,14 @@ def parted(taken: Taken, member: Bool[Tensor, "batch kv_heads slots"]) -> Taken 
         x.gather(2, order[..., None].expand(-1, -1, -1, x.shape[-1])) for x in (taken.k, taken.v)
     )
     return replace(taken, k=k, v=v, index=index.contiguous(), first=0)
+
+
+def greatest(
+    worth: Float[Tensor, "batch heads tokens"],
+    among: Bool[Tensor, "batch heads tokens"],
+    share: float,
+) -> Bool[Tensor, "batch heads tokens"]:
+    """The ⌊share · n⌋ of greatest worth among n tokens, by row and head."""
+    order = worth.masked_fill(~among, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+    place = order.argsort(dim=-1)
+    return among & (place < (share * among.sum(dim=-1, keepdim=True)).floor())

@@ -86,10 +86,8 @@ class ObservedAttention(CachePolicy):
         columns, keys, values = layer.dense_columns(), layer.keys, layer.values
         assert keys is not None
         assert values is not None
-        seen = (columns >= 0)[:, :, None] & (columns[:, :, None] <= call.queries[:, None])
-        if call.step.real is not None:
-            real = call.step.real.to(columns.device)[:, None].expand(-1, columns.shape[1], -1)
-            seen &= real.gather(-1, columns.clamp(min=0).long())[:, :, None]
+        there = layer.there(call.step.real)
+        seen = there[:, :, None] & (columns[:, :, None] <= call.queries[:, None])
         seen = seen.repeat_interleave(call.groups, dim=1)
         self.learn(state, replace(call, k=keys, v=values, columns=columns, mask=seen))
         self.settle(layer, state, call.step.real)

@@ -46,12 +46,8 @@ class QueryDirections(Calibrator):
         """Add the queries of a call that are no padding."""
         heads = call.k.shape[1]
         queries = rearrange(call.q.float(), "b (h g) t d -> b t h g d", h=heads)
-        if call.step.real is None:
-            queries = queries.flatten(0, 1)
-        else:
-            first = call.step.offset
-            real = call.step.real[:, first : first + call.q.shape[2]].to(queries.device)
-            queries = queries[real]
+        real = call.real
+        queries = queries.flatten(0, 1) if real is None else queries[real]
         self.add(f"{call.layer}.squares", torch.einsum("thgd,thge->hgde", queries, queries))
         self._sample(f"{call.layer}.sample", f"{call.layer}.lot", queries)
         self.add(f"{call.layer}.count", torch.tensor(len(queries)))

@@ -19,9 +19,9 @@ from torch import nn
 
 from attlas.catalog.registry import mechanism
 from attlas.errors import UserError
-from attlas.ops.quantize import PLANES, check, encode
+from attlas.ops.quantize import check, encode
 from attlas.parts.cache.mixed import widths
-from attlas.parts.cache.quantizer import Quantizer
+from attlas.parts.cache.quantizer import Quantizer, offered
 from attlas.storage.body import Body
 from attlas.storage.coded import CodedBody
 from attlas.storage.layer import LayerState, Taken
@@ -71,9 +71,7 @@ class QuantizedCache(Quantizer):
             raise UserError(f"key_group must be at least 1, got {key_group}")
         super().__init__(recent=recent, block=key_group)
         self.key_group, self.channel_group = key_group, channel_group
-        for name, given in (("key_bits", self.key_bits), ("value_bits", self.value_bits)):
-            if given not in (16, *PLANES):
-                raise UserError(f"{name} takes 16 or one of {sorted(PLANES)}, got {given}")
+        offered(key_bits=self.key_bits, value_bits=self.value_bits)
         if (self.key_bits == 16) != (self.value_bits == 16):
             raise UserError(
                 f"16 bits are for keys and values together, got key_bits={self.key_bits} and "

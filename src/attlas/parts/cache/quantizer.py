@@ -10,9 +10,21 @@ from torch import Tensor, nn
 
 from attlas.attach.call import Call
 from attlas.errors import UserError
+from attlas.ops.quantize import PLANES
 from attlas.parts.cache.part import CachePart, Role, absorb
 from attlas.storage.body import Body
 from attlas.storage.layer import LayerState, StoredLayer, Taken
+
+
+def offered(**bits: int) -> None:
+    """Nothing, if numbers can be held in so many bits; 16 are as they came.
+
+    Raises:
+        ValueError: they cannot, naming the option.
+    """
+    for name, number in bits.items():
+        if number not in (16, *PLANES):
+            raise UserError(f"{name} takes 16 or one of {sorted(PLANES)}, got {number}")
 
 
 class Quantizer(CachePart):

@@ -34,10 +34,10 @@ from torch import Tensor, nn
 from attlas.calibration import Calibrated, Calibration
 from attlas.catalog.registry import mechanism
 from attlas.errors import UserError
-from attlas.ops.quantize import PLANES, Codes, check, encode
+from attlas.ops.quantize import Codes, check, encode
 from attlas.parts.cache.fitting import fitted, narrowed
 from attlas.parts.cache.mixed import widths
-from attlas.parts.cache.quantizer import Quantizer
+from attlas.parts.cache.quantizer import Quantizer, offered
 from attlas.storage.body import Body
 from attlas.storage.changed import ShiftedBody
 from attlas.storage.layer import LayerState, Taken
@@ -78,8 +78,7 @@ class WKVQuant(Calibrated, Quantizer):
     ) -> None:
         Quantizer.__init__(self, recent=recent, block=block)
         Calibrated.__init__(self, calibration)
-        if bits not in (16, *PLANES):
-            raise UserError(f"bits takes 16 or one of {sorted(PLANES)}, got {bits}")
+        offered(bits=bits)
         if recent < 1:
             raise UserError(f"recent must be at least 1, the token of the step, got {recent}")
         if steps < 0:

@@ -29,11 +29,12 @@ from torch import Tensor, nn
 from attlas.attach.call import Call
 from attlas.catalog.registry import mechanism
 from attlas.errors import UserError
-from attlas.ops.quantize import PLANES, check, encode
+from attlas.ops.quantize import check, encode
 from attlas.parts.cache.mixed import (
     attention_paid,
     column_ranks,
     drawn,
+    greatest,
     parted,
     remember,
     spread,
@@ -41,7 +42,7 @@ from attlas.parts.cache.mixed import (
     tokens_seen,
     widths,
 )
-from attlas.parts.cache.quantizer import Quantizer
+from attlas.parts.cache.quantizer import Quantizer, offered
 from attlas.storage.body import Body
 from attlas.storage.layer import LayerState, StoredLayer, Taken
 from attlas.storage.packed import PackedBody
@@ -82,9 +83,7 @@ class ZipCache(Quantizer):
         seed: int = 0,
     ) -> None:
         super().__init__(recent=recent, block=block)
-        for name, bits in (("salient_bits", salient_bits), ("other_bits", other_bits)):
-            if bits not in (16, *PLANES):
-                raise UserError(f"{name} takes 16 or one of {sorted(PLANES)}, got {bits}")
+        offered(salient_bits=salient_bits, other_bits=other_bits)
         if not 0 <= ratio <= 1:
             raise UserError(f"ratio must be in [0, 1], got {ratio}")
         if not 0 < probes <= 0.5:
@@ -182,9 +181,7 @@ def least(
     ratio: float,
 ) -> Bool[Tensor, "batch kv_heads slots"]:
     """The ⌊ratio · n⌋ real slots of least score, n of them by row and head."""
-    order = scores.masked_fill(~real, torch.inf).argsort(dim=-1, stable=True)
-    place = order.argsort(dim=-1)
-    return place < (ratio * real.sum(dim=-1, keepdim=True)).floor()
+    return greatest(-scores, real, ratio)
 
 
 def channel_scale(

@@ -42,12 +42,11 @@ from attlas.errors import UserError, at_least_one
 from attlas.parts.cache.part import Role
 from attlas.parts.cache.policy import real_ranks
 from attlas.parts.select.chunks import by_rank, first_positions, left_aligned, real_counts
-from attlas.parts.select.probes import Running, best_of_rows, page_cosines, probe
+from attlas.parts.select.probes import Running, page_cosines, probe
 from attlas.parts.select.selection import Selection, keys_of, lengths_of
-from attlas.parts.select.summaries import Portion, extend, one_of
+from attlas.parts.select.summaries import Portion, extend, first_best
 from attlas.storage.body import Body
 from attlas.storage.layer import Chosen, LayerState, StoredLayer
-from attlas.storage.rotary import Rotary, turn
 
 #: A layer reads at least and at most this many times the average: 32 and 92 of 46 pages with the authors.
 LEAST, MOST = 0.7, 2
@@ -98,11 +97,9 @@ class ActQKV(Selection):
         horizon: int = 4,
     ) -> None:
         super().__init__(page=page, recent=local)
-        one_of(keep=keep, tokens=tokens)
-        for name, value in (("tokens", tokens), ("sinks", sinks)):
-            if value is not None and (value < 0 or value % page):
-                raise UserError(f"{name} must be a number of pages of {page}, got {value}")
-        self.portion = Portion(keep, None if tokens is None else tokens // page)
+        self.portion = Portion.asked(keep, tokens, page)
+        if sinks < 0 or sinks % page:
+            raise UserError(f"sinks must be a whole number of pages of {page}, got {sinks}")
         self.window = None if window is None else at_least_one("window", window)
         self.sinks, self.local, self.horizon = sinks, local, at_least_one("horizon", horizon)
 
@@ -125,7 +122,8 @@ class ActQKV(Selection):
         far = max(after) - self.local > self.sinks + self.page
         rank, real = real_ranks(call)
         q = call.q if call.step.real is None else left_aligned(call.q, real)
-        asked = self._at_the_edge(state, q, _aligned(call.positions, real))
+        positions = left_aligned(call.positions[:, None, :, None], real)[:, 0, :, 0]
+        asked = self._at_the_edge(state, q, positions)
         k, v = by_rank(call.k, call.v, None, call.step.real)
         pages = self._page_keys(state, k, first_positions(call)) if far else None
         starts, counts = (torch.tensor(n, device=q.device) for n in (before, new))
@@ -168,7 +166,8 @@ class ActQKV(Selection):
         near = ((start - self.local).clamp(min=0) // self.page).clamp(min=first)
         count = (near - first).clamp(min=0)
         scores = scores[:, first:]
-        chosen = best_of_rows(scores, count, self.portion.of_rows(count[:, None])[:, 0])
+        wanted = self.portion.of_rows(count[:, None])[:, 0]
+        chosen = first_best(scores, count, wanted, int(wanted.max()))
         self._note(state, scores, count, there.any(1))
         pages = torch.where(chosen >= 0, chosen + first, -1)
         inside = torch.arange(self.page, device=start.device)
@@ -220,11 +219,11 @@ class ActQKV(Selection):
             count = (lengths[:, 0] // self.page - first).clamp(min=0)
         self._note(state, scores, count, count >= 0)
         allowed = self._share(state, call, self.portion.of_rows(count[:, None])[:, 0], count)
-        chosen = best_of_rows(scores, count, allowed)
+        chosen = first_best(scores, count, allowed, int(allowed.max()))
         sinks = torch.arange(first, dtype=torch.int32, device=asked.device).expand(batch, -1)
         index = torch.cat([sinks, torch.where(chosen >= 0, chosen + first, -1)], dim=1)
         index = index[:, None].expand(-1, pages.shape[1], -1).contiguous()
-        return Chosen(index, self.page, body.slots, scored=pages.numel() * pages.element_size())
+        return Chosen(index, self.page, body.slots, scored=pages.nbytes)
 
     def _share(
         self,
@@ -276,9 +275,8 @@ class ActQKV(Selection):
         rotary = state.rotary
         if rotary is None:
             return q.float()
-        turned = _unturned(rotary, q, positions)
-        cos, sin = rotary.angles(torch.full_like(positions, self.local))
-        return turn(turned, cos[:, None].to(turned.dtype), sin[:, None].to(turned.dtype))
+        edge = torch.full_like(positions, self.local)
+        return rotary.rotate(rotary.unrotate(q, positions), edge)
 
     def _page_keys(
         self,
@@ -291,23 +289,9 @@ class ActQKV(Selection):
         turned = k
         if state.rotary is not None:
             positions = first[:, None] + torch.arange(k.shape[2], device=k.device)
-            turned = _unturned(state.rotary, k, positions)
+            turned = state.rotary.unrotate(k, positions)
         means: Tensor = turned.unflatten(2, (-1, self.page)).mean(3).to(k.dtype)
         return means
-
-
-def _unturned(
-    rotary: Rotary, x: Float[Tensor, "batch heads n dim"], positions: Int[Tensor, "batch n"]
-) -> Float[Tensor, "batch heads n dim"]:
-    wide = torch.promote_types(x.dtype, torch.float32)
-    cos, sin = rotary.back(positions)
-    return turn(x.to(wide), cos[:, None].to(wide), sin[:, None].to(wide))
-
-
-def _aligned(positions: Int[Tensor, "batch n"], real: Bool[Tensor, "batch n"]) -> Tensor:
-    """Positions of each row's real tokens first."""
-    order = (~real).long().sort(dim=1, stable=True).indices
-    return positions.gather(1, order)
 
 
 def _window(

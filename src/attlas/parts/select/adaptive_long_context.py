@@ -158,4 +158,4 @@ def gaussian_mass(
 
 def _scored(state: LayerState) -> int:
     """Bytes that a decision reads: the statistics. (The sinks and the window are read anyway.)"""
-    return sum(t.numel() * t.element_size() for t in state.tensors.values())
+    return sum(t.nbytes for t in state.tensors.values())

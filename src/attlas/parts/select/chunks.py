@@ -12,7 +12,7 @@ from attlas import ops
 from attlas.attach.call import Call
 from attlas.parts.cache.policy import real_ranks
 from attlas.storage.layer import LayerState, StoredLayer
-from attlas.storage.rotary import Rotary, turn
+from attlas.storage.rotary import Rotary
 
 
 class ChunkKeys:
@@ -99,12 +99,9 @@ def chunk_summaries(
     """(keys, mean outputs) of whole chunks, from queries and keys rotated to `positions`."""
     local = k
     if rotary is not None:
-        wide = torch.promote_types(k.dtype, torch.float32)
         inside = torch.arange(k.shape[2], device=k.device) % size
-        turned = k.to(wide)
-        for cos, sin in (rotary.back(positions), rotary.angles(inside.expand_as(positions))):
-            turned = turn(turned, cos[:, None].to(wide), sin[:, None].to(wide))
-        local = turned.to(k.dtype)
+        local = rotary.rotate(rotary.unrotate(k, positions), inside.expand_as(positions))
+        local = local.to(k.dtype)
     q, k, v, local = (_by_chunk(x, size) for x in (q, k, v, local))
     # Inside a chunk distances alone count, so that queries and keys may stay as they were rotated.
     mean = ops.attend(q, k, v, scale=scaling).mean(dim=2, keepdim=True)

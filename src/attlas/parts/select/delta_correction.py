@@ -53,13 +53,11 @@ class DeltaCorrection(Part):
         """The heads' outputs with what sparse attention missed."""
         if not is_prompt(call):
             return heads
-        first = call.step.offset
-        end = first + call.q.shape[2]  # a static cache has room behind the last token
-        real = None if call.step.real is None else call.step.real[:, first:end].to(heads.device)
+        end = call.step.offset + call.q.shape[2]  # a static cache has room behind the last token
         visible = None if call.model_mask is None else call.model_mask[..., :end]
         corrected = delta_correction(
             call.q, call.k[:, :, :end], call.v[:, :, :end], heads.transpose(1, 2),
             gamma=self.gamma, tail=self.tail, visible=visible, score_mod=call.score_mod,
-            scale=call.scaling, sinks=call.sinks, real=real,
+            scale=call.scaling, sinks=call.sinks, real=call.real,
         )  # fmt: skip
         return corrected.transpose(1, 2).contiguous()

@@ -28,7 +28,7 @@ from attlas.errors import UserError, at_least_one
 from attlas.parts.cache.part import Role
 from attlas.parts.select.row import key_bytes, weights_over
 from attlas.parts.select.selection import Selection, first_body, lengths_of
-from attlas.parts.select.summaries import Portion, best, one_of
+from attlas.parts.select.summaries import Portion, best
 from attlas.storage.body import Body
 from attlas.storage.layer import Chosen, LayerState, StoredLayer
 
@@ -76,10 +76,7 @@ class DeltaLayerAware(Selection):
     ) -> None:
         at_least_one("page", page)
         super().__init__(page=page, recent=recent, block=page * max(1, BLOCK // page))
-        one_of(keep=keep, tokens=tokens)
-        if tokens is not None and at_least_one("tokens", tokens) % page:
-            raise UserError(f"tokens must be a whole number of pages of {page}, got {tokens}")
-        self.portion = Portion(keep, None if tokens is None else tokens // page)
+        self.portion = Portion.asked(keep, tokens, page)
         if dense is not None and dense < 0:
             raise UserError(f"dense must be at least 0, got {dense}")
         if selection_layers is not None and not selection_layers:

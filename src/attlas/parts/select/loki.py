@@ -32,10 +32,10 @@ from attlas.catalog.registry import mechanism
 from attlas.errors import UserError, at_least_one
 from attlas.ops.reference import grouped_product
 from attlas.parts.select.selection import Selection, keys_of, lengths_of
-from attlas.parts.select.summaries import Portion, best, extend, one_of
+from attlas.parts.select.summaries import Portion, best, extend
 from attlas.storage.body import Body
 from attlas.storage.layer import Chosen, LayerState
-from attlas.storage.rotary import Rotary, turn
+from attlas.storage.rotary import Rotary
 
 NAME = "loki-low-rank-keys"
 
@@ -68,11 +68,9 @@ class KeyComponents(Calibrator):
         """Sum up k and k kᵀ over real tokens."""
         k = call.k[:, :, -call.q.shape[2] :]
         if (rotary := self.rotaries.get(call.layer)) is not None:
-            cos, sin = rotary.back(call.positions)
-            k = turn(k, cos[:, None], sin[:, None])
+            k = rotary.unrotate(k, call.positions)
         k, count = k.double(), torch.tensor(k.shape[0] * k.shape[2])
-        if call.step.real is not None:
-            real = call.step.real[:, -k.shape[2] :].to(k.device)
+        if (real := call.real) is not None:
             k, count = k * real[:, None, :, None], real.sum()
         self.add(f"{call.layer}.outer", torch.einsum("bhnd,bhne->hde", k, k))
         self.add(f"{call.layer}.sum", k.sum((0, 2)))
@@ -130,8 +128,7 @@ class Loki(Calibrated, Selection):
     ) -> None:
         Selection.__init__(self, block=block, offload=offload, capacity=capacity)
         Calibrated.__init__(self, calibration)
-        one_of(keep=keep, tokens=tokens)
-        self.portion = Portion(keep, None if tokens is None else at_least_one("tokens", tokens))
+        self.portion = Portion.asked(keep, tokens)
         if isinstance(rank, float) and not 0 < rank <= 1:
             raise UserError(f"rank must be a share in (0, 1] or a whole number, got {rank}")
         if rotary not in ("after", "before"):
@@ -180,5 +177,5 @@ class Loki(Calibrated, Selection):
         grouped = call.q[:, :, 0].to(codes.dtype).unflatten(1, (codes.shape[1], -1))
         queries = (grouped @ components).flatten(1, 2)[:, :, None]
         scores = grouped_product(queries, codes.mT)[:, :, 0]
-        read = codes.numel() * codes.element_size()
+        read = codes.nbytes
         return Chosen(best(scores, self.portion, lengths_of(body)), 1, body.slots, read)

@@ -239,10 +239,7 @@ class LongHeads(Selection):
         """
         keys, w = state.tensors["chunks"], self.chunk
         wide, rotary = torch.promote_types(q.dtype, torch.float32), state.rotary
-        raw = q.to(wide)
-        if rotary is not None:
-            cos, sin = rotary.back(positions)
-            raw = turn(raw, cos[:, None].to(wide), sin[:, None].to(wide))
+        raw = q.to(wide) if rotary is None else rotary.unrotate(q, positions)
         own = (rank // w)[:, None, :, None]
         number = torch.arange(keys.shape[2], device=q.device)
         scores = raw @ keys.to(wide).mT

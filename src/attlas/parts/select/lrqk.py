@@ -40,11 +40,13 @@ from attlas.catalog.registry import mechanism
 from attlas.errors import UserError, at_least_one
 from attlas.ops.reference import grouped_product, repeated
 from attlas.ops.segments import Coded, Listed, Segment, listed, taken
+from attlas.parts.cache.mixed import widths
 from attlas.parts.select.factors import coded, decoded, factorised
 from attlas.parts.select.selection import Selection, first_body, keys_of, lengths_of
-from attlas.parts.select.summaries import Portion, best, extend, one_of
+from attlas.parts.select.summaries import Portion, best, extend
 from attlas.storage.body import Body
 from attlas.storage.layer import Chosen, LayerState, StoredLayer
+from attlas.storage.low_rank import wide
 
 
 @mechanism(
@@ -89,16 +91,14 @@ class LRQK(Selection):
         capacity: int | None = None,
     ) -> None:
         super().__init__(recent=recent, block=block, offload=offload, capacity=capacity)
-        one_of(keep=keep, tokens=tokens)
-        self.portion = Portion(keep, None if tokens is None else at_least_one("tokens", tokens))
+        self.portion = Portion.asked(keep, tokens)
         self.rank, self.sweeps = at_least_one("rank", rank), at_least_one("sweeps", sweeps)
         self.refinements = at_least_one("refinements", refinements)
 
     def check(self, model: nn.Module) -> None:
         """Refuse a rank above the width of a head."""
         super().check(model)
-        config: Any = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
-        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        dim = widths(model)[0]
         if self.rank > dim:
             raise UserError(
                 f"rank={self.rank} is more than the {dim} channels of this model's heads"
@@ -108,7 +108,7 @@ class LRQK(Selection):
 
     def learn(self, state: LayerState, call: Call) -> None:
         """Sum up QᵀQ, KᵀK and the channels' sizes over real tokens, and hold the last query."""
-        known, real, q = state.tensors, real_of(call), call.q
+        known, real, q = state.tensors, call.real, call.q
         k, last = call.k[:, :, -q.shape[2] :], q[:, :, -1:]
         if real is not None:
             count = torch.arange(1, real.shape[1] + 1, device=q.device)
@@ -166,10 +166,7 @@ class LRQK(Selection):
         """Codes of what stays as it is, and what the prompt's last query would have read."""
         known, keys, columns = state.tensors, layer.keys, layer.dense_columns()
         assert keys is not None
-        there = columns >= 0
-        if real is not None:
-            seen = real[:, None].to(columns.device).expand(-1, columns.shape[1], -1)
-            there = there & seen.gather(-1, columns.clamp(min=0).long())
+        there = layer.there(real)
         m_k, query, m_q = (known.pop(name) for name in ("m_k", "query", "m_q"))
         heads = m_k.shape[1]
         codes = repeated(wide(keys), heads) @ m_k
@@ -183,7 +180,7 @@ class LRQK(Selection):
 
     def choose(self, state: LayerState, body: Body, call: Call) -> Chosen | None:
         """Code the new query and key, and name the tokens whose codes go best with the query's."""
-        known, real = state.tensors, real_of(call)
+        known, real = state.tensors, call.real
         q, k = wide(call.q), repeated(wide(call.k[:, :, -1:]), call.q.shape[1])
         pull, gram, read = at_hand(known, body, call.cache_layer, q)
         q_hat, k_hat, b_q, b_k = decoded(
@@ -201,7 +198,7 @@ class LRQK(Selection):
 
     def later(self, layer: StoredLayer, state: LayerState, call: Call) -> None:
         """Hold the new tokens' codes, then pack what is no longer recent."""
-        known, real, count = state.tensors, real_of(call), call.q.shape[2]
+        known, real, count = state.tensors, call.real, call.q.shape[2]
         new = known.pop("new", None)
         if new is None:
             new = coded(repeated(wide(call.k[:, :, -count:]), call.q.shape[1]), known["b_k"])
@@ -247,7 +244,7 @@ def at_hand(
     return (
         pull + q @ read.to(q.dtype).mT @ codes,
         gram + codes.mT @ codes,
-        read.numel() * read.element_size(),
+        read.nbytes,
     )
 
 
@@ -273,16 +270,3 @@ def at_columns(
     groups = tail.shape[1] // held.shape[1]
     at, found = (x.repeat_interleave(groups, dim=1) for x in (order.gather(-1, at), found))
     return taken(tail, at) * found[..., None]
-
-
-def real_of(call: Call) -> Bool[Tensor, "batch query"] | None:
-    """Which of a call's tokens are no padding; None when all are."""
-    if call.step.real is None:
-        return None
-    first = call.step.offset
-    return call.step.real[:, first : first + call.q.shape[2]].to(call.q.device)
-
-
-def wide(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """x in float32, or as it is in float64."""
-    return x if x.dtype == torch.float64 else x.float()

@@ -84,18 +84,3 @@ def page_cosines(
     )
     cosines: Tensor = products / sizes.clamp(min=1e-24)
     return cosines
-
-
-def best_of_rows(
-    scores: Float[Tensor, "batch pages"],
-    there: Int[Tensor, " batch"],
-    wanted: Int[Tensor, " batch"],
-) -> Int[Tensor, "batch chosen"]:
-    """Each row's best pages of its first `there`, ascending, as many as it wants; −1 behind them."""
-    number = torch.arange(scores.shape[1], device=scores.device)
-    scores = scores.masked_fill(number >= there[:, None], -torch.inf)
-    width = int(wanted.max())
-    order = scores.sort(dim=1, descending=True, stable=True).indices[:, :width]
-    chosen = torch.where(number[: order.shape[1]] < wanted[:, None], order, scores.shape[1])
-    chosen = chosen.sort(dim=1).values
-    return torch.where(chosen < scores.shape[1], chosen, -1).to(torch.int32)

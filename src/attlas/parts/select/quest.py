@@ -24,10 +24,10 @@ from torch import Tensor
 
 from attlas.attach.call import Call
 from attlas.catalog.registry import mechanism
-from attlas.errors import at_least_one
+from attlas.errors import at_least_one, exactly_one
 from attlas.ops.pages import page_bounds, page_scores
 from attlas.parts.select.selection import Selection, keys_of, lengths_of
-from attlas.parts.select.summaries import Portion, best, extend, one_of
+from attlas.parts.select.summaries import Portion, best, extend
 from attlas.storage.body import Body
 from attlas.storage.layer import Chosen, LayerState
 
@@ -70,7 +70,7 @@ class Quest(Selection):
         capacity: int | None = None,
     ) -> None:
         super().__init__(page=page, dense_layers=dense_layers, offload=offload, capacity=capacity)
-        one_of(keep=keep, tokens=tokens, pages=pages)
+        exactly_one("a selection", keep=keep, tokens=tokens, pages=pages)
         if tokens is not None:
             pages = max(LEAST_PAGES, at_least_one("tokens", tokens) // page)
         self.portion, self.shared = Portion(keep, pages), shared
@@ -91,5 +91,5 @@ class Quest(Selection):
         scores = page_scores(call.q, low, high, shared=self.shared)
         lengths = lengths_of(body)
         pages = None if lengths is None else -(-lengths // self.page)
-        read = 2 * low.numel() * low.element_size()
+        read = 2 * low.nbytes
         return Chosen(best(scores, self.portion, pages), self.page, body.slots, read)

@@ -29,7 +29,7 @@ from attlas.errors import UserError, at_least_one
 from attlas.parts.cache.policy import real_ranks
 from attlas.parts.select.row import key_bytes, weights_over
 from attlas.parts.select.selection import Selection, first_body, lengths_of
-from attlas.parts.select.summaries import Portion, best, one_of
+from attlas.parts.select.summaries import Portion, best
 from attlas.storage.body import Body
 from attlas.storage.layer import Chosen, LayerState, StoredLayer
 from attlas.storage.packed import PackedBody
@@ -66,8 +66,7 @@ class RecycledAttention(Selection):
         similarity: float | None = None,
     ) -> None:
         super().__init__()
-        one_of(keep=keep, tokens=tokens)
-        self.portion = Portion(keep, None if tokens is None else at_least_one("tokens", tokens))
+        self.portion = Portion.asked(keep, tokens)
         if stride is not None and similarity is not None:
             raise UserError(
                 f"give stride or similarity, not both; got stride={stride}, similarity={similarity}"

@@ -136,11 +136,6 @@ def first_body(layer: StoredLayer) -> Body | None:
     return next(iter(layer.bodies.values()), None)
 
 
-def real_slots(body: Body) -> Bool[Tensor, "batch kv_heads slots"] | None:
-    """Which slots of a body hold a token; None when all do."""
-    return None if body.index is None or body.index.amin() >= 0 else body.index >= 0
-
-
 def lengths_of(body: Body) -> Int[Tensor, "batch kv_heads"] | None:
     """How many of the first slots hold tokens, by row and head; None when all do."""
     lengths = body.lengths if isinstance(body, GrownBody) else None

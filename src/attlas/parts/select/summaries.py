@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from attlas.errors import UserError, at_least_one
+from attlas.errors import UserError, at_least_one, exactly_one
 from attlas.ops.pages import best_pages
 from attlas.storage.body import Body, GrownBody
 from attlas.storage.layer import LayerState
@@ -39,6 +39,18 @@ class Portion:
         if self.pages is not None:
             at_least_one("pages", self.pages)
 
+    @classmethod
+    def asked(cls, keep: float | None, tokens: int | None, page: int = 1) -> Portion:
+        """A share, or a number of tokens that fill whole pages.
+
+        Raises:
+            ValueError: none or both, a share out of range, or tokens that fill no pages.
+        """
+        exactly_one("a selection", keep=keep, tokens=tokens)
+        if tokens is not None and at_least_one("tokens", tokens) % page:
+            raise UserError(f"tokens must be a whole number of pages of {page}, got {tokens}")
+        return cls(keep, None if tokens is None else tokens // page)
+
     def of(self, pages: int) -> int:
         """How many of so many."""
         if self.keep is None:
@@ -50,16 +62,6 @@ class Portion:
         if self.keep is None:
             return pages.clamp(max=self.pages or 1)
         return (pages.double() * self.keep).long().clamp(min=1).minimum(pages)
-
-
-def one_of(**options: float | int | None) -> None:
-    """Raise a ValueError unless exactly one of the options is given."""
-    given = [name for name, value in options.items() if value is not None]
-    if len(given) != 1:
-        raise UserError(
-            f"a selection takes exactly one of {', '.join(f'{name}=' for name in options)}; got "
-            + (" and ".join(given) or "none")
-        )
 
 
 def best(
@@ -81,11 +83,29 @@ def best(
     if pages is None:
         return best_pages(scores, width)
     each = pages.repeat_interleave(scores.shape[1] // pages.shape[1], dim=1)
+    return first_best(scores, each, portion.of_rows(each), width)
+
+
+def first_best(
+    scores: Float[Tensor, "*rows pages"],
+    there: Int[Tensor, "*rows"],
+    wanted: Int[Tensor, "*rows"],
+    width: int,
+) -> Int[Tensor, "*rows width"]:
+    """Each row's best pages of its first `there`, as many as it wants, as `best` gives them.
+
+    Args:
+        scores: of all pages.
+        there: how many of the first pages each row has.
+        wanted: how many of them it takes.
+        width: the most that any takes.
+    """
+    longest = scores.shape[-1]
     place = torch.arange(longest, device=scores.device)
-    scores = scores.masked_fill(place >= each[..., None], -torch.inf)
+    scores = scores.masked_fill(place >= there[..., None], -torch.inf)
     order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :width]
-    there = place[:width] < portion.of_rows(each)[..., None]
-    chosen = torch.where(there, order, longest).sort(dim=-1).values
+    chosen = torch.where(place[: order.shape[-1]] < wanted[..., None], order, longest)
+    chosen = chosen.sort(dim=-1).values
     return torch.where(chosen < longest, chosen, -1).to(torch.int32)
 
 
