@@ -15,7 +15,7 @@ Source: "Attention Is All You Need".
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from einops import rearrange
@@ -45,7 +45,7 @@ class Attention(nn.Module):
         heads: query heads.
         kv_heads: key and value heads, a divisor of `heads`; as many unless given.
         head_dim: width of a head; dim / heads unless given.
-        causal: keys after the query are hidden.
+        causal: keys after the query are hidden; False unless that is the mechanism's only form.
         mask: a pattern that always holds, besides `causal`.
         position: a Position, or none, learned, sinusoidal, rope, alibi, t5.
         bias: whether the projections have one.
@@ -58,12 +58,18 @@ class Attention(nn.Module):
 
     #: Whether the mechanism has a causal form; without one it cannot decode step by step either.
     has_causal_form: ClassVar[bool] = True
+    #: Whether queries may see what comes after them; a recurrence that rewrites its state cannot.
+    has_two_sided_form: ClassVar[bool] = True
     #: Whether queries may come from one sequence and keys from another.
     has_cross_form: ClassVar[bool] = True
     #: Whether it brings its own positions, so that `position` is refused.
     has_own_position: ClassVar[bool] = False
     #: Whether a query's weights rest on the queries before it, so that it cannot cross-attend alone.
     needs_earlier_queries: ClassVar[bool] = False
+    #: Which masks it can honour: "pairs" any, "padding" real tokens only, "none" no mask at all.
+    takes_masks: ClassVar[Literal["pairs", "padding", "none"]] = "pairs"
+    #: Whether a cache keeps its keys and values; else it keeps a state that does not grow.
+    keeps_keys: ClassVar[bool] = True
     #: How the extra memory of a forward pass grows with the length: "linear" or "quadratic".
     memory_law: ClassVar[str] = "linear"
     #: Names of further tensors that `forward` takes by keyword and stages find in `inputs.extras`.
@@ -78,7 +84,7 @@ class Attention(nn.Module):
         kv_heads: int | None = None,
         head_dim: int | None = None,
         *,
-        causal: bool = False,
+        causal: bool | None = None,
         mask: Mask | None = None,
         position: Position | str | None = None,
         bias: bool = False,
@@ -95,8 +101,12 @@ class Attention(nn.Module):
         self.head_dim = dim // heads if head_dim is None else at_least_one("head_dim", head_dim)
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
+        causal = not self.has_two_sided_form if causal is None else causal
         if causal and not self.has_causal_form:
             raise ValueError(f"causal=True: {type(self).__name__} has no causal form")
+        if not causal and not self.has_two_sided_form:
+            raise ValueError(f"causal=False: {type(self).__name__} has no other form than a causal one")
+        self._check_mask(mask)
         if position is not None and self.has_own_position:
             name = type(self).__name__
             raise ValueError(f"position: {name} brings its own positions, got {position!r}")
@@ -170,7 +180,9 @@ class Attention(nn.Module):
         inputs = Inputs(x, context, positions, key_positions, mask, cache, self.layer_idx, extras)
         q, k, v = self.project(inputs)
         q, k = self.position(q, k, inputs)
-        if cache is not None:
+        if cache is not None and not self.keeps_keys:
+            inputs.advance()
+        elif cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
             length = int(cache.get_seq_length(self.layer_idx))
             k, v = k[:, :, :length], v[:, :, :length]  # a static cache gives its empty slots too
@@ -361,10 +373,18 @@ class Attention(nn.Module):
             )
         if cache is not None and not self.has_causal_form:
             raise ValueError(f"cache was given, but {name} has no causal form")
+        self._check_mask(mask)
         if isinstance(mask, Tensor) and mask.ndim not in (2, 4):
             raise ValueError(f"mask must have 2 or 4 axes, got {list(mask.shape)}")
         if mask is not None and not isinstance(mask, Mask | Tensor):
             raise TypeError(f"mask takes a Mask or a boolean tensor, got {type(mask).__name__}")
+
+    def _check_mask(self, mask: MaskLike | None) -> None:
+        per_pair = mask.ndim == 4 if isinstance(mask, Tensor) else mask not in (None, masks.causal)
+        refused = per_pair if self.takes_masks == "padding" else mask is not None
+        if self.takes_masks != "pairs" and refused:
+            takes = "only padding, [batch, keys]" if self.takes_masks == "padding" else "none"
+            raise ValueError(f"mask: {type(self).__name__} takes {takes}, got {mask!r}")
 
 
 #: The stages that one fused call stands for.

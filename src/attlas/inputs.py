@@ -87,6 +87,15 @@ class Inputs:
         if self.cache is not None:
             with_states(self.cache, self.layer_idx).states[name] = value
 
+    def advance(self) -> None:
+        """Count this pass's tokens as seen, in a cache that keeps no keys of them.
+
+        Raises:
+            ValueError: a cache whose layers cannot hold more than keys and values.
+        """
+        if self.cache is not None:
+            with_states(self.cache, self.layer_idx).seen += self.x.shape[1]
+
 
 def with_states(cache: Cache, layer_idx: int) -> Any:
     """The cache's layer, made one that also remembers named tensors.
@@ -107,7 +116,7 @@ def with_states(cache: Cache, layer_idx: int) -> Any:
                 f"values; got a {type(cache).__name__} of {type(layer).__name__}"
             )
         fuller = _state_layer()()
-        vars(fuller).update(vars(layer), states={})
+        vars(fuller).update(vars(layer))
         layer = cache.layers[layer_idx] = fuller
     return layer
 
@@ -118,20 +127,27 @@ def _state_layer() -> type:
     from transformers.cache_utils import DynamicLayer
 
     class StateLayer(DynamicLayer):  # type: ignore[misc]
-        """A dynamic layer with named tensors beside its keys and values, the batch first."""
+        """A dynamic layer with named tensors beside its keys and values, or in their place.
+
+        `seen` counts the tokens of which only the named tensors tell, whose first axis is the batch.
+        """
 
         is_croppable = False  # what a recurrence has taken in cannot be taken out again
 
         def __init__(self) -> None:
             super().__init__()
             self.states: dict[str, Tensor] = {}
+            self.seen = 0
+
+        def get_seq_length(self) -> int:
+            return self.seen or int(super().get_seq_length())
 
         def _each(self, change: Any) -> None:
             self.states = {name: change(state) for name, state in self.states.items()}
 
         def reset(self) -> None:
             super().reset()
-            self.states = {}
+            self.states, self.seen = {}, 0
 
         def crop(self, tokens_to_remove: int) -> None:
             if tokens_to_remove and self.states:
@@ -139,15 +155,18 @@ def _state_layer() -> type:
             super().crop(tokens_to_remove)
 
         def reorder_cache(self, beam_idx: Tensor) -> None:
-            super().reorder_cache(beam_idx)
+            if self.keys is not None:
+                super().reorder_cache(beam_idx)
             self._each(lambda state: state.index_select(0, beam_idx.to(state.device)))
 
         def batch_repeat_interleave(self, repeats: int) -> None:
-            super().batch_repeat_interleave(repeats)
+            if self.keys is not None:
+                super().batch_repeat_interleave(repeats)
             self._each(lambda state: state.repeat_interleave(repeats, dim=0))
 
         def batch_select_indices(self, indices: Tensor) -> None:
-            super().batch_select_indices(indices)
+            if self.keys is not None:
+                super().batch_select_indices(indices)
             self._each(lambda state: state[indices])
 
     return StateLayer

@@ -7,6 +7,7 @@ from attlas.ops.fused import fused
 from attlas.ops.latent import latent_attend
 from attlas.ops.memory_efficient import memory_efficient
 from attlas.ops.pages import best_pages, page_bounds, page_scores
+from attlas.ops.recurrence import recurrence
 from attlas.ops.reference import (
     as_dense,
     grouped_product,
@@ -35,6 +36,7 @@ __all__ = [
     "merge",
     "page_bounds",
     "page_scores",
+    "recurrence",
     "reference",
     "repeated",
     "running_mean",

@@ -36,6 +36,8 @@ def wrong_inputs(subject: Subject) -> Iterator[Measure]:
     yield refuses("another width", lambda: layer(x[..., :-1]), "x")
     yield refuses("no batch", lambda: layer(x[0]), "x")
     short = torch.ones(2, 6, dtype=torch.bool)
+    if subject.object.takes_masks == "none":
+        return
     yield refuses("mask too short", lambda: layer(x, mask=short), "mask")
     yield refuses("mask of 3 axes", lambda: layer(x, mask=short[None]), "mask")
 
@@ -52,6 +54,8 @@ def forms_refused(subject: Subject) -> Iterator[Measure]:
         yield refuses("context when causal", lambda: causal(x, x), "context")
         cache = causal.init_cache()
         yield refuses("context with a cache", lambda: causal(x, x, cache=cache), "context")
+    if not subject.object.has_two_sided_form:
+        yield refuses("causal=False", lambda: subject.layer(causal=False), "causal")
     if not subject.causal_form:
         from transformers import DynamicCache
 

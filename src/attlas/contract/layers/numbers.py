@@ -61,7 +61,9 @@ def extreme_inputs(subject: Subject) -> Iterator[Measure]:
         blind = torch.ones(2, 1, 9, 9, dtype=torch.bool)
         blind[0, 0, 3] = False
         blind[1] = False
-        for what, mask in {"rows that see nothing": blind, "all padding": blind[:, 0, 0] & False}.items():
+        unseen = {"all padding": blind[:, 0, 0] & False, "rows that see nothing": blind}
+        taken = {"none": 0, "padding": 1, "pairs": 2}[subject.object.takes_masks]
+        for what, mask in list(unseen.items())[:taken]:
             quiet = x.clone().requires_grad_()
             y = layer(quiet, mask=mask)
             y.float().sum().backward()

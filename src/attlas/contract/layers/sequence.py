@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from attlas.contract.measure import Measure, Subject, check, finite, refuses, same
+from attlas.contract.measure import Measure, Subject, check, finite, holds, refuses, same
 
 
 def _inputs(layer: object, batch: int = 2, tokens: int = 11) -> Tensor:
@@ -35,6 +35,11 @@ def causality(subject: Subject) -> Iterator[Measure]:
 @check("layer")
 def padding(subject: Subject) -> Iterator[Measure]:
     """Tokens padded left, right or not at all get the same answers, whatever the padding holds."""
+    if subject.object.takes_masks == "none":
+        layer = subject.layer()
+        real = torch.ones(2, 11, dtype=torch.bool)
+        yield refuses("padding", lambda: layer(_inputs(layer), mask=real), "mask")
+        return
     for case, options in subject.forms():
         layer = subject.layer(**options)
         x = _inputs(layer, tokens=6)
@@ -73,6 +78,12 @@ def masks(subject: Subject) -> Iterator[Measure]:
     x = _inputs(layer)
     tokens = x.shape[1]
     pattern = window(3)
+    if subject.object.takes_masks != "pairs":
+        pairs = torch.ones(2, 1, tokens, tokens, dtype=torch.bool)
+        yield refuses("pattern", lambda: layer(x, mask=pattern), "mask")
+        yield refuses("tensor", lambda: layer(x, mask=pairs), "mask")
+        yield refuses("its own pattern", lambda: subject.layer(mask=pattern), "mask")
+        return
     pairs = dense(pattern, tokens, tokens)
     hidden = layer.weights(x, mask=pattern).masked_fill(pairs, 0.0)
     yield same("pattern", hidden, torch.zeros_like(hidden))
@@ -125,6 +136,10 @@ def static_cache(subject: Subject) -> Iterator[Measure]:
 
     layer = subject.layer(causal=True)
     x = _inputs(layer)
+    if not subject.object.keeps_keys:
+        static = StaticCache(config=LlamaConfig(num_hidden_layers=1), max_cache_len=16)
+        yield refuses("no room for a state", lambda: layer(x, cache=static), "cache")
+        return
     config = LlamaConfig(
         hidden_size=layer.dim, num_attention_heads=layer.heads, num_key_value_heads=layer.kv_heads,
         head_dim=layer.head_dim, num_hidden_layers=1,
@@ -144,6 +159,20 @@ def beams(subject: Subject) -> Iterator[Measure]:
     cache.reorder_cache(order)
     steps = [layer(x[order, at : at + 1], cache=cache) for at in range(8, 11)]
     yield same("after 8 tokens", torch.cat(steps, dim=1), layer(x)[order, 8:])
+
+
+@check("layer", when=lambda subject: subject.causal_form and not subject.object.keeps_keys)
+def constant_state(subject: Subject) -> Iterator[Measure]:
+    """What a cache holds does not grow with the tokens that it has seen."""
+    layer = subject.layer(causal=True)
+    x, cache, held = _inputs(layer, tokens=64), layer.init_cache(), []
+    for part in x.split([8, 1, 55], dim=1):
+        layer(part, cache=cache)
+        state = cache.layers[0]
+        held.append(sum(t.nbytes for t in state.states.values()))
+        yield holds(f"{state.seen} tokens keys", state.keys is None, "keys are kept")
+    yield holds("bytes", 0 < held[0] == held[1] == held[2], f"bytes after 8, 9, 64 tokens: {held}")
+    yield holds("length", cache.get_seq_length() == 64, f"tells {cache.get_seq_length()} of 64")
 
 
 @check("layer")

@@ -1,0 +1,54 @@
+"""Retention: linear attention that forgets at a fixed rate, another in every head.
+
+    S_t = γ_h S_{t−1} + k_t v_tᵀ        y_t = S_tᵀ q_t / √d        γ_h = 1 − 2^(−5−h)
+    y   = W_O ( swish(x W_G) ⊙ GroupNorm_h(heads) )
+
+Cost: 2·n·d² multiply-adds a head, memory linear in n, one state of d × d a head while decoding.
+Reduces to unnormalised linear attention with φ the identity at γ = 1.
+Source: "Retentive Network: A Successor to Transformer for Large Language Models". Keys are scaled by
+1/√d there; its rotation is `position="rope"`. The map of a bidirectional layer decays both ways.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from attlas.catalog.registry import mechanism
+from attlas.inputs import Inputs
+from attlas.layers.linear.base import Gates, LinearAttention
+
+
+@mechanism("retention", paper="")
+class Retention(LinearAttention):
+    """Attention whose weights decay by a head's own factor for every token in between."""
+
+    normalized = False
+    has_cross_form = False
+    log_decay: Tensor
+
+    def build(self, bias: bool) -> None:
+        """Projections, the gate, each head's norm and decay."""
+        super().build(bias)
+        self.gate_proj = nn.Linear(self.dim, self.heads * self.head_dim, bias=bias)
+        self.norm = nn.RMSNorm(self.head_dim, eps=1e-5, elementwise_affine=False)
+        self.register_buffer("log_decay", _decays(self.heads), persistent=False)
+
+    def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries over √d, and keys, as they are."""
+        return q * self.head_dim**-0.5, k
+
+    def gates(self, k: Tensor, inputs: Inputs) -> Gates:
+        """A decay for each head."""
+        return {"log_decay": self.log_decay}
+
+    def output(self, heads: Tensor, inputs: Inputs) -> Tensor:
+        """Every head normalised, then gated."""
+        gate = self.split_heads(silu(self.gate_proj(inputs.x)))
+        return super().output(self.norm(heads) * gate, inputs)
+
+
+def _decays(heads: int) -> Tensor:
+    """log(1 − 2^(−5−h))."""
+    return torch.log1p(-(2.0 ** (-5 - torch.arange(heads, dtype=torch.float64)))).float()
