@@ -1,6 +1,6 @@
 """Linear recurrences with one decay a head, or a token and head, in one sweep over the chunks.
 
-    o_t = scale · Σ_{s ≤ t} e^{G_t − G_s} (q_t·k_s) v_s + scale · e^{G_t} S_0ᵀ q_t        G_t = Σ_{r ≤ t} g_r
+    o_t = scale · Σ_{s ≤ t} e^{G_t − G_s} (q_t·k_s) v_s + scale · e^{G_t} S_0ᵀ q_t,  G_t = Σ_{r ≤ t} g_r
 
 A program keeps the state of one head, for some columns of v, and goes through its stretch of tokens: the
 products within a chunk, those with the state, then the state's own step. Backwards in time (`reverse`)
@@ -31,9 +31,9 @@ from torch import Tensor
 
 from attlas.kernels.decode import units
 
-LOG2E = 1.4426950408889634
 #: Least log decay of a token: e^−60 is nothing beside any number of a state.
 LEAST = -60.0
+_LEAST, _LOG2E = tl.constexpr(LEAST), tl.constexpr(1.4426950408889634)
 #: Programs on each multiprocessor that a sweep is cut for.
 PROGRAMS = 2
 
@@ -43,23 +43,23 @@ PROGRAMS = 2
 def _decays(g, head, t, live, count, n_h, n_t, C: tl.constexpr, DECAY: tl.constexpr):
     """Log₂ decays up to and with each token of a chunk, and of the whole chunk."""
     if DECAY == 1:
-        rate = tl.maximum(tl.load(g + head * n_h).to(tl.float32), LEAST) * LOG2E
+        rate = tl.maximum(tl.load(g + head * n_h).to(tl.float32), _LEAST) * _LOG2E
         whole = rate * (tl.arange(0, C) + 1).to(tl.float32)
         return tl.minimum(whole, 0.0), rate * count.to(tl.float32)
     each = tl.load(g + t * n_t, mask=live, other=0.0).to(tl.float32)
-    each = tl.maximum(each, LEAST) * LOG2E
+    each = tl.maximum(each, _LEAST) * _LOG2E
     return tl.cumsum(each, axis=0), tl.sum(each, axis=0)
 
 
-@triton.jit(do_not_specialize=["heads", "tokens", "stretches", "scale", "dk", "dv"])
+@triton.jit(do_not_specialize=["heads", "tokens", "stretches", "scale"])
 @no_type_check
 def _sweep(
     q, k, v, g, x, out, dots, begins, first, last, added, faded, start_state, end_state,
-    heads, tokens, stretches, scale, dk, dv,
+    heads, tokens, stretches, scale,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, g_b, g_h, g_t, x_b, x_h, x_t, o_b, o_h, o_t,
-    C: tl.constexpr, DK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr, REVERSE: tl.constexpr,
-    PACKED: tl.constexpr, STATES: tl.constexpr, DOTS: tl.constexpr, START: tl.constexpr,
-    END: tl.constexpr,
+    dk: tl.constexpr, dv: tl.constexpr, C: tl.constexpr, DK: tl.constexpr, BV: tl.constexpr,
+    DECAY: tl.constexpr, REVERSE: tl.constexpr, PACKED: tl.constexpr, SEVERAL: tl.constexpr,
+    STATES: tl.constexpr, DOTS: tl.constexpr, START: tl.constexpr, END: tl.constexpr,
 ):  # fmt: skip
     """One stretch of one head, for BV columns of v.
 
@@ -85,12 +85,12 @@ def _sweep(
     if not STATES:
         if START:
             state += tl.load(start_state + sequence * dk * dv + cell, mask=inside, other=0.0)
-        before = to_here - stretch if REVERSE else stretch - from_here
-        for n in range(before):
-            j = to_here - n if REVERSE else from_here + n
-            if DECAY > 0:
-                state *= tl.exp2(tl.load(faded + row + j))
-            state += tl.load(added + (row + j) * dk * dv + cell, mask=inside, other=0.0)
+        if SEVERAL:
+            for n in range(to_here - stretch if REVERSE else stretch - from_here):
+                j = to_here - n if REVERSE else from_here + n
+                if DECAY > 0:
+                    state *= tl.exp2(tl.load(faded + row + j))
+                state += tl.load(added + (row + j) * dk * dv + cell, mask=inside, other=0.0)
     total = 0.0
     i = tl.arange(0, C)
     chunks = tl.cdiv(stop - begin, C)
@@ -139,9 +139,8 @@ def _sweep(
         tl.store(added + (row + stretch) * dk * dv + cell, state, mask=inside)
         if DECAY > 0:
             tl.store(faded + row + stretch, total)
-    elif END:
-        if stretch == (from_here if REVERSE else to_here):
-            tl.store(end_state + sequence * dk * dv + cell, state, mask=inside)
+    if END and stretch == (from_here if REVERSE else to_here):
+        tl.store(end_state + sequence * dk * dv + cell, state, mask=inside)
 
 
 @dataclass(frozen=True)
@@ -218,19 +217,18 @@ def sweep(
     for only_states in (True, False) if several else (False,):
         _sweep[columns, count, batch * heads](
             q, k, v, g, x, out, dots, cut.begins, cut.first, cut.last, added, faded, start, state,
-            heads, tokens, count, scale, dk, dv, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+            heads, tokens, count, scale, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
             *g_at, *((0, 0, 0) if x is None else x.stride()[:3]), *out.stride()[:3],
-            C=c, DK=max(16, triton.next_power_of_2(dk)), BV=bv, DECAY=decay, REVERSE=reverse,
-            PACKED=packed, STATES=only_states, DOTS=x is not None, START=start is not None, END=end,
-            num_warps=warps, num_stages=stages,
+            dk=dk, dv=dv, C=c, DK=max(16, triton.next_power_of_2(dk)), BV=bv, DECAY=decay,
+            REVERSE=reverse, PACKED=packed, SEVERAL=several, STATES=only_states, DOTS=x is not None,
+            START=start is not None, END=end, num_warps=warps, num_stages=stages,
         )  # fmt: skip
     return out, state, None if dots is None else dots.sum(0)
 
 
 def shape_of(dk: int, dv: int) -> tuple[int, int, int, int]:
     """(tokens of a chunk, columns of v, warps, stages) for these widths."""
-    bv = min(64, max(16, triton.next_power_of_2(dv)))
-    return 64, bv, 4 if dk <= 128 else 8, 2
+    return 64, 64, 4 if dk <= 128 else 8, 2
 
 
 class Scan(torch.autograd.Function):
