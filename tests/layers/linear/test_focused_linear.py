@@ -45,7 +45,7 @@ def test_focused_linear_attention_weights_sharpen_with_the_power() -> None:
     for power in (1.0, 2.0, 3.0, 6.0):
         weights = _layer(power=power).weights(x)
         weights = weights / weights.sum(-1, keepdim=True)  # ε leaves a row without features below 1
-        entropies.append(float(-torch.xlogy(weights, weights).sum(-1).mean()))
+        entropies.append(-torch.xlogy(weights, weights).sum(-1).mean().item())
     assert entropies == sorted(entropies, reverse=True)
     assert entropies[0] - entropies[-1] > 0.1
 
@@ -123,6 +123,7 @@ def test_focused_linear_attention_refuses_what_does_not_fit() -> None:
         ({"power": 0.5}, "power"), ({"eps": 0.0}, "eps"), ({"kernel_size": 4}, "kernel_size"),
         ({"reduction": 0}, "reduction"), ({"reduction": 2, "position": "rope"}, "position"),
         ({"grid": (3, 3), "reduction": 2}, "reduction"), ({"grid": (0, 3)}, "grid"),
+        ({"grid": [2, 2, 2]}, "grid"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=name):
             attlas.make("focused-linear-attention", dim=16, heads=2, **options)

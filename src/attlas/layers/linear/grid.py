@@ -6,6 +6,7 @@ Tokens are a picture's patches, row by row: [batch, height · width, dim]. No me
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -61,10 +62,9 @@ class GridConv(nn.Conv2d):
         return rearrange(super().forward(picture), "b c h w -> b (h w) c")
 
 
-def start_small(*modules: nn.Module) -> None:
+def start_small(*modules: nn.Linear | nn.Conv2d) -> None:
     """Weights from a normal distribution of deviation 0.02, biases 0, as vision transformers begin."""
     for module in modules:
-        assert isinstance(module, nn.Linear | nn.Conv2d)
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
@@ -75,6 +75,9 @@ class OnGrid(Attention):
 
     Args:
         grid: height and width; the square of the tokens, or one row if they make none, unless given.
+
+    Raises:
+        ValueError: a grid that is no height and width, or of another number of tokens.
     """
 
     has_causal_form = False
@@ -82,12 +85,14 @@ class OnGrid(Attention):
     takes_masks = "none"
 
     def __init__(
-        self, dim: int, heads: int = 8, *args: Any, grid: tuple[int, int] | None = None,
+        self, dim: int, heads: int = 8, *args: Any, grid: Sequence[int] | None = None,
         **options: Any,
     ) -> None:  # fmt: skip
         if grid is not None:
+            if len(grid) != 2:
+                raise ValueError(f"grid must be (height, width), got {grid}")
             grid = (at_least_one("grid", grid[0]), at_least_one("grid", grid[1]))
-        self.grid = grid
+        self.grid: tuple[int, int] | None = grid
         super().__init__(dim, heads, *args, **options)
 
     def grid_of(self, tokens: int) -> tuple[int, int]:
@@ -177,8 +182,10 @@ class GatedOnGrid(LinearOnGrid):
         self.eps = eps
 
     def build(self, bias: bool) -> None:
-        """Projections, the convolution, the gate and the angles."""
+        """Projections, a convolution that begins small, the gate and the angles."""
         super().build(bias)
+        if self.conv is not None:
+            start_small(self.conv)
         self.gate_proj = nn.Linear(self.dim, self.heads * self.head_dim, bias=bias)
         if not self.rotary:
             return
