@@ -14,6 +14,7 @@ NAMES = {"lepe": "conv", "proj": "o_proj", "out_proj": "o_proj", "ln": "norm"}
 
 @adapter("mala", mechanism="magnitude-aware-linear-attention")
 @adapter("rala", mechanism="rank-augmented-linear-attention")
+@adapter("nalaformer", mechanism="nalaformer")
 def gated_on_grid(case: Case) -> Iterator[Check]:
     config, x = case.config, case.inputs["x"]
     height, width = x.shape[2:]
