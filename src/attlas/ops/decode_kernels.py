@@ -102,7 +102,7 @@ def choice_refused(scores: Tensor) -> str | None:
         return f"scores are {scores.dtype}, not float32"
     if not 0 < scores.shape[-1] <= PAGES:
         return f"{scores.shape[-1]} pages, not 1 to {PAGES}"
-    return None if _has_kernels(scores.device) else "there is no Triton for the device"
+    return None if has_kernels(scores.device) else "there is no Triton for the device"
 
 
 def choose_pages(scores: Tensor, count: int) -> Tensor:
@@ -120,7 +120,7 @@ def _refuses(q: Tensor) -> str | None:
         return "not on a CUDA device"
     if q.dtype not in HALVES:
         return f"queries are {q.dtype}, not of 16 bits"
-    return None if _has_kernels(q.device) else "there is no Triton for the device"
+    return None if has_kernels(q.device) else "there is no Triton for the device"
 
 
 def _segment_refused(q: Tensor, segment: Dense | Ragged | Listed) -> str | None:
@@ -167,7 +167,7 @@ def _v_dim(segment: Segment) -> int:
 
 
 @cache
-def _has_kernels(device: torch.device) -> bool:
+def has_kernels(device: torch.device) -> bool:
     """Whether Triton is there, and the device one for whose tensor cores it compiles."""
     return (
         find_spec("triton") is not None

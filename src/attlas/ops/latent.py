@@ -9,14 +9,12 @@ through a kernel that reads them once (see `attlas.kernels.latent_decode`).
 
 from __future__ import annotations
 
-from functools import cache
-from importlib.util import find_spec
-
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from attlas.masks import Mask, causal, hides_nothing
+from attlas.ops.decode_kernels import has_kernels
 from attlas.ops.reference import as_dense, grouped_product, softmax
 
 #: Queries, and widths of a latent, that the kernel takes.
@@ -91,15 +89,5 @@ def kernel_takes(content: Tensor, turned: Tensor, tokens: Tensor) -> bool:
         and tokens.stride(-1) == 1
         and not (torch.is_grad_enabled() and any(t.requires_grad for t in parts))
         and not torch.compiler.is_compiling()
-        and _has_kernels(content.device)
-    )
-
-
-@cache
-def _has_kernels(device: torch.device) -> bool:
-    """Whether Triton is there, and the device one for whose tensor cores it compiles."""
-    return (
-        find_spec("triton") is not None
-        and torch.version.cuda is not None
-        and torch.cuda.get_device_capability(device) >= (8, 0)
+        and has_kernels(content.device)
     )

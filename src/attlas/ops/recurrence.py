@@ -12,8 +12,17 @@ g, the logarithm of the decay, is one number a head, one a token and head, or on
 The delta rule so reads S_t = (I − β_t k_t k_tᵀ) diag(α_t) S_{t−1} + β_t k_t v_tᵀ: what stood under a key
 is replaced, not added to. RWKV-7 is the low-rank form with a_t = −κ̂_t, b_t = κ̂_t ⊙ η_t.
 
-Three forms give the same: `step` by step, `chunked` (products within a chunk, the state from chunk to
-chunk), and `parallel`, one chunk of everything, quadratic in its length.
+The forms give the same:
+
+| form     | what it is                                                           | "auto" takes it  |
+|----------|----------------------------------------------------------------------|------------------|
+| step     | the definition, token by token                                       | for a few tokens |
+| parallel | one chunk of everything, quadratic in its length                     | never            |
+| chunked  | products within a chunk, the state from chunk to chunk               | else             |
+| triton   | a kernel with chunks of its own: additive, in bfloat16 on a GPU      | wherever it can  |
+
+All but the kernel compute in float32 at least, so that nothing overflows where inputs are in half
+precision; the kernel keeps its state in float32.
 """
 
 from __future__ import annotations
@@ -26,9 +35,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from attlas.errors import UnknownName, UserError
+from attlas.ops import recurrence_kernels as kernels
 from attlas.ops.recurrence_forms import Terms, chunked, stepped
 
-Form = Literal["auto", "parallel", "chunked", "step"]
+Form = Literal["auto", "parallel", "chunked", "step", "triton"]
 #: Calls shorter than this are made step by step.
 SHORT = 4
 
@@ -71,7 +81,7 @@ def recurrence(
         initial_state: before the first token; zeros unless given. One for each packed sequence.
         cu_seqlens: offsets of packed sequences in a batch of one: 0, …, tokens, ascending.
         chunk_size: tokens of a chunk, a power of two.
-        form: "auto" takes steps for a few tokens, else chunks.
+        form: "auto", or one form by name.
 
     Returns:
         Outputs in the type of v, and the state in float32 (float64 where inputs are); no state
@@ -79,7 +89,8 @@ def recurrence(
 
     Raises:
         ValueError: shapes that do not go together, a decay above 0, a chunk size that is no power of
-            two, offsets out of order, or `causal=False` with anything but an additive update.
+            two, offsets out of order, `causal=False` with anything but an additive update, or a form
+            that cannot take the call.
     """
     width = v.shape[-1]
     _check(q, k, v, log_decay, beta, low_rank, causal, initial_state, chunk_size, form)
@@ -93,23 +104,46 @@ def recurrence(
             f"initial_state must be {list(expected)} (sequences, heads, dim, v_dim"
             f"{' + 1' if normalize else ''}), got {list(initial_state.shape)}"
         )
-    terms = _terms(q, k, v, log_decay, beta, low_rank, scale)
-    if not causal and terms.g is None and cu_seqlens is None:
-        out, state = terms.q @ (terms.k.mT @ terms.v), None
-    elif not causal:
-        out, state = _both_ways(terms, spans, chunk_size, form), None
+    packed = cu_seqlens is not None
+    state: Tensor | None
+    if _by_kernel(q, k, v, log_decay, beta is None and low_rank is None, causal, form):
+        out, state = kernels.launch(q, k, v, log_decay, initial_state, scale, spans, packed)
     else:
-        found = []
-        for n, (start, stop) in enumerate(spans):
-            rows = slice(None) if cu_seqlens is None else slice(n, n + 1)
-            before = None if initial_state is None else initial_state[rows].to(terms.q.dtype)
-            found.append(_run(terms.part(start, stop), before, chunk_size, form))
-        out = torch.cat([one for one, _ in found], dim=2)
-        state = torch.cat([last for _, last in found], dim=0)
+        terms = _terms(q, k, v, log_decay, beta, low_rank, scale)
+        out, state = _by_forms(terms, spans, packed, causal, initial_state, chunk_size, form)
     if normalize:
         total = out[..., width:] + eps
         out = out[..., :width] / total.masked_fill(total == 0, 1.0)
     return out.to(v.dtype), state
+
+
+def _by_kernel(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, additive: bool, causal: bool, form: Form
+) -> bool:
+    if form not in ("auto", "triton") or (form == "auto" and q.shape[2] < SHORT):
+        return False
+    behind = None if causal else "it sees no token behind another"
+    reason = behind or kernels.refuses(q, k, v, g, additive)
+    if reason is not None and form == "triton":
+        raise UserError(f"form='triton' cannot take this call: {reason}")
+    return reason is None
+
+
+def _by_forms(
+    terms: Terms, spans: list[tuple[int, int]], packed: bool, causal: bool, start: Tensor | None,
+    chunk_size: int, form: Form,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    if not causal and terms.g is None and not packed:
+        return terms.q @ (terms.k.mT @ terms.v), None
+    if not causal:
+        return _both_ways(terms, spans, chunk_size, form), None
+    found = []
+    for n, (begin, stop) in enumerate(spans):
+        rows = slice(n, n + 1) if packed else slice(None)
+        before = None if start is None else start[rows].to(terms.q.dtype)
+        found.append(_run(terms.part(begin, stop), before, chunk_size, form))
+    outs, states = zip(*found, strict=True)
+    return torch.cat(outs, dim=2), torch.cat(states, dim=0)
 
 
 def _run(

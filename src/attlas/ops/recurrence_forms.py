@@ -13,7 +13,8 @@ the decays from its first token on, a block of columns those up to there.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 from math import inf
 
 import torch
@@ -51,9 +52,9 @@ class Terms:
         short = -self.q.shape[2] % size
         return self._map(lambda x: pad(x, (0, 0, 0, short)).unflatten(2, (-1, size)))
 
-    def _map(self, change) -> Terms:  # type: ignore[no-untyped-def]
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Terms:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Terms(**{n: None if x is None else change(x) for n, x in values.items()})
+        return replace(self, **{n: change(x) for n, x in values.items() if x is not None})
 
 
 def stepped(

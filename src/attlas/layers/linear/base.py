@@ -67,21 +67,34 @@ class LinearAttention(Attention):
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, inputs: Inputs
     ) -> Float[Tensor, "batch heads queries width"]:
-        """The recurrence from where the cache has left it; or all pairs, where they are needed."""
-        drops = self.training and self.dropout > 0
-        if drops or not self.runs_along(mask, inputs):
-            return self.aggregate(self.weigh(q, k, mask, inputs), v)
+        """The recurrence from where the cache has left it; or all pairs, where they are needed.
+
+        Raises:
+            ValueError: a cache with a mask of pairs, which a state cannot tell from each other.
+        """
+        drops, along = self.training and self.dropout > 0, self.runs_along(mask, inputs)
+        weighed = None
+        if drops or not along:
+            if not along and inputs.cache is not None:
+                raise ValueError("mask: a state in a cache takes causal masks and padding only")
+            weighed = self.aggregate(self.weigh(q, k, mask, inputs), v)
+            if inputs.cache is None:
+                return weighed
         q, k, gates = self.terms(q, k, inputs)
         v = self.per_query_head(v, q)
         if (real := inputs.real_now) is not None:  # whose padding may hold anything
             v = v.masked_fill(~real[:, None, :, None], 0.0)
         out, state = ops.recurrence(
             q, k, v, **gates, scale=self.scale, normalize=self.normalized, eps=self.eps,
-            causal=self.causal or mask == masks.causal, initial_state=inputs.recall("state"),
+            causal=self.looks_back(mask), initial_state=inputs.recall("state"),
         )  # fmt: skip
         if state is not None:
             inputs.remember("state", state)
-        return out
+        return out if weighed is None else weighed
+
+    def looks_back(self, mask: Mask | Tensor | None) -> bool:
+        """Whether this call is causal, by the layer's pattern or the call's."""
+        return masks.causal in (self.pattern, mask)
 
     def weigh(
         self, q: Tensor, k: Tensor, mask: Mask | Tensor | None, inputs: Inputs
@@ -98,7 +111,7 @@ class LinearAttention(Attention):
         tokens = torch.eye(k.shape[2], dtype=q.dtype, device=q.device)
         each = tokens.expand(*k.shape[:2], -1, -1)
         weights, _ = ops.recurrence(
-            q, k, each, **gates, scale=self.scale, causal=self.causal, form="parallel"
+            q, k, each, **gates, scale=self.scale, causal=self.looks_back(mask), form="parallel"
         )
         if visible is not None:
             weights = weights.masked_fill(~visible, 0.0)

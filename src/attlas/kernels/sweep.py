@@ -1,0 +1,318 @@
+"""A linear recurrence in one sweep over chunks of tokens.
+
+    o_t = scale · (Σ_{s ≤ t} Σ_d q_td k_sd e^{G_td − G_sd} v_s + S_0ᵀ (e^{G_t} ⊙ q_t)),  G_t = Σ_{r≤t} g_r
+
+g is one number a head, a token and head, or a token and channel of the keys ("keys") or of the values
+("values": the e stands at v_s then). A program keeps the state of one head, for some columns of v, and
+goes through its stretch of tokens: the products within a chunk, those with the state, then the state's
+own step. Backwards in time (`reverse`) the weight of token s ≥ t has e^{G_s − G_t}.
+
+Where heads are too few to fill the device, a sequence is cut into stretches: a first sweep finds what
+each adds to the state, and every program of the second begins with the sum of those before its own.
+
+Channels that decay each by themselves take their decays up to the middle of a chunk, so that a chunk is
+short and none decays by more than 2^−12 a token: what that leaves is beyond half precision.
+
+Cost: 2·n·(c + d)·d multiply-adds a head for chunks of c tokens; reads q, k and v once for every `BV`
+columns of v, and k and v once more where there are several stretches.
+"""
+
+# ruff: noqa: N803  (in Triton, capitals are what a kernel is compiled for)
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from typing import Literal, no_type_check
+
+import torch
+import triton  # type: ignore[import-untyped, unused-ignore]
+import triton.language as tl  # type: ignore[import-untyped, unused-ignore]
+from torch import Tensor
+
+from attlas.kernels.decode import units
+
+Axis = Literal["keys", "values"]
+#: Least log₂ decay of a token: 2^−86 is nothing beside any number of a state …
+LEAST = -86.0
+#: … and of a channel, which the middle of its chunk must be able to undo.
+LEAST_OF_CHANNEL = -12.0
+LOG2E = 1.4426950408889634
+_LEAST, _CHANNEL, _LOG2E = tl.constexpr(LEAST), tl.constexpr(LEAST_OF_CHANNEL), tl.constexpr(LOG2E)
+
+
+@triton.jit
+@no_type_check
+def _decays(g, head, t, live, count, n_h, n_t, C: tl.constexpr, DECAY: tl.constexpr):
+    """Log₂ decays up to and with each token of a chunk, and of the whole chunk."""
+    if DECAY == 1:
+        rate = tl.maximum(tl.load(g + head * n_h).to(tl.float32) * _LOG2E, _LEAST)
+        whole = rate * (tl.arange(0, C) + 1).to(tl.float32)
+        return tl.minimum(whole, 0.0), rate * count.to(tl.float32)
+    each = tl.load(g + t * n_t, mask=live, other=0.0).to(tl.float32)
+    each = tl.maximum(each * _LOG2E, _LEAST)
+    return tl.cumsum(each, axis=0), tl.sum(each, axis=0)
+
+
+@triton.jit
+@no_type_check
+def _channel_decays(g, t, live, c, c_in, n_t, C: tl.constexpr):
+    """The same of every channel c, and those up to the middle of the chunk."""
+    each = tl.load(g + t[:, None] * n_t + c[None, :], mask=live[:, None] & c_in[None, :], other=0.0)
+    each = tl.maximum(each.to(tl.float32) * _LOG2E, _CHANNEL)
+    first = tl.where(tl.arange(0, C)[:, None] < C // 2, each, 0.0)
+    return tl.cumsum(each, axis=0), tl.sum(each, axis=0), tl.sum(first, axis=0)
+
+
+@triton.jit(do_not_specialize=["heads", "tokens", "stretches", "scale"])
+@no_type_check
+def _sweep(
+    q, k, v, g, x, out, dots, begins, first, last, added, faded, start_state, end_state,
+    heads, tokens, stretches, scale,
+    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, g_b, g_h, g_t, x_b, x_h, x_t, o_b, o_h, o_t,
+    dk: tl.constexpr, dv: tl.constexpr, C: tl.constexpr, DK: tl.constexpr, BV: tl.constexpr,
+    DECAY: tl.constexpr, REVERSE: tl.constexpr, PACKED: tl.constexpr, SEVERAL: tl.constexpr,
+    STATES: tl.constexpr, DOTS: tl.constexpr, START: tl.constexpr, END: tl.constexpr,
+):  # fmt: skip
+    """One stretch of one head, for BV columns of v.
+
+    DECAY: 0 none, 1 of heads, 2 of tokens, 3 of channels of the keys, 4 of those of the values. With
+    STATES only what the stretch adds to the state is found. DOTS: also Σ out ⊙ x of every token.
+    """
+    column, stretch = tl.program_id(0), tl.program_id(1)
+    batch, head = tl.program_id(2) // heads, tl.program_id(2) % heads
+    far, up = batch.to(tl.int64), head.to(tl.int64)
+    q += far * q_b + up * q_h
+    k += far * k_b + up * k_h
+    v += far * v_b + up * v_h
+    if DECAY > 1:
+        g += far * g_b + up * g_h
+    begin, stop = tl.load(begins + stretch), tl.load(begins + stretch + 1)
+    d, e = tl.arange(0, DK), column * BV + tl.arange(0, BV)
+    d_in, e_in = d < dk, e < dv
+    cell = d[:, None].to(tl.int64) * dv + e[None, :]
+    inside = d_in[:, None] & e_in[None, :]
+    state = tl.zeros((DK, BV), tl.float32)
+    row = (far * heads + head) * stretches
+    from_here, to_here = tl.load(first + stretch), tl.load(last + stretch)
+    sequence = (tl.load(last + stretches + stretch) if PACKED else far) * heads + head
+    if not STATES:
+        if START:
+            state += tl.load(start_state + sequence * dk * dv + cell, mask=inside, other=0.0)
+        if SEVERAL:
+            for n in range(to_here - stretch if REVERSE else stretch - from_here):
+                j = row + (to_here - n if REVERSE else from_here + n)
+                if DECAY == 3:
+                    state *= tl.exp2(tl.load(faded + j * dk + d, mask=d_in, other=0.0))[:, None]
+                elif DECAY == 4:
+                    state *= tl.exp2(tl.load(faded + j * dv + e, mask=e_in, other=0.0))[None, :]
+                elif DECAY > 0:
+                    state *= tl.exp2(tl.load(faded + j))
+                state += tl.load(added + j * dk * dv + cell, mask=inside, other=0.0)
+    if DECAY == 3:
+        total = tl.zeros((DK,), tl.float32)
+    elif DECAY == 4:
+        total = tl.zeros((BV,), tl.float32)
+    else:
+        total = 0.0
+    i = tl.arange(0, C)
+    chunks = tl.cdiv(stop - begin, C)
+    for n in range(chunks):
+        at = begin + (chunks - 1 - n if REVERSE else n) * C
+        t = at + i
+        live = t < stop
+        long = t.to(tl.int64)
+        key = tl.load(
+            k + long[:, None] * k_t + d[None, :], mask=live[:, None] & d_in[None, :], other=0.0
+        )
+        value = tl.load(
+            v + long[:, None] * v_t + e[None, :], mask=live[:, None] & e_in[None, :], other=0.0
+        )
+        if DECAY > 2:
+            if DECAY == 3:
+                whole, chunk, middle = _channel_decays(g, long, live, d, d_in, g_t, C)
+            else:
+                whole, chunk, middle = _channel_decays(g, long, live, e, e_in, g_t, C)
+            # Of what is asked and of what is there: to the middle of the chunk, and to its ends.
+            asked = middle[None, :] - whole if REVERSE else whole - middle[None, :]
+            entering = chunk[None, :] - whole if REVERSE else whole
+            leaving = whole if REVERSE else chunk[None, :] - whole
+        elif DECAY > 0:
+            whole, chunk = _decays(g, head, long, live, tl.minimum(stop - at, C), g_h, g_t, C, DECAY)
+        if not STATES:
+            query = tl.load(
+                q + long[:, None] * q_t + d[None, :], mask=live[:, None] & d_in[None, :], other=0.0
+            )
+            seen = i[:, None] <= i[None, :] if REVERSE else i[:, None] >= i[None, :]
+            near_query, near_key, near_value, far_query = query, key, value, query
+            if DECAY == 3:
+                near_query = (query * tl.exp2(asked)).to(query.dtype)
+                near_key = (key * tl.exp2(-asked)).to(key.dtype)
+                far_query = (query * tl.exp2(entering)).to(query.dtype)
+            elif DECAY == 4:
+                near_value = (value * tl.exp2(-asked)).to(value.dtype)
+            pairs = tl.dot(near_query, tl.trans(near_key))
+            if DECAY == 1 or DECAY == 2:
+                apart = whole[None, :] - whole[:, None] if REVERSE else whole[:, None] - whole[None, :]
+                pairs *= tl.exp2(tl.where(seen, apart, -1000.0))
+            else:
+                pairs = tl.where(seen, pairs, 0.0)
+            y = tl.dot(far_query, state.to(query.dtype))
+            if DECAY == 4:
+                near = tl.dot(pairs.to(value.dtype), near_value)
+                y = (y * tl.exp2(entering) + near * tl.exp2(asked)) * scale
+            else:
+                if DECAY == 1 or DECAY == 2:
+                    y *= tl.exp2(chunk - whole if REVERSE else whole)[:, None]
+                y = tl.dot(pairs.to(value.dtype), near_value, y) * scale
+            shown = live[:, None] & e_in[None, :]
+            o_at = far * o_b + up * o_h + long[:, None] * o_t + e[None, :]
+            tl.store(out + o_at, y.to(out.dtype.element_ty), mask=shown)
+            if DOTS:
+                x_at = far * x_b + up * x_h + long[:, None] * x_t + e[None, :]
+                other = tl.load(x + x_at, mask=shown, other=0.0).to(tl.float32)
+                part = column.to(tl.int64) * tl.num_programs(2) + tl.program_id(2)
+                tl.store(dots + part * tokens + long, tl.sum(y * other, axis=1), mask=live)
+        if DECAY == 3:
+            key = (key * tl.exp2(leaving)).to(key.dtype)
+            state *= tl.exp2(chunk)[:, None]
+        elif DECAY == 4:
+            value = (value * tl.exp2(leaving)).to(value.dtype)
+            state *= tl.exp2(chunk)[None, :]
+        elif DECAY > 0:
+            value = (value * tl.exp2(whole if REVERSE else chunk - whole)[:, None]).to(value.dtype)
+            state *= tl.exp2(chunk)
+        if DECAY > 0:
+            total += chunk
+        state = tl.dot(tl.trans(key), value, state)
+    if STATES:
+        tl.store(added + (row + stretch) * dk * dv + cell, state, mask=inside)
+        if DECAY == 3:
+            tl.store(faded + (row + stretch) * dk + d, total, mask=d_in)
+        elif DECAY == 4:
+            tl.store(faded + (row + stretch) * dv + e, total, mask=e_in)
+        elif DECAY > 0:
+            tl.store(faded + row + stretch, total)
+    if END and stretch == (from_here if REVERSE else to_here):
+        tl.store(end_state + sequence * dk * dv + cell, state, mask=inside)
+
+
+@dataclass(frozen=True)
+class Stretches:
+    """Where a sweep's stretches lie: begins and ends, and each one's first and last of its sequence.
+
+    Attributes:
+        begins: token offsets [stretches + 1].
+        first: number of the first stretch of each stretch's sequence.
+        last: of the last; in a packed batch followed by the sequence's number.
+        sequences: of a packed batch; None where every row is one.
+    """
+
+    begins: Tensor
+    first: Tensor
+    last: Tensor
+    sequences: int | None
+
+
+@lru_cache(maxsize=64)
+def stretches(
+    offsets: tuple[int, ...], packed: bool, count: int, chunk: int, device: torch.device
+) -> Stretches:
+    """Every sequence between two offsets in stretches of whole chunks, about `count` in all."""
+    size = max(chunk, -(-offsets[-1] // count // chunk) * chunk)
+    begins: list[int] = []
+    first: list[int] = []
+    last: list[int] = []
+    number: list[int] = []
+    for n, (start, stop) in enumerate(pairwise(offsets)):
+        own = range(start, max(stop, start + 1), size)
+        first += [len(begins)] * len(own)
+        last += [len(begins) + len(own) - 1] * len(own)
+        number += [n] * len(own)
+        begins += own
+    def table(x: list[int]) -> Tensor:
+        return torch.tensor(x, dtype=torch.int32, device=device)
+
+    numbered = last + number if packed else last
+    sequences = len(offsets) - 1 if packed else None
+    return Stretches(table([*begins, offsets[-1]]), table(first), table(numbered), sequences)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How a sweep is cut: tokens of a chunk, columns of v, warps, stages, programs a multiprocessor."""
+
+    chunk: int
+    columns: int
+    warps: int
+    stages: int
+    programs: int
+
+
+def shape_of(dv: int, channels: bool) -> Shape:
+    """Measured on Hopper; columns below 64 with decays are compiled wrongly by Triton 3.6."""
+    if channels:
+        return Shape(16, 64 if dv <= 64 else 128, 4, 2, 4)
+    return Shape(64, 64, 4, 3, 2)
+
+
+def wanted(shape: Shape, programs: int, tokens: int, units: int) -> int:
+    """Stretches that fill a device of so many multiprocessors; one where it is nearly full already."""
+    if 4 * programs >= 3 * units:
+        return 1
+    return max(1, min(shape.programs * units // programs, tokens // (8 * shape.chunk)))
+
+
+def sweep(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, *, offsets: tuple[int, ...], packed: bool,
+    scale: float = 1.0, reverse: bool = False, start: Tensor | None = None, end: bool = False,
+    x: Tensor | None = None, axis: Axis = "keys", dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """(out, the state behind the sweep, Σ out ⊙ x of every token) of one sweep.
+
+    Args:
+        q: [batch, heads, tokens, dk], channels contiguous, as all of them.
+        k: of the same shape.
+        v: [batch, heads, tokens, dv].
+        g: log decays [heads], [batch, heads, tokens] or [batch, heads, tokens, channels], or None.
+        offsets: 0, tokens; or those of the packed sequences.
+        packed: whether the batch of one is packed.
+        scale: factor of out.
+        reverse: whether a token sees those behind it instead of those before.
+        start: state before the first token of the sweep [sequences, heads, dk, dv] in float32.
+        end: whether the state behind the last is wanted.
+        x: what the rows of out are multiplied with, of out's shape.
+        axis: whose channels g's are, where it has some.
+        dtype: of out; q's unless given.
+    """
+    batch, heads, tokens, dk = q.shape
+    dv = v.shape[-1]
+    decay = 0 if g is None else {1: 1, 3: 2, 4: 3 if axis == "keys" else 4}[g.ndim]
+    shape = shape_of(dv, decay > 2)
+    columns = triton.cdiv(dv, shape.columns)
+    many = wanted(shape, columns * batch * heads, tokens, units(q.device))
+    cut = stretches(offsets, packed, many, shape.chunk, q.device)
+    count = len(cut.first)
+    sequences = batch if cut.sequences is None else cut.sequences
+    out = torch.empty(
+        batch, tokens, heads, dv, dtype=q.dtype if dtype is None else dtype, device=q.device
+    ).transpose(1, 2)
+    state = torch.empty(sequences, heads, dk, dv, device=q.device) if end else None
+    dots = torch.empty(columns, batch, heads, tokens, device=q.device) if x is not None else None
+    g_at = (0, 0, 0) if g is None else (0, g.stride(0), 0) if decay == 1 else g.stride()[:3]
+    several = count > (1 if cut.sequences is None else cut.sequences)
+    added = torch.empty(batch * heads, count, dk, dv, device=q.device) if several else None
+    wide = {3: dk, 4: dv}.get(decay, 1)
+    faded = torch.empty(batch * heads, count, wide, device=q.device) if several else None
+    for only_states in (True, False) if several else (False,):
+        _sweep[columns, count, batch * heads](
+            q, k, v, g, x, out, dots, cut.begins, cut.first, cut.last, added, faded, start, state,
+            heads, tokens, count, scale, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+            *g_at, *((0, 0, 0) if x is None else x.stride()[:3]), *out.stride()[:3],
+            dk=dk, dv=dv, C=shape.chunk, DK=max(16, triton.next_power_of_2(dk)), BV=shape.columns,
+            DECAY=decay, REVERSE=reverse, PACKED=packed, SEVERAL=several, STATES=only_states,
+            DOTS=x is not None, START=start is not None, END=end and not only_states,
+            num_warps=shape.warps, num_stages=shape.stages,
+        )  # fmt: skip
+    return out, state, None if dots is None else dots.sum(0)
