@@ -18,7 +18,8 @@ Cost: 2·n·d² multiply-adds a head, memory linear in n; one state of d × d an
 decoding (and two numbers). Dropout needs the n² weights.
 Reduces to linear attention with sigmoid features where c and a are 1.
 Source: "Flowformer: Linearizing Transformers with Conservation Flows" and its authors' program, which has
-ε, the bound of Ô, T / S, the biases, the causal form, and the factor S of c: the paper's softmax alone.
+ε, the bound of Ô, the biases, T / S, the causal form, and the factor S of c, without which outputs shrink
+as sources become more. Its dropout falls on outputs, here it falls on weights.
 """
 
 from __future__ import annotations
