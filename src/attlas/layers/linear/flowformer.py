@@ -1,0 +1,121 @@
+"""Flow attention: queries compete for what keys give, and keys for being asked, as in a network of flows.
+
+    φ = sigmoid                                                    what is never negative flows
+    I_t = φ(q_t)·Σ_s φ(k_s)            O_s = φ(k_s)·Σ_t φ(q_t)            into sink t, out of source s
+    Î_t = φ(q_t)·Σ_s φ(k_s) / O_s      Ô_s = φ(k_s)·Σ_t φ(q_t) / I_t      the other side's flow being 1
+    c_s = S softmax_s(Ô_s)             a_t = sigmoid(Î_t T / S)           competition and allocation
+    weights_ts = a_t φ(q_t)·φ(k_s) c_s / I_t
+
+of T queries and S keys. In the causal form t and s end all their sums at themselves, n of them, and
+
+    Î_t = φ(q_t)·(1/n_t) Σ_{s≤t} φ(k_s) n_s / O_s        Ô_s alike        a_t = sigmoid(Î_t)
+    c_s = n_s e^{Ô_s} / Σ_{r≤s} e^{Ô_r}
+
+so that a source's strength is settled when it comes in: six running sums and one recurrence. A tiny ε is
+added to both factors of each product of flows, and Ô is kept in [−1, 1].
+
+Cost: 2·n·d² multiply-adds a head, memory linear in n; one state of d × d and four of d a head while
+decoding (and two numbers). Dropout needs the n² weights.
+Reduces to linear attention with sigmoid features where c and a are 1.
+Source: "Flowformer: Linearizing Transformers with Conservation Flows" and its authors' program, which has
+ε, the bound of Ô, the biases, T / S, the causal form, and the factor S of c, without which outputs shrink
+as sources become more. Its dropout falls on outputs, here it falls on weights.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attlas import masks
+from attlas.catalog.registry import mechanism
+from attlas.inputs import Inputs
+from attlas.layers.linear.base import Gates, LinearAttention
+from attlas.masks import Mask
+
+
+@mechanism("flowformer", aliases=("flow-attention",))
+class Flowformer(LinearAttention):
+    """Linear attention with competition among sources and an allocation to sinks.
+
+    Args:
+        eps: added to both factors of every product of flows.
+    """
+
+    normalized = False
+    takes_masks = "padding"
+
+    def __init__(
+        self, dim: int, heads: int = 8, *args: Any, eps: float = 1e-6, bias: bool = True,
+        **options: Any,
+    ) -> None:  # fmt: skip
+        if eps <= 0:
+            raise ValueError(f"eps must be above 0, got {eps}")
+        super().__init__(dim, heads, *args, bias=bias, **options)
+        self.eps = eps
+
+    def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Sigmoids, in float32 at least since they are summed up."""
+        wide = torch.promote_types(q.dtype, torch.float32)
+        return q.to(wide).sigmoid(), k.to(wide).sigmoid()
+
+    def terms(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor, Gates]:
+        """Queries by their allocation over their flow, and keys by their strength in competition."""
+        q, k = self.features(q, k)
+        k = self.per_query_head(k, q)
+        sources = k.new_ones(k.shape[0], 1, k.shape[2], 1)
+        if inputs.real_now is not None:
+            sources = sources * inputs.real_now[:, None, :, None]
+        sinks = sources if inputs.context is None else q.new_ones(q.shape[0], 1, q.shape[2], 1)
+        causal = masks.causal in (self.pattern, inputs.mask)
+        return (self._running if causal else self._whole)(q, k, sinks, sources, inputs)
+
+    def weigh(
+        self, q: Tensor, k: Tensor, mask: Mask | Tensor | None, inputs: Inputs
+    ) -> Tensor:
+        """The map that the flows stand for, in the precision of the queries."""
+        return super().weigh(q, k, mask, inputs).to(q.dtype)
+
+    def flow(self, x: Tensor, others: Tensor) -> Tensor:
+        """What flows between x and the sum of the others, [batch, heads, tokens, 1]."""
+        return ((x + self.eps) * (others + self.eps)).sum(-1, keepdim=True)
+
+    def _whole(
+        self, q: Tensor, k: Tensor, sinks: Tensor, sources: Tensor, inputs: Inputs
+    ) -> tuple[Tensor, Tensor, Gates]:
+        """Every sum goes over all sinks or sources; those are 1 at real tokens, 0 at padding."""
+        asked, offered = q * sinks, k * sources
+        incoming = self.flow(q, offered.sum(2, keepdim=True))
+        outgoing = self.flow(k, asked.sum(2, keepdim=True))
+        sink = self.flow(q, (offered / outgoing).sum(2, keepdim=True))
+        source = self.flow(k, (asked / incoming).sum(2, keepdim=True)).clamp(-1.0, 1.0)
+        count = sources.sum(2, keepdim=True).clamp(min=1.0)
+        allocation = (sink * sinks.sum(2, keepdim=True) / count).sigmoid()
+        risen = source.exp() * sources
+        whole = risen.sum(2, keepdim=True)
+        share = count * risen / whole.masked_fill(whole == 0, 1.0)
+        return allocation * q / incoming, share * k, {}
+
+    def _running(
+        self, q: Tensor, k: Tensor, sinks: Tensor, sources: Tensor, inputs: Inputs
+    ) -> tuple[Tensor, Tensor, Gates]:
+        """Every sum ends at its own token, and goes on from where the cache has left it."""
+
+        def sums(name: str, x: Tensor) -> Tensor:
+            before = inputs.recall(name)
+            found = x.cumsum(2) if before is None else x.cumsum(2) + before
+            inputs.remember(name, found[:, :, -1:])
+            return found
+
+        asked, offered = q * sinks, k * sources
+        count = sums("count", sources).clamp(min=1.0)
+        incoming = self.flow(q, sums("offered", offered)) / count
+        outgoing = self.flow(k, sums("asked", asked)) / count
+        sink = self.flow(q, sums("offered evenly", offered / outgoing)) / count
+        source = self.flow(k, sums("asked evenly", asked / incoming)) / count
+        risen = source.clamp(-1.0, 1.0).exp() * sources
+        whole = sums("risen", risen)
+        share = count * risen / whole.masked_fill(whole == 0, 1.0)
+        return sink.sigmoid() * q / (incoming * count), share * k, {}
