@@ -133,7 +133,8 @@ class SampledAttention(Attention):
         q_order, k_order, size, blocks = self.order(q, k)
         back = q_order.argsort(-1)
         q, k, v = _taken(q, q_order), _taken(k, k_order), _taken(v, k_order)
-        chances = chances if chances is None else self.per_query_head(chances, q).gather(2, k_order)
+        if chances is not None:
+            chances = _taken(self.per_query_head(chances[..., None], q), k_order)[..., 0]
         draws = self.draw(k, chances, rng)
         q = _folded(pad(q, (0, 0, 0, blocks * size - q.shape[2])), size)
         parts = [self.near(q, k, v, blocks), self.far(q, k, v, draws, blocks)]
@@ -193,7 +194,8 @@ class SampledAttention(Attention):
         if k.shape[2] <= self.block:
             return q.new_ones(*q.shape[:3], k.shape[2])
         q_order, k_order, size, _ = self.order(q, k)
-        chances = chances if chances is None else self.per_query_head(chances, q).gather(2, k_order)
+        if chances is not None:
+            chances = _taken(self.per_query_head(chances[..., None], q), k_order)[..., 0]
         ranks, log_weights = self.draw(_taken(k, k_order), chances, rng)
         drawn = torch.zeros_like(k[..., 0], dtype=torch.float64)
         drawn = drawn.scatter_add(2, ranks, log_weights.exp().double())
