@@ -64,7 +64,8 @@ class KDEformer(SampledAttention):
         """|v| / λ of each value [batch, kv_heads, keys], λ being that of all."""
         v = v.to(torch.promote_types(v.dtype, torch.float32))
         largest = torch.linalg.eigvalsh(v.transpose(-1, -2) @ v)[..., -1:]
-        return v.norm(dim=-1) / largest.clamp(min=torch.finfo(v.dtype).tiny)
+        share: Tensor = v.norm(dim=-1) / largest.clamp(min=torch.finfo(v.dtype).tiny)
+        return share
 
     def position(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Queries and keys that know where they stand, apart from the keys' shares."""
