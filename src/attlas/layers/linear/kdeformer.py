@@ -1,0 +1,96 @@
+"""KDEformer: attention's sums as kernel densities, by hashed blocks and keys drawn by their values.
+
+    a_ij = e^(q_i·k_j/√d)
+    n_i  = Σ_{j in one's own block} a_ij v_j + Σ_{drawn j in others} a_ij v_j / (m P_j)
+    d_i  = the same with 1 for v                     y_i = n_i / d_i
+    P_j  ∝ |[v_j, 1]| / λ + 1/n                      λ the largest eigenvalue of Σ_j [v_j, 1] [v_j, 1]ᵀ
+
+Both sums are unbiased over the draws. Blocks are of equal rank by an angular hash in Gray code, and the
+chances P are not differentiated. There is no causal form.
+
+Cost: n·(block + samples) pairs, memory linear in n; weights take n².
+Reduces to softmax attention where one block holds all keys.
+Source: "KDEformer: Accelerating Transformers via Kernel Density Estimation", by its authors' code: λ is
+there the squared spectral norm, by twenty steps of the power method, here by an eigenvalue solver; one
+hash serves all heads here; blocks need not divide the keys.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from attlas.catalog.registry import Reduction, mechanism
+from attlas.inputs import Inputs
+from attlas.layers.linear.approximation import Draws, SampledAttention
+from attlas.masks import Mask
+
+
+@mechanism("kdeformer", reduces_to=Reduction(
+    "softmax", {"block": 4096}, lambda layer, plain: plain.load_state_dict(layer.state_dict()),
+), example={"block": 4, "samples": 6})  # fmt: skip
+class KDEformer(SampledAttention):
+    """Attention by importance sampling: keys with large values are drawn more often.
+
+    Args:
+        block: keys in a block.
+        samples: keys drawn from all of them.
+        projections: directions of the hash.
+        seed: of directions and draws.
+    """
+
+    has_causal_form = False
+
+    def __init__(
+        self, dim: int, heads: int = 8, *args: Any, block: int = 64, samples: int = 800,
+        projections: int = 7, **options: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(
+            dim, heads, *args, block=block, samples=samples, projections=projections, **options
+        )
+
+    def project(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values; each key brings the share |[v, 1]| / λ of its value."""
+        q, k, v = super().project(inputs)
+        with_one = torch.cat((v, torch.ones_like(v[..., :1])), dim=-1).detach()
+        if (real := inputs.real_now) is not None:
+            with_one = with_one.masked_fill(~real[:, None, :, None], 0.0)
+        share = self.shares(with_one)
+        return q, torch.cat((k, share[..., None].to(k.dtype)), dim=-1), v
+
+    def shares(self, v: Tensor) -> Tensor:
+        """|v| / λ of each value [batch, kv_heads, keys], λ being that of all."""
+        v = v.to(torch.promote_types(v.dtype, torch.float32))
+        largest = torch.linalg.eigvalsh(v.transpose(-1, -2) @ v)[..., -1:]
+        share: Tensor = v.norm(dim=-1) / largest.clamp(min=torch.finfo(v.dtype).tiny)
+        return share
+
+    def position(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """Queries and keys that know where they stand, apart from the keys' shares."""
+        q, placed = super().position(q, k[..., :-1], inputs)
+        return q, torch.cat((placed, k[..., -1:]), dim=-1)
+
+    def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys without shares."""
+        return q, k[..., :-1]
+
+    def chances(self, k: Tensor) -> Tensor:
+        """The keys' shares; `draw` adds 1/n, as it knows how many there are."""
+        return k[..., -1].detach()
+
+    def draw(self, k: Tensor, chances: Tensor | None, rng: Generator) -> Draws:
+        """Keys drawn by their shares and 1/n."""
+        assert chances is not None
+        return super().draw(k, chances + 1 / k.shape[2], rng)
+
+    def mask(self, q: Tensor, k: Tensor, inputs: Inputs) -> Mask | Tensor | None:
+        """Padding alone.
+
+        Raises:
+            ValueError: a causal mask.
+        """
+        if isinstance(inputs.mask, Mask):
+            raise ValueError("mask: KDEformer has no causal form")
+        return super().mask(q, k, inputs)
