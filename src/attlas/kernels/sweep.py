@@ -48,8 +48,9 @@ def _decays(g, head, t, live, count, n_h, n_t, C: tl.constexpr, DECAY: tl.conste
     """Log₂ decays up to and with each token of a chunk, and of the whole chunk."""
     if DECAY == 1:
         rate = tl.maximum(tl.load(g + head * n_h).to(tl.float32) * _LOG2E, _LEAST)
-        whole = rate * (tl.arange(0, C) + 1).to(tl.float32)
-        return tl.minimum(whole, 0.0), rate * count.to(tl.float32)
+        # Behind the last token nothing decays any more: the rest of a chunk must not be made to grow.
+        whole = rate * tl.minimum(tl.arange(0, C) + 1, count).to(tl.float32)
+        return whole, rate * count.to(tl.float32)
     each = tl.load(g + t * n_t, mask=live, other=0.0).to(tl.float32)
     each = tl.maximum(each * _LOG2E, _LEAST)
     return tl.cumsum(each, axis=0), tl.sum(each, axis=0)

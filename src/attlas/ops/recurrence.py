@@ -22,7 +22,8 @@ The forms give the same:
 | triton   | a kernel with chunks of its own: additive, in bfloat16 on a GPU      | wherever it can  |
 
 All but the kernel compute in float32 at least, so that nothing overflows where inputs are in half
-precision; the kernel keeps its state in float32.
+precision; the kernel keeps its state in float32. Decays of heads or channels whose gradients are
+wanted go by chunks, since the kernel's gradients of those are coarse.
 """
 
 from __future__ import annotations
@@ -120,7 +121,7 @@ def recurrence(
 def _by_kernel(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, additive: bool, causal: bool, form: Form
 ) -> bool:
-    if form not in ("auto", "triton") or (form == "auto" and q.shape[2] < SHORT):
+    if form != "triton" and (form != "auto" or q.shape[2] < SHORT or kernels.loses(g)):
         return False
     behind = None if causal else "it sees no token behind another"
     reason = behind or kernels.refuses(q, k, v, g, additive)

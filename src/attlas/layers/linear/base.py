@@ -107,6 +107,7 @@ class LinearAttention(Attention):
         if inputs.recall("state") is not None:
             raise ValueError("cache: the weights of tokens that a state has taken in are not known")
         visible = ops.as_dense(mask, q.shape[2], k.shape[2], 0, q.device)
+        dtype = q.dtype
         q, k, gates = self.terms(q, k, inputs)
         tokens = torch.eye(k.shape[2], dtype=q.dtype, device=q.device)
         each = tokens.expand(*k.shape[:2], -1, -1)
@@ -116,9 +117,9 @@ class LinearAttention(Attention):
         if visible is not None:
             weights = weights.masked_fill(~visible, 0.0)
         if not self.normalized:
-            return weights
+            return weights.to(dtype)
         total = weights.sum(-1, keepdim=True) + self.eps
-        return weights / total.masked_fill(total == 0, 1.0)
+        return (weights / total.masked_fill(total == 0, 1.0)).to(dtype)
 
     def terms(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor, Gates]:
         """Features, one key for every query head, and gates; at padding, nothing happens to a state."""

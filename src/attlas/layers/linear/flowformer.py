@@ -29,11 +29,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attlas import masks
 from attlas.catalog.registry import mechanism
 from attlas.inputs import Inputs
 from attlas.layers.linear.base import Gates, LinearAttention
-from attlas.masks import Mask
 
 
 @mechanism("flowformer", aliases=("flow-attention",))
@@ -69,14 +67,8 @@ class Flowformer(LinearAttention):
         if inputs.real_now is not None:
             sources = sources * inputs.real_now[:, None, :, None]
         sinks = sources if inputs.context is None else q.new_ones(q.shape[0], 1, q.shape[2], 1)
-        causal = masks.causal in (self.pattern, inputs.mask)
-        return (self._running if causal else self._whole)(q, k, sinks, sources, inputs)
-
-    def weigh(
-        self, q: Tensor, k: Tensor, mask: Mask | Tensor | None, inputs: Inputs
-    ) -> Tensor:
-        """The map that the flows stand for, in the precision of the queries."""
-        return super().weigh(q, k, mask, inputs).to(q.dtype)
+        form = self._running if self.looks_back(inputs.mask) else self._whole
+        return form(q, k, sinks, sources, inputs)
 
     def flow(self, x: Tensor, others: Tensor) -> Tensor:
         """What flows between x and the sum of the others, [batch, heads, tokens, 1]."""

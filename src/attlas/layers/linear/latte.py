@@ -26,7 +26,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from attlas import masks, ops
+from attlas import ops
 from attlas.catalog.registry import mechanism
 from attlas.errors import at_least_one
 from attlas.inputs import Inputs
@@ -91,7 +91,7 @@ class Latte(LinearAttention):
         """The recurrence, or one sum over the keys; all pairs where a mask asks for them."""
         if not self.runs_along(mask, inputs):
             return self.aggregate(self.weigh(q, k, mask, inputs), v)
-        causal = masks.causal in (self.pattern, mask)
+        causal = self.looks_back(mask)
         q, k = self.features(q, k)
         # Z is summed up in float64: what it is off by, all weights would be off by.
         logits, real = self.per_query_head(k, q).double(), inputs.real_now

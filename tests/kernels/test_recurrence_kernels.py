@@ -1,0 +1,204 @@
+"""The kernel of recurrences, run by Triton's interpreter where there is no GPU, against float64.
+
+Triton looks for its interpreter when a kernel is defined, so without a GPU the cases run in a process
+of their own, one for all: this file, run as a program, prints a line for each.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from itertools import pairwise
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from interpreted import interpreted
+from torch import Tensor
+
+from attlas import ops
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+
+DECAYS = ("none", "head", "token", "channel")
+#: What a case is when it says nothing else; so many multiprocessors cut a sequence into stretches.
+PLAIN: dict[str, Any] = {
+    "batch": 1, "heads": 2, "tokens": 130, "dim": 16, "width": 24, "decay": "none", "offsets": None,
+    "state": True, "wild": False, "units": 4, "dtype": "float32",
+}  # fmt: skip
+CASES: dict[str, dict[str, Any]] = {
+    f"{decay}, {name}": {"decay": decay, **case}
+    for decay in DECAYS
+    for name, case in {
+        "one token": {"tokens": 1},
+        "one stretch": {"units": 1, "tokens": 65},
+        "several stretches": {"tokens": 300 if decay == "channel" else 1100, "units": 12},
+        "a batch, no state": {"batch": 2, "dim": 32, "width": 16, "state": False},
+        "widths between powers of two": {"dim": 20, "width": 72},
+        "packed": {"offsets": (0, 70, 70, 71, 200), "tokens": 200},
+        "packed, several stretches": {"offsets": (0, 170, 400), "tokens": 400, "units": 40},
+    }.items()
+}
+CASES |= {
+    f"{decay}, extreme": {"decay": decay, "wild": True, "tokens": 200} for decay in DECAYS[1:]
+}
+#: On a GPU alone.
+LARGE: dict[str, dict[str, Any]] = {
+    f"{decay}, {tokens} of {dim} in bfloat16": {
+        "decay": decay, "tokens": tokens, "dim": dim, "width": dim, "dtype": "bfloat16", "wild": wild,
+        "heads": 3,
+    }
+    for decay in DECAYS
+    for tokens, dim, wild in ((1000, 128, False), (2111, 64, False), (500, 128, decay != "none"))
+}  # fmt: skip
+
+
+def inputs(device: str, case: dict[str, Any]) -> tuple[dict[str, Tensor | None], list[Tensor]]:
+    """What the kernel takes, amid numbers that are none, and gradients of its outputs."""
+    torch.manual_seed(0)
+    batch, heads, tokens, dim, width = (case[n] for n in ("batch", "heads", "tokens", "dim", "width"))
+    dtype = getattr(torch, case["dtype"])
+
+    def poisoned(*shape: int) -> Tensor:
+        """[batch, heads, tokens, …], of whose heads every second is none of ours."""
+        whole = torch.full((batch, tokens + 2, 2 * heads, *shape), torch.nan)
+        inner = whole[:, 1:-1, ::2]
+        inner.copy_(torch.randn(inner.shape) * 0.3)
+        return inner.transpose(1, 2)
+
+    q, k, v = (poisoned(n) for n in (dim, dim, width))
+    decays = {"head": torch.randn(heads), "token": poisoned(), "channel": poisoned(dim)}
+    g = decays.get(case["decay"])
+    if g is not None:
+        g.copy_(-g.abs())
+        if case["wild"]:
+            pick = torch.rand(g.shape)
+            for share, decay in ((0.5, 0.0), (0.1, -69.1), (0.05, -torch.inf)):
+                g.masked_fill_(pick < share, decay)
+    sequences = batch if case["offsets"] is None else len(case["offsets"]) - 1
+    start = torch.randn(sequences, heads, dim, width) if case["state"] else None
+    given = {n: _onto(device, dtype, x) for n, x in zip("qkv", (q, k, v), strict=True)}
+    given |= {n: None if x is None else x.to(device) for n, x in (("g", g), ("start", start))}
+    grads = [torch.randn(batch, heads, tokens, width).to(device, dtype),
+             torch.randn(sequences, heads, dim, width).to(device)]  # fmt: skip
+    return given, grads
+
+
+def _onto(device: str, dtype: torch.dtype, x: Tensor) -> Tensor:
+    base = x._base
+    assert base is not None
+    moved = base.to(device, dtype)
+    return moved.as_strided(x.shape, x.stride(), x.storage_offset())
+
+
+def results(
+    run: Any, given: dict[str, Tensor | None], grads: list[Tensor], dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """Outputs, the state and all gradients of one way to compute."""
+    leaves = {n: None if x is None else x.detach().to(dtype or x.dtype).requires_grad_()
+              for n, x in given.items()}  # fmt: skip
+    out, end = run(**leaves)
+    loss = (out.double() * grads[0].double()).sum()
+    if given["start"] is not None:
+        loss = loss + (end.double() * grads[1].double()).sum()
+    loss.backward()
+    found = {"out": out, "end": end}
+    return {n: x.detach().double() for n, x in found.items()} | {
+        f"d{n}": x.grad.double() for n, x in leaves.items() if x is not None and x.grad is not None
+    }
+
+
+def coarse(offsets: tuple[int, ...] | None) -> Any:
+    """All pairs by plain operations in the type of the inputs."""
+
+    def one(q: Tensor, k: Tensor, v: Tensor, g: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor]:
+        whole = g.float().clamp(min=-69.0).cumsum(2)
+        seen = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()[..., None]
+        apart = (whole[:, :, :, None] - whole[:, :, None]).masked_fill(~seen, -torch.inf).exp()
+        apart = apart.to(q.dtype).expand(*apart.shape[:4], q.shape[-1])
+        pairs = torch.einsum("bhtd,bhsd,bhtsd->bhts", q, k, apart)
+        out = 0.5 * pairs @ v
+        end = ((k * (whole[:, :, -1:] - whole).exp().to(k.dtype)).mT @ v).float()
+        if start is not None:
+            out = out + 0.5 * (q * whole.exp().to(q.dtype)) @ start.to(q.dtype)
+            end = end + whole[:, :, -1].exp()[..., None] * start
+        return out, end
+
+    def run(
+        q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, start: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        g = torch.zeros(q.shape[1], device=q.device) if g is None else g
+        g = g[None, :, None, None] if g.ndim == 1 else g if g.ndim == 4 else g[..., None]
+        g = g.expand(*q.shape[:3], -1)
+        parts = []
+        for n, (a, b) in enumerate(pairwise(offsets or (0, q.shape[2]))):
+            rows = slice(n, n + 1) if offsets else slice(None)
+            state = start[rows] if start is not None else None
+            if a == b:
+                empty = q.new_zeros(1, *k.shape[1:2], k.shape[-1], v.shape[-1])
+                parts.append((v[:, :, a:b], empty if state is None else state))
+            else:
+                parts.append(one(*(x[:, :, a:b] for x in (q, k, v, g)), state))
+        return torch.cat([o for o, _ in parts], dim=2), torch.cat([e for _, e in parts])
+
+    return run
+
+
+def errors(name: str, device: str = "cpu") -> dict[str, tuple[float, float]]:
+    """Of every result against float64, and what is allowed: twice that of plain operations, and a bit."""
+    from attlas.kernels import sweep
+    from attlas.kernels.recurrence import Scan
+
+    case = {**PLAIN, **{**CASES, **LARGE}[name]}
+    if device == "cuda":  # whose float32 products are coarser than plain ones, and not taken
+        case["dtype"] = "bfloat16"
+    given, grads = inputs(device, case)
+    offsets = case["offsets"]
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, start: Tensor | None) -> Any:
+        return Scan.apply(q, k, v, g, start, 0.5, offsets or (0, q.shape[2]), offsets is not None)
+
+    def exact(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, start: Tensor | None) -> Any:
+        packed = None if offsets is None else torch.tensor(offsets)
+        return ops.recurrence(
+            q, k, v, log_decay=g, initial_state=start, scale=0.5, cu_seqlens=packed, form="chunked"
+        )
+
+    with patch.object(sweep, "units", lambda _: case["units"]):
+        ours = results(kernel, given, grads)
+    true = results(exact, given, grads, torch.float64)
+    plain = results(coarse(offsets), given, grads)
+    # A channel that forgets by more than e^−8.3 a token is taken to forget by that.
+    bit = 3e-4 if case["wild"] and case["decay"] == "channel" else 5e-6
+    found = {}
+    if device == "cuda" and case["decay"] in ("head", "channel"):
+        del true["dg"]  # coarser than plain operations, so that "auto" leaves them to float32
+    for part, x in true.items():
+        size = x.abs().max().item()
+        off, theirs = ((y[part] - x).abs().max().item() for y in (ours, plain))
+        # Decays' gradients are differences of sums over all tokens.
+        found[part] = (off, 2 * theirs + (10 * bit if part == "dg" else bit) * size)
+    return found
+
+
+@pytest.fixture(scope="module")
+def judged() -> dict[str, dict[str, tuple[float, float]]]:
+    if torch.cuda.is_available():
+        return {name: errors(name, "cuda") for name in CASES | LARGE}
+    return dict(json.loads(line) for line in interpreted(__file__).splitlines())
+
+
+@pytest.mark.parametrize("name", [*CASES, *LARGE])
+def test_the_kernel_is_as_exact_as_plain_operations(name: str, judged: Any) -> None:
+    if name not in judged:
+        pytest.skip("Triton's interpreter has no bfloat16, and there is no CUDA device")
+    wrong = {part: pair for part, pair in judged[name].items() if not pair[0] <= pair[1]}
+    assert not wrong
+    assert {"out", "end", "dq", "dk", "dv"} <= set(judged[name])
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for each in CASES:
+        print(json.dumps([each, errors(each)]))
