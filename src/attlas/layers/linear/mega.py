@@ -1,0 +1,248 @@
+"""Mega: one gated head of attention between tokens that a moving average has told of their past.
+
+    h_t = α ⊙ (β x_t) + (1 − α ⊙ δ) ⊙ h_{t−1}      y_t = η · h_t      x' = SiLU(y + ω ⊙ x)
+    z = SiLU(x' W_z)      q, k = γ ⊙ z + μ, with a γ and a μ each      v = SiLU(x W_v)
+    weights = f(q kᵀ / τ + b),  f softmax with τ = √z, or relu² or Laplace with τ the keys seen
+    h = SiLU(x' W_h + (r ⊙ (weights v)) U)      out = φ ⊙ h + (1 − φ) ⊙ x
+
+Laplace is (1 + erf((s − μ) / (σ√2))) / 2 with μ = √½, σ = √(1/4π): relu² made smooth. The average has
+`ema` values h for each channel, with α and δ in (0, 1). φ = sigmoid(x' W_φ) updates, r = SiLU(x' W_r)
+resets. b is a number for each distance, or one that rotated vectors give. Without `causal` a second
+average runs backwards, and the token itself counts in both.
+
+Cost: the average n log n by FFT, one step at a time while decoding; attention 2·n²·(z + values)
+multiply-adds, or with chunks 2·n·chunk·(z + values). Memory linear in n where f is softmax or in chunks.
+Reduces to gated single-head attention where the average hands on x.
+Source: "Mega: Moving Average Equipped Gated Attention" and its authors' program, which has 1/√ema in η
+and x' = SiLU(y + ω ⊙ x). There, distances beyond `max_positions` are refused; here they share the last.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from attlas import masks, ops
+from attlas.attention import Attention, Prepared
+from attlas.catalog.registry import mechanism
+from attlas.errors import UnknownName, at_least_one
+from attlas.inputs import Inputs
+from attlas.layers.linear.damped_ema import DampedEMA
+from attlas.layers.linear.packing import at_places, place, ranks
+from attlas.masks import Mask
+from attlas.positions import ScoreMod
+from attlas.positions.base import additive, relative
+
+Weights = Literal["softmax", "relu2", "laplace"]
+Bias = Literal["simple", "rotary"]
+
+
+@mechanism("mega", example={"heads": 1})
+class Mega(Attention):
+    """Gated attention of one head on a moving average.
+
+    Args:
+        head_dim: z, the width of queries and keys; dim / 4 unless given.
+        values: width of the values; 2 · dim unless given.
+        ema: values that the average keeps for each channel.
+        weights_by: f.
+        relative: "simple", a trained number for each distance, or "rotary".
+        max_positions: distances of the former.
+        prenorm: a LayerNorm of x before everything but the last ⊙ x.
+
+    Raises:
+        ValueError: more heads than one; a cache, or the causal mask, without `causal=True`.
+    """
+
+    has_cross_form = False
+    has_own_position = True
+    takes_masks = "padding"
+    expected_failures: ClassVar[dict[str, str]] = {
+        "static-cache": "its layers have no room for the state of the moving average"
+    }
+
+    def __init__(
+        self, dim: int, heads: int = 1, *args: Any, values: int | None = None, ema: int = 16,
+        weights_by: Weights = "softmax", relative: Bias = "simple", max_positions: int = 1024,
+        prenorm: bool = False, bias: bool = True, **options: Any,
+    ) -> None:  # fmt: skip
+        for option, allowed in ((weights_by, Weights), (relative, Bias)):
+            if option not in get_args(allowed):
+                name = "weights_by" if allowed is Weights else "relative"
+                raise UnknownName(name, option, get_args(allowed))
+        self.values = 2 * dim if values is None else at_least_one("values", values)
+        self.ema, self.prenorm = at_least_one("ema", ema), prenorm
+        self.weights_by, self.relative = weights_by, relative
+        self.max_positions = at_least_one("max_positions", max_positions)
+        if options.get("head_dim") is None:
+            options["head_dim"] = max(2, dim // 8 * 2)
+        super().__init__(dim, heads, *args, bias=bias, **options)
+        if self.heads != 1:
+            raise ValueError(f"heads must be 1, got {heads}: the reset gate is what more would do")
+        if relative == "rotary" and self.head_dim % 2:
+            raise ValueError(f"head_dim must be even for relative='rotary', got {self.head_dim}")
+
+    def build(self, bias: bool) -> None:
+        """The average, projections that start small, and the biases of distances."""
+        dim, z = self.dim, self.head_dim
+        self.average = DampedEMA(dim, self.ema, both_ways=not self.causal)
+        self.norm = nn.LayerNorm(dim) if self.prenorm else nn.Identity()
+        self.v_proj = nn.Linear(dim, self.values, bias=bias)
+        self.mixed_proj = nn.Linear(dim, dim + z + self.values + dim, bias=bias)
+        self.o_proj = nn.Linear(self.values, dim, bias=bias)
+        for projection in (self.v_proj, self.mixed_proj, self.o_proj):
+            nn.init.normal_(projection.weight, std=0.02)
+            if bias:
+                nn.init.zeros_(projection.bias)
+        self.gain = nn.Parameter(0.02 * torch.randn(2, z))
+        self.shift = nn.Parameter(torch.zeros(2, z))
+        shape = (2, z) if self.relative == "rotary" else (2 * self.max_positions - 1,)
+        self.distance = nn.Parameter(0.02 * torch.randn(shape))
+        self.scale = 1.0  # queries carry it, since τ may differ from one to the next
+
+    def project(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries with the gates of their tokens behind them, keys and values."""
+        if not self.causal and (inputs.cache is not None or inputs.mask == masks.causal):
+            which = "mask" if inputs.cache is None else "cache"
+            raise ValueError(f"{which}: causal=False averages over what comes after a token")
+        x = self.norm(inputs.x)
+        averaged, state = self.average(x, inputs.real_now, inputs.recall("average"))
+        if state is not None:
+            inputs.remember("average", state)
+        mixed = self.mixed_proj(averaged)
+        update, z, rest = mixed.split([self.dim, self.head_dim, self.values + self.dim], dim=-1)
+        q, k = (silu(z) * gain + shift for gain, shift in zip(self.gain, self.shift, strict=True))
+        if self.weights_by == "softmax":
+            q = q * self.head_dim**-0.5
+        q = torch.cat((q, update, rest), dim=-1)
+        return q[:, None], k[:, None], silu(self.v_proj(x))[:, None]
+
+    def prepare(self, *args: Any, **options: Any) -> Prepared:
+        """As ever; gates go to `inputs`, where the output finds them."""
+        q, k, v, mask, inputs = super().prepare(*args, **options)
+        q, gates = q.split([self.head_dim, q.shape[-1] - self.head_dim], dim=-1)
+        return q, k, v, mask, replace(inputs, extras={"gates": gates[:, 0]})
+
+    @property
+    def score_mod(self) -> ScoreMod | None:
+        """Score plus the number of its distance, where there is one."""
+        return self._biased if self.relative == "simple" else None
+
+    @additive
+    def _biased(self, score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        far = len(self.distance) // 2
+        number = relative(q_idx, kv_idx).clamp(-far, far) + far
+        return score + self.distance[number].to(score.dtype)
+
+    def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys, longer by the rotated vectors whose product is the bias of a distance."""
+        if self.relative == "simple":
+            return q, k
+        rows, own = (*k.shape[:2], -1, -1), slice(k.shape[2] - q.shape[2], None)
+        first, second = (_rotated(x, k.shape[2]).to(k.dtype).expand(rows) for x in self.distance)
+        return torch.cat((q, first[:, :, own]), dim=-1), torch.cat((k, second), dim=-1)
+
+    def normalize(self, scores: Tensor) -> Tensor:
+        """f."""
+        if self.weights_by == "relu2":
+            return scores.relu().square()
+        if self.weights_by == "laplace":
+            return (1 + torch.erf((scores - 0.5**0.5) * (2 * math.pi) ** 0.5)) / 2
+        return super().normalize(scores)
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, inputs: Inputs
+    ) -> Tensor:
+        """One fused call for a softmax, else all pairs."""
+        if self.weights_by == "softmax":
+            return self.fused(*self.features(q, k), v, mask)
+        return self.aggregate(Mega.weigh(self, q, k, mask, inputs), v)
+
+    def weigh(self, q: Tensor, k: Tensor, mask: Mask | Tensor | None, inputs: Inputs) -> Tensor:
+        """The weights of all pairs."""
+        if self.weights_by != "softmax":
+            seen = ops.as_dense(mask, q.shape[2], k.shape[2], k.shape[2] - q.shape[2], q.device)
+            q = q / (k.shape[2] if seen is None else seen.sum(-1, keepdim=True).clamp(min=1))
+        return super().weigh(q, k, mask, inputs)
+
+    def output(self, heads: Tensor, inputs: Inputs) -> Tensor:
+        """What the reset gate lets through, and as much of it as the update gate takes in."""
+        update, reset, own = inputs.extras["gates"].split([self.dim, self.values, self.dim], dim=-1)
+        h = silu(own + self.o_proj(heads[:, 0] * silu(reset)))
+        y: Tensor = inputs.x + update.sigmoid() * (h - inputs.x)
+        return y
+
+
+def _rotated(vector: Float[Tensor, " z"], places: int) -> Float[Tensor, "places z"]:
+    first, second = vector.chunk(2)
+    steps = torch.arange(len(first), device=vector.device) / len(first)
+    angle = torch.arange(places, device=vector.device)[:, None] * 10000.0**-steps
+    sin, cos = angle.sin(), angle.cos()
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+@mechanism("mega-chunk", paper="mega", example={"heads": 1, "chunk": 4})
+class MegaChunk(Mega):
+    """Mega whose tokens attend within chunks; the average alone goes on from one to the next.
+
+    Args:
+        chunk: tokens of a chunk.
+    """
+
+    keeps_keys = False
+    expected_failures: ClassVar[dict[str, str]] = {}
+
+    def __init__(self, dim: int, heads: int = 1, *args: Any, chunk: int = 128, **options: Any) -> None:
+        self.chunk = at_least_one("chunk", chunk)
+        super().__init__(dim, heads, *args, **{"max_positions": chunk, **options})
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, inputs: Inputs
+    ) -> Tensor:
+        """Chunk by chunk, from the unfinished one in the cache on."""
+        names, real = ("chunk keys", "chunk values"), inputs.real_now
+        if real is None:
+            real = torch.ones(len(k), k.shape[2], dtype=torch.bool, device=k.device)
+        if (filled := inputs.recall("filled")) is None:
+            filled = real.new_zeros(len(k), 1, dtype=torch.long)
+        at = ranks(real)
+        at = at.where(at < 0, at + filled)
+        slots = -(-(k.shape[2] + (self.chunk - 1 if inputs.cache is not None else 0)) // self.chunk)
+        slots, last = slots * self.chunk, filled + real.sum(-1, keepdim=True)
+        placed = [place(q[:, 0], at, q.new_zeros(len(q), slots, q.shape[-1]))]
+        begin = last // self.chunk * self.chunk
+        left = (begin + torch.arange(self.chunk, device=k.device)).clamp(max=slots - 1)
+        for name, x in zip(names, (k, v), strict=True):
+            onto = x.new_zeros(len(x), slots, x.shape[-1])
+            if (before := inputs.recall(name)) is not None:
+                onto = torch.cat((before, onto[:, self.chunk :]), dim=1)
+            placed.append(place(x[:, 0], at, onto))
+            inputs.remember(name, at_places(placed[-1], left))
+        inputs.remember("filled", last - begin)
+        q, k, v = (x.unflatten(1, (-1, self.chunk)).flatten(0, 1)[:, None] for x in placed)
+        used = (torch.arange(slots, device=k.device) < last).view(-1, self.chunk)
+        # Behind the last token nothing is visible to a causal query anyway.
+        inside = masks.causal if self.causal else masks.padding(used)
+        out = super().attend(q, k, v, inside, inputs)
+        return at_places(out.reshape(len(at), slots, -1), at)[:, None]
+
+    def weigh(self, q: Tensor, k: Tensor, mask: Mask | Tensor | None, inputs: Inputs) -> Tensor:
+        """The weights of all pairs: none between chunks.
+
+        Raises:
+            ValueError: a cache, which has let go of the chunks before.
+        """
+        if inputs.recall("filled") is not None:
+            raise ValueError("cache: keys of the chunks before are not known any more")
+        real = inputs.real_now
+        at = torch.arange(k.shape[2], device=k.device)[None] if real is None else ranks(real)
+        number = at.div(self.chunk, rounding_mode="floor")[:, None]
+        same = number[..., :, None] == number[..., None, :]
+        visible = ops.as_dense(mask, q.shape[2], k.shape[2], 0, q.device)
+        return super().weigh(q, k, same if visible is None else same & visible, inputs)

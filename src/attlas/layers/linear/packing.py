@@ -1,0 +1,60 @@
+"""Padding in what runs along a sequence: the real tokens of every row next to each other, and back.
+
+A convolution, or a moving average taken by FFT, knows its neighbours by their distance, so that padding
+between two tokens would set them apart. `ranks` tells each token's place among the real ones of its row,
+`place` puts tokens there, and `at_places` takes what was made of them back.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Integer
+from torch import Tensor, nn
+
+
+def ranks(real: Bool[Tensor, "batch tokens"]) -> Integer[Tensor, "batch tokens"]:
+    """Each real token's number in its row, from 0; −1 at padding."""
+    return (real.long().cumsum(-1) - 1).masked_fill(~real, -1)
+
+
+def place(
+    x: Float[Tensor, "batch tokens width"], at: Integer[Tensor, "batch tokens"],
+    onto: Float[Tensor, "batch slots width"],
+) -> Float[Tensor, "batch slots width"]:  # fmt: skip
+    """`onto` with each token in its slot; those at −1 are left out."""
+    slots = onto.shape[1]
+    spare = torch.cat((onto, onto[:, :1]), dim=1)  # one more slot, for what is left out
+    index = at.where(at >= 0, slots)[..., None].expand_as(x)
+    return spare.scatter(1, index, x)[:, :slots]
+
+
+def at_places(
+    y: Float[Tensor, "batch slots width"], at: Integer[Tensor, "batch tokens"]
+) -> Float[Tensor, "batch tokens width"]:
+    """What each token's slot holds; padding gets that of slot 0."""
+    return y.take_along_dim(at.clamp(min=0)[..., None], dim=1)
+
+
+def short_convolution(
+    x: Float[Tensor, "batch tokens width"], conv: nn.Conv1d,
+    real: Bool[Tensor, "batch tokens"] | None = None,
+    before: Float[Tensor, "batch earlier width"] | None = None,
+) -> tuple[Float[Tensor, "batch tokens width"], Float[Tensor, "batch earlier width"]]:  # fmt: skip
+    """(a causal convolution over the real tokens, the last of them for the next pass).
+
+    Args:
+        x: its input.
+        conv: without padding of its own.
+        real: which tokens are none of padding; all unless given.
+        before: what stands before the first token, as the pass before returned it; zeros unless given.
+    """
+    earlier = conv.kernel_size[0] - 1
+    at = None if real is None else ranks(real)
+    now = x if at is None else place(x, at, torch.zeros_like(x))
+    before = x.new_zeros(len(x), earlier, x.shape[-1]) if before is None else before
+    whole = torch.cat((before, now), dim=1)
+    y = conv(whole.mT).mT
+    if at is None or real is None:
+        return y, whole[:, whole.shape[1] - earlier :]
+    last = real.sum(-1, keepdim=True) + torch.arange(earlier, device=x.device)
+    return at_places(y, at), at_places(whole, last)
