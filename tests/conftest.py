@@ -6,7 +6,9 @@ import os
 from jaxtyping import install_import_hook
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for a network
-hook = install_import_hook("attlas", "beartype.beartype")
+# An int is a float to beartype too, as it is to mypy.
+checked = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+hook = install_import_hook("attlas", checked)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -111,9 +111,9 @@ class SampledAttention(Attention):
         """Softmax weights of all pairs, each counted as often as the approximation counts it."""
         if self._is_step(q, k):
             return super().weigh(q, k, mask, inputs)
-        scores, chances = self.score(q, k), self.chances(k)
-        q, k = self.features(q, k)
+        chances, (q, k) = self.chances(k), self.features(q, k)
         k = self.per_query_head(k, q)
+        scores = q * self.scale @ k.transpose(-1, -2)
         counts = self._by_rows(
             torch.zeros_like(scores), inputs, lambda b, rows, keys: _columns(self.counts(
                 q[b][:, :, rows], k[b][:, :, keys],

@@ -32,7 +32,6 @@ from attlas.errors import at_least_one
 from attlas.inputs import Inputs
 from attlas.layers.linear.base import LinearAttention
 from attlas.masks import Mask
-from attlas.positions import Position
 
 #: Log of nothing at all, which sums of logarithms and their gradients can still be taken with.
 NOTHING = -1e30
@@ -46,20 +45,16 @@ class Latte(LinearAttention):
 
     Args:
         latents: latent variables of a head; `head_dim` unless given.
-
-    Raises:
-        ValueError: a position encoding that rotates queries and keys, whose channels are latents here.
     """
 
     normalized = False
+    has_own_position = True
 
     def __init__(
         self, dim: int, heads: int = 8, *args: Any, latents: int | None = None, **options: Any
     ) -> None:
         self.latents = None if latents is None else at_least_one("latents", latents)
         super().__init__(dim, heads, *args, **options)
-        if type(self.position_encoding).rotate is not Position.rotate:
-            raise ValueError("position: latents are no pairs of channels that could be rotated")
 
     def build(self, bias: bool) -> None:
         """Projections to latents and values, each of unit variance for inputs of unit variance."""
