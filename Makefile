@@ -12,7 +12,7 @@ compare: $(VENV)/.installed-run
 	$(RUN)/attlas compare $(ARGS)
 
 test: $(VENV)/.installed-dev
-	$(RUN)/python -m pytest $(ARGS)
+	$(RUN)/python -m pytest --numprocesses auto $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(RUN)/ruff check src tests benchmarks

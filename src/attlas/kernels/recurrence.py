@@ -51,10 +51,10 @@ class Scan(torch.autograd.Function):
         # The state's gradient meets no scale on its way, but a sweep's outputs do.
         after = None if d_end is None else (d_end.float() / scale).contiguous()
         dq, _, dots_q = sweep(
-            d_out, v, k, g, start=_turned(start), x=x_q, axis="values", dtype=wide, **given
+            d_out, v, k, g, start=turned(start), x=x_q, axis="values", dtype=wide, **given
         )
         dk, _, dots_k = sweep(
-            v, d_out, q, g, start=_turned(after), reverse=True, x=x_k, axis="values", dtype=wide, **given
+            v, d_out, q, g, start=turned(after), reverse=True, x=x_k, axis="values", dtype=wide, **given
         )
         dv, d_start, _ = sweep(k, q, d_out, g, start=after, reverse=True, end=wants_start, **given)
         dg = None
@@ -157,5 +157,5 @@ def gradient_of_channels(
     return outs[0], outs[1], outs[2]
 
 
-def _turned(state: Tensor | None) -> Tensor | None:
+def turned(state: Tensor | None) -> Tensor | None:
     return None if state is None else state.mT.contiguous()

@@ -19,11 +19,11 @@ The forms give the same:
 | step     | the definition, token by token                                       | for a few tokens |
 | parallel | one chunk of everything, quadratic in its length                     | never            |
 | chunked  | products within a chunk, the state from chunk to chunk               | else             |
-| triton   | a kernel with chunks of its own: additive, in bfloat16 on a GPU      | wherever it can  |
+| triton   | kernels with chunks of their own: no low rank, in bfloat16 on a GPU  | wherever it can  |
 
-All but the kernel compute in float32 at least, so that nothing overflows where inputs are in half
-precision; the kernel keeps its state in float32. Decays of heads or channels whose gradients are
-wanted go by chunks, since the kernel's gradients of those are coarse.
+All but the kernels compute in float32 at least, so that nothing overflows where inputs are in half
+precision; the kernels keep their state in float32. Decays of heads or channels whose gradients are
+wanted go by chunks, since the kernels' gradients of those are coarse.
 """
 
 from __future__ import annotations
@@ -107,8 +107,8 @@ def recurrence(
         )
     packed = cu_seqlens is not None
     state: Tensor | None
-    if _by_kernel(q, k, v, log_decay, beta is None and low_rank is None, causal, form):
-        out, state = kernels.launch(q, k, v, log_decay, initial_state, scale, spans, packed)
+    if _by_kernel(q, k, v, log_decay, beta, low_rank is not None, causal, form):
+        out, state = kernels.launch(q, k, v, log_decay, beta, initial_state, scale, spans, packed)
     else:
         terms = _terms(q, k, v, log_decay, beta, low_rank, scale)
         out, state = _by_forms(terms, spans, packed, causal, initial_state, chunk_size, form)
@@ -119,12 +119,13 @@ def recurrence(
 
 
 def _by_kernel(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, additive: bool, causal: bool, form: Form
-) -> bool:
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, low_rank: bool,
+    causal: bool, form: Form,
+) -> bool:  # fmt: skip
     if form != "triton" and (form != "auto" or q.shape[2] < SHORT or kernels.loses(g)):
         return False
     behind = None if causal else "it sees no token behind another"
-    reason = behind or kernels.refuses(q, k, v, g, additive)
+    reason = behind or kernels.refuses(q, k, v, g, beta, low_rank)
     if reason is not None and form == "triton":
         raise UserError(f"form='triton' cannot take this call: {reason}")
     return reason is None

@@ -1,4 +1,4 @@
-"""When the kernel of recurrences may be taken, and how it is called."""
+"""When the kernels of recurrences may be taken, and how they are called."""
 
 from __future__ import annotations
 
@@ -14,14 +14,18 @@ WIDTH = 128
 ALIGNED = 8
 
 
-def refuses(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, additive: bool) -> str | None:
-    """Why the kernel cannot take a call of `recurrence`, None when it can."""
+def refuses(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, low_rank: bool
+) -> str | None:
+    """Why no kernel can take a call of `recurrence`, None when one can."""
     if torch.compiler.is_compiling():
         return "torch.compile traces it"
     if not q.is_cuda:
         return "not on a CUDA device"
-    if not additive:
-        return "no kernel has the delta rule's or a low-rank update"
+    if low_rank:
+        return "no kernel has a low-rank update"
+    if beta is not None and g is not None and g.ndim == 4:
+        return "no kernel has the delta rule with a decay of channels"
     if not q.dtype == k.dtype == v.dtype == torch.bfloat16:
         return f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}, not all bfloat16"
     if g is not None and not g.is_floating_point():
@@ -43,10 +47,11 @@ def loses(g: Tensor | None) -> bool:
 
 
 def launch(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor | None, scale: float,
-    spans: list[tuple[int, int]], packed: bool,
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, state: Tensor | None,
+    scale: float, spans: list[tuple[int, int]], packed: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(outputs, states behind the sequences in float32)."""
+    from attlas.kernels.delta_run import Delta
     from attlas.kernels.recurrence import Scan
 
     width = v.shape[-1]
@@ -60,6 +65,7 @@ def launch(
     state = None if state is None else state.float().contiguous()
     offsets = (0, *(stop for _, stop in spans))
     with torch.cuda.device_of(q):  # Triton launches on the current device
-        given = (q, k, v, g, state, scale, offsets, packed)
-        out, after = Scan.apply(*given)  # type: ignore[no-untyped-call, unused-ignore]
+        update, written = (Scan, ()) if beta is None else (Delta, (beta,))
+        given = (q, k, v, g, *written, state, scale, offsets, packed)
+        out, after = update.apply(*given)  # type: ignore[no-untyped-call, unused-ignore]
     return (out[..., :width], after[..., :width]) if spare else (out, after)
