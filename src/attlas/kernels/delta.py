@@ -1,6 +1,6 @@
 """The delta rule on a GPU: what tokens write is solved for, and the rest is an additive recurrence.
 
-    u_t = β_t (v_t − e^{g_t} S_{t−1}ᵀ k_t)      S_t = e^{g_t} S_{t−1} + k_t u_tᵀ      o_t = scale · S_tᵀ q_t
+    u_t = β_t (v_t − e^{g_t} S_{t−1}ᵀ k_t)     S_t = e^{g_t} S_{t−1} + k_t u_tᵀ     o_t = scale · S_tᵀ q_t
 
 Within a chunk, with G_t the sum of its g up to t, L_ts = (k_t·k_s) e^{G_t − G_s} below the diagonal and
 P_ts = scale · (q_t·k_s) e^{G_t − G_s} down to it,
@@ -15,7 +15,7 @@ u_t is x_t = D_tᵀ k_t, and
     D_0 = e^{G_C} D_C + scale · (Q e^G)ᵀ dO − (K e^G)ᵀ β X
 
 Since S and D are additive recurrences of what is known then (of k against u; of q against dO and of k
-against −βX), the other gradients are sweeps of `attlas.kernels.sweep`; `attlas.kernels.delta_run` calls them all.
+against −βX), the other gradients are sweeps; `attlas.kernels.delta_run` calls them all.
 
 Cost: n·(2c + 3d)·d multiply-adds a head for chunks of c tokens, and n·(4c² + 2cd) for T and P; reads
 q, k, v, T and P once for every `BV` columns of v.

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from attlas.kernels.decode import units
 from attlas.kernels.delta import _back, _of_keys, _onwards, _within
-from attlas.kernels.recurrence import gradient_of_decay, turned
-from attlas.kernels.sweep import sweep
+from attlas.kernels.recurrence import following, gradient_of_decay, turned
+from attlas.kernels.sweep_run import sweep
 
 #: Tokens of a chunk, and of its blocks that are solved together.
 CHUNK, BLOCK = 64, 16
@@ -55,19 +55,23 @@ class Delta(torch.autograd.Function):
         after = None if d_end is None else d_end.float().contiguous()
         x, dv, dots, d_start = call.back(near, inverse, d_out, after, wants_start)
         before = turned(start)
-        dq, _, dots_q = sweep(
-            d_out, u, k, g, start=before, x=q if wants_g else None, axis="values", **given
+        by_q = sweep(
+            d_out, u, k, g, start=before, x=q if wants_g else None, keep=wants_g, axis="values", **given
         )
-        read, _, _ = sweep(x, u, k, g, start=before, axis="values", **plain)
+        by_x = sweep(x, u, k, g, start=before, axis="values", **plain)
         # The state's gradient meets no scale on its way, but a sweep's outputs do.
         last = None if after is None else turned(after / scale)
-        from_out, _, _ = sweep(u, d_out, q, g, start=last, reverse=True, axis="values", **given)
-        from_writing, _, _ = sweep(u, dv, k, g, reverse=True, axis="values", **plain)
-        dk, d_beta = call.of_keys(u, x, dots, from_out, from_writing, read)
+        given, plain = ({**each, "reverse": True, "meet": by_q.kept} for each in (given, plain))
+        by_out = sweep(u, d_out, q, g, start=last, axis="values", **given)
+        by_writing = sweep(u, dv, k, g, axis="values", **plain)
+        dk, d_beta = call.of_keys(u, x, dots, by_out.out, by_writing.out, by_x.out)
         dg = None
-        if dots_q is not None:
-            of_sums = dots_q - beta.float() * dots
-            dg = gradient_of_decay(of_sums, end, d_end, g, given["offsets"])
+        if by_out.meetings is not None:
+            share = None if d_end is None else (end * d_end).sum(-1)
+            meetings = by_out.meetings * scale - by_writing.meetings
+            met = following(meetings, share, given["offsets"]).sum(-1)
+            dg = gradient_of_decay(by_q.dots - beta.float() * dots, met, g, given["offsets"])
+        dq = by_q.out
         return dq, dk, dv, dg, d_beta.to(beta.dtype), d_start, None, None, None
 
 

@@ -3,13 +3,17 @@
     dq: k, v exchanged, do for q           dk: reverse, of v, do, q           dv: reverse, of k, q, do
 
 The gradient of a decay's sum is dG_t = q_t·dq_t − k_t·dk_t (channel by channel, where they have decays of
-their own), and that of the decay a sum of those over all later tokens.
+their own), and that of the decay a sum of those over all later tokens: of a segment's end only, with
+Σ S ⊙ ∂S at the next segment's first token, where the sweeps of dq and dk meet. Were it summed over
+everything, what the two round differently would add up.
 """
 
 # ruff: noqa: N803  (in Triton, capitals are what a kernel is compiled for)
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, no_type_check
 
@@ -18,7 +22,8 @@ import triton  # type: ignore[import-untyped, unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped, unused-ignore]
 from torch import Tensor
 
-from attlas.kernels.sweep import LEAST, LEAST_OF_CHANNEL, LOG2E, sweep
+from attlas.kernels.sweep import LEAST, LEAST_OF_CHANNEL, LOG2E
+from attlas.kernels.sweep_run import SEGMENT, sweep
 
 
 class Scan(torch.autograd.Function):
@@ -30,13 +35,12 @@ class Scan(torch.autograd.Function):
         offsets: tuple[int, ...], packed: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Outputs, and the state behind the last token."""
-        out, end, _ = sweep(
-            q, k, v, g, scale=scale, start=start, end=True, offsets=offsets, packed=packed
-        )
-        ctx.save_for_backward(q, k, v, g, start, end)
-        ctx.given = {"offsets": offsets, "packed": packed, "scale": scale}
-        assert end is not None
-        return out, end
+        given: dict[str, Any] = {"offsets": offsets, "packed": packed, "scale": scale}
+        found = sweep(q, k, v, g, start=start, end=True, **given)
+        ctx.save_for_backward(q, k, v, g, start, found.state)
+        ctx.given = given
+        assert found.state is not None
+        return found.out, found.state
 
     @staticmethod
     def backward(ctx, d_out: Tensor, d_end: Tensor | None) -> tuple[Any, ...]:  # type: ignore[no-untyped-def]
@@ -50,112 +54,157 @@ class Scan(torch.autograd.Function):
         wide = torch.float32 if of_channels else None
         # The state's gradient meets no scale on its way, but a sweep's outputs do.
         after = None if d_end is None else (d_end.float() / scale).contiguous()
-        dq, _, dots_q = sweep(
-            d_out, v, k, g, start=turned(start), x=x_q, axis="values", dtype=wide, **given
+        by_q = sweep(
+            d_out, v, k, g, start=turned(start), x=x_q, keep=wants_g, axis="values", dtype=wide, **given
         )
-        dk, _, dots_k = sweep(
-            v, d_out, q, g, start=turned(after), reverse=True, x=x_k, axis="values", dtype=wide, **given
-        )
-        dv, d_start, _ = sweep(k, q, d_out, g, start=after, reverse=True, end=wants_start, **given)
-        dg = None
-        if of_channels:
-            dq, dk, dg = gradient_of_channels(q, k, dq, dk, g, end, d_end, given["offsets"])
-        elif dots_q is not None and dots_k is not None:
-            dg = gradient_of_decay(dots_q - dots_k, end, d_end, g, given["offsets"])
-        return dq, dk, dv, dg, None if d_start is None else d_start * scale, None, None, None
+        by_k = sweep(
+            v, d_out, q, g, start=turned(after), reverse=True, x=x_k, meet=by_q.kept, axis="values",
+            dtype=wide, **given,
+        )  # fmt: skip
+        by_v = sweep(k, q, d_out, g, start=after, reverse=True, end=wants_start, **given)
+        dq, dk, dg = by_q.out, by_k.out, None
+        if by_k.meetings is not None:
+            share = None if d_end is None else (end * d_end).sum(-1)
+            met = following(by_k.meetings * scale, share, given["offsets"])
+            if of_channels:
+                dq, dk, dg = gradient_of_channels(q, k, dq, dk, g, met, given["offsets"])
+            else:
+                of_sums = by_q.dots - by_k.dots  # type: ignore[operator]
+                dg = gradient_of_decay(of_sums, met.sum(-1), g, given["offsets"])
+        d_start = None if by_v.state is None else by_v.state * scale
+        return dq, dk, by_v.out, dg, d_start, None, None, None
+
+
+@dataclass(frozen=True)
+class Segments:
+    """The segments of all sequences, one after the other.
+
+    Attributes:
+        begins: their first tokens.
+        stops: the tokens behind their last.
+        after: of each, the number of the next in its sequence; behind the last segments of sequences
+            come the sequences themselves.
+        own: of each token, its segment's number.
+    """
+
+    begins: Tensor
+    stops: Tensor
+    after: Tensor
+    own: Tensor
+
+
+@lru_cache(maxsize=64)
+def segments(offsets: tuple[int, ...], device: torch.device) -> Segments:
+    """Of sequences between these offsets."""
+    begins: list[int] = []
+    stops: list[int] = []
+    after: list[int] = []
+    total = sum(-(-(stop - start) // SEGMENT) for start, stop in pairwise(offsets))
+    for n, (start, stop) in enumerate(pairwise(offsets)):
+        own = list(range(start, stop, SEGMENT))
+        after += [len(begins) + i + 1 for i in range(len(own))]
+        if own:
+            after[-1] = total + n
+        begins += own
+        stops += [min(stop, begin + SEGMENT) for begin in own]
+    found = [torch.tensor(x, dtype=torch.int32, device=device) for x in (begins, stops, after)]
+    lengths = (found[1] - found[0]).long()
+    own_number = torch.arange(total, device=device).repeat_interleave(lengths)
+    return Segments(found[0], found[1], found[2], own_number)
+
+
+def following(
+    meetings: Tensor, share: Tensor | None, offsets: tuple[int, ...]
+) -> Tensor:
+    """The gradient of a log decay at the first token behind every segment [rows, segments, dim].
+
+    Args:
+        meetings: Σ S ⊙ ∂S at the first tokens of segments [rows, segments, dim].
+        share: the same behind the sequences [sequences, heads, dim]; None where it is 0.
+        offsets: of the sequences.
+    """
+    rows, _, dim = meetings.shape
+    ends = len(offsets) - 1
+    if share is None:
+        last = meetings.new_zeros(rows, ends, dim)
+    else:
+        last = share.transpose(0, 1) if ends > 1 else share.reshape(rows, 1, dim)
+    return torch.cat((meetings, last), dim=1)[:, segments(offsets, meetings.device).after]
 
 
 def gradient_of_decay(
-    of_sums: Tensor, end: Tensor, d_end: Tensor | None, g: Tensor, offsets: tuple[int, ...]
+    of_sums: Tensor, met: Tensor, g: Tensor, offsets: tuple[int, ...]
 ) -> Tensor:
-    """The gradient of every log decay from that of their sums G: a sum over all later tokens.
+    """The gradient of every log decay from that of their sums G.
 
     Args:
         of_sums: q·dq − k·dk [batch, heads, tokens].
-        end: states behind the last tokens, and `d_end` their gradient.
-        d_end: None where the state was not used.
+        met: what `following` gives, summed over channels [batch · heads, segments].
         g: log decays as `sweep` takes them.
         offsets: of the sequences.
     """
-    if d_end is not None:  # e^G of the last token stands in the state, too
-        share = (end * d_end).sum((-2, -1))  # [sequences, heads]
-        lasts = [stop - 1 for start, stop in pairwise(offsets) if stop > start]
-        if len(offsets) == 2:
-            of_sums[:, :, -1] += share
-        else:
-            filled = [n for n, (start, stop) in enumerate(pairwise(offsets)) if stop > start]
-            of_sums[0, :, lasts] += share[filled].mT
-    parts = [part.flip(-1).cumsum(-1).flip(-1)
-             for part in of_sums.split([b - a for a, b in pairwise(offsets)], dim=-1)]  # fmt: skip
-    each = torch.cat(parts, dim=-1)
+    cut = segments(offsets, of_sums.device)
+    behind = of_sums.double().flip(-1).cumsum(-1).flip(-1)
+    behind = torch.cat((behind, behind.new_zeros(*behind.shape[:-1], 1)), dim=-1)
+    each = behind[..., :-1] - behind[..., cut.stops[cut.own]]
+    each = each + met.view(*of_sums.shape[:2], -1)[..., cut.own]
     if g.ndim == 1:
         each = each.sum((0, 2))
     return (each * (g > LEAST / LOG2E)).to(g.dtype)
 
 
-#: Tokens and channels that a program of `_later` takes at a time.
-_TOKENS, _CHANNELS = 64, 32
+#: Channels that a program of `_later` takes.
+_CHANNELS = 32
 
 
-@triton.jit(do_not_specialize=["heads"])
+@triton.jit(do_not_specialize=["heads", "count"])
 @no_type_check
 def _later(
-    q, k, dq, dk, g, share, out_q, out_k, out_g, offsets, heads, least,
+    q, k, dq, dk, g, met, out_q, out_k, out_g, begins, stops, heads, count, least,
     q_b, q_h, q_t, k_b, k_h, k_t, g_b, g_h, g_t, o_b, o_h, o_t,
-    dim: tl.constexpr, SHARE: tl.constexpr, PACKED: tl.constexpr, TOKENS: tl.constexpr,
-    CHANNELS: tl.constexpr,
+    dim: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Σ q ⊙ dq − k ⊙ dk over all later tokens, with dq and dk themselves in the type of outputs."""
-    sequence = tl.program_id(1)
-    row, head = tl.program_id(2) // heads, tl.program_id(2) % heads
+    """Σ q ⊙ dq − k ⊙ dk to a segment's end, with dq and dk themselves in the type of outputs."""
+    segment = tl.program_id(1)
+    far, up = (tl.program_id(2) // heads).to(tl.int64), (tl.program_id(2) % heads).to(tl.int64)
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    begin, stop = tl.load(offsets + sequence), tl.load(offsets + sequence + 1)
-    far, up = row.to(tl.int64), head.to(tl.int64)
-    if SHARE:
-        at = ((sequence if PACKED else row) * heads + head) * dim
-        total = tl.load(share + at + c, mask=c < dim, other=0.0)
-    else:
-        total = tl.zeros((CHANNELS,), tl.float32)
-    steps = tl.cdiv(stop - begin, TOKENS)
-    for n in range(steps):
-        t = begin + (steps - 1 - n) * TOKENS + tl.arange(0, TOKENS)
-        long = t.to(tl.int64)[:, None]
-        live = (t < stop)[:, None] & (c < dim)[None, :]
-        o_at = far * o_b + up * o_h + long * o_t + c[None, :]
-        query = tl.load(q + far * q_b + up * q_h + long * q_t + c[None, :], mask=live, other=0.0)
-        key = tl.load(k + far * k_b + up * k_h + long * k_t + c[None, :], mask=live, other=0.0)
-        d_query = tl.load(dq + o_at, mask=live, other=0.0)
-        d_key = tl.load(dk + o_at, mask=live, other=0.0)
-        each = query.to(tl.float32) * d_query - key.to(tl.float32) * d_key
-        summed = tl.cumsum(each, axis=0, reverse=True) + total[None, :]
-        total += tl.sum(each, axis=0)
-        rate = tl.load(g + far * g_b + up * g_h + long * g_t + c[None, :], mask=live, other=0.0)
-        summed = tl.where(rate.to(tl.float32) > least, summed, 0.0)
-        tl.store(out_q + o_at, d_query.to(out_q.dtype.element_ty), mask=live)
-        tl.store(out_k + o_at, d_key.to(out_k.dtype.element_ty), mask=live)
-        tl.store(out_g + o_at, summed.to(out_g.dtype.element_ty), mask=live)
+    t = tl.load(begins + segment) + tl.arange(0, TOKENS)
+    long = t.to(tl.int64)[:, None]
+    live = (t < tl.load(stops + segment))[:, None] & (c < dim)[None, :]
+    o_at = far * o_b + up * o_h + long * o_t + c[None, :]
+    query = tl.load(q + far * q_b + up * q_h + long * q_t + c[None, :], mask=live, other=0.0)
+    key = tl.load(k + far * k_b + up * k_h + long * k_t + c[None, :], mask=live, other=0.0)
+    d_query = tl.load(dq + o_at, mask=live, other=0.0)
+    d_key = tl.load(dk + o_at, mask=live, other=0.0)
+    each = query.to(tl.float32) * d_query - key.to(tl.float32) * d_key
+    row = tl.program_id(2).to(tl.int64) * count + segment
+    later = tl.load(met + row * dim + c, mask=c < dim, other=0.0)
+    summed = tl.cumsum(each, axis=0, reverse=True) + later[None, :]
+    rate = tl.load(g + far * g_b + up * g_h + long * g_t + c[None, :], mask=live, other=0.0)
+    summed = tl.where(rate.to(tl.float32) > least, summed, 0.0)
+    tl.store(out_q + o_at, d_query.to(out_q.dtype.element_ty), mask=live)
+    tl.store(out_k + o_at, d_key.to(out_k.dtype.element_ty), mask=live)
+    tl.store(out_g + o_at, summed.to(out_g.dtype.element_ty), mask=live)
 
 
 def gradient_of_channels(
-    q: Tensor, k: Tensor, dq: Tensor, dk: Tensor, g: Tensor, end: Tensor, d_end: Tensor | None,
-    offsets: tuple[int, ...],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    q: Tensor, k: Tensor, dq: Tensor, dk: Tensor, g: Tensor, met: Tensor, offsets: tuple[int, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk in the type of q, the gradient of log decays [batch, heads, tokens, dim])."""
     batch, heads, tokens, dim = q.shape
-    share = None if d_end is None else (end * d_end).sum(-1).contiguous()
     outs = [
         torch.empty(batch, tokens, heads, dim, dtype=x.dtype, device=q.device).transpose(1, 2)
         for x in (q, k, g)
     ]
-    table = torch.tensor(offsets, dtype=torch.int32, device=q.device)
-    _later[triton.cdiv(dim, _CHANNELS), len(offsets) - 1, batch * heads](
-        q, k, dq, dk, g, share, *outs, table, heads, LEAST_OF_CHANNEL / LOG2E,
+    cut, count = segments(offsets, q.device), met.shape[1]
+    _later[triton.cdiv(dim, _CHANNELS), count, batch * heads](
+        q, k, dq, dk, g, met, *outs, cut.begins, cut.stops, heads, count, LEAST_OF_CHANNEL / LOG2E,
         *q.stride()[:3], *k.stride()[:3], *g.stride()[:3], *dq.stride()[:3], dim=dim,
-        SHARE=share is not None, PACKED=len(offsets) > 2, TOKENS=_TOKENS, CHANNELS=_CHANNELS,
-        num_warps=4,
+        TOKENS=SEGMENT, CHANNELS=_CHANNELS, num_warps=4,
     )  # fmt: skip
     return outs[0], outs[1], outs[2]
 
 
 def turned(state: Tensor | None) -> Tensor | None:
+    """Keys and values exchanged."""
     return None if state is None else state.mT.contiguous()

@@ -21,19 +21,11 @@ columns of v, and k and v once more where there are several stretches.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import lru_cache
-from itertools import pairwise
-from typing import Literal, no_type_check
+from typing import no_type_check
 
-import torch
 import triton  # type: ignore[import-untyped, unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped, unused-ignore]
-from torch import Tensor
 
-from attlas.kernels.decode import units
-
-Axis = Literal["keys", "values"]
 #: Least log₂ decay of a token: 2^−86 is nothing beside any number of a state …
 LEAST = -86.0
 #: … and of a channel, which the middle of its chunk must be able to undo.
@@ -70,16 +62,19 @@ def _channel_decays(g, t, live, c, c_in, n_t, C: tl.constexpr):
 @no_type_check
 def _sweep(
     q, k, v, g, x, out, dots, begins, first, last, added, faded, start_state, end_state,
-    heads, tokens, stretches, scale,
+    kept, meetings, numbers, heads, tokens, stretches, scale,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, g_b, g_h, g_t, x_b, x_h, x_t, o_b, o_h, o_t,
     dk: tl.constexpr, dv: tl.constexpr, C: tl.constexpr, DK: tl.constexpr, BV: tl.constexpr,
     DECAY: tl.constexpr, REVERSE: tl.constexpr, PACKED: tl.constexpr, SEVERAL: tl.constexpr,
     STATES: tl.constexpr, DOTS: tl.constexpr, START: tl.constexpr, END: tl.constexpr,
+    KEEP: tl.constexpr, MEET: tl.constexpr, EVERY: tl.constexpr,
 ):  # fmt: skip
     """One stretch of one head, for BV columns of v.
 
     DECAY: 0 none, 1 of heads, 2 of tokens, 3 of channels of the keys, 4 of those of the values. With
-    STATES only what the stretch adds to the state is found. DOTS: also Σ out ⊙ x of every token.
+    STATES only what the stretch adds to the state is found. DOTS: also Σ out ⊙ x of every token. KEEP:
+    also the states before every EVERY-th chunk; MEET: also Σ_d of those, kept by another sweep, times
+    the states of this one that reach there from behind.
     """
     column, stretch = tl.program_id(0), tl.program_id(1)
     batch, head = tl.program_id(2) // heads, tl.program_id(2) % heads
@@ -119,8 +114,13 @@ def _sweep(
         total = 0.0
     i = tl.arange(0, C)
     chunks = tl.cdiv(stop - begin, C)
+    slot = (far * heads + head) * tl.load(numbers + stretches) + tl.load(numbers + stretch)
     for n in range(chunks):
-        at = begin + (chunks - 1 - n if REVERSE else n) * C
+        c = chunks - 1 - n if REVERSE else n
+        if KEEP and c % EVERY == 0:
+            place = kept + (slot + c // EVERY) * dk * dv + cell
+            tl.store(place, state.to(kept.dtype.element_ty), mask=inside)
+        at = begin + c * C
         t = at + i
         live = t < stop
         long = t.to(tl.int64)
@@ -187,6 +187,10 @@ def _sweep(
         if DECAY > 0:
             total += chunk
         state = tl.dot(tl.trans(key), value, state)
+        if MEET and c % EVERY == 0:
+            place = kept + (slot + c // EVERY) * dk * dv + cell
+            met = tl.sum(tl.load(place, mask=inside, other=0.0).to(tl.float32) * state, axis=0)
+            tl.store(meetings + (slot + c // EVERY) * dv + e, met, mask=e_in)
     if STATES:
         tl.store(added + (row + stretch) * dk * dv + cell, state, mask=inside)
         if DECAY == 3:
@@ -197,123 +201,3 @@ def _sweep(
             tl.store(faded + row + stretch, total)
     if END and stretch == (from_here if REVERSE else to_here):
         tl.store(end_state + sequence * dk * dv + cell, state, mask=inside)
-
-
-@dataclass(frozen=True)
-class Stretches:
-    """Where a sweep's stretches lie: begins and ends, and each one's first and last of its sequence.
-
-    Attributes:
-        begins: token offsets [stretches + 1].
-        first: number of the first stretch of each stretch's sequence.
-        last: of the last; in a packed batch followed by the sequence's number.
-        sequences: of a packed batch; None where every row is one.
-    """
-
-    begins: Tensor
-    first: Tensor
-    last: Tensor
-    sequences: int | None
-
-
-@lru_cache(maxsize=64)
-def stretches(
-    offsets: tuple[int, ...], packed: bool, count: int, chunk: int, device: torch.device
-) -> Stretches:
-    """Every sequence between two offsets in stretches of whole chunks, about `count` in all."""
-    size = max(chunk, -(-offsets[-1] // count // chunk) * chunk)
-    begins: list[int] = []
-    first: list[int] = []
-    last: list[int] = []
-    number: list[int] = []
-    for n, (start, stop) in enumerate(pairwise(offsets)):
-        own = range(start, max(stop, start + 1), size)
-        first += [len(begins)] * len(own)
-        last += [len(begins) + len(own) - 1] * len(own)
-        number += [n] * len(own)
-        begins += own
-    def table(x: list[int]) -> Tensor:
-        return torch.tensor(x, dtype=torch.int32, device=device)
-
-    numbered = last + number if packed else last
-    sequences = len(offsets) - 1 if packed else None
-    return Stretches(table([*begins, offsets[-1]]), table(first), table(numbered), sequences)
-
-
-@dataclass(frozen=True)
-class Shape:
-    """How a sweep is cut: tokens of a chunk, columns of v, warps, stages, programs a multiprocessor."""
-
-    chunk: int
-    columns: int
-    warps: int
-    stages: int
-    programs: int
-
-
-def shape_of(dv: int, channels: bool) -> Shape:
-    """Measured on Hopper; columns below 64 with decays are compiled wrongly by Triton 3.6."""
-    if channels:
-        return Shape(16, 64 if dv <= 64 else 128, 4, 2, 4)
-    return Shape(64, 64, 4, 3, 2)
-
-
-def wanted(shape: Shape, programs: int, tokens: int, units: int) -> int:
-    """Stretches that fill a device of so many multiprocessors; one where it is nearly full already."""
-    if 4 * programs >= 3 * units:
-        return 1
-    return max(1, min(shape.programs * units // programs, tokens // (8 * shape.chunk)))
-
-
-def sweep(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, *, offsets: tuple[int, ...], packed: bool,
-    scale: float = 1.0, reverse: bool = False, start: Tensor | None = None, end: bool = False,
-    x: Tensor | None = None, axis: Axis = "keys", dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """(out, the state behind the sweep, Σ out ⊙ x of every token) of one sweep.
-
-    Args:
-        q: [batch, heads, tokens, dk], channels contiguous, as all of them.
-        k: of the same shape.
-        v: [batch, heads, tokens, dv].
-        g: log decays [heads], [batch, heads, tokens] or [batch, heads, tokens, channels], or None.
-        offsets: 0, tokens; or those of the packed sequences.
-        packed: whether the batch of one is packed.
-        scale: factor of out.
-        reverse: whether a token sees those behind it instead of those before.
-        start: state before the first token of the sweep [sequences, heads, dk, dv] in float32.
-        end: whether the state behind the last is wanted.
-        x: what the rows of out are multiplied with, of out's shape.
-        axis: whose channels g's are, where it has some.
-        dtype: of out; q's unless given.
-    """
-    batch, heads, tokens, dk = q.shape
-    dv = v.shape[-1]
-    decay = 0 if g is None else {1: 1, 3: 2, 4: 3 if axis == "keys" else 4}[g.ndim]
-    shape = shape_of(dv, decay > 2)
-    columns = triton.cdiv(dv, shape.columns)
-    many = wanted(shape, columns * batch * heads, tokens, units(q.device))
-    cut = stretches(offsets, packed, many, shape.chunk, q.device)
-    count = len(cut.first)
-    sequences = batch if cut.sequences is None else cut.sequences
-    out = torch.empty(
-        batch, tokens, heads, dv, dtype=q.dtype if dtype is None else dtype, device=q.device
-    ).transpose(1, 2)
-    state = torch.empty(sequences, heads, dk, dv, device=q.device) if end else None
-    dots = torch.empty(columns, batch, heads, tokens, device=q.device) if x is not None else None
-    g_at = (0, 0, 0) if g is None else (0, g.stride(0), 0) if decay == 1 else g.stride()[:3]
-    several = count > (1 if cut.sequences is None else cut.sequences)
-    added = torch.empty(batch * heads, count, dk, dv, device=q.device) if several else None
-    wide = {3: dk, 4: dv}.get(decay, 1)
-    faded = torch.empty(batch * heads, count, wide, device=q.device) if several else None
-    for only_states in (True, False) if several else (False,):
-        _sweep[columns, count, batch * heads](
-            q, k, v, g, x, out, dots, cut.begins, cut.first, cut.last, added, faded, start, state,
-            heads, tokens, count, scale, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-            *g_at, *((0, 0, 0) if x is None else x.stride()[:3]), *out.stride()[:3],
-            dk=dk, dv=dv, C=shape.chunk, DK=max(16, triton.next_power_of_2(dk)), BV=shape.columns,
-            DECAY=decay, REVERSE=reverse, PACKED=packed, SEVERAL=several, STATES=only_states,
-            DOTS=x is not None, START=start is not None, END=end and not only_states,
-            num_warps=shape.warps, num_stages=shape.stages,
-        )  # fmt: skip
-    return out, state, None if dots is None else dots.sum(0)

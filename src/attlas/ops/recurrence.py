@@ -22,8 +22,7 @@ The forms give the same:
 | triton   | kernels with chunks of their own: no low rank, in bfloat16 on a GPU  | wherever it can  |
 
 All but the kernels compute in float32 at least, so that nothing overflows where inputs are in half
-precision; the kernels keep their state in float32. Decays of heads or channels whose gradients are
-wanted go by chunks, since the kernels' gradients of those are coarse.
+precision; the kernels keep their state in float32.
 """
 
 from __future__ import annotations
@@ -122,7 +121,7 @@ def _by_kernel(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, low_rank: bool,
     causal: bool, form: Form,
 ) -> bool:  # fmt: skip
-    if form != "triton" and (form != "auto" or q.shape[2] < SHORT or kernels.loses(g)):
+    if form != "triton" and (form != "auto" or q.shape[2] < SHORT):
         return False
     behind = None if causal else "it sees no token behind another"
     reason = behind or kernels.refuses(q, k, v, g, beta, low_rank)

@@ -37,15 +37,6 @@ def refuses(
     return None if has_kernels(q.device) else "there is no Triton for the device"
 
 
-def loses(g: Tensor | None) -> bool:
-    """Whether gradients are wanted that the kernel has only coarsely.
-
-    The gradient of a decay is a difference of sums over all later tokens, whose rounding to bfloat16
-    adds up: over 8192 tokens it is off by a tenth for a channel, by more for a head.
-    """
-    return g is not None and g.ndim != 3 and g.requires_grad and torch.is_grad_enabled()
-
-
 def launch(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, state: Tensor | None,
     scale: float, spans: list[tuple[int, int]], packed: bool,
