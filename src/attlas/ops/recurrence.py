@@ -57,7 +57,7 @@ def recurrence(
     causal: bool = True,
     initial_state: Float[Tensor, "sequences heads dim v_width"] | None = None,
     cu_seqlens: Int[Tensor, " offsets"] | None = None,
-    chunk_size: int = 64,
+    chunk_size: int | None = None,
     form: Form = "auto",
 ) -> tuple[
     Float[Tensor, "batch heads tokens v_dim"], Float[Tensor, "sequences heads dim v_width"] | None
@@ -80,7 +80,8 @@ def recurrence(
             weight of j at i decays by g_i … g_{j−1}, of i at j by g_{i+1} … g_j. Additive update only.
         initial_state: before the first token; zeros unless given. One for each packed sequence.
         cu_seqlens: offsets of packed sequences in a batch of one: 0, …, tokens, ascending.
-        chunk_size: tokens of a chunk, a power of two.
+        chunk_size: tokens of a chunk, a power of two; 64 unless given, and 32 where a chunk has
+            equations to solve, whose rounding grows with it.
         form: "auto", or one form by name.
 
     Returns:
@@ -93,6 +94,8 @@ def recurrence(
             that cannot take the call.
     """
     width = v.shape[-1]
+    if chunk_size is None:
+        chunk_size = 64 if beta is None and low_rank is None else 32
     _check(q, k, v, log_decay, beta, low_rank, causal, initial_state, chunk_size, form)
     if normalize:
         v = torch.cat([v, v.new_ones(*v.shape[:-1], 1)], dim=-1)

@@ -108,6 +108,6 @@ def grouped_product(
     return product.flatten(1, 2)
 
 
-def repeated(x: Float[Tensor, "batch kv_heads keys dim"], heads: int) -> Tensor:
-    """Keys or values repeated so that each query head of a group has its own."""
+def repeated(x: Float[Tensor, "batch kv_heads keys *dim"], heads: int) -> Tensor:
+    """Keys or values, or one number for each, repeated so that each query head of a group has its own."""
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)

@@ -194,9 +194,11 @@ def reduces_to(subject: Subject) -> Iterator[Measure]:
     reduction = subject.reduces_to
     assert reduction is not None
     other = registry.find(reduction.to).object
+    # What knows no other form than the causal one says so to a mechanism that knows both.
+    causal = {} if subject.object.has_two_sided_form else {"causal": True}
     for case, options in subject.forms():
         layer = subject.layer(noise=0.0, **reduction.options, **options)
-        plain = other(dim=layer.dim, heads=layer.heads, head_dim=layer.head_dim, **options)
+        plain = other(dim=layer.dim, heads=layer.heads, head_dim=layer.head_dim, **{**causal, **options})
         plain = plain.double().eval()
         with torch.no_grad():
             if reduction.prepare is not None:

@@ -14,7 +14,7 @@ Source: "Transformers are RNNs: Fast Autoregressive Transformers with Linear Att
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, TypedDict
+from typing import Any, ClassVar, TypedDict, cast
 
 import torch
 from jaxtyping import Float
@@ -61,7 +61,8 @@ class LinearAttention(Attention):
         return elu(q) + 1, elu(k) + 1
 
     def gates(self, k: Tensor, inputs: Inputs) -> Gates:
-        """Decays and strengths of writing for these keys (features already); none here."""
+        """Decays and strengths of writing for these keys (features already), as many heads as keys or
+        as queries; none here."""
         return {}
 
     def attend(
@@ -125,10 +126,20 @@ class LinearAttention(Attention):
         """Features, one key for every query head, and gates; at padding, nothing happens to a state."""
         q, k = self.features(q, k)
         gates, real = self.gates(k, inputs), inputs.real_now
-        k = self.per_query_head(k, q)
+        k, gates = self.per_query_head(k, q), _repeated(gates, q.shape[1])
         if real is not None:
             k, gates = k.masked_fill(~real[:, None, :, None], 0.0), _only(real, gates)
         return q, k, gates
+
+
+def _repeated(gates: Gates, heads: int) -> Gates:
+    """Gates of key heads for each query head."""
+    each: Any = {
+        name: tuple(ops.repeated(x, heads) for x in gate) if isinstance(gate, tuple)
+        else ops.repeated(gate, heads) if gate.ndim > 1 else gate
+        for name, gate in gates.items()
+    }  # fmt: skip
+    return cast("Gates", each)
 
 
 def _only(real: Tensor, gates: Gates) -> Gates:
