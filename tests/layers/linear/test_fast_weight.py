@@ -74,7 +74,7 @@ def test_normalize_divides_by_the_sum_of_all_weights_when_updates_add() -> None:
 
 def _by_matrix_exponential(k: Tensor, v: Tensor, beta: Tensor, state: Tensor) -> Tensor:
     """dS/dt = −k kᵀ S + k vᵀ over β, as one exponential of the joined system [S; vᵀ]."""
-    d, e = state.shape
+    d = len(state)
     system = torch.zeros(d + 1, d + 1, dtype=k.dtype)
     system[:d, :d], system[:d, d] = -torch.outer(k, k), k
     flow = torch.linalg.matrix_exp(beta * system)

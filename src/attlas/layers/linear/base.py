@@ -134,11 +134,12 @@ class LinearAttention(Attention):
 
 def _repeated(gates: Gates, heads: int) -> Gates:
     """Gates of key heads for each query head."""
-    each: Any = {
-        name: tuple(ops.repeated(x, heads) for x in gate) if isinstance(gate, tuple)
-        else ops.repeated(gate, heads) if gate.ndim > 1 else gate
-        for name, gate in gates.items()
-    }  # fmt: skip
+    each: dict[str, Any] = {**gates}
+    for name, gate in each.items():
+        if isinstance(gate, tuple):
+            each[name] = tuple(ops.repeated(x, heads) for x in gate)
+        elif gate.ndim > 1:
+            each[name] = ops.repeated(gate, heads)
     return cast("Gates", each)
 
 

@@ -1,0 +1,112 @@
+"""ReGLA: gated linear attention with bounded features, a norm for a divisor, and gates that stay alive.
+
+    φ_q(q) = exp(q − max_d q)        φ_k(k_s) = exp(k_s − max_{d,s} k)
+    g = σ(W_g x)     r = σ(W_r x)    F = (1 − r) g² + r (1 − (1 − g)²)
+    S_t = diag(F_t) S_{t−1} + φ_k(k_t) v_tᵀ        y_t = Norm( S_tᵀ φ_q(q_t) / (e √(d (e² − 1))) )
+
+A sigmoid near 0 or 1 has no gradient; ∂F/∂g = 2 (1 − r) g + 2 r (1 − g) has one there. r = ½ gives F = g.
+The constant brings the variance of φ_q·φ_k of Gaussian channels to 1.
+
+The keys' maximum over all positions is no business of a token that comes before them. It cancels in the
+norm, so that here it is the maximum so far: when it grows, the state decays by as much more.
+
+Cost: 2·n·d² multiply-adds a head, memory linear in n, one state of d × d a head while decoding.
+Reduces to no registered mechanism.
+Source: "ReGLA: Refining Gated Linear Attention", whose code is not public. The equations are from a
+digest of the paper; that the gates stand at the channels of the keys, as in gated linear attention, that
+the norm is a LayerNorm of each head, and that the layer has no output gate, is how they are read here.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
+
+from attlas.catalog.registry import mechanism
+from attlas.inputs import Inputs
+from attlas.layers.linear.base import Gates, LinearAttention
+from attlas.masks import Mask
+
+#: The maximum of no key at all.
+NOTHING = -1e30
+
+
+@mechanism("regla")
+class ReGLA(LinearAttention):
+    """Linear attention with refined gates over bounded exponential features."""
+
+    normalized = False
+    has_two_sided_form = False
+    has_cross_form = False
+    takes_masks = "padding"
+
+    def build(self, bias: bool) -> None:
+        """Projections, the gate and what refines it, each head's norm."""
+        super().build(bias)
+        self.gate_proj = nn.Linear(self.dim, self.kv_heads * self.head_dim)
+        self.refine_proj = nn.Linear(self.dim, self.kv_heads * self.head_dim)
+        self.norm = nn.LayerNorm(self.head_dim)
+
+    def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """φ of queries; keys are exponentiated when it is known what came before."""
+        return (q - q.amax(-1, keepdim=True)).exp() * variance_scale(self.head_dim), k
+
+    def gates(self, k: Tensor, inputs: Inputs) -> Gates:
+        """The refined gate of every token and channel."""
+        gate, refine = (self.split_heads(p(inputs.x)) for p in (self.gate_proj, self.refine_proj))
+        return {"log_decay": refined(gate, refine)}
+
+    def terms(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor, Gates]:
+        """The recurrence's, relative to the largest key so far."""
+        logits = self.per_query_head(k, q)
+        q, _, gates = super().terms(q, k, inputs)
+        so_far = self.largest(logits, inputs)
+        if inputs.real_now is None:
+            k = (logits - so_far[:, :, 1:, None]).exp()
+        else:
+            padding = ~inputs.real_now[:, None, :, None]
+            k = (logits.masked_fill(padding, NOTHING) - so_far[:, :, 1:, None]).exp()
+            k = k.masked_fill(padding, 0.0)
+        grown = -so_far.diff(dim=2)
+        return q, k, {"log_decay": gates["log_decay"] + grown[..., None]}
+
+    def largest(
+        self, logits: Float[Tensor, "batch heads tokens width"], inputs: Inputs
+    ) -> Float[Tensor, "batch heads tokens_and_one"]:
+        """The largest channel of any key so far, and before this pass."""
+        tops = logits.amax(-1)
+        if inputs.real_now is not None:
+            tops = tops.masked_fill(~inputs.real_now[:, None], NOTHING)
+        before = inputs.recall("largest")
+        before = torch.full_like(tops[:, :, :1], NOTHING) if before is None else before
+        return torch.cat((before, tops), dim=2).cummax(2).values
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, inputs: Inputs
+    ) -> Tensor:
+        """The recurrence; a cache keeps the largest key beside its state."""
+        out = super().attend(q, k, v, mask, inputs)
+        if inputs.cache is not None:
+            so_far = self.largest(self.per_query_head(k, q), inputs)
+            inputs.remember("largest", so_far[:, :, -1:])
+        return out
+
+    def output(self, heads: Tensor, inputs: Inputs) -> Tensor:
+        """Every head normalised."""
+        return super().output(self.norm(heads), inputs)
+
+
+def variance_scale(width: int) -> float:
+    """1 / (e √(d (e² − 1))), one over the deviation of Σ e^{x + y} for Gaussian x and y."""
+    return 1.0 / (math.e * math.sqrt(width * (math.e**2 - 1.0)))
+
+
+def refined(gate: Tensor, refine: Tensor) -> Tensor:
+    """log F from what the two sigmoids take, at most 0: F = g (g + 2 r (1 − g))."""
+    g, r = gate.sigmoid(), refine.sigmoid()
+    rest = (g + 2 * r * (1 - g)).clamp(min=torch.finfo(g.dtype).tiny)
+    return (logsigmoid(gate) + rest.log()).clamp(max=0.0)
