@@ -1,0 +1,139 @@
+"""Linformer: softmax attention to k mixtures of all keys, instead of to all keys.
+
+    K' = E K      V' = F V      y = softmax(Q K'ᵀ / √d) V'          E, F [k, n] learned
+
+The paper finds the matrix of attention close to rank k, so that a projection of the length loses little.
+E and F are of one layer's own, of its heads each, of both keys and values, or of all layers of a model
+(one `Projection` handed to all). Positions beyond the length at hand are left out.
+
+Cost: 4·n·k·d multiply-adds a head, memory linear in n.
+Reduces to softmax attention with k = n and E = F = I.
+Source: "Linformer: Self-Attention with Linear Complexity". It gives no initialisation; a published
+program's is taken, uniform in ±1/√k. Causal masks mean nothing once positions are mixed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Integer
+from torch import Tensor, nn
+
+from attlas.attention import Attention
+from attlas.catalog.registry import Reduction, mechanism
+from attlas.errors import at_least_one
+from attlas.inputs import Inputs
+from attlas.masks import Mask
+
+
+class Projection(nn.Module):
+    """E and F.
+
+    Args:
+        max_length: most tokens that they take, n.
+        rank: mixtures that they make of those, k.
+        heads: how many of each, 1 for all heads or one for each key head.
+        shared: whether F is E.
+    """
+
+    def __init__(self, max_length: int, rank: int, heads: int = 1, shared: bool = False) -> None:
+        super().__init__()
+        sizes = {"heads": heads, "rank": rank, "max_length": max_length}
+        shape = [at_least_one(name, size) for name, size in sizes.items()]
+        self.keys = nn.Parameter(torch.empty(shape).uniform_(-(rank**-0.5), rank**-0.5))
+        self.values = self.keys
+        if not shared:
+            self.values = nn.Parameter(torch.empty(shape).uniform_(-(rank**-0.5), rank**-0.5))
+
+    @property
+    def max_length(self) -> int:
+        """Most tokens that they take."""
+        return self.keys.shape[-1]
+
+    def forward(
+        self, at: Integer[Tensor, "*rows keys"]
+    ) -> tuple[Float[Tensor, "rows own rank keys"], Float[Tensor, "rows own rank keys"]]:
+        """The columns of E and F at these positions."""
+        at = at.view(-1, at.shape[-1])
+        keys, values = (weight[..., at].movedim(2, 0) for weight in (self.keys, self.values))
+        return keys, values
+
+
+def _identities(layer: Any, plain: Any) -> None:
+    plain.load_state_dict({k: w for k, w in layer.state_dict().items() if not k.startswith("projection")})
+    for weight in layer.projection.parameters():
+        weight.copy_(torch.eye(weight.shape[-1]).expand_as(weight))
+
+
+@mechanism("linformer", reduces_to=Reduction(
+    "softmax", {"rank": 11, "max_length": 11}, _identities,
+), example={"rank": 4, "max_length": 1024})  # fmt: skip
+class Linformer(Attention):
+    """Attention to a fixed number of mixtures of the tokens; bidirectional.
+
+    Args:
+        rank: mixtures of all tokens, k.
+        max_length: most tokens that a sequence may have, n.
+        per_head: whether every key head has an E and F of its own.
+        share_kv: whether F is E.
+        projection: E and F of another layer, to be shared with it, instead of these.
+
+    Raises:
+        ValueError: a rank or length below 1, more tokens than `max_length`, or a shared projection
+            with other sizes, or a position encoding that adds to scores.
+    """
+
+    has_causal_form = False
+    takes_masks = "padding"
+
+    def __init__(
+        self, dim: int, heads: int = 8, *args: Any, rank: int = 128, max_length: int = 512,
+        per_head: bool = False, share_kv: bool = False, projection: Projection | None = None,
+        **options: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(dim, heads, *args, **options)
+        if self.score_mod is not None:
+            raise ValueError("position: a bias on scores has no place where tokens are mixed")
+        own = self.kv_heads if per_head else 1
+        self.projection = projection or Projection(max_length, rank, own, share_kv)
+        if projection is not None and projection.keys.shape[0] not in (1, self.kv_heads):
+            raise ValueError(
+                f"projection must have 1 or kv_heads={self.kv_heads} of each matrix, "
+                f"got {projection.keys.shape[0]}"
+            )
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, inputs: Inputs
+    ) -> Tensor:
+        """One fused call on the mixtures.
+
+        Raises:
+            ValueError: more tokens than the projection takes.
+        """
+        keys, values = self.mixing(k, inputs)
+        return self.fused(q, keys @ _shown(k, inputs), values @ _shown(v, inputs), None)
+
+    def weigh(
+        self, q: Tensor, k: Tensor, mask: Mask | Tensor | None, inputs: Inputs
+    ) -> Float[Tensor, "batch heads queries keys"]:
+        """softmax(Q K'ᵀ / √d) F."""
+        keys, values = self.mixing(k, inputs)
+        weights = super().weigh(q, keys @ _shown(k, inputs), None, inputs)
+        whole = weights @ self.per_query_head(values.expand(-1, self.kv_heads, -1, -1), q)
+        return _shown(whole.mT, inputs).mT
+
+    def mixing(
+        self, k: Tensor, inputs: Inputs
+    ) -> tuple[Float[Tensor, "rows own rank keys"], Float[Tensor, "rows own rank keys"]]:
+        """E and F at the positions of these keys."""
+        most = self.projection.max_length
+        if k.shape[2] > most:
+            raise ValueError(f"x must have at most max_length={most} tokens, got {k.shape[2]}")
+        keys, values = self.projection(inputs.key_positions.clamp(0, most - 1))
+        return keys, values
+
+
+def _shown(x: Tensor, inputs: Inputs) -> Tensor:
+    """[batch, heads, keys, …] with zeros at padding, which may hold anything."""
+    return x if inputs.real is None else x.masked_fill(~inputs.real[:, None, :, None], 0.0)
