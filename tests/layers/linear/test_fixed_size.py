@@ -32,7 +32,8 @@ def test_linformer_attends_to_mixtures_of_all_tokens(options: dict[str, object])
     layer = attlas.make("linformer", dim=16, heads=2, rank=4, max_length=20, **options).double()
     x = torch.randn(2, 12, 16).double()
     q, k, v = layer.project(layer.prepare(x)[-1])
-
+    matrices = (layer.projection.keys, layer.projection.values)
+    mixed = [m[:, :, :12] @ each for m, each in zip(matrices, (k, v), strict=True)]
     heads = (q @ mixed[0].mT / 8**0.5).softmax(-1) @ mixed[1]
     torch.testing.assert_close(layer(x), layer.o_proj(heads.transpose(1, 2).flatten(2)))
 

@@ -7,8 +7,7 @@
 A sigmoid near 0 or 1 has no gradient; ∂F/∂g = 2 (1 − r) g + 2 r (1 − g) has one there. r = ½ gives F = g.
 The constant brings the variance of φ_q·φ_k of Gaussian channels to 1.
 
-The keys' maximum over all positions is no business of a token that comes before them. It cancels in the
-norm, so that here it is the maximum so far: when it grows, the state decays by as much more.
+The maximum over all positions cancels in the norm; here it is that of the positions so far.
 
 Cost: 2·n·d² multiply-adds a head, memory linear in n, one state of d × d a head while decoding.
 Reduces to no registered mechanism.
@@ -22,27 +21,22 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from attlas.catalog.registry import mechanism
 from attlas.inputs import Inputs
-from attlas.layers.linear.base import Gates, LinearAttention
-from attlas.masks import Mask
-
-#: The maximum of no key at all.
-NOTHING = -1e30
+from attlas.layers.linear.base import Gates
+from attlas.layers.linear.exponential_keys import ExponentialKeys
 
 
 @mechanism("regla")
-class ReGLA(LinearAttention):
+class ReGLA(ExponentialKeys):
     """Linear attention with refined gates over bounded exponential features."""
 
     normalized = False
     has_two_sided_form = False
     has_cross_form = False
-    takes_masks = "padding"
 
     def build(self, bias: bool) -> None:
         """Projections, the gate and what refines it, each head's norm."""
@@ -52,48 +46,13 @@ class ReGLA(LinearAttention):
         self.norm = nn.LayerNorm(self.head_dim)
 
     def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """φ of queries; keys are exponentiated when it is known what came before."""
+        """φ of queries, and logarithms of those of keys."""
         return (q - q.amax(-1, keepdim=True)).exp() * variance_scale(self.head_dim), k
 
     def gates(self, k: Tensor, inputs: Inputs) -> Gates:
         """The refined gate of every token and channel."""
         gate, refine = (self.split_heads(p(inputs.x)) for p in (self.gate_proj, self.refine_proj))
         return {"log_decay": refined(gate, refine)}
-
-    def terms(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor, Gates]:
-        """The recurrence's, relative to the largest key so far."""
-        logits = self.per_query_head(k, q)
-        q, _, gates = super().terms(q, k, inputs)
-        so_far = self.largest(logits, inputs)
-        if inputs.real_now is None:
-            k = (logits - so_far[:, :, 1:, None]).exp()
-        else:
-            padding = ~inputs.real_now[:, None, :, None]
-            k = (logits.masked_fill(padding, NOTHING) - so_far[:, :, 1:, None]).exp()
-            k = k.masked_fill(padding, 0.0)
-        grown = -so_far.diff(dim=2)
-        return q, k, {"log_decay": gates["log_decay"] + grown[..., None]}
-
-    def largest(
-        self, logits: Float[Tensor, "batch heads tokens width"], inputs: Inputs
-    ) -> Float[Tensor, "batch heads tokens_and_one"]:
-        """The largest channel of any key so far, and before this pass."""
-        tops = logits.amax(-1)
-        if inputs.real_now is not None:
-            tops = tops.masked_fill(~inputs.real_now[:, None], NOTHING)
-        before = inputs.recall("largest")
-        before = torch.full_like(tops[:, :, :1], NOTHING) if before is None else before
-        return torch.cat((before, tops), dim=2).cummax(2).values
-
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, inputs: Inputs
-    ) -> Tensor:
-        """The recurrence; a cache keeps the largest key beside its state."""
-        out = super().attend(q, k, v, mask, inputs)
-        if inputs.cache is not None:
-            so_far = self.largest(self.per_query_head(k, q), inputs)
-            inputs.remember("largest", so_far[:, :, -1:])
-        return out
 
     def output(self, heads: Tensor, inputs: Inputs) -> Tensor:
         """Every head normalised."""

@@ -1,0 +1,194 @@
+"""Linear log-normal attention: exponential features as spread out as the weights of softmax attention.
+
+    φ_q(q) = e^{α q}      φ_k(k) = e^{β k}      α σ_q = β σ_k = σ̃ = √((σ_q² σ_k² − b) / 2a)
+    lln_ts = φ_q(q_t)·φ_k(k_s) / Σ_r φ_q(q_t)·φ_k(k_r)
+    y = ½ (lln V + softmax within blocks of d tokens V)
+
+Weights of softmax attention to Gaussian keys are log-normal, of log-variance σ_q² σ_k²; a sum of
+exponentials is nearly so too, of a log-variance a·2σ̃² + b, with a and b fitted once. Moment matching sets
+σ̃ so that both agree: as concentrated, at linear cost. Blocks on the diagonal bring sharpness back for
+neighbours.
+
+Cost: 4·n·d² multiply-adds a head, memory linear in n; one state of d × d and a block a head in decoding.
+Reduces to no registered mechanism.
+Source: "Linear Log-Normal Attention with Unbiased Concentration" and its authors' program, which has a
+and b. There σ_q and σ_k are deviations over everything at hand, later tokens and other sequences
+included. Here that is so while training, and their running means, kept as a BatchNorm keeps its own,
+serve afterwards, so that a token's answer rests on nothing behind it; `calibrate` sets them at once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from attlas import ops
+from attlas.catalog.registry import mechanism
+from attlas.inputs import Inputs
+from attlas.layers.linear.exponential_keys import ExponentialKeys
+from attlas.layers.linear.packing import at_places, place, ranks
+from attlas.masks import Mask
+
+#: Of the line that log-variances of sums of exponentials lie on.
+A, B = 0.14855178144710912, -0.35487039130661086
+
+
+@mechanism("linear-log-normal-attention", aliases=("lln-attention",))
+class LinearLogNormalAttention(ExponentialKeys):
+    """Linear attention matched to softmax's moments, averaged with softmax within blocks.
+
+    Args:
+        blocks: whether the blocks on the diagonal take part.
+        momentum: share of a training pass in the running deviations.
+        eps: added to the sum that divides.
+
+    Raises:
+        ValueError: a momentum outside [0, 1], an ε below 0, a position encoding that adds to scores.
+    """
+
+    has_cross_form = False
+    q_std: Tensor
+    k_std: Tensor
+
+    def __init__(
+        self, dim: int, heads: int = 8, *args: Any, blocks: bool = True, momentum: float = 0.1,
+        eps: float = 1e-5, **options: Any,
+    ) -> None:  # fmt: skip
+        if not 0 <= momentum <= 1:
+            raise ValueError(f"momentum must lie in [0, 1], got {momentum}")
+        if eps < 0:
+            raise ValueError(f"eps must be at least 0, got {eps}")
+        super().__init__(dim, heads, *args, **options)
+        self.blocks, self.momentum, self.eps = blocks, momentum, eps
+        for name in ("q_std", "k_std"):
+            self.register_buffer(name, torch.ones(()))
+
+    def prepare(self, *args: Any, **options: Any) -> Any:
+        """The stages before the scores; while training, deviations are taken note of."""
+        prepared = super().prepare(*args, **options)
+        if self.training:
+            q, k, *_, inputs = prepared
+            self.calibrate(q, k, inputs.real_now, self.momentum)
+        return prepared
+
+    @torch.no_grad()
+    def calibrate(
+        self, q: Tensor, k: Tensor, real: Tensor | None = None, share: float = 1.0
+    ) -> None:
+        """Move the running deviations to those of these queries and keys, by a share of the way."""
+        for buffer, x in ((self.q_std, q), (self.k_std, k)):
+            buffer.lerp_(deviation(x, real).to(buffer.dtype), share)
+
+    def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """φ of queries over its largest channel, and logarithms of that of keys."""
+        sigmas = (deviation(q), deviation(k)) if self.training else (self.q_std, self.k_std)
+        alpha, beta = matched(*sigmas)
+        q = alpha.to(q.dtype) * q
+        return (q - q.amax(-1, keepdim=True)).exp(), beta.to(k.dtype) * k
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, inputs: Inputs
+    ) -> Tensor:
+        """The recurrence, and the blocks."""
+        out = super().attend(q, k, v, mask, inputs)
+        if not self.blocks:
+            return out
+        return (out + self.diagonal(q, k, v, self.looks_back(mask), inputs)) / 2
+
+    def weigh(
+        self, q: Tensor, k: Tensor, mask: Mask | Tensor | None, inputs: Inputs
+    ) -> Float[Tensor, "batch heads queries keys"]:
+        """The mean of the two maps."""
+        weights = super().weigh(q, k, mask, inputs)
+        if not self.blocks:
+            return weights
+        tokens = torch.arange(q.shape[2], device=q.device)[None]
+        own = (tokens if inputs.real is None else ranks(inputs.real)) // self.head_dim
+        visible = (own[:, :, None] == own[:, None, :])[:, None]
+        pairs = ops.as_dense(mask, q.shape[2], k.shape[2], 0, q.device)
+        visible = visible if pairs is None else visible & pairs
+        scores = ops.grouped_product(q * self.head_dim**-0.5, k.mT)
+        return (weights + ops.softmax(scores.masked_fill(~visible, -torch.inf))) / 2
+
+    def diagonal(
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, inputs: Inputs
+    ) -> Float[Tensor, "batch heads tokens width"]:
+        """Softmax attention within blocks of `head_dim` real tokens; a cache keeps the last block."""
+        (batch, _, tokens, _), size = q.shape, self.head_dim
+        real = inputs.real_now
+        real = q.new_ones(batch, tokens, dtype=torch.bool) if real is None else real
+        filled, pairs = inputs.recall("filled"), torch.cat((k, v), dim=-1)
+        filled = real.new_zeros(batch, 1, dtype=torch.long) if filled is None else filled
+        at = torch.where(real, ranks(real) + filled, -1)
+        slots = (tokens // size + 2) * size
+        rows = [rearrange(x, "b h t d -> b t (h d)") for x in (q, pairs)]
+        room = [x.new_zeros(batch, slots, x.shape[-1]) for x in rows]
+        if (before := inputs.recall("block")) is not None:
+            room[1][:, :size] = before
+        asked, held = (place(x, at, onto) for x, onto in zip(rows, room, strict=True))
+        count = filled + real.sum(-1, keepdim=True)
+        if inputs.cache is not None:
+            last = count // size * size + torch.arange(size, device=q.device)
+            inputs.remember("block", at_places(held, last))
+            inputs.remember("filled", count % size)
+        queries, keys = (
+            rearrange(x, "b (n s) (h d) -> (b n) h s d", s=size, h=heads)
+            for x, heads in ((asked, q.shape[1]), (held, k.shape[1]))
+        )
+        here = torch.arange(slots, device=q.device).expand(batch, -1) < count
+        shown = rearrange(here, "b (n s) -> (b n) 1 1 s", s=size).expand(-1, -1, size, -1)
+        keys, values = keys.chunk(2, dim=-1)
+        out = ops.attend(
+            queries, keys, values, mask=shown.tril() if causal else shown, scale=size**-0.5
+        )
+        whole = rearrange(out, "(b n) h s d -> b (n s) (h d)", b=batch)
+        return self.split_heads(at_places(whole, at))
+
+
+def deviation(x: Tensor, real: Tensor | None = None) -> Tensor:
+    """The unbiased standard deviation of all channels of real tokens; 1 of fewer than two numbers."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32)).movedim(1, 2)
+    numbers = wide.flatten() if real is None else wide[real].flatten()
+    found: Tensor = numbers.std() if len(numbers) > 1 else wide.new_ones(())
+    return found
+
+
+def matched(q_std: Tensor, k_std: Tensor) -> tuple[Tensor, Tensor]:
+    """α and β of moment matching."""
+    least = torch.finfo(q_std.dtype).tiny ** 0.5
+    sigma = (((q_std * k_std).square() - B) / (2 * A)).sqrt()
+    return sigma / q_std.clamp(min=least), sigma / k_std.clamp(min=least)
+
+
+def entropy(weights: Float[Tensor, "*rows keys"]) -> Float[Tensor, "*rows"]:
+    """Entropy of every query's weights, in nats."""
+    found: Tensor = torch.special.entr(weights).sum(-1)
+    return found
+
+
+def log_variance(weights: Float[Tensor, "*rows keys"]) -> Float[Tensor, "*rows"]:
+    """Variance of the logarithms of every query's positive weights."""
+    logs = weights.clamp(min=torch.finfo(weights.dtype).tiny).log()
+    shown = weights > 0
+    count = shown.sum(-1)
+    mean = torch.where(shown, logs, 0.0).sum(-1) / count
+    return torch.where(shown, logs - mean[..., None], 0.0).square().sum(-1) / (count - 1)
+
+
+def log_normality(weights: Float[Tensor, "*rows keys"]) -> float:
+    """Kolmogorov's distance between the standardised logarithms of all weights and a normal law."""
+    logs = weights[weights > 0].log().sort().values
+    normal = torch.special.ndtr((logs - logs.mean()) / logs.std())
+    steps = torch.arange(len(logs) + 1, device=logs.device) / len(logs)
+    return float(torch.maximum((normal - steps[1:]).abs(), (normal - steps[:-1]).abs()).max())
+
+
+def spectral_gap(weights: Float[Tensor, "*rows tokens tokens"]) -> Float[Tensor, "*rows"]:
+    """1 − |λ₂| of a matrix of weights, whose largest eigenvalue is 1."""
+    sizes = torch.linalg.eigvals(weights).abs().sort(-1, descending=True).values
+    gap: Tensor = 1.0 - sizes[..., 1]
+    return gap
