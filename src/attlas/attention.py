@@ -69,7 +69,7 @@ class Attention(nn.Module):
     #: Which masks it can honour: "pairs" any, "padding" real tokens only, "none" no mask at all.
     takes_masks: ClassVar[Literal["pairs", "padding", "none"]] = "pairs"
     #: Whether a cache keeps its keys and values; else it keeps a state that does not grow.
-    keeps_keys: ClassVar[bool] = True
+    keeps_keys: bool = True
     #: How the extra memory of a forward pass grows with the length: "linear" or "quadratic".
     memory_law: ClassVar[str] = "linear"
     #: Names of further tensors that `forward` takes by keyword and stages find in `inputs.extras`.

@@ -14,7 +14,7 @@ Source: "Transformers are RNNs: Fast Autoregressive Transformers with Linear Att
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, TypedDict, cast
+from typing import Any, TypedDict, cast
 
 import torch
 from jaxtyping import Float
@@ -46,7 +46,7 @@ class LinearAttention(Attention):
 
     keeps_keys = False
     #: Whether outputs are divided by the sum of their weights.
-    normalized: ClassVar[bool] = True
+    normalized: bool = True
     #: Added to that sum.
     eps: float = 0.0
 
