@@ -81,6 +81,13 @@ class LinearAttention(Attention):
             weighed = self.aggregate(self.weigh(q, k, mask, inputs), v)
             if inputs.cache is None:
                 return weighed
+        out = self.recur(q, k, v, mask, inputs)
+        return out if weighed is None else weighed
+
+    def recur(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, inputs: Inputs
+    ) -> Float[Tensor, "batch heads queries width"]:
+        """The recurrence from where the cache has left it, which gets the state behind it."""
         q, k, gates = self.terms(q, k, inputs)
         v = self.per_query_head(v, q)
         if (real := inputs.real_now) is not None:  # whose padding may hold anything
@@ -91,7 +98,7 @@ class LinearAttention(Attention):
         )  # fmt: skip
         if state is not None:
             inputs.remember("state", state)
-        return out if weighed is None else weighed
+        return out
 
     def looks_back(self, mask: Mask | Tensor | None) -> bool:
         """Whether this call is causal, by the layer's pattern or the call's."""

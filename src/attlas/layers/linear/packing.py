@@ -35,6 +35,25 @@ def at_places(
     return y.take_along_dim(at.clamp(min=0)[..., None], dim=1)
 
 
+def token_before(
+    x: Float[Tensor, "batch tokens width"], real: Bool[Tensor, "batch tokens"] | None = None,
+    before: Float[Tensor, "batch one width"] | None = None,
+) -> tuple[Float[Tensor, "batch tokens width"], Float[Tensor, "batch one width"]]:  # fmt: skip
+    """(the real token before each, the last of them for the next pass).
+
+    Args:
+        x: the tokens.
+        real: which of them are none of padding; all unless given.
+        before: the token before the first, as the pass before returned it; zeros unless given.
+    """
+    before = torch.zeros_like(x[:, :1]) if before is None else before
+    at = None if real is None else ranks(real)
+    whole = torch.cat((before, x if at is None else place(x, at, torch.zeros_like(x))), dim=1)
+    if at is None or real is None:
+        return whole[:, :-1], whole[:, -1:]
+    return at_places(whole[:, :-1], at), at_places(whole, real.sum(-1, keepdim=True))
+
+
 def short_convolution(
     x: Float[Tensor, "batch tokens width"], conv: nn.Conv1d,
     real: Bool[Tensor, "batch tokens"] | None = None,
