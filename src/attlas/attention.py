@@ -380,7 +380,8 @@ class Attention(nn.Module):
             raise TypeError(f"mask takes a Mask or a boolean tensor, got {type(mask).__name__}")
 
     def _check_mask(self, mask: MaskLike | None) -> None:
-        per_pair = mask.ndim == 4 if isinstance(mask, Tensor) else mask not in (None, masks.causal)
+        patterns = (None, masks.causal) if self.has_causal_form else (None,)
+        per_pair = mask.ndim == 4 if isinstance(mask, Tensor) else mask not in patterns
         refused = per_pair if self.takes_masks == "padding" else mask is not None
         if self.takes_masks != "pairs" and refused:
             takes = "only padding, [batch, keys]" if self.takes_masks == "padding" else "none"

@@ -72,11 +72,13 @@ def batches(subject: Subject) -> Iterator[Measure]:
 @check("layer")
 def masks(subject: Subject) -> Iterator[Measure]:
     """Hidden pairs get no weight, whether a pattern or a tensor hides them."""
-    from attlas.masks import dense, window
+    from attlas.masks import causal, dense, window
 
     layer = subject.layer()
     x = _inputs(layer)
     tokens = x.shape[1]
+    if subject.object.takes_masks != "pairs" and not subject.causal_form:
+        yield refuses("causal", lambda: layer(x, mask=causal), "mask")
     pattern = window(3)
     if subject.object.takes_masks != "pairs":
         pairs = torch.ones(2, 1, tokens, tokens, dtype=torch.bool)
