@@ -1,0 +1,168 @@
+"""Local linear attention: every query fits a line through the values around it, and takes its own point.
+
+    p_i   = softmax_j(q_i·k_j / √d)                                      how near a key is to the query
+    b, W  = argmin Σ_j p_ij |v_j − b − W (k_j − q_i)|² + λ |W|²          y_i = b
+    k̄_i   = Σ_j p_ij k_j      C_i = Σ_j p_ij (k_j − k̄_i)(k_j − k̄_i)ᵀ
+    y_i   = Σ_j p_ij (1 − r_i·(k_j − k̄_i)) v_j                           (C_i + λ) r_i = k̄_i − q_i
+
+Softmax attention is the constant that fits best; the slope takes out what keys that all lie on one side
+of the query bias it by. The weights of a query sum to 1, and some may be negative. With ρ the slope of
+keys seen from the query, p (1 − z·ρ) / (1 − ρ·Σ p z) for z = k − q, they are the same numbers; seen from
+k̄ nothing cancels. r is found by conjugate gradients, whose products with C are two products with the
+keys: no matrix of d × d is made for any query. Gradients follow from the solution alone.
+
+Cost: 2·n²·d multiply-adds for p and for the sum, and 4·n²·d a step, at most `steps`; 128 queries at a
+time, made again in the backward pass, so that memory is linear in n.
+Reduces to softmax attention at λ = ∞; with constant weights it is ridge regression.
+Source: "Local Linear Attention: An Optimal Interpolation of Linear and Softmax Attention For Test-Time
+Regression". Its authors published no program. Which λ the paper takes, and whether it stands beside
+weights that sum to 1, as here, or to Σ exp(q·k/√d), is not known to us.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from attlas import ops
+from attlas.attention import Attention
+from attlas.catalog.registry import Reduction, mechanism
+from attlas.errors import at_least_one
+from attlas.inputs import Inputs
+from attlas.masks import Mask
+
+#: Queries whose weights are in memory at a time.
+QUERIES = 128
+
+
+@mechanism("local-linear-attention", reduces_to=Reduction(
+    "softmax", {"ridge": math.inf}, lambda layer, plain: plain.load_state_dict(layer.state_dict())
+))  # fmt: skip
+class LocalLinear(Attention):
+    """Attention that fits a slope for every query besides the mean of the values.
+
+    Args:
+        ridge: λ, how much a slope must explain; infinite for none.
+        steps: most steps of the conjugate gradients; twice `head_dim` unless given.
+
+    Raises:
+        ValueError: a λ that is not above 0, or steps below 1.
+    """
+
+    def __init__(
+        self, dim: int, heads: int = 8, *args: Any, ridge: float = 0.1, steps: int | None = None,
+        **options: Any,
+    ) -> None:  # fmt: skip
+        if not ridge > 0:
+            raise ValueError(f"ridge must be above 0, got {ridge}")
+        super().__init__(dim, heads, *args, **options)
+        self.ridge = ridge
+        self.steps = 2 * self.head_dim if steps is None else at_least_one("steps", steps)
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, inputs: Inputs
+    ) -> Float[Tensor, "batch heads queries width"]:
+        """Some queries at a time, of whose weights none is kept."""
+
+        def some(
+            q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, offset: int
+        ) -> Tensor:
+            return self.aggregate(self.weights_of(q, k, mask, offset).to(v.dtype), v)
+
+        parts, before = [], k.shape[2] - q.shape[2]
+        for start in range(0, q.shape[2], QUERIES):
+            rows = slice(start, start + QUERIES)
+            cut = isinstance(mask, Tensor) and mask.shape[2] > 1
+            own = mask[:, :, rows] if cut else mask  # type: ignore[index]
+            call = q[:, :, rows], k, v, own, before + start
+            parts.append(checkpoint(some, *call, use_reentrant=False) if torch.is_grad_enabled()
+                         else some(*call))  # fmt: skip
+        return torch.cat(parts, dim=2)
+
+    def weigh(
+        self, q: Tensor, k: Tensor, mask: Mask | Tensor | None, inputs: Inputs
+    ) -> Float[Tensor, "batch heads queries keys"]:
+        """The weights of all pairs."""
+        return self.weights_of(q, k, mask, k.shape[2] - q.shape[2]).to(q.dtype)
+
+    def weights_of(
+        self, q: Tensor, k: Tensor, mask: Mask | Tensor | None, offset: int
+    ) -> Float[Tensor, "batch heads queries keys"]:
+        """Weights of queries of which `offset` keys stand before the first, in float32 at least."""
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        q, k = q.to(dtype), k.to(dtype)
+        p = self.normalize(ops.scores_of(
+            q, k, scale=self.scale, mask=mask, score_mod=self.score_mod, q_offset=offset
+        ))  # fmt: skip
+        return sloped(p, k, slope(p, k, q, self.ridge, self.steps))
+
+
+def sloped(
+    p: Float[Tensor, "batch heads queries keys"], k: Float[Tensor, "batch kv_heads keys width"],
+    r: Float[Tensor, "batch heads queries width"],
+) -> Float[Tensor, "batch heads queries keys"]:  # fmt: skip
+    """p (1 − r·(k − k̄))."""
+    along = ops.grouped_product(r, k.transpose(-1, -2))
+    return p * (1 - along + (p * along).sum(-1, keepdim=True))
+
+
+def slope(
+    p: Float[Tensor, "batch heads queries keys"], k: Float[Tensor, "batch kv_heads keys width"],
+    q: Float[Tensor, "batch heads queries width"], ridge: float, steps: int,
+) -> Float[Tensor, "batch heads queries width"]:  # fmt: skip
+    """r with (C + λ) r = k̄ − q."""
+    solution: Tensor = _Solve.apply(p, k, ops.grouped_product(p, k) - q, ridge, steps)  # type: ignore[no-untyped-call]
+    return solution / ridge
+
+
+class _Solve(torch.autograd.Function):
+    """y with (C/λ + 1) y = b, and its gradients by one more such system."""
+
+    @staticmethod
+    def forward(ctx: Any, p: Tensor, k: Tensor, b: Tensor, ridge: float, steps: int) -> Tensor:
+        y = _conjugate_gradients(p, k, b, ridge, steps)
+        ctx.save_for_backward(p, k, y)
+        ctx.ridge, ctx.steps = ridge, steps
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
+        p, k, y = ctx.saved_tensors
+        d_b = _conjugate_gradients(p, k, d_y, ctx.ridge, ctx.steps)
+        with torch.enable_grad():
+            p, k = p.detach().requires_grad_(), k.detach().requires_grad_()
+            left = _left_side(p, k, y, ctx.ridge)
+        d_p, d_k = torch.autograd.grad(left, (p, k), -d_b)
+        return d_p, d_k, d_b, None, None
+
+
+def _left_side(p: Tensor, k: Tensor, y: Tensor, ridge: float) -> Tensor:
+    """(C/λ + 1) y."""
+    along = ops.grouped_product(y, k.transpose(-1, -2))
+    apart = p * (along - (p * along).sum(-1, keepdim=True))
+    return ops.grouped_product(apart, k) / ridge + y
+
+
+def _conjugate_gradients(p: Tensor, k: Tensor, b: Tensor, ridge: float, steps: int) -> Tensor:
+    """The solution of every query's own system; those that are exact enough stand still."""
+    y, rest, way = torch.zeros_like(b), b, b
+    length = (rest * rest).sum(-1, keepdim=True)
+    enough = length * torch.finfo(b.dtype).eps ** 2
+    for _ in range(steps):
+        going = length > enough
+        if not going.any():
+            break
+        moved = _left_side(p, k, way, ridge)
+        bent = (way * moved).sum(-1, keepdim=True)
+        far = torch.where(going, length / bent.where(going, 1.0), 0.0)
+        y, rest = y + far * way, rest - far * moved
+        left = (rest * rest).sum(-1, keepdim=True)
+        way = rest + torch.where(going, left / length.where(going, 1.0), 0.0) * way
+        length = left
+    return y
