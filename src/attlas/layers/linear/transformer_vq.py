@@ -1,0 +1,298 @@
+"""Transformer-VQ: keys are codewords, so that all older ones with the same word count as one.
+
+    k̂_j   = c_z, z_j = argmin_s |k_j − c_s|²        gradients pass on to a k_j that is recent, not to c
+    s_ij  = (q_i + u)·k̂_j + [i − j ≤ M] (q_i + w)·r_{i−j}    r = R (sines and cosines of the distance)
+    recent keys stand for themselves, older ones by code:  s_is = (q_i + u)·c_s + log n_s, value m_s
+    y     = W_o (weights v ⊙ g)       v = SiLU(x W_v)      g = SiLU(x W_g)
+
+n_s counts the older tokens of code s and m_s is the mean of their values: the same numbers as a softmax
+over all quantised keys, with a state that does not grow. Queries, keys, r, u and w carry d^(−1/4), and
+the RMS of a query or key is 1 before that. A codebook is a running mean of the keys it stands for:
+
+    sums ← γ sums + (1 − γ) Σ_{z_j = s} k_j      counts ← γ counts + (1 − γ) Σ_{z_j = s} 1
+    c    = sums / max(counts, 0.01)              loss += β Σ_heads |k − k̂|², averaged over tokens
+
+Cost: n·(M + L + codes)·(d + values) multiply-adds a head in blocks of L tokens; memory linear in n.
+Reduces to softmax attention over the quantised keys, whatever L; to no registered mechanism.
+Source: "Transformer-VQ: Linear-Time Transformers via Vector Quantization" and its authors' program. The
+RMSNorm of x and the dropout of r and of y are the model's there and here; `dropout` drops weights, those
+of an older code as one. Codebooks learn once a training pass from the tokens of this process.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Integer
+from torch import Tensor, nn
+from torch.nn.functional import one_hot, silu
+
+from attlas import ops
+from attlas.attention import Attention
+from attlas.catalog.registry import mechanism
+from attlas.errors import at_least_one
+from attlas.inputs import Inputs
+from attlas.layers.linear.packing import at_places, place, ranks
+from attlas.masks import Mask
+
+
+@mechanism("transformer-vq", example={"codes": 5, "block": 4, "memory": 3})
+class TransformerVQ(Attention):
+    """Causal gated attention to quantised keys, in linear time.
+
+    Args:
+        value_dim: width of a head's values; 2 · dim / heads unless given.
+        codes: codewords of a key head.
+        block: L, tokens that are computed together.
+        memory: M, the greatest distance that has a bias, and the older keys that a block sees singly.
+        older: whether tokens further away than M count.
+        wavelength: λ, that of the sinusoids grows from 2π to 2π λ.
+        gamma: γ, how much of a codebook stays in one training pass.
+        commitment: β, weight of the distance between keys and their codewords in the loss.
+
+    Raises:
+        ValueError: sizes below 1, a γ outside [0, 1), a λ not above 0, a β below 0.
+    """
+
+    has_two_sided_form = False
+    has_cross_form = False
+    has_own_position = True
+    takes_masks = "padding"
+    keeps_keys = False
+    expected_failures: ClassVar[dict[str, str]] = {
+        "finite-differences": "a key's gradient is its codeword's, which stays where it is"
+    }
+    code_sums: Tensor
+    code_counts: Tensor
+
+    def __init__(
+        self, dim: int, heads: int = 1, *args: Any, value_dim: int | None = None, codes: int = 512,
+        block: int = 512, memory: int = 512, older: bool = True, wavelength: float = 1e5,
+        gamma: float = 0.99, commitment: float = 1e-4, **options: Any,
+    ) -> None:  # fmt: skip
+        if not 0.0 <= gamma < 1.0:
+            raise ValueError(f"gamma must lie in [0, 1), got {gamma}")
+        if not wavelength > 0:
+            raise ValueError(f"wavelength must be above 0, got {wavelength}")
+        if not commitment >= 0:
+            raise ValueError(f"commitment must be at least 0, got {commitment}")
+        self.codes, self.block = at_least_one("codes", codes), at_least_one("block", block)
+        self.memory, self.older = at_least_one("memory", memory), older
+        self.wavelength, self.gamma, self.commitment = wavelength, gamma, commitment
+        width = max(1, 2 * dim // at_least_one("heads", heads)) if value_dim is None else value_dim
+        self.value_dim = at_least_one("value_dim", width)
+        super().__init__(dim, heads, *args, **options)
+        self.scale = 1.0  # queries and keys carry it
+
+    def build(self, bias: bool) -> None:
+        """Projections, the biases u and w, and the codebooks."""
+
+        def linear(inside: int, outside: int, bias: bool = bias) -> nn.Linear:
+            made = nn.Linear(inside, outside, bias=bias)
+            nn.init.normal_(made.weight, std=inside**-0.5)
+            if bias:
+                nn.init.zeros_(made.bias)
+            return made
+
+        self.q_proj = linear(self.dim, self.heads * self.head_dim)
+        self.k_proj = linear(self.dim, self.kv_heads * self.head_dim)
+        self.v_proj = linear(self.dim, self.kv_heads * self.value_dim)
+        self.g_proj = linear(self.dim, self.heads * self.value_dim)
+        self.r_proj = linear(self.dim, self.kv_heads * self.head_dim, bias=False)
+        self.o_proj = linear(self.heads * self.value_dim, self.dim)
+        self.content_bias = nn.Parameter(torch.zeros(self.heads, 1, self.head_dim))
+        self.distance_bias = nn.Parameter(torch.zeros(self.heads, 1, self.head_dim))
+        sums = torch.randn(self.kv_heads, self.codes, self.head_dim)
+        self.register_buffer("code_sums", sums * (self.kv_heads * self.codes) ** -0.5)
+        self.register_buffer("code_counts", torch.ones(self.kv_heads, self.codes))
+
+    @property
+    def codebook(self) -> Float[Tensor, "kv_heads codes head_dim"]:
+        """The codewords."""
+        return self.code_sums / self.code_counts.clamp(min=0.01)[..., None]
+
+    def project(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys of RMS d^(−1/4), keys not yet quantised, and values."""
+        x = inputs.x
+        q, k = self.split_heads(self.q_proj(x)), self.split_heads(self.k_proj(x))
+        v = rearrange(silu(self.v_proj(x)), "b t (h d) -> b h t d", d=self.value_dim)
+        return self._normed(q), self._normed(k), v
+
+    def _normed(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        size = (wide.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+        normed: Tensor = wide * size * self.head_dim**-0.25
+        return normed.to(x.dtype)
+
+    def nearest(
+        self, k: Float[Tensor, "batch kv_heads keys head_dim"]
+    ) -> Integer[Tensor, "batch kv_heads keys"]:
+        """Codes of keys."""
+        c = self.codebook.to(torch.promote_types(k.dtype, torch.float32))
+        return (c.square().sum(-1)[:, None] - 2 * k.detach().to(c.dtype) @ c.mT).argmin(-1)
+
+    def quantised(self, k: Tensor, codes: Tensor) -> Tensor:
+        """Codewords in the keys' place, through which gradients reach the keys."""
+        words = self.codebook.to(k.dtype).expand(len(k), -1, -1, -1)
+        return words.take_along_dim(codes[..., None], dim=2) + (k - k.detach())
+
+    def distances(self, q: Tensor) -> Float[Tensor, "batch heads queries distances"]:
+        """(q + w)·r for every distance from 0 to M."""
+        steps = torch.arange(0, self.dim, 2, device=q.device) / self.dim
+        angle = torch.arange(self.memory + 1, device=q.device)[:, None] / self.wavelength**steps
+        sinusoid = torch.cat((angle.sin(), angle.cos()), dim=-1)[:, : self.dim]
+        r = rearrange(self.r_proj(sinusoid.to(q.dtype)), "t (h d) -> 1 h d t", d=self.head_dim)
+        scale = self.head_dim**-0.25
+        q, r = q + self.distance_bias * scale, (r * scale).expand(len(q), -1, -1, -1)
+        return ops.grouped_product(q, r)
+
+    def learn(self, k: Tensor, codes: Tensor, inputs: Inputs) -> None:
+        """Move the codebooks towards these keys, and ask keys to keep near them."""
+        words = self.codebook.to(k.dtype).expand(len(k), -1, -1, -1)
+        apart = (k - words.take_along_dim(codes[..., None], dim=2)).square().sum((1, 3))
+        real = inputs.real_now
+        real = torch.ones_like(apart, dtype=torch.bool) if real is None else real
+        away = apart.masked_fill(~real, 0.0).sum() / real.sum().clamp(min=1)
+        self.auxiliary_loss = self.commitment * away
+        with torch.no_grad():
+            dtype = self.code_sums.dtype
+            which = one_hot(codes, self.codes).to(dtype) * real[:, None, :, None]
+            sums = (which.mT @ k.to(dtype).masked_fill(~real[:, None, :, None], 0.0)).sum(0)
+            self.code_sums.lerp_(sums, 1 - self.gamma)
+            self.code_counts.lerp_(which.sum((0, 2)), 1 - self.gamma)
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, inputs: Inputs
+    ) -> Float[Tensor, "batch heads queries value_dim"]:
+        """Block by block, from where the cache has left it."""
+        codes, tokens, real = self.nearest(k), k.shape[2], inputs.real_now
+        k_hat, biases = self.quantised(k, codes), self.distances(q)
+        which = one_hot(codes, self.codes).to(v.dtype)
+        self.auxiliary_loss = None
+        if self.training:
+            self.learn(k, codes, inputs)
+        size = min(self.block, tokens)
+        slots = -(-tokens // size) * size
+        if real is None:
+            real = torch.ones(len(k), tokens, dtype=torch.bool, device=k.device)
+        at = ranks(real)  # with which padding is left out
+        q = q + self.content_bias * self.head_dim**-0.25
+        q, biases, k_hat, v, which = (
+            _placed(x, at, slots) for x in (q, biases, k_hat, v, which)
+        )  # fmt: skip
+        before = self._recalled(inputs, v)
+        k_hat = torch.cat((before[0] @ self.codebook.to(k.dtype), k_hat), dim=2)
+        which, v = torch.cat((before[0], which), dim=2), torch.cat((before[1], v), dim=2)
+        self._remember(inputs, which, v, before, real.sum(-1), slots)
+        out = self._blocks(q, biases, k_hat, v, which, before, size)
+        out = at_places(rearrange(out, "b h t d -> b t (h d)"), at)
+        return rearrange(out, "b t (h d) -> b h t d", d=self.value_dim)
+
+    def _blocks(
+        self, q: Tensor, biases: Tensor, k: Tensor, v: Tensor, which: Tensor,
+        before: tuple[Tensor, ...], size: int,
+    ) -> Tensor:  # fmt: skip
+        """Attention of all blocks at once, each to M keys before it, its own, and older codes."""
+        groups, seen, slots = self.heads // self.kv_heads, self.memory + size, q.shape[2]
+        q, biases = (
+            rearrange(x, "b (h g) (n i) d -> b h n (g i) d", g=groups, i=size) for x in (q, biases)
+        )
+        k, values, own = (x.unfold(2, seen, size).mT for x in (k, v, which))
+        i = torch.arange(size, device=q.device).repeat(groups)[:, None]
+        apart = i + self.memory - torch.arange(seen, device=q.device)
+        near = q @ k.mT + _biased(biases, apart)
+        visible = (apart >= 0) & (own.sum(-1) > 0)[..., None, :]
+        visible = visible if self.older else visible & (apart <= self.memory)
+        scores, counts, sums = near.masked_fill(~visible, -torch.inf), before[2], before[3]
+        written = which[:, :, :slots].unflatten(2, (-1, size)).to(sums.dtype)
+        added = written.mT @ v[:, :, :slots].unflatten(2, (-1, size)).to(sums.dtype)
+        fresh = written.sum(-2)
+        counts = counts[:, :, None] + fresh.cumsum(2) - fresh
+        sums = sums[:, :, None] + added.cumsum(2) - added
+        if self.older:
+            words = self.codebook.to(q.dtype)[:, None]
+            far = q @ words.mT + counts.log()[..., None, :].to(q.dtype)
+            scores = torch.cat((scores, far), dim=-1)
+        weights = torch.dropout(ops.softmax(scores), self.dropout, self.training)
+        out = weights[..., :seen] @ values
+        if self.older:
+            means = (sums / counts.clamp(min=1.0)[..., None]).to(q.dtype)
+            out = out + weights[..., seen:] @ means
+        return rearrange(out, "b h n (g i) d -> b (h g) (n i) d", g=groups)
+
+    def _recalled(self, inputs: Inputs, v: Tensor) -> tuple[Tensor, ...]:
+        """Codes (as rows with a 1) and values of the last M tokens; counts and sums of those before."""
+        rows, wide = v.shape[:2], torch.promote_types(v.dtype, torch.float32)
+        codes = inputs.recall("codes")
+        if codes is None:
+            which = v.new_zeros(*rows, self.memory, self.codes)
+            values = v.new_zeros(*rows, self.memory, self.value_dim)
+            counts = torch.zeros(*rows, self.codes, dtype=wide, device=v.device)
+            return which, values, counts, counts[..., None].expand(*counts.shape, self.value_dim)
+        which = one_hot(codes.clamp(min=0), self.codes).to(v.dtype) * (codes >= 0)[..., None]
+        rest = (inputs.recall(name) for name in ("values", "counts", "sums"))
+        return which, *(x for x in rest if x is not None)
+
+    def _remember(
+        self, inputs: Inputs, which: Tensor, v: Tensor, before: tuple[Tensor, ...], new: Tensor,
+        slots: int,
+    ) -> None:  # fmt: skip
+        """The last M real tokens of every row, and by code all that stand before them."""
+        if inputs.cache is None:
+            return
+        left = torch.arange(slots, device=v.device) < new[:, None]
+        gone = (which[:, :, :slots] * left[:, None, :, None]).to(before[2].dtype)
+        inputs.remember("counts", before[2] + gone.sum(2))
+        inputs.remember("sums", before[3] + gone.mT @ v[:, :, :slots].to(gone.dtype))
+        last = (new[:, None] + torch.arange(self.memory, device=v.device))[:, None, :, None]
+        which = which.take_along_dim(last, dim=2)
+        inputs.remember("codes", which.argmax(-1).masked_fill(which.sum(-1) == 0, -1))
+        inputs.remember("values", v.take_along_dim(last, dim=2))
+
+    def weigh(
+        self, q: Tensor, k: Tensor, mask: Mask | Tensor | None, inputs: Inputs
+    ) -> Float[Tensor, "batch heads queries keys"]:
+        """Softmax over all quantised keys, none of them by code.
+
+        Raises:
+            ValueError: a cache, whose older tokens are known by their codes alone.
+        """
+        if inputs.recall("codes") is not None:
+            raise ValueError("cache: the weights of tokens that a state has taken in are not known")
+        real, tokens = inputs.real_now, q.shape[2]
+        at = torch.arange(tokens, device=q.device)[None] if real is None else ranks(real)
+        apart = (at[:, :, None] - at[:, None, :])[:, None]
+        k = self.quantised(k, self.nearest(k))
+        biased = _biased(self.distances(q), apart)
+        q = q + self.content_bias * self.head_dim**-0.25
+        visible = ops.as_dense(mask, tokens, tokens, 0, q.device)
+        assert visible is not None  # it is always causal
+        visible = visible if self.older else visible & (apart <= self.memory)
+        scores = ops.grouped_product(q, k.mT) + biased
+        return self.normalize(scores.masked_fill(~visible, -torch.inf))
+
+    def output(
+        self, heads: Float[Tensor, "batch heads queries value_dim"], inputs: Inputs
+    ) -> Float[Tensor, "batch queries dim"]:
+        """Heads joined, gated and projected."""
+        joined = rearrange(heads, "b h t d -> b t (h d)")
+        y: Tensor = self.o_proj(joined * silu(self.g_proj(inputs.x)))
+        return y
+
+
+def _biased(biases: Tensor, apart: Tensor) -> Tensor:
+    """The bias of each pair's distance; none where the key is further away than there are, or later."""
+    longest = biases.shape[-1] - 1
+    index = apart.clamp(0, longest).expand(*biases.shape[:-1], -1)
+    return biases.gather(-1, index).masked_fill((apart < 0) | (apart > longest), 0.0)
+
+
+def _placed(
+    x: Float[Tensor, "batch heads tokens width"], at: Integer[Tensor, "batch tokens"], slots: int
+) -> Float[Tensor, "batch heads slots width"]:
+    """Real tokens next to each other, in their order, and nothing behind them."""
+    flat = rearrange(x, "b h t d -> b t (h d)")
+    flat = place(flat, at, flat.new_zeros(len(flat), slots, flat.shape[-1]))
+    return rearrange(flat, "b t (h d) -> b h t d", h=x.shape[1])
