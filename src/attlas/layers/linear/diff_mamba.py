@@ -3,7 +3,7 @@
     h_t = e^{Δ_t A} h_{t−1} + Δ_t B_t x_tᵀ      o_t = h_tᵀ C_t + D x_t
     Δ = softplus(W_Δ u + b)      A = −e^a
     M(u) = W ( γ ⊙ RMSNorm( o ⊙ SiLU(W_z u) ) )     x, B, C = SiLU(conv(W_in u))
-    y = (1 − λ_init) RMSNorm( M_1(u) − λ M_2(u) )       λ = σ(Σ λ_q) + λ_init,  λ_init = 0.8 − 0.6 e^{−0.3 l}
+    y = (1 − λ_init) RMSNorm( M_1(u) − λ M_2(u) )    λ = σ(Σ λ_q) + λ_init,  λ_init = 0.8 − 0.6 e^{−0.3 l}
 
 Two mixers with parameters of their own look at the same tokens; what both overweigh cancels, as in the
 differential transformer. A mixer is Mamba-2's: a state of S × d for every head, a decay for each token
