@@ -120,6 +120,18 @@ def test_pattern_repeats_and_holds_options():
     assert options.model.layers[1].attention.lambda_init == pytest.approx(0.8 - 0.6 * 2.718281828**-2.1)
 
 
+@pytest.mark.parametrize("last", [["softmax"], ["arwkv-rwkv7"], ["window"]])
+def test_hybrids_generate_with_states_beside_keys_what_they_generate_without_a_cache(last):
+    pattern = ["lightning-attention-2"] * 3 + last
+    model, (ids, mask) = decoder(pattern, num_hidden_layers=4, sliding_window=4), prompt()
+    for options in ({}, {"num_beams": 2}):
+        cached = generate(model, ids, mask, **options)
+        assert torch.equal(cached, generate(model, ids, mask, use_cache=False, **options))
+    cache = model(ids, use_cache=True).past_key_values
+    assert [layer.keys is None for layer in cache.layers] == [True] * 3 + [last == ["arwkv-rwkv7"]]
+    assert cache.get_seq_length() == 9
+
+
 def test_reentrant_checkpointing_refuses_to_lose_an_auxiliary_loss():
     model, (ids, _) = decoder("mixture-of-head").train(), prompt()
     model.gradient_checkpointing_enable({"use_reentrant": True})

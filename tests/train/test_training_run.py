@@ -65,7 +65,7 @@ def test_the_main_job_writes_all_it_promises(tmp_path, capsys):
         assert len(line["curve"]) == 12
         assert line["score_curve"][-1] == [12, line["scores"]["test"]]
         # One layer keeps keys and values of width 16 in float32: 2 · 16 · 4 bytes a token.
-        assert line["cache_bytes_per_token"] == 2 * 16 * 4
+        assert line["cache_bytes_per_token"] == line["cache_growth"] == 2 * 16 * 4
         assert line["versions"]["torch"] == torch.__version__
     softmax, differential = found[:2]
     assert differential["operations"] > softmax["operations"] > 0
@@ -271,3 +271,13 @@ def test_translation_trains_the_mechanism_as_cross_attention(tmp_path, mechanism
     ends(command(tmp_path, "--mechanisms", mechanism, "--heads", "1", task="dates"))
     (line,) = lines(tmp_path)
     assert line["status"] == "ok"
+
+
+def test_a_state_of_constant_size_and_a_hybrid_are_told_by_what_tokens_add_to_their_caches(tmp_path):
+    hybrid = "lightning-attention-2+softmax"
+    asked = ["--mechanisms", f"lightning-attention-2,{hybrid}", "--layers", "2"]
+    ends(command(tmp_path, *asked))
+    recurrent, mixed = lines(tmp_path)
+    assert recurrent["status"] == mixed["status"] == "ok", (recurrent["reason"], mixed["reason"])
+    assert recurrent["cache_growth"] == 0 < recurrent["cache_bytes_per_token"]
+    assert mixed["cache_growth"] == 2 * 16 * 4  # of the one softmax layer

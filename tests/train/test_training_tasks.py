@@ -260,3 +260,40 @@ def test_options_that_make_no_sense_are_refused():
             find(name)(**options)
     with pytest.raises(UserError, match="did you mean 'sorting'"):
         find("sortin")
+
+
+def test_rewriting_asks_for_the_value_written_last():
+    task = find("rewriting")(pairs=3, writes=9, keys=5, length=24)
+    batch = drawn(task, 16, "test", 0)
+    counts = set()
+    for row, place, answer in asked(batch):
+        told = batch["input_ids"][row, :18].view(-1, 2).tolist()
+        key = int(batch["input_ids"][row, place])
+        written = [value for k, value in told if k == key]
+        counts.add(len(written))
+        assert written[-1] == answer
+    assert counts == {3}
+    assert len(list(asked(batch))) == 3 * 16
+
+
+def test_swaps_follow_every_item_to_the_first_place():
+    task = find("swaps")(items=3, length=10)
+    pairs = [(0, 1), (0, 2), (1, 2)]
+    for split, length in (("test", 10), ("twice as long", 20)):
+        batch = drawn(task, 16, split, 0)
+        assert batch["input_ids"].shape == (16, length)
+        for tokens, answers in zip(batch["input_ids"].tolist(), batch["targets"].tolist(), strict=True):
+            row = [0, 1, 2]
+            for token, answer in zip(tokens, answers, strict=True):
+                i, j = pairs[token]
+                row[i], row[j] = row[j], row[i]
+                assert row[0] == answer
+
+
+@pytest.mark.parametrize(("name", "options", "named"), [
+    ("rewriting", {"pairs": 5}, "pairs"), ("rewriting", {"length": 20}, "length"),
+    ("swaps", {"items": 1}, "items"), ("swaps", {"length": 0}, "length"),
+])  # fmt: skip
+def test_tasks_of_states_name_wrong_options(name, options, named):
+    with pytest.raises(ValueError, match=named):
+        find(name)(**options)

@@ -84,14 +84,17 @@ def check_fit(plan: Plan, task: Task) -> None:
         UserError: naming the mechanism and the task.
     """
     for mechanism in plan.mechanisms:
-        layer: Any = mechanism.entry.object
         what = f"mechanism {mechanism.label!r} cannot be trained on task {task.name!r}"
-        if not issubclass(layer, Attention):
-            raise UserError(f"{what}: it is no layer of attention")
-        if task.needs == "decoder" and not layer.has_causal_form:
-            raise UserError(f"{what}: the task needs a decoder and it has no causal form")
-        if task.needs == "seq2seq" and not layer.has_cross_form:
-            raise UserError(f"{what}: the task needs cross-attention and it has no cross form")
+        layer: Any
+        for layer in (each.entry.object for each in mechanism.turns):
+            if not issubclass(layer, Attention):
+                raise UserError(f"{what}: it is no layer of attention")
+            if task.needs == "decoder" and not layer.has_causal_form:
+                raise UserError(f"{what}: the task needs a decoder and it has no causal form")
+            if task.needs == "seq2seq" and not layer.has_cross_form:
+                raise UserError(f"{what}: the task needs cross-attention and it has no cross form")
+        if mechanism.others and task.needs in ("operator", "seq2seq"):
+            raise UserError(f"{what}: its model has one mechanism for all layers")
         try:
             build(task, mechanism, plan, seed=0)
         except (ValueError, TypeError) as error:
@@ -122,7 +125,7 @@ def _seq2seq(task: Task, mechanism: Mechanism, plan: Plan) -> nn.Module:
 
     # The mechanism is what the target finds its source by; each side reads itself by plain attention.
     sizes = _sized(mechanism, plan)
-    cross = {"name": sizes.pop("attention"), **sizes.pop("attention_options")}
+    (cross,) = sizes.pop("attention")
     return Seq2Seq(Seq2SeqConfig(
         vocab_size=task.sizes.outputs, max_position_embeddings=task.sizes.length,
         cross_attention=cross, **sizes,
@@ -145,6 +148,5 @@ def _sized(mechanism: Mechanism, plan: Plan) -> dict[str, Any]:
         "hidden_size": plan.dim,
         "num_hidden_layers": plan.layers,
         "num_attention_heads": plan.heads,
-        "attention": mechanism.name,
-        "attention_options": dict(mechanism.options),
+        "attention": mechanism.attention,
     }

@@ -55,23 +55,27 @@ def operations(net: Net, task: Task) -> int:
 
 
 @torch.no_grad()
-def cache_per_token(net: Net, task: Task, accelerator: Accelerator) -> float | None:
-    """Bytes that the decode cache holds for each token, weighed after decoding a row of the task.
+def cache_weight(net: Net, task: Task, accelerator: Accelerator) -> dict[str, float | None]:
+    """Bytes that the decode cache holds for each token of a row of the task, decoded to its end, and
+    bytes that each of the last tokens added: none where a state stands for them all.
 
     None for models that do not decode.
     """
+    names = ("cache_bytes_per_token", "cache_growth")
     if net.kind != "decoder":
-        return None
+        return dict.fromkeys(names)
     net.eval()
     row = drawn(task, 1, task.splits[0], 0)
     cache: Any = None
     tokens = row["inputs"] if net.read is not None else row["input_ids"]
     tokens = tokens.to(accelerator.device)
-    prompt = max(1, tokens.shape[1] - DECODED)
+    prompt, held = max(1, tokens.shape[1] - DECODED), []
     with accelerator.autocast():
         for piece in (tokens[:, :prompt], *tokens[:, prompt:].split(1, dim=1)):
             cache = _read_on(net, piece, cache)
-    return cache_bytes(cache) / tokens.shape[1]
+            held.append(cache_bytes(cache))
+    growth = (held[-1] - held[0]) / max(1, len(held) - 1)
+    return dict(zip(names, (held[-1] / tokens.shape[1], growth), strict=True))
 
 
 def _read_on(net: Net, piece: torch.Tensor, cache: Any) -> Any:

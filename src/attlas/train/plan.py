@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 from attlas.catalog import registry
@@ -17,16 +17,34 @@ SET_BY_MODEL = ("dim", "heads", "head_dim", "causal", "mask", "layer_idx")
 
 @dataclass(frozen=True, slots=True)
 class Mechanism:
-    """A mechanism with its options; its label is written one way, however the user wrote it."""
+    """A mechanism with its options; its label is written one way, however the user wrote it.
+
+    Attributes:
+        label: as tables show it.
+        name: registered.
+        options: of its constructor.
+        others: mechanisms of the layers behind, where layers take turns.
+    """
 
     label: str
     name: str
     options: tuple[tuple[str, Any], ...] = ()
+    others: tuple[Mechanism, ...] = ()
+
+    @property
+    def turns(self) -> tuple[Mechanism, ...]:
+        """Of one layer after the other, again and again."""
+        return (self, *self.others)
 
     @property
     def entry(self) -> Entry:
         """What is registered under the name."""
         return registry.find(self.name)
+
+    @property
+    def attention(self) -> list[dict[str, Any]]:
+        """As the models of `attlas.models` take it."""
+        return [{"name": each.name, **dict(each.options)} for each in self.turns]
 
 
 class Run(NamedTuple):
@@ -119,13 +137,21 @@ def parse_task(text: str) -> tuple[str, Task]:
 def parse_mechanisms(texts: list[str]) -> tuple[Mechanism, ...]:
     """All mechanisms named in `texts`, each a list with commas; one named twice counts once.
 
+    Several joined by + are one whose layers take turns.
+
     Raises:
         UserError: one that cannot be read, is no layer, or takes no such option.
     """
-    found = {m.label: m for text in texts for m in map(_mechanism, split(text))}
+    found = {m.label: m for text in texts for m in map(_in_turns, split(text))}
     if not found:
         raise UserError("mechanisms names none; write for example softmax,differential-transformer")
     return tuple(found.values())
+
+
+def _in_turns(text: str) -> Mechanism:
+    first, *others = (_mechanism(piece) for piece in split(text, "+"))
+    label = "+".join(each.label for each in (first, *others))
+    return replace(first, label=label, others=tuple(others))
 
 
 def _mechanism(text: str) -> Mechanism:

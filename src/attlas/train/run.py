@@ -124,9 +124,7 @@ def _measured(bench: Bench, trainer: Trainer) -> dict[str, Any]:
         "scores": scores,
         "parameters": measure.parameters(trainer.net),
         "operations": measure.operations(trainer.net, bench.task),
-        "cache_bytes_per_token": measure.cache_per_token(
-            trainer.net, bench.task, bench.accelerator
-        ),
+        **measure.cache_weight(trainer.net, bench.task, bench.accelerator),
     }
 
 
@@ -137,7 +135,8 @@ def _line(bench: Bench, run: Run, found: dict[str, Any], state: dict[str, Any]) 
         [min(k + block, len(losses)), sum(losses[k : k + block]) / len(losses[k : k + block])]
         for k in range(0, len(losses), block)
     ]
-    unknown: Line = {"scores": {}, "parameters": None, "operations": None, "cache_bytes_per_token": None}
+    measured = ("parameters", "operations", "cache_bytes_per_token", "cache_growth")
+    unknown: Line = {"scores": {}, **dict.fromkeys(measured)}
     return {
         **run._asdict(),
         **unknown,

@@ -125,7 +125,9 @@ def _columns(plan: Plan, task: Task) -> Iterable[Column]:
     yield Column("seconds", "seconds", "lower", "in all training steps, tests not included")
     yield Column("step_ms", "ms/step", "lower", "median over the run, so without a slow beginning")
     cache = "bytes a decode cache holds for each token, weighed after decoding a row"
-    yield Column("cache", "cache B/token", "lower", cache, 1.0, 0)
+    yield Column("cache_bytes_per_token", "cache B/token", "lower", cache, 1.0, 0)
+    growth = "bytes that each further token adds to it; 0 for a state of constant size"
+    yield Column("cache_growth", "growth B/token", "lower", growth, 1.0, 0)
 
 
 def _cell(column: Column, lines: list[Line]) -> Spread | str:
@@ -147,7 +149,7 @@ def _value(key: str, line: Line) -> float | None:
     if key == "loss":
         tail = line["curve"][-max(1, len(line["curve"]) // 10) :]
         return math.fsum(loss for _, loss in tail) / len(tail)
-    found = line["cache_bytes_per_token" if key == "cache" else key]
+    found = line.get(key)  # which results of an earlier version may lack
     return None if found is None else float(found)
 
 

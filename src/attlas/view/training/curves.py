@@ -56,7 +56,8 @@ def _curves(summary: Summary, key: str, scale: float) -> Iterator[Curve]:
 
 def costs(summary: Summary) -> list[Column]:
     """The columns that scores are drawn against."""
-    return [c for c in summary.columns if c.key in ("operations", "cache", "parameters", "step_ms")]
+    wanted = ("operations", "cache_bytes_per_token", "parameters", "step_ms")
+    return [c for c in summary.columns if c.key in wanted]
 
 
 def points(summary: Summary, cost: Column) -> list[tuple[str, str, float, Spread]]:

@@ -29,7 +29,8 @@ token the longer the row.</li>
 </ul>
 """
 _RUN = ("mechanism", "seed", "status", "steps_done", "diverged_at", "scores", "seconds", "step_ms",
-        "parameters", "operations", "cache_bytes_per_token", "processes", "reason")  # fmt: skip
+        "parameters", "operations", "cache_bytes_per_token", "cache_growth", "processes",
+        "reason")  # fmt: skip
 
 
 def write(summary: Summary, path: Path) -> None:
