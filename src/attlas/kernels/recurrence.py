@@ -160,11 +160,11 @@ _CHANNELS = 32
 @triton.jit(do_not_specialize=["heads", "count"])
 @no_type_check
 def _later(
-    q, k, dq, dk, g, met, out_q, out_k, out_g, begins, stops, heads, count, least,
+    q, k, dq, dk, g, more, met, out_q, out_k, out_g, begins, stops, heads, count, least,
     q_b, q_h, q_t, k_b, k_h, k_t, g_b, g_h, g_t, o_b, o_h, o_t,
-    dim: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
+    dim: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, MORE: tl.constexpr,
 ):  # fmt: skip
-    """Σ q ⊙ dq − k ⊙ dk to a segment's end, with dq and dk themselves in the type of outputs."""
+    """Σ q ⊙ dq − k ⊙ dk (+ more) to a segment's end, with dq and dk themselves in the type of outputs."""
     segment = tl.program_id(1)
     far, up = (tl.program_id(2) // heads).to(tl.int64), (tl.program_id(2) % heads).to(tl.int64)
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
@@ -177,6 +177,8 @@ def _later(
     d_query = tl.load(dq + o_at, mask=live, other=0.0)
     d_key = tl.load(dk + o_at, mask=live, other=0.0)
     each = query.to(tl.float32) * d_query - key.to(tl.float32) * d_key
+    if MORE:
+        each += tl.load(more + o_at, mask=live, other=0.0)
     row = tl.program_id(2).to(tl.int64) * count + segment
     later = tl.load(met + row * dim + c, mask=c < dim, other=0.0)
     summed = tl.cumsum(each, axis=0, reverse=True) + later[None, :]
@@ -188,9 +190,21 @@ def _later(
 
 
 def gradient_of_channels(
-    q: Tensor, k: Tensor, dq: Tensor, dk: Tensor, g: Tensor, met: Tensor, offsets: tuple[int, ...]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk in the type of q, the gradient of log decays [batch, heads, tokens, dim])."""
+    q: Tensor, k: Tensor, dq: Tensor, dk: Tensor, g: Tensor, met: Tensor, offsets: tuple[int, ...],
+    more: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dq, dk in the type of q, the gradient of log decays [batch, heads, tokens, dim]).
+
+    Args:
+        q: queries, and k keys; dq and dk their gradients in float32, alike in memory.
+        k: see q.
+        dq: see q.
+        dk: see q.
+        g: log decays.
+        met: what `following` gives.
+        offsets: of the sequences.
+        more: added to q ⊙ dq − k ⊙ dk, alike in memory with dq.
+    """
     batch, heads, tokens, dim = q.shape
     outs = [
         torch.empty(batch, tokens, heads, dim, dtype=x.dtype, device=q.device).transpose(1, 2)
@@ -198,9 +212,9 @@ def gradient_of_channels(
     ]
     cut, count = segments(offsets, q.device), met.shape[1]
     _later[triton.cdiv(dim, _CHANNELS), count, batch * heads](
-        q, k, dq, dk, g, met, *outs, cut.begins, cut.stops, heads, count, LEAST_OF_CHANNEL / LOG2E,
+        q, k, dq, dk, g, more, met, *outs, cut.begins, cut.stops, heads, count, LEAST_OF_CHANNEL / LOG2E,
         *q.stride()[:3], *k.stride()[:3], *g.stride()[:3], *dq.stride()[:3], dim=dim,
-        TOKENS=SEGMENT, CHANNELS=_CHANNELS, num_warps=4,
+        TOKENS=SEGMENT, CHANNELS=_CHANNELS, MORE=more is not None, num_warps=4,
     )  # fmt: skip
     return outs[0], outs[1], outs[2]
 

@@ -19,7 +19,7 @@ The forms give the same:
 | step     | the definition, token by token                                       | for a few tokens |
 | parallel | one chunk of everything, quadratic in its length                     | never            |
 | chunked  | products within a chunk, the state from chunk to chunk               | else             |
-| triton   | kernels with chunks of their own: no low rank, in bfloat16 on a GPU  | wherever it can  |
+| triton   | kernels with chunks of their own, in bfloat16 on a GPU               | wherever it can  |
 
 All but the kernels compute in float32 at least, so that nothing overflows where inputs are in half
 precision; the kernels keep their state in float32.
@@ -109,8 +109,10 @@ def recurrence(
         )
     packed = cu_seqlens is not None
     state: Tensor | None
-    if _by_kernel(q, k, v, log_decay, beta, low_rank is not None, causal, form):
-        out, state = kernels.launch(q, k, v, log_decay, beta, initial_state, scale, spans, packed)
+    if _by_kernel(q, k, v, log_decay, causal, form):
+        out, state = kernels.launch(
+            q, k, v, log_decay, beta, low_rank, initial_state, scale, spans, packed
+        )
     else:
         terms = _terms(q, k, v, log_decay, beta, low_rank, scale)
         out, state = _by_forms(terms, spans, packed, causal, initial_state, chunk_size, form)
@@ -121,13 +123,12 @@ def recurrence(
 
 
 def _by_kernel(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, low_rank: bool,
-    causal: bool, form: Form,
-) -> bool:  # fmt: skip
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, causal: bool, form: Form
+) -> bool:
     if form != "triton" and (form != "auto" or q.shape[2] < SHORT):
         return False
     behind = None if causal else "it sees no token behind another"
-    reason = behind or kernels.refuses(q, k, v, g, beta, low_rank)
+    reason = behind or kernels.refuses(q, k, v, g)
     if reason is not None and form == "triton":
         raise UserError(f"form='triton' cannot take this call: {reason}")
     return reason is None
