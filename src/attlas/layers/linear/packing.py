@@ -2,12 +2,14 @@
 
 A convolution, or a moving average taken by FFT, knows its neighbours by their distance, so that padding
 between two tokens would set them apart. `ranks` tells each token's place among the real ones of its row,
-`place` puts tokens there, and `at_places` takes what was made of them back.
+`place` puts tokens there, and `at_places` takes what was made of them back; `place_heads` and
+`heads_at_places` do so with all heads of a token.
 """
 
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 
@@ -52,6 +54,22 @@ def token_before(
     if at is None or real is None:
         return whole[:, :-1], whole[:, -1:]
     return at_places(whole[:, :-1], at), at_places(whole, real.sum(-1, keepdim=True))
+
+
+def place_heads(
+    x: Float[Tensor, "batch heads tokens width"], at: Integer[Tensor, "batch tokens"], slots: int
+) -> Float[Tensor, "batch heads slots width"]:
+    """Every head's tokens in their slots, and zeros elsewhere."""
+    flat = rearrange(x, "b h t d -> b t (h d)")
+    flat = place(flat, at, flat.new_zeros(len(flat), slots, flat.shape[-1]))
+    return rearrange(flat, "b t (h d) -> b h t d", h=x.shape[1])
+
+
+def heads_at_places(
+    y: Float[Tensor, "batch heads slots width"], at: Integer[Tensor, "batch tokens"]
+) -> Float[Tensor, "batch heads tokens width"]:
+    """What each token's slot holds of every head."""
+    return y.take_along_dim(at.clamp(min=0)[:, None, :, None], dim=2)
 
 
 def short_convolution(

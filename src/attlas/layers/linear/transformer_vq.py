@@ -34,7 +34,7 @@ from attlas.attention import Attention
 from attlas.catalog.registry import mechanism
 from attlas.errors import at_least_one
 from attlas.inputs import Inputs
-from attlas.layers.linear.packing import at_places, place, ranks
+from attlas.layers.linear.packing import heads_at_places, place_heads, ranks
 from attlas.masks import Mask
 
 
@@ -180,15 +180,14 @@ class TransformerVQ(Attention):
         at = ranks(real)  # with which padding is left out
         q = q + self.content_bias * self.head_dim**-0.25
         q, biases, k_hat, v, which = (
-            _placed(x, at, slots) for x in (q, biases, k_hat, v, which)
+            place_heads(x, at, slots) for x in (q, biases, k_hat, v, which)
         )  # fmt: skip
         before = self._recalled(inputs, v)
         k_hat = torch.cat((before[0] @ self.codebook.to(k.dtype), k_hat), dim=2)
         which, v = torch.cat((before[0], which), dim=2), torch.cat((before[1], v), dim=2)
         self._remember(inputs, which, v, before, real.sum(-1), slots)
         out = self._blocks(q, biases, k_hat, v, which, before, size)
-        out = at_places(rearrange(out, "b h t d -> b t (h d)"), at)
-        return rearrange(out, "b t (h d) -> b h t d", d=self.value_dim)
+        return heads_at_places(out, at)
 
     def _blocks(
         self, q: Tensor, biases: Tensor, k: Tensor, v: Tensor, which: Tensor,
@@ -287,12 +286,3 @@ def _biased(biases: Tensor, apart: Tensor) -> Tensor:
     longest = biases.shape[-1] - 1
     index = apart.clamp(0, longest).expand(*biases.shape[:-1], -1)
     return biases.gather(-1, index).masked_fill((apart < 0) | (apart > longest), 0.0)
-
-
-def _placed(
-    x: Float[Tensor, "batch heads tokens width"], at: Integer[Tensor, "batch tokens"], slots: int
-) -> Float[Tensor, "batch heads slots width"]:
-    """Real tokens next to each other, in their order, and nothing behind them."""
-    flat = rearrange(x, "b h t d -> b t (h d)")
-    flat = place(flat, at, flat.new_zeros(len(flat), slots, flat.shape[-1]))
-    return rearrange(flat, "b t (h d) -> b h t d", h=x.shape[1])

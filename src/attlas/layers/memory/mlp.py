@@ -1,0 +1,82 @@
+"""A small network that is written to while it reads: many sets of weights, one a chunk of tokens.
+
+    M(x) = MLP(x), or x + LayerNorm(MLP(x)) (1 + γ)          GELU between the layers of the MLP
+
+All weights of one network stand in a row of |M| numbers, so that momentum and forgetting are linear
+recurrences of rows. The first weights are trained parameters, one network a head.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import grad
+from torch.nn.functional import gelu, layer_norm
+
+from attlas.errors import at_least_one
+
+
+class MemoryMLP(nn.Module):
+    """Networks of every head.
+
+    Args:
+        heads: how many networks.
+        width: of what goes in and what comes out.
+        depth: layers of weights.
+        expansion: width of hidden layers, in widths.
+        residual: whether the normalised output is added to the input.
+
+    Raises:
+        ValueError: a depth below 1, or an expansion that is not above 0.
+    """
+
+    def __init__(
+        self, heads: int, width: int, *, depth: int, expansion: float, residual: bool
+    ) -> None:
+        super().__init__()
+        if not expansion > 0:
+            raise ValueError(f"expansion must be above 0, got {expansion}")
+        self.depth, self.residual = at_least_one("depth", depth), residual
+        hidden = max(1, int(expansion * width))
+        widths = pairwise([width, *[hidden] * (depth - 1), width])
+        first = [nn.init.xavier_uniform_(torch.zeros(a, b)) for a, b in widths]
+        first += [torch.zeros(width)] if residual else []
+        # All heads begin alike; what they read sets them apart.
+        self.first = nn.ParameterList(nn.Parameter(w.repeat(heads, *[1] * w.ndim)) for w in first)
+
+    def row(self) -> Float[Tensor, "heads numbers"]:
+        """The first weights."""
+        return torch.cat([w.flatten(1) for w in self.first], dim=-1)
+
+    def weights(self, rows: Float[Tensor, "*places numbers"]) -> list[Tensor]:
+        """What rows hold, as matrices, and γ behind them."""
+        parts = rows.split([w[0].numel() for w in self.first], dim=-1)
+        return [x.unflatten(-1, w.shape[1:]) for x, w in zip(parts, self.first, strict=True)]
+
+    def forward(
+        self, rows: Float[Tensor, "*places numbers"], x: Float[Tensor, "*places tokens width"]
+    ) -> Float[Tensor, "*places tokens width"]:
+        """M(x), each place with weights of its own."""
+        weights = self.weights(rows)
+        y: Tensor = x
+        for i, weight in enumerate(weights[: self.depth]):
+            y = (gelu(y) if i else y) @ weight
+        if self.residual:
+            y = x + (1 + weights[-1][..., None, :]) * layer_norm(y, y.shape[-1:])
+        return y
+
+    def gradient(
+        self, rows: Float[Tensor, "*places numbers"], k: Float[Tensor, "*places tokens width"],
+        v: Float[Tensor, "*places tokens width"], step: Float[Tensor, "*places tokens 1"],
+    ) -> Float[Tensor, "*places numbers"]:  # fmt: skip
+        """Of Σ step · mean |M(k) − v|², the mean over the channels; for every place by itself."""
+
+        def loss(rows: Tensor) -> Tensor:
+            apart: Tensor = self(rows, k) - v
+            return (step * apart.square()).sum() / k.shape[-1]
+
+        found: Tensor = grad(loss)(rows)
+        return found

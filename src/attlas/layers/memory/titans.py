@@ -1,0 +1,301 @@
+"""Titans' neural memory: a small network that learns keys' values while it reads, and is its own state.
+
+    u_t = −θ_t ∇_M |M(k_t) − v_t|² / d       at the weights M of the last multiple of `batch` tokens
+    S_t = η_t S_{t−1} + u_t                  surprise, with the momentum of what was surprising before
+    M_t = (1 − α_t) M_{t−1} + S_t            y_t = M_t(q_t)
+
+M is an MLP a head, with GELU between its layers; `residual` makes it x + LayerNorm(MLP(x)) (1 + γ). Its
+first weights are trained as all others are. θ = `max_step` sigmoid(·) of each token, η and α sigmoids of
+the mean of `chunk` tokens: a chunk's u is the sum of its tokens', S and M change once a chunk, and a
+token reads the memory that all chunks up to it have left. Gradients of many tokens at the same M are
+taken at once, and S and M are linear recurrences: all that is sequential goes from `batch` to `batch`.
+
+Cost: 6·n·|M| multiply-adds a head for reading and gradients, and n / chunk memories of |M| numbers
+between two passes; memory linear in n, a state of 3·|M| numbers.
+Reduces to the delta rule with a linear memory (`depth=1`, no residual), no momentum, α = 0, and chunks
+and batches of one token; to no registered mechanism.
+Source: "Titans: Learning to Memorize at Test Time", by the widely used program of a third party, as the
+authors published none. There a chunk has one η and one α, θ multiplies the mean of |M(k) − v|² over its d
+channels, where the paper has the sum, and one head's output is neither gated nor projected, which here it
+is. The paper is the case of `chunk=1`. SiLU, ℓ2-norms and short convolutions of q, k and v are the
+paper's; the width of the convolutions is our choice.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
+
+import torch
+from jaxtyping import Float, Integer
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid, normalize, rms_norm, silu
+
+from attlas import ops
+from attlas.attention import Attention
+from attlas.catalog.registry import mechanism
+from attlas.errors import UnknownName, at_least_one
+from attlas.inputs import Inputs
+from attlas.layers.linear.packing import heads_at_places, place_heads, ranks, short_convolution
+from attlas.layers.memory.mlp import MemoryMLP
+from attlas.masks import Mask
+
+QKNorm = Literal["none", "l2", "rms"]
+_NO_MAP = "a memory that is not linear in its values has no map of weights"
+
+
+class Grid(NamedTuple):
+    """Where tokens stand in slots, the first of which begins a chunk.
+
+    Attributes:
+        at: slots of the tokens of an unfinished chunk, then of this pass's tokens; −1 at padding.
+        first: the slot of every row where its unfinished chunk begins.
+        stop: one behind the last token of every row.
+        chunks: how many chunks a row may have finished; one more has slots.
+        skipped: chunks since the gradients' weights changed that lie before the slots.
+    """
+
+    at: Integer[Tensor, "batch tokens"]
+    first: Integer[Tensor, "batch 1"]
+    stop: Integer[Tensor, "batch 1"]
+    chunks: int
+    skipped: int
+
+
+@mechanism("titans-neural-memory", example={"chunk": 2})
+class NeuralMemory(Attention):
+    """A memory of the past in the weights of a network, written by gradient descent while reading.
+
+    Args:
+        chunk: tokens that are written together, with one momentum and one forgetting.
+        batch: tokens whose gradients are taken at the same weights, a multiple of `chunk`; all unless
+            given, at the first weights.
+        depth: layers of the memory.
+        expansion: width of its hidden layers, in head widths.
+        residual: whether the memory adds its normalised output to its input.
+        momentum: whether S remembers; without, S_t = u_t.
+        max_step: greatest θ.
+        activation: whether q, k and v go through a SiLU.
+        qk_norm: of queries and keys, "l2", "rms" with a trained gain, or "none".
+        kernel: tokens that the convolutions of q, k and v see; 1 for none.
+
+    Raises:
+        ValueError: sizes below 1, a batch that is no multiple of the chunk, a step that is not above
+            0, key heads other than the heads, dropout, or a position encoding that adds to scores.
+    """
+
+    has_two_sided_form = False
+    has_cross_form = False
+    takes_masks = "padding"
+    keeps_keys = False
+    expected_failures: ClassVar[dict[str, str]] = {
+        "fused-is-staged": _NO_MAP, "twice-the-plain-error": _NO_MAP,
+    }  # fmt: skip
+
+    def __init__(
+        self, dim: int, heads: int = 8, *args: Any, chunk: int = 16, batch: int | None = None,
+        depth: int = 2, expansion: float = 4.0, residual: bool = True, momentum: bool = True,
+        max_step: float = 1.0, activation: bool = True, qk_norm: QKNorm = "l2", kernel: int = 4,
+        **options: Any,
+    ) -> None:  # fmt: skip
+        self.chunk = at_least_one("chunk", chunk)
+        if batch is not None and at_least_one("batch", batch) % chunk:
+            raise ValueError(f"batch must be a multiple of chunk={chunk}, got {batch}")
+        if not max_step > 0:
+            raise ValueError(f"max_step must be above 0, got {max_step}")
+        if qk_norm not in get_args(QKNorm):
+            raise UnknownName("qk_norm", qk_norm, get_args(QKNorm))
+        network = {"depth": depth, "expansion": expansion, "residual": residual}
+        self.network: dict[str, Any] = network
+        self.batch, self.max_step, self.momentum = batch, max_step, momentum
+        self.activation = activation
+        self.qk_norm, self.kernel = qk_norm, at_least_one("kernel", kernel)
+        super().__init__(dim, heads, *args, **options)
+        if self.kv_heads != self.heads:
+            raise ValueError(
+                f"kv_heads must be heads={heads}, one memory each, got {self.kv_heads}"
+            )
+        if self.dropout:
+            raise ValueError(
+                f"dropout must be 0, as there are no weights to drop, got {self.dropout}"
+            )
+        if self.score_mod is not None:
+            raise ValueError("position: a bias on scores means nothing without scores")
+        self.scale = 1.0
+
+    def build(self, bias: bool) -> None:
+        """Projections, their norms and convolutions, the gates, and the memory's first weights."""
+        super().build(bias)
+        self.read_norm, self.write_norm = _norm(self.dim), _norm(self.dim)
+        wide = self.heads * self.head_dim
+        self.convs = nn.ModuleList(
+            nn.Conv1d(wide, wide, self.kernel, groups=wide, bias=False)
+            for _ in range(3 if self.kernel > 1 else 0)
+        )
+        if self.qk_norm == "rms":
+            self.q_gain = nn.Parameter(torch.zeros(self.heads, 1, self.head_dim))
+            self.k_gain = nn.Parameter(torch.zeros(self.heads, 1, self.head_dim))
+        self.step_proj = nn.Linear(self.dim, self.heads)
+        self.decay_proj = nn.Linear(self.dim, self.heads)
+        self.momentum_proj = nn.Linear(self.dim, self.heads) if self.momentum else None
+        self.gate_proj = nn.Linear(self.dim, self.heads, bias=False) if self.heads > 1 else None
+        self.memory = MemoryMLP(self.heads, self.head_dim, **self.network)
+
+    def project(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each through its convolution, activation and norm."""
+        read, write = self.read_norm(inputs.x), self.write_norm(inputs.x)
+        found = [self.q_proj(read), self.k_proj(write), self.v_proj(write)]
+        for i, conv in enumerate(self.convs):
+            assert isinstance(conv, nn.Conv1d)
+            name = f"convolution {i}"
+            found[i], last = short_convolution(
+                found[i], conv, inputs.real_now, inputs.recall(name)
+            )  # fmt: skip
+            inputs.remember(name, last)
+        if self.activation:
+            found = [silu(x) for x in found]
+        q, k, v = (self.split_heads(x) for x in found)
+        if self.qk_norm == "l2":
+            q, k = normalize(q, dim=-1), normalize(k, dim=-1)
+        elif self.qk_norm == "rms":
+            eps = torch.finfo(torch.float32).eps
+            q = rms_norm(q, q.shape[-1:], eps=eps) * (self.q_gain + 1)
+            k = rms_norm(k, k.shape[-1:], eps=eps) * (self.k_gain + 1)
+        return q, k, v
+
+    def gates(self, inputs: Inputs) -> Float[Tensor, "batch heads tokens gates"]:
+        """Of every token: θ, and what α and η are the sigmoids of."""
+        x = self.write_norm(inputs.x)
+        step = self.max_step * self.step_proj(x).sigmoid()
+        rest = [p(x) for p in (self.decay_proj, self.momentum_proj) if p is not None]
+        return torch.stack((step, *rest), dim=-1).transpose(1, 2)
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, inputs: Inputs
+    ) -> Float[Tensor, "batch heads queries head_dim"]:
+        """Write chunk by chunk, read what each token's chunk has left."""
+        dtype, tokens, grid = v.dtype, v.shape[2], self.grid(inputs)
+        wide = torch.promote_types(dtype, torch.float32)
+        new = torch.cat((k, v, self.gates(inputs)), dim=-1).to(wide)
+        memories = self.write(self.with_unfinished(new, grid, inputs), grid, inputs)
+        # The last token of a chunk reads what the chunk has left: queries stand one slot further on.
+        ahead = grid.at[:, -tokens:]
+        ahead = ahead.where(ahead < 0, ahead + 1)
+        slots = (grid.chunks + 1) * self.chunk
+        q = place_heads(q.to(wide), ahead, slots).unflatten(2, (-1, self.chunk))
+        return heads_at_places(self.memory(memories, q).flatten(2, 3), ahead).to(dtype)
+
+    def grid(self, inputs: Inputs) -> Grid:
+        """Slots for the tokens of an unfinished chunk, which stand in front, and for this pass's."""
+        tokens, size, real = inputs.x.shape[1], self.chunk, inputs.real
+        seen, period = inputs.key_positions.shape[-1] - tokens, self.batch or self.chunk
+        if real is None:  # all rows are at the same place, and slots may begin where they are
+            real = torch.ones(
+                len(inputs.x), seen + tokens, dtype=torch.bool, device=inputs.x.device
+            )
+            skipped, most = seen % period // size, seen % size
+        else:
+            skipped, most = 0, min(seen, period - 1)
+        before = real[:, :seen].sum(-1, keepdim=True) % period - skipped * size
+        part = before % size
+        left = torch.arange(size - 1, device=part.device) < part
+        at = ranks(torch.cat((left, real[:, seen:]), dim=1))
+        at = at.where(at < 0, at + before - part)
+        stop = before + real[:, seen:].sum(-1, keepdim=True)
+        return Grid(at, before - part, stop, (most + tokens) // size, skipped)
+
+    def with_unfinished(
+        self, new: Float[Tensor, "batch heads tokens width"], grid: Grid, inputs: Inputs
+    ) -> Float[Tensor, "batch heads slots width"]:
+        """In slots: these tokens, and those of the unfinished chunk before them."""
+        size, before = self.chunk, inputs.recall("unfinished")
+        if before is None:
+            before = new.new_zeros(*new.shape[:2], size - 1, new.shape[-1])
+        whole = torch.cat((before, new), dim=2)
+        placed = place_heads(whole, grid.at, (grid.chunks + 1) * size)
+        if size > 1:
+            last = grid.stop - grid.stop % size + torch.arange(size - 1, device=new.device)
+            inputs.remember("unfinished", placed.take_along_dim(last[:, None, :, None], dim=2))
+        return placed
+
+    def write(
+        self, written: Tensor, grid: Grid, inputs: Inputs
+    ) -> Float[Tensor, "batch heads chunks_and_one numbers"]:
+        """The memory before the first chunk and after every one."""
+        d, size = self.head_dim, self.chunk
+        written = written.unflatten(2, (-1, size))[:, :, : grid.chunks]
+        k, v, step, logits = written.split([d, d, 1, written.shape[-1] - 2 * d - 1], dim=-1)
+        begin = torch.arange(grid.chunks, device=k.device) * size
+        idle = ~((begin >= grid.first) & (begin + size <= grid.stop))[:, None]
+        keep = logsigmoid(-logits[..., 0].mean(-1)).masked_fill(idle, 0.0)
+        carry = logsigmoid(logits[..., -1].mean(-1)).masked_fill(idle, 0.0)
+        start = self.memory.row().to(k.dtype).expand(len(k), -1, -1)
+        base, memory, surprise = self.recalled(start, inputs)
+        found = [memory[:, :, None]]
+        for part, stop in self.rounds(grid):
+            each = base[:, :, None].expand(*k[:, :, part].shape[:3], -1)
+            u = -self.memory.gradient(each, k[:, :, part], v[:, :, part], step[:, :, part])
+            u = u.masked_fill(idle[..., part, None], 0.0)
+            if self.momentum:
+                u, surprise = _scan(u, carry[..., part], surprise)
+                u = u.masked_fill(idle[..., part, None], 0.0)
+            after, memory = _scan(u, keep[..., part], memory)
+            found.append(after)
+            if stop is not None:
+                base = torch.where((grid.stop >= stop)[..., None], memory, base)
+        inputs.remember("memory", memory)
+        if self.momentum:
+            inputs.remember("surprise", surprise)
+        if self.batch is not None:
+            inputs.remember("base", base)
+        return torch.cat(found, dim=2)
+
+    def recalled(self, start: Tensor, inputs: Inputs) -> list[Tensor]:
+        """Weights that gradients are taken at, those that have been written, and S."""
+        states = {"base": start, "memory": start, "surprise": torch.zeros_like(start)}
+        known = {name: inputs.recall(name) for name in states}
+        return [start if (x := known[name]) is None else x for name, start in states.items()]
+
+    def rounds(self, grid: Grid) -> list[tuple[slice, int | None]]:
+        """Chunks whose gradients are taken at the same weights, and the slot where others begin."""
+        if grid.chunks == 0:
+            return []
+        if self.batch is None:
+            return [(slice(0, grid.chunks), None)]
+        per = self.batch // self.chunk
+        return [
+            (slice(max(0, stop - per), min(stop, grid.chunks)), stop * self.chunk)
+            for stop in range(per - grid.skipped, grid.chunks + per, per)
+        ]
+
+    def weigh(
+        self, q: Tensor, k: Tensor, mask: Mask | Tensor | None, inputs: Inputs
+    ) -> Float[Tensor, "batch heads queries keys"]:
+        """None.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(f"weights: {_NO_MAP}")
+
+    def output(
+        self, heads: Float[Tensor, "batch heads queries head_dim"], inputs: Inputs
+    ) -> Float[Tensor, "batch queries dim"]:
+        """Heads gated, joined and projected."""
+        if self.gate_proj is not None:
+            gate = self.gate_proj(self.read_norm(inputs.x)).sigmoid()
+            heads = heads * gate.transpose(1, 2)[..., None]
+        return super().output(heads, inputs)
+
+
+def _norm(dim: int) -> nn.RMSNorm:
+    return nn.RMSNorm(dim, eps=torch.finfo(torch.float32).eps)
+
+
+def _scan(x: Tensor, log_decay: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+    """s_n = e^g s_{n−1} + x_n for every n, and the last of them."""
+    ones = torch.ones_like(x[..., :1])
+    out, last = ops.recurrence(
+        ones, ones, x, log_decay=log_decay, initial_state=before[:, :, None]
+    )  # fmt: skip
+    assert last is not None
+    return out, last[:, :, 0]
