@@ -9,14 +9,30 @@ recurrences of rows. The first weights are trained parameters, one network a hea
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.func import grad
 from torch.nn.functional import gelu, layer_norm
 
+from attlas import ops
 from attlas.errors import at_least_one
+
+
+class State(NamedTuple):
+    """What a memory is between two passes, for every row and head.
+
+    Attributes:
+        base: weights that gradients are taken at.
+        memory: M.
+        surprise: S.
+    """
+
+    base: Float[Tensor, "batch heads numbers"]
+    memory: Float[Tensor, "batch heads numbers"]
+    surprise: Float[Tensor, "batch heads numbers"]
 
 
 class MemoryMLP(nn.Module):
@@ -80,3 +96,40 @@ class MemoryMLP(nn.Module):
 
         found: Tensor = grad(loss)(rows)
         return found
+
+    def learn(
+        self, k: Float[Tensor, "batch heads chunks tokens width"],
+        v: Float[Tensor, "batch heads chunks tokens width"],
+        step: Float[Tensor, "batch heads chunks tokens 1"], idle: Bool[Tensor, "batch 1 chunks"],
+        keep: Float[Tensor, "batch heads chunks"], carry: Float[Tensor, "batch heads chunks"] | None,
+        state: State,
+    ) -> tuple[Float[Tensor, "batch heads chunks numbers"], State]:  # fmt: skip
+        """(the memory after every chunk, the state after the last), all gradients at `state.base`.
+
+        Args:
+            k: what M is asked.
+            v: what M should have said.
+            step: θ of every token.
+            idle: chunks that change nothing, of which `keep` and `carry` are 0.
+            keep: log (1 − α).
+            carry: log η; None for no momentum.
+            state: before the first chunk.
+        """
+        each = state.base[:, :, None].expand(*k.shape[:3], -1)
+        u, surprise = -self.gradient(each, k, v, step), state.surprise
+        u = u.masked_fill(idle[..., None], 0.0)
+        if carry is not None:
+            u, surprise = _scan(u, carry, surprise)
+            u = u.masked_fill(idle[..., None], 0.0)
+        after, memory = _scan(u, keep, state.memory)
+        return after, State(state.base, memory, surprise)
+
+
+def _scan(x: Tensor, log_decay: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+    """s_n = e^g s_{n−1} + x_n for every n, and the last of them."""
+    ones = torch.ones_like(x[..., :1])
+    out, last = ops.recurrence(
+        ones, ones, x, log_decay=log_decay, initial_state=before[:, :, None]
+    )  # fmt: skip
+    assert last is not None
+    return out, last[:, :, 0]

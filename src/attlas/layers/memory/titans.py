@@ -28,15 +28,14 @@ from typing import Any, ClassVar, Literal, NamedTuple, get_args
 import torch
 from jaxtyping import Float, Integer
 from torch import Tensor, nn
-from torch.nn.functional import logsigmoid, normalize, rms_norm, silu
+from torch.nn.functional import logsigmoid, normalize, pad, rms_norm, silu
 
-from attlas import ops
 from attlas.attention import Attention
 from attlas.catalog.registry import mechanism
 from attlas.errors import UnknownName, at_least_one
 from attlas.inputs import Inputs
 from attlas.layers.linear.packing import heads_at_places, place_heads, ranks, short_convolution
-from attlas.layers.memory.mlp import MemoryMLP
+from attlas.layers.memory.mlp import MemoryMLP, State
 from attlas.masks import Mask
 
 QKNorm = Literal["none", "l2", "rms"]
@@ -176,13 +175,24 @@ class NeuralMemory(Attention):
         dtype, tokens, grid = v.dtype, v.shape[2], self.grid(inputs)
         wide = torch.promote_types(dtype, torch.float32)
         new = torch.cat((k, v, self.gates(inputs)), dim=-1).to(wide)
-        memories = self.write(self.with_unfinished(new, grid, inputs), grid, inputs)
-        # The last token of a chunk reads what the chunk has left: queries stand one slot further on.
-        ahead = grid.at[:, -tokens:]
-        ahead = ahead.where(ahead < 0, ahead + 1)
-        slots = (grid.chunks + 1) * self.chunk
-        q = place_heads(q.to(wide), ahead, slots).unflatten(2, (-1, self.chunk))
-        return heads_at_places(self.memory(memories, q).flatten(2, 3), ahead).to(dtype)
+        memories, state = self.write(
+            self.with_unfinished(new, grid, inputs), grid, self.state(inputs, wide)
+        )  # fmt: skip
+        self.remember(state, inputs)
+        slots = (grid.chunks + 1) * self.chunk - 1
+        heads = self.read(memories, place_heads(q.to(wide), grid.at[:, -tokens:], slots))
+        return heads_at_places(heads, grid.at[:, -tokens:]).to(dtype)
+
+    def read(
+        self, memories: Float[Tensor, "batch heads chunks_and_one numbers"],
+        q: Float[Tensor, "batch heads slots head_dim"],
+    ) -> Float[Tensor, "batch heads slots head_dim"]:  # fmt: skip
+        """Every slot's query to the memory that the chunks up to it have left."""
+        size, slots = self.chunk, q.shape[2]
+        # The last of a chunk reads what that chunk has left, so that queries move one slot on.
+        q = pad(q, (0, 0, 1, memories.shape[2] * size - 1 - slots)).unflatten(2, (-1, size))
+        heads: Tensor = self.memory(memories, q).flatten(2, 3)
+        return heads[:, :, 1 : slots + 1]
 
     def grid(self, inputs: Inputs) -> Grid:
         """Slots for the tokens of an unfinished chunk, which stand in front, and for this pass's."""
@@ -218,9 +228,15 @@ class NeuralMemory(Attention):
         return placed
 
     def write(
-        self, written: Tensor, grid: Grid, inputs: Inputs
-    ) -> Float[Tensor, "batch heads chunks_and_one numbers"]:
-        """The memory before the first chunk and after every one."""
+        self, written: Float[Tensor, "batch heads slots width"], grid: Grid, state: State
+    ) -> tuple[Float[Tensor, "batch heads chunks_and_one numbers"], State]:
+        """(the memory before the first chunk and after every one, the state behind the last).
+
+        Args:
+            written: keys, values and gates, side by side.
+            grid: which chunks are whole.
+            state: what the pass before has left.
+        """
         d, size = self.head_dim, self.chunk
         written = written.unflatten(2, (-1, size))[:, :, : grid.chunks]
         k, v, step, logits = written.split([d, d, 1, written.shape[-1] - 2 * d - 1], dim=-1)
@@ -228,32 +244,32 @@ class NeuralMemory(Attention):
         idle = ~((begin >= grid.first) & (begin + size <= grid.stop))[:, None]
         keep = logsigmoid(-logits[..., 0].mean(-1)).masked_fill(idle, 0.0)
         carry = logsigmoid(logits[..., -1].mean(-1)).masked_fill(idle, 0.0)
-        start = self.memory.row().to(k.dtype).expand(len(k), -1, -1)
-        base, memory, surprise = self.recalled(start, inputs)
-        found = [memory[:, :, None]]
+        found = [state.memory[:, :, None]]
         for part, stop in self.rounds(grid):
-            each = base[:, :, None].expand(*k[:, :, part].shape[:3], -1)
-            u = -self.memory.gradient(each, k[:, :, part], v[:, :, part], step[:, :, part])
-            u = u.masked_fill(idle[..., part, None], 0.0)
-            if self.momentum:
-                u, surprise = _scan(u, carry[..., part], surprise)
-                u = u.masked_fill(idle[..., part, None], 0.0)
-            after, memory = _scan(u, keep[..., part], memory)
+            after, state = self.memory.learn(
+                k[:, :, part], v[:, :, part], step[:, :, part], idle[..., part], keep[..., part],
+                carry[..., part] if self.momentum else None, state,
+            )  # fmt: skip
             found.append(after)
             if stop is not None:
-                base = torch.where((grid.stop >= stop)[..., None], memory, base)
-        inputs.remember("memory", memory)
-        if self.momentum:
-            inputs.remember("surprise", surprise)
-        if self.batch is not None:
-            inputs.remember("base", base)
-        return torch.cat(found, dim=2)
+                passed = (grid.stop >= stop)[..., None]
+                state = state._replace(base=torch.where(passed, state.memory, state.base))
+        return torch.cat(found, dim=2), state
 
-    def recalled(self, start: Tensor, inputs: Inputs) -> list[Tensor]:
-        """Weights that gradients are taken at, those that have been written, and S."""
-        states = {"base": start, "memory": start, "surprise": torch.zeros_like(start)}
-        known = {name: inputs.recall(name) for name in states}
-        return [start if (x := known[name]) is None else x for name, start in states.items()]
+    def state(self, inputs: Inputs, dtype: torch.dtype) -> State:
+        """What the pass before has left; the first weights at the beginning."""
+        start = self.memory.row().to(dtype).expand(len(inputs.x), -1, -1)
+        first = State(start, start, torch.zeros_like(start))
+        known = (inputs.recall(name) for name in State._fields)
+        return State(*(a if b is None else b for a, b in zip(first, known, strict=True)))
+
+    def remember(self, state: State, inputs: Inputs) -> None:
+        """Keep what the next pass cannot know otherwise."""
+        inputs.remember("memory", state.memory)
+        if self.momentum:
+            inputs.remember("surprise", state.surprise)
+        if self.batch is not None:
+            inputs.remember("base", state.base)
 
     def rounds(self, grid: Grid) -> list[tuple[slice, int | None]]:
         """Chunks whose gradients are taken at the same weights, and the slot where others begin."""
@@ -266,6 +282,11 @@ class NeuralMemory(Attention):
             (slice(max(0, stop - per), min(stop, grid.chunks)), stop * self.chunk)
             for stop in range(per - grid.skipped, grid.chunks + per, per)
         ]
+
+    def beside(self, inputs: Inputs) -> Float[Tensor, "batch queries dim"]:
+        """Its output for the inputs, and the cache, of a layer that it is a part of."""
+        q, k, v = self.project(inputs)
+        return self.output(self.attend(q, k, v, None, inputs), inputs)
 
     def weigh(
         self, q: Tensor, k: Tensor, mask: Mask | Tensor | None, inputs: Inputs
@@ -289,13 +310,3 @@ class NeuralMemory(Attention):
 
 def _norm(dim: int) -> nn.RMSNorm:
     return nn.RMSNorm(dim, eps=torch.finfo(torch.float32).eps)
-
-
-def _scan(x: Tensor, log_decay: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
-    """s_n = e^g s_{n−1} + x_n for every n, and the last of them."""
-    ones = torch.ones_like(x[..., :1])
-    out, last = ops.recurrence(
-        ones, ones, x, log_decay=log_decay, initial_state=before[:, :, None]
-    )  # fmt: skip
-    assert last is not None
-    return out, last[:, :, 0]
