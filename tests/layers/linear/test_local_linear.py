@@ -56,8 +56,11 @@ def test_both_ways_of_writing_the_weights_agree() -> None:
     torch.testing.assert_close(sloped(p, k, slope(p, k, q, 0.1, 8)), uncentred)
 
 
-def test_blocks_of_queries_agree_with_all_pairs_at_once() -> None:
-    layer = attlas.make(NAME, dim=8, heads=2, mask=masks.window(20), position="alibi").double()
+@pytest.mark.parametrize(
+    "options", [{"causal": True}, {"mask": masks.window(20), "position": "alibi"}]
+)
+def test_blocks_of_queries_agree_with_all_pairs_at_once(options: dict[str, object]) -> None:
+    layer = attlas.make(NAME, dim=8, heads=2, **options).double()
     q, k, v, mask, inputs = _prepared(layer, 300)
     found = layer.attend(q, k, v, mask, inputs)
     torch.testing.assert_close(found, layer.weigh(q, k, mask, inputs) @ v)

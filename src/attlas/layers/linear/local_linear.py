@@ -29,7 +29,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from attlas import ops
+from attlas import masks, ops
 from attlas.attention import Attention
 from attlas.catalog.registry import Reduction, mechanism
 from attlas.errors import at_least_one
@@ -77,9 +77,11 @@ class LocalLinear(Attention):
         parts, before = [], k.shape[2] - q.shape[2]
         for start in range(0, q.shape[2], QUERIES):
             rows = slice(start, start + QUERIES)
+            # Of causal queries all later keys are hidden, and left out.
+            seen = slice(before + start + QUERIES if mask == masks.causal else None)
             cut = isinstance(mask, Tensor) and mask.shape[2] > 1
             own = mask[:, :, rows] if cut else mask  # type: ignore[index]
-            call = q[:, :, rows], k, v, own, before + start
+            call = q[:, :, rows], k[:, :, seen], v[:, :, seen], own, before + start
             parts.append(checkpoint(some, *call, use_reentrant=False) if torch.is_grad_enabled()
                          else some(*call))  # fmt: skip
         return torch.cat(parts, dim=2)
