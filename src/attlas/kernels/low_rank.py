@@ -129,7 +129,8 @@ def _onwards(
         near_left = tl.load(square + C, mask=live[:, None], other=0.0)
         solved = tl.load(square + 2 * C, mask=live[:, None], other=0.0)
         known = tl.load(square + 3 * C, mask=live[:, None], other=0.0)
-        dtype, low = query.dtype, state.to(query.dtype)
+        dtype = query.dtype
+        low = state.to(dtype)
         read = tl.dot((right * tl.exp2(before)).to(dtype), low).to(dtype)
         new = tl.dot(solved, read, tl.dot(known, value)).to(dtype)
         y = tl.dot((query * tl.exp2(whole)).to(dtype), low) * scale
@@ -183,7 +184,8 @@ def _back(
         near_left = tl.load(square + C, mask=live[:, None], other=0.0)
         solved = tl.load(square + 2 * C, mask=live[:, None], other=0.0)
         known = tl.load(square + 3 * C, mask=live[:, None], other=0.0)
-        dtype, low, leaving = query.dtype, grad.to(query.dtype), tl.exp2(chunk[None, :] - whole)
+        dtype = query.dtype
+        low, leaving = grad.to(dtype), tl.exp2(chunk[None, :] - whole)
         reached = tl.dot((left * leaving).to(dtype), low)
         reached = tl.dot(tl.trans(near_left), above, reached).to(dtype)
         each = tl.dot(tl.trans(solved), reached).to(dtype)

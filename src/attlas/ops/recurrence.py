@@ -22,7 +22,8 @@ The forms give the same:
 | triton   | kernels with chunks of their own, in bfloat16 on a GPU               | wherever it can  |
 
 All but the kernels compute in float32 at least, so that nothing overflows where inputs are in half
-precision; the kernels keep their state in float32.
+precision; the kernels keep their state in float32. A decay of heads whose gradient is wanted goes by
+chunks, since the kernels' gradient of it is coarse.
 """
 
 from __future__ import annotations
@@ -125,7 +126,7 @@ def recurrence(
 def _by_kernel(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, causal: bool, form: Form
 ) -> bool:
-    if form != "triton" and (form != "auto" or q.shape[2] < SHORT):
+    if form != "triton" and (form != "auto" or q.shape[2] < SHORT or kernels.loses(g)):
         return False
     behind = None if causal else "it sees no token behind another"
     reason = behind or kernels.refuses(q, k, v, g)

@@ -33,6 +33,15 @@ def refuses(
     return None if has_kernels(q.device) else "there is no Triton for the device"
 
 
+def loses(g: Tensor | None) -> bool:
+    """Whether a gradient is wanted that the kernels have only coarsely.
+
+    A head's decay has the sum of what all its tokens' decays have, which cancels more than it adds up,
+    while the rounding of each to bfloat16 stays.
+    """
+    return g is not None and g.ndim == 1 and g.requires_grad and torch.is_grad_enabled()
+
+
 def launch(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None,
     low_rank: tuple[Tensor, Tensor] | None, state: Tensor | None, scale: float,

@@ -8,8 +8,9 @@ E and F are of one layer's own, of its heads each, of both keys and values, or o
 
 Cost: 4·n·k·d multiply-adds a head, memory linear in n.
 Reduces to softmax attention with k = n and E = F = I.
-Source: "Linformer: Self-Attention with Linear Complexity". It gives no initialisation; a published
-program's is taken, uniform in ±1/√k. Causal masks mean nothing once positions are mixed.
+Source: "Linformer: Self-Attention with Linear Complexity". It gives no initialisation;
+the authors' program's is taken, Xavier's with a gain of 1/√2. Causal masks mean nothing once positions
+are mixed.
 """
 
 from __future__ import annotations
@@ -41,10 +42,11 @@ class Projection(nn.Module):
         super().__init__()
         sizes = {"heads": heads, "rank": rank, "max_length": max_length}
         shape = [at_least_one(name, size) for name, size in sizes.items()]
-        self.keys = nn.Parameter(torch.empty(shape).uniform_(-(rank**-0.5), rank**-0.5))
+        most = (3.0 / (rank + max_length)) ** 0.5  # Xavier's bound, with a gain of 1/√2
+        self.keys = nn.Parameter(torch.empty(shape).uniform_(-most, most))
         self.values = self.keys
         if not shared:
-            self.values = nn.Parameter(torch.empty(shape).uniform_(-(rank**-0.5), rank**-0.5))
+            self.values = nn.Parameter(torch.empty(shape).uniform_(-most, most))
 
     @property
     def max_length(self) -> int:
