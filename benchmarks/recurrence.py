@@ -212,7 +212,7 @@ def main() -> None:
             save("recurrence-softmax", "cuda", rows)
         return
     for kind in args.kinds:
-        for shape in SHAPES if kind in KINDS[:4] else SHAPES[:2]:
+        for shape in SHAPES:
             rows += compared(kind, shape, args.rounds, not args.alone)
             save("recurrence", "cuda", rows)  # what is done stays, should the rest fail
 

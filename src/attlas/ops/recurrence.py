@@ -183,7 +183,8 @@ def _terms(
 ) -> Terms:  # fmt: skip
     """Everything in float32 at least, the delta rule as a low-rank update."""
     wide = torch.promote_types(torch.promote_types(q.dtype, v.dtype), torch.float32)
-    q, k, v = q.to(wide) * scale, k.to(wide), v.to(wide)
+    q, k, v = q.to(wide), k.to(wide), v.to(wide)
+    q = q if scale == 1.0 else q * scale
     g = None if log_decay is None else _decay(log_decay, q)
     if beta is not None:
         written = beta.to(wide)[..., None] * k

@@ -61,16 +61,23 @@ def stepped(
     terms: Terms, state: Float[Tensor, "batch heads dim v_dim"]
 ) -> tuple[Float[Tensor, "batch heads tokens v_dim"], Float[Tensor, "batch heads dim v_dim"]]:
     """The definition, token by token."""
+    tokens = terms.q.shape[2]
+    if tokens == 1:
+        return _step(terms, state)
     found = []
-    for t in range(terms.q.shape[2]):
-        one = terms.part(t, t + 1)
-        added = one.k.mT @ one.v
-        if one.a is not None and one.b is not None:
-            added = added + one.a.mT @ (one.b @ state)
-        kept = state if one.g is None else state * one.g.exp().to(state.dtype).mT
-        state = kept + added
-        found.append(one.q @ state)
+    for t in range(tokens):
+        out, state = _step(terms.part(t, t + 1), state)
+        found.append(out)
     return torch.cat(found, dim=2) if found else terms.v, state
+
+
+def _step(one: Terms, state: Tensor) -> tuple[Tensor, Tensor]:
+    """One token."""
+    after = state if one.g is None else state * one.g.exp().to(state.dtype).mT
+    if one.a is not None and one.b is not None:
+        after = torch.addcmul(after, one.a.mT, one.b @ state)
+    after = torch.addcmul(after, one.k.mT, one.v)
+    return one.q @ after, after
 
 
 def chunked(
