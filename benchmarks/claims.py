@@ -14,7 +14,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -26,14 +25,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from claims_linear import MEASURED as LINEAR
 from claims_page import page
+from claims_record import Numbers, record, variance
 
 HERE = Path(__file__).resolve().parent
 FOLDER = HERE / "claims"
 PAGE = HERE.parent / "docs" / "claims.md"
-
-Numbers = dict[str, list[float]]
-
 
 @dataclass(frozen=True)
 class Claim:
@@ -111,7 +109,7 @@ def dint_rows() -> dict[str, Any]:
             layer = attlas.make(name, dim=64, heads=4, causal=True, depth=6).double()
             weights = layer.weights(torch.randn(2, 64, 64, dtype=torch.float64))
             each.append(float((weights.sum(-1) - 1).abs().max().detach()))
-    return _record(
+    return record(
         "dint-transformer", "the rows of its map sum to one, those of the differential map do not",
         "largest |row sum − 1| of random layers, 64 tokens, depth 6", "one call of `weights`", off,
         "holds" if max(off["dint-transformer"]) < 1e-6 else "does not hold here", "lower",
@@ -157,7 +155,7 @@ def qk_norm_logits() -> dict[str, Any]:
         return max(seen)
 
     numbers = {n: [largest(n, s) for s in range(3)] for n in ("softmax", "qk-norm")}
-    return _record(
+    return record(
         "qk-norm", "cosines bound the scores, so that training at high rates does not blow them up",
         "largest |score| before the softmax, 400 steps of `recall` at a rate of 1e-2, 2 layers, dim 64",
         "benchmarks/claims.py qk-norm", numbers, verdict(numbers, "qk-norm", ("softmax",), "lower", None),
@@ -170,18 +168,19 @@ def sqa_cost() -> dict[str, Any]:
     rows = {(r["name"], r["what"], r["length"]): r for r in speed["results"]}
     row = rows["sparse-query-attention", "forward", 32768]
     share = row["ours_ms"] / row["theirs_ms"]
-    record = _record(
+    made = record(
         "sparse-query-attention",
         "a quarter of the query heads makes long inputs up to three times as fast",
         "forward, 32768 tokens, 4 of 16 heads of 128, bfloat16, beside the fastest SDPA layer",
         speed["command"], {"softmax": [row["theirs_ms"]], "sparse-query-attention": [row["ours_ms"]]},
         "holds" if share <= 1 / 3 else "partly" if share < 1 else "does not hold here", "lower", "ms",
     )  # fmt: skip
-    return {**record, "machine": speed["machine"], "versions": speed["versions"]}
+    return {**made, "machine": speed["machine"], "versions": speed["versions"]}
 
 
 MEASURED: dict[str, Callable[[], dict[str, Any]]] = {
     "dint-transformer": dint_rows, "qk-norm": qk_norm_logits, "sparse-query-attention": sqa_cost,
+    **LINEAR,
 }  # fmt: skip
 
 
@@ -204,37 +203,11 @@ def verdict(
     for other in against:
         theirs = [x for x in numbers[other] if math.isfinite(x)]
         gap = sign * (statistics.mean(mine) - statistics.mean(theirs)) if theirs else math.inf
-        error = math.sqrt(sum(_variance(x) / len(x) for x in (mine, theirs) if x))
+        error = math.sqrt(sum(variance(x) / len(x) for x in (mine, theirs) if x))
         clear.append("yes" if gap > 2 * error and gap > 0 else "some" if gap > 0 else "no")
     if all(c == "yes" for c in clear):
         return "holds"
     return "partly" if clear[0] != "no" else "does not hold here"
-
-
-def _variance(x: list[float]) -> float:
-    return statistics.variance(x) if len(x) > 1 else 0.0
-
-
-def _record(
-    slug: str, says: str, set_up: str, command: str, numbers: Numbers, judged: str, better: str,
-    unit: str = "",
-) -> dict[str, Any]:  # fmt: skip
-    import torch
-    import transformers
-
-    return {
-        "mechanism": slug, "claim": says, "set_up": set_up, "command": command, "better": better,
-        "unit": unit,
-        "numbers": [
-            {"of": name, "mean": statistics.mean(x), "spread": math.sqrt(_variance(x)), "seeds": len(x),
-             "all": x}
-            for name, x in numbers.items()
-        ],
-        "verdict": judged,
-        "machine": {"device": platform.processor() or platform.machine(), "cores": os.cpu_count()},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                     "transformers": transformers.__version__},
-    }  # fmt: skip
 
 
 def tried(claim: Claim, device: str, work: Path | None) -> dict[str, Any]:
@@ -257,16 +230,16 @@ def tried(claim: Claim, device: str, work: Path | None) -> dict[str, Any]:
     set_up = f"`{claim.task}`" + (f", {claim.split}" if claim.split else "")
     if claim.margin is not None:
         set_up += f"; no worse than by {claim.margin:.0%}"
-    record = _record(claim.slug, claim.says, set_up, shown, numbers, judged, claim.better)
-    return {**record, "ours": ours, "against": against}
+    made = record(claim.slug, claim.says, set_up, shown, numbers, judged, claim.better)
+    return {**made, "ours": ours, "against": against}
 
 
-def save(name: str, record: dict[str, Any]) -> None:
+def save(name: str, made: dict[str, Any]) -> None:
     FOLDER.mkdir(exist_ok=True)
-    packed = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False)
+    packed = json.dumps(made, indent=1, ensure_ascii=False, allow_nan=False)
     (FOLDER / f"{name}.json").write_text(packed + "\n")
-    means = {n["of"]: round(n["mean"], 4) for n in record["numbers"]}
-    print(f"{name}: {record['verdict']}", means, flush=True)
+    means = {n["of"]: round(n["mean"], 4) for n in made["numbers"]}
+    print(f"{name}: {made['verdict']}", means, flush=True)
 
 
 def main() -> None:
