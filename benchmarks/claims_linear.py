@@ -95,8 +95,8 @@ MEASURED: dict[str, Callable[[], dict[str, Any]]] = {
         "agent-attention", "a few agents make many patches cheap", 16384, agents=49, place_bias=False
     ),
     "hyper-attention": lambda: _sampled(
-        "hyper-attention", "blocks of alike keys and samples come near exact attention in less time", 16384,
-        block=256, samples=256,
+        "hyper-attention", "blocks of alike keys and samples come near exact attention in less time",
+        16384, block=256, samples=256,
     ),
     "kdeformer": lambda: _sampled(
         "kdeformer", "densities of kernels sample the keys that matter: near exact in less time", 16384,
