@@ -4,7 +4,7 @@ import torch
 
 import tiny_models
 from attlas.attach import Part, attach
-from attlas.parts.cache.snapkv import SnapKV
+from attlas.parts.evict.snapkv import SnapKV
 
 
 class Nearer(Part):

@@ -10,10 +10,10 @@ import attlas
 import tiny_models
 from attlas.attach import Call, Part, Step, attach, prefill
 from attlas.errors import UserError
-from attlas.parts.cache.expected_attention import ExpectedAttention
-from attlas.parts.cache.key_norm import KeyNorm
-from attlas.parts.cache.snapkv import SnapKV
-from attlas.parts.cache.window import SinksWindow
+from attlas.parts.evict.expected_attention import ExpectedAttention
+from attlas.parts.evict.key_norm import KeyNorm
+from attlas.parts.evict.snapkv import SnapKV
+from attlas.parts.evict.window import SinksWindow
 
 
 @pytest.fixture

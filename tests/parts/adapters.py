@@ -12,16 +12,16 @@ from torch import Tensor, nn
 
 from attlas.attach.call import Call, Step
 from attlas.attach.session import attach
+from attlas.cache.policy import CachePolicy, best
 from attlas.contract.cases import Case, Check, adapter
-from attlas.parts.cache.ada_kv import AdaKV
-from attlas.parts.cache.expected_attention import ExpectedAttention
-from attlas.parts.cache.key_norm import KeyNorm
-from attlas.parts.cache.observed_attention import ObservedAttention
-from attlas.parts.cache.policy import CachePolicy, best
-from attlas.parts.cache.pyramid_kv import PyramidKV, pyramid
-from attlas.parts.cache.snapkv import SnapKV
-from attlas.parts.cache.tova import TOVA
-from attlas.parts.cache.window import SinksWindow
+from attlas.parts.evict.ada_kv import AdaKV
+from attlas.parts.evict.expected_attention import ExpectedAttention
+from attlas.parts.evict.key_norm import KeyNorm
+from attlas.parts.evict.observed_attention import ObservedAttention
+from attlas.parts.evict.pyramid_kv import PyramidKV, pyramid
+from attlas.parts.evict.snapkv import SnapKV
+from attlas.parts.evict.tova import TOVA
+from attlas.parts.evict.window import SinksWindow
 from attlas.parts.record.column_sums import ColumnSums
 from attlas.storage.layer import LayerState, StoredLayer
 from attlas.storage.rotary import Rotary

@@ -6,15 +6,15 @@ from transformers import DynamicCache
 
 import tiny_models
 from attlas.attach import Part, attach, prefill
-from attlas.parts.cache.ada_kv import AdaKV
-from attlas.parts.cache.expected_attention import ExpectedAttention
-from attlas.parts.cache.key_norm import KeyNorm
-from attlas.parts.cache.observed_attention import ObservedAttention
-from attlas.parts.cache.policy import CachePolicy
-from attlas.parts.cache.pyramid_kv import PyramidKV
-from attlas.parts.cache.snapkv import SnapKV
-from attlas.parts.cache.tova import TOVA
-from attlas.parts.cache.window import SinksWindow
+from attlas.cache.policy import CachePolicy
+from attlas.parts.evict.ada_kv import AdaKV
+from attlas.parts.evict.expected_attention import ExpectedAttention
+from attlas.parts.evict.key_norm import KeyNorm
+from attlas.parts.evict.observed_attention import ObservedAttention
+from attlas.parts.evict.pyramid_kv import PyramidKV
+from attlas.parts.evict.snapkv import SnapKV
+from attlas.parts.evict.tova import TOVA
+from attlas.parts.evict.window import SinksWindow
 
 POLICIES = {
     "window": lambda **kw: SinksWindow(sinks=2, **kw),

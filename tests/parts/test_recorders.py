@@ -7,7 +7,7 @@ import torch
 
 import tiny_models
 from attlas.attach import attach, blocks
-from attlas.parts.cache.key_norm import KeyNorm
+from attlas.parts.evict.key_norm import KeyNorm
 from attlas.parts.record.column_sums import ColumnSums
 from attlas.parts.record.entropy import Entropy
 from attlas.parts.record.mean_distance import MeanDistance

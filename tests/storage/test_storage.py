@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 import tiny_models
 from attlas import ops
 from attlas.attach import attach, prefill
+from attlas.cache.quantizer import Quantizer
+from attlas.cache.selection import Selection, keys_of, lengths_of
 from attlas.errors import UserError
 from attlas.ops.quantize import encode
-from attlas.parts.cache.key_norm import KeyNorm
-from attlas.parts.cache.quantizer import Quantizer
-from attlas.parts.cache.snapkv import SnapKV
-from attlas.parts.select.selection import Selection, keys_of, lengths_of
+from attlas.parts.evict.key_norm import KeyNorm
+from attlas.parts.evict.snapkv import SnapKV
 from attlas.storage import (
     Chosen,
     CodedBody,

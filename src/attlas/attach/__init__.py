@@ -18,7 +18,7 @@ from attlas.attach.session import Session, attach
 from attlas.positions import ScoreMod
 
 if TYPE_CHECKING:
-    from attlas.parts.cache.prompt import Prompt, prefill
+    from attlas.cache.prompt import Prompt, prefill
 
 __all__ = [
     "Call",
@@ -45,7 +45,7 @@ sys.modules[__name__].__class__ = _Callable
 def __getattr__(name: str) -> Any:
     # Parts import attach, so what is built of parts is looked up when it is asked for.
     if name in ("Prompt", "prefill"):
-        from attlas.parts.cache import prompt
+        from attlas.cache import prompt
 
         return getattr(prompt, name)
     raise AttributeError(f"module 'attlas.attach' has no attribute {name!r}")

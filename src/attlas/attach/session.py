@@ -169,7 +169,7 @@ def bytes_read(cache: Any) -> int:
 
 
 def _check_keepers(keepers: list[Part]) -> None:
-    from attlas.parts.cache.part import CachePart, check_together
+    from attlas.cache.part import CachePart, check_together
 
     others = [part for part in keepers if not isinstance(part, CachePart)]
     if others and len(keepers) > 1:

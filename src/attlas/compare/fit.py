@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 from attlas.attach import attach
+from attlas.cache.policy import CachePolicy
 from attlas.compare.grid import Grid
 from attlas.compare.methods import Method
 from attlas.compare.shared import attached
 from attlas.errors import UserError
-from attlas.parts.cache.policy import CachePolicy
 from attlas.storage.layer import INDEX_BYTES
 from attlas.tasks import needle
 

@@ -12,9 +12,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from attlas.cache.part import CachePart, check_together
 from attlas.catalog import registry
 from attlas.errors import UnknownName, UserError
-from attlas.parts.cache.part import CachePart, check_together
 
 #: Attention as the model has it: every key is kept. It is what the others are compared with.
 FULL = "full"

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from attlas.attach import Part, attach
+from attlas.cache.part import CachePart
+from attlas.cache.policy import CachePolicy
+from attlas.cache.prompt import Prompt, prefill
 from attlas.compare.methods import Method
-from attlas.parts.cache.part import CachePart
-from attlas.parts.cache.policy import CachePolicy
-from attlas.parts.cache.prompt import Prompt, prefill
 
 
 class Reading:

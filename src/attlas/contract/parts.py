@@ -19,14 +19,14 @@ BUDGETS = ("keep", "tokens", "bytes")
 
 def is_policy(subject: Subject) -> bool:
     """Whether the part decides which keys a cache keeps."""
-    from attlas.parts.cache.policy import CachePolicy
+    from attlas.cache.policy import CachePolicy
 
     return inspect.isclass(subject.object) and issubclass(subject.object, CachePolicy)
 
 
 def is_cache_part(subject: Subject) -> bool:
     """Whether the part deals with what a cache holds, or with what a step reads of it."""
-    from attlas.parts.cache.part import CachePart
+    from attlas.cache.part import CachePart
 
     return inspect.isclass(subject.object) and issubclass(subject.object, CachePart)
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attlas.bases.approximation import Draws
 from attlas.contract.cases import Case, Check, adapter
-from attlas.layers.linear.approximation import Draws
 from attlas.layers.linear.kdeformer import KDEformer
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn.functional import layer_norm
 
 import attlas
+from attlas.bases.damped_ema import DampedEMA
 from attlas.contract.cases import Case, Check, adapter, load_weights
-from attlas.layers.linear.damped_ema import DampedEMA
 
 AVERAGE = {"alpha": "delta", "delta": "alpha", "beta": "beta", "eta": "gamma", "omega": "omega"}
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import TypeCheckError
 
 import attlas
-from attlas.layers.linear.packing import token_before
+from attlas.bases.packing import token_before
 
 
 def _made(**options: object) -> torch.nn.Module:

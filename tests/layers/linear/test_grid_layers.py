@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import attlas
-from attlas.layers.linear.grid import GridConv, grid_of
+from attlas.bases.grid import GridConv, grid_of
 
 
 def test_grid_is_as_given_or_square_or_a_row() -> None:

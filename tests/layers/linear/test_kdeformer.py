@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import attlas
-from attlas.layers.linear.approximation import Draws
+from attlas.bases.approximation import Draws
 from attlas.layers.linear.kdeformer import KDEformer
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import attlas
-from attlas.layers.linear.damped_ema import DampedEMA
+from attlas.bases.damped_ema import DampedEMA
 
 
 def test_both_forms_of_the_average_agree() -> None:

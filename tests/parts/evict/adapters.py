@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from attlas.attach.call import Call, Step
+from attlas.cache.policy import best
 from attlas.contract.cases import Case, Check, adapter
-from attlas.parts.cache.gui_kv import GuiKV
-from attlas.parts.cache.policy import best
+from attlas.parts.evict.gui_kv import GuiKV
 from attlas.storage.layer import LayerState, StoredLayer
 
 

@@ -6,10 +6,10 @@ from torch import nn
 
 import tiny_models
 from attlas.attach import Call, Part, Step, attach, prefill
+from attlas.cache.policy import best
 from attlas.errors import UserError
-from attlas.parts.cache.gui_kv import GuiKV
-from attlas.parts.cache.policy import best
-from attlas.parts.cache.snapkv import SnapKV
+from attlas.parts.evict.gui_kv import GuiKV
+from attlas.parts.evict.snapkv import SnapKV
 from attlas.storage.layer import LayerState, StoredLayer
 
 IMAGES = ((3, 11), (13, 19), (22, 30))

@@ -5,10 +5,10 @@ import torch
 
 import tiny_models
 from attlas.attach import attach, blocks
+from attlas.parts.evict import observed_attention
 from attlas.errors import UserError
-from attlas.parts.cache import observed_attention
-from attlas.parts.cache.observed_attention import ObservedAttention
-from attlas.parts.cache.tova import TOVA
+from attlas.parts.evict.observed_attention import ObservedAttention
+from attlas.parts.evict.tova import TOVA
 
 PROMPT, STEPS, BUDGET = 20, 6, 8
 

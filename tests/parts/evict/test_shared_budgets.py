@@ -8,12 +8,12 @@ import torch
 import attlas
 import tiny_models
 from attlas.attach import attach
+from attlas.cache.policy import best
 from attlas.errors import UserError
-from attlas.parts.cache.ada_kv import AdaKV, shared
-from attlas.parts.cache.expected_attention import ExpectedAttention
-from attlas.parts.cache.policy import best
-from attlas.parts.cache.pyramid_kv import PyramidKV, pyramid
-from attlas.parts.cache.snapkv import SnapKV
+from attlas.parts.evict.ada_kv import AdaKV, shared
+from attlas.parts.evict.expected_attention import ExpectedAttention
+from attlas.parts.evict.pyramid_kv import PyramidKV, pyramid
+from attlas.parts.evict.snapkv import SnapKV
 from attlas.storage.ragged import RaggedBody
 
 WINDOW = {"window": 3}
@@ -186,7 +186,7 @@ def test_ada_kv_joins_nobody():
 
 
 def test_ada_kv_refuses_a_quantiser():
-    from attlas.parts.cache.quantizer import Quantizer
+    from attlas.cache.quantizer import Quantizer
 
     model = tiny_models.decoder("llama")
     with pytest.raises(UserError, match="AdaKV and Quantizer"):

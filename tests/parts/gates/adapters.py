@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from attlas import masks
 from attlas.attach import attach
 from attlas.attach.call import Call, Step
+from attlas.cache.duo_gates import mixture, streaming
+from attlas.cache.policy import best
 from attlas.calibration import Calibration
 from attlas.contract.cases import Case, Check, adapter
-from attlas.parts.cache.balance_kv import BalanceKV
-from attlas.parts.cache.duo_attention import DuoAttention
-from attlas.parts.cache.duo_gates import mixture, streaming
-from attlas.parts.cache.policy import best
-from attlas.parts.cache.q_filters import QFilters
+from attlas.parts.evict.balance_kv import BalanceKV
+from attlas.parts.evict.duo_attention import DuoAttention
+from attlas.parts.evict.q_filters import QFilters
 from attlas.storage.files import fingerprint
 from attlas.storage.layer import LayerState, StoredLayer
 

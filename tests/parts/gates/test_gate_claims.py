@@ -6,9 +6,9 @@ from torch.nn.functional import cross_entropy
 
 from attlas.attach import Part, attach
 from attlas.calibration import calibrate, windows
-from attlas.parts.cache.balance_kv import BalanceKV
-from attlas.parts.cache.q_filters import QFilters
-from attlas.parts.cache.window import SinksWindow
+from attlas.parts.evict.balance_kv import BalanceKV
+from attlas.parts.evict.q_filters import QFilters
+from attlas.parts.evict.window import SinksWindow
 
 
 class Collect(Part):

@@ -6,14 +6,14 @@ from transformers import DynamicCache
 
 import tiny_models
 from attlas.attach import Part, attach, prefill
+from attlas.cache.duo_gates import Gated, passkeys
 from attlas.calibration import Calibration, calibrate
 from attlas.contract.parts import small_llama
 from attlas.errors import UserError
 from attlas.ops.reference import reference
-from attlas.parts.cache.balance_kv import BalanceKV
-from attlas.parts.cache.duo_attention import DuoAttention
-from attlas.parts.cache.duo_gates import Gated, passkeys
-from attlas.parts.cache.q_filters import QFilters
+from attlas.parts.evict.balance_kv import BalanceKV
+from attlas.parts.evict.duo_attention import DuoAttention
+from attlas.parts.evict.q_filters import QFilters
 from attlas.storage import load_cache, save_cache
 from attlas.storage.files import fingerprint
 
@@ -319,7 +319,7 @@ def test_q_filters_are_svd_and_gone_on_with(tmp_path):
 
 
 def test_a_long_text_leaves_a_sample():
-    from attlas.parts.cache.q_filters import SAMPLES, QueryDirections
+    from attlas.parts.evict.q_filters import SAMPLES, QueryDirections
 
     calibrator, model = QueryDirections(), tiny_models.decoder("llama")
     with torch.no_grad(), attach(model, calibrator):

@@ -12,7 +12,7 @@ from attlas import ops
 from attlas.attach.call import Call, Step
 from attlas.contract.cases import Case, Check, adapter, compare
 from attlas.ops.decode import decode
-from attlas.parts.cache.eigen_attention import Subspaces, fold
+from attlas.parts.quantize.eigen_attention import Subspaces, fold
 from attlas.parts.select.delta_correction import DeltaCorrection
 from attlas.parts.select.sparse_prefill import SparsePrefill
 from attlas.storage.low_rank import Bases, LowRankBody

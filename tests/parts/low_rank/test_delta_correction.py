@@ -10,7 +10,7 @@ import torch
 import tiny_models
 from attlas import masks, ops
 from attlas.attach import Part, attach
-from attlas.parts.cache.snapkv import SnapKV
+from attlas.parts.evict.snapkv import SnapKV
 from attlas.parts.select.delta_correction import DeltaCorrection
 from attlas.parts.select.sparse_prefill import Ranked, SparsePrefill
 from attlas.tasks.text import passage

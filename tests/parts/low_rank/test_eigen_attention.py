@@ -9,11 +9,11 @@ import torch
 
 import tiny_models
 from attlas.attach import Part, attach, prefill
+from attlas.cache.selection import Selection
 from attlas.calibration import Calibration, calibrate, windows
 from attlas.errors import UserError
-from attlas.parts.cache.eigen_attention import EigenAttention, discarded, fold
-from attlas.parts.cache.key_norm import KeyNorm
-from attlas.parts.select.selection import Selection
+from attlas.parts.evict.key_norm import KeyNorm
+from attlas.parts.quantize.eigen_attention import EigenAttention, discarded, fold
 from attlas.storage import load_cache, save_cache
 from attlas.storage.layer import Chosen
 from attlas.storage.low_rank import turned

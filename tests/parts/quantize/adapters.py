@@ -8,16 +8,16 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from attlas.cache.mixed import parted
 from attlas.contract.cases import Case, Check, adapter
-from attlas.parts.cache.mixed import parted
-from attlas.parts.cache.qaq import (
+from attlas.parts.quantize.qaq import (
     centred,
     group_bits,
     key_error,
     outlying,
     value_error,
 )
-from attlas.parts.cache.zipcache import channel_scale, least, saliency
+from attlas.parts.quantize.zipcache import channel_scale, least, saliency
 from attlas.storage.layer import LayerState, StoredLayer, Taken
 from attlas.storage.shared import encode_rows
 from attlas.storage.varied import Varied

@@ -6,9 +6,9 @@ from tests.tiny_models import decoder, greedy, prompt
 
 import attlas
 from attlas.attach import attach
+from attlas.cache.prompt import prefill
 from attlas.calibration import calibrate
 from attlas.errors import UserError
-from attlas.parts.cache.prompt import prefill
 from attlas.storage import load_cache, save_cache
 from attlas.storage.layer import StoredLayer
 

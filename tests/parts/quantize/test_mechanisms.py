@@ -9,12 +9,12 @@ from torch import nn
 
 import attlas
 from attlas.attach.call import Call, Step
+from attlas.cache.fitting import Rounded, begun, finished, loss
 from attlas.calibration import calibrate
 from attlas.ops.quantize import encode
-from attlas.parts.cache.akvq_vl import far
-from attlas.parts.cache.fitting import Rounded, begun, finished, loss
-from attlas.parts.cache.qaq import centred, group_bits, key_error, outlying
-from attlas.parts.cache.zipcache import channel_scale, least, saliency
+from attlas.parts.quantize.akvq_vl import far
+from attlas.parts.quantize.qaq import centred, group_bits, key_error, outlying
+from attlas.parts.quantize.zipcache import channel_scale, least, saliency
 from attlas.storage.changed import turned
 from attlas.storage.layer import LayerState, StoredLayer, Taken
 from attlas.storage.shared import encode_rows

@@ -6,7 +6,7 @@ from torch.nn.functional import cross_entropy
 
 import attlas
 from attlas.attach import attach
-from attlas.parts.cache.prompt import prefill
+from attlas.cache.prompt import prefill
 from attlas.tasks.continuation import continuation
 
 

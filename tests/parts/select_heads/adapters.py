@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from attlas import masks, ops
 from attlas.attach.call import Call, Step
+from attlas.cache.chunks import chunk_summaries
+from attlas.cache.probes import Running, page_cosines, probe
 from attlas.contract.cases import Case, Check, adapter
-from attlas.parts.select.chunks import chunk_summaries
 from attlas.parts.select.longheads import LongHeads
-from attlas.parts.select.probes import Running, page_cosines, probe
 from attlas.storage.layer import LayerState, StoredLayer
 from attlas.storage.rotary import Rotary
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from attlas import attach
+from attlas.cache.probes import Running, page_cosines, probe
 from attlas.contract.parts import continued, prompt, small_llama
 from attlas.parts.select.actqkv import ActQKV
-from attlas.parts.select.probes import Running, page_cosines, probe
 
 
 def test_actqkv_probe_query_without_bias_is_the_mean_query():

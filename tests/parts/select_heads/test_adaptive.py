@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from attlas import attach
+from attlas.cache.row import scores_over
 from attlas.contract.parts import prompt, small_llama
 from attlas.parts.select.adaptive_long_context import AdaptiveLongContext, gaussian_mass
-from attlas.parts.select.row import scores_over
 from attlas.tasks.text import passage
 
 

@@ -6,7 +6,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from attlas import attach
 from attlas.contract.parts import continued, prompt, small_llama
-from attlas.parts.cache.key_norm import KeyNorm
+from attlas.parts.evict.key_norm import KeyNorm
 from attlas.parts.select.delta_layer_aware import DeltaLayerAware
 from attlas.storage.layer import StoredLayer
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from attlas import attach
+from attlas.cache.prompt import prefill
 from attlas.contract.parts import continued, prompt, small_llama
-from attlas.parts.cache.prompt import prefill
 from attlas.parts.select.longheads import LongHeads
 from attlas.storage.layer import LayerState
 from attlas.storage.rotary import Rotary

@@ -5,7 +5,7 @@ import random
 import torch
 
 from attlas import attach, prefill
-from attlas.parts.cache.window import SinksWindow
+from attlas.parts.evict.window import SinksWindow
 from attlas.parts.select.delta_layer_aware import DeltaLayerAware
 from attlas.parts.select.recycled_attention import RecycledAttention
 from attlas.tasks.text import passage

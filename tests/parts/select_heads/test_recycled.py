@@ -5,8 +5,8 @@ import torch
 
 import attlas
 from attlas import attach
+from attlas.cache.quantizer import Quantizer
 from attlas.contract.parts import prompt, small_llama
-from attlas.parts.cache.quantizer import Quantizer
 from attlas.parts.select.recycled_attention import RecycledAttention
 from attlas.storage.layer import StoredLayer
 from attlas.storage.packed import PackedBody

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from attlas import attach
+from attlas.cache.prompt import prefill
 from attlas.contract.parts import continued, prompt, small_llama
-from attlas.parts.cache.prompt import prefill
 from attlas.parts.select.actqkv import ActQKV
 from attlas.parts.select.adaptive_long_context import AdaptiveLongContext
 from attlas.parts.select.delta_layer_aware import DeltaLayerAware

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from attlas import ops
 from attlas.attach.call import Call, Step
+from attlas.cache.factors import decoded, factorised
+from attlas.cache.selection import Selection
+from attlas.cache.summaries import best
 from attlas.calibration import Calibration
 from attlas.contract.cases import Case, Check, adapter
-from attlas.parts.select.factors import decoded, factorised
 from attlas.parts.select.loki import Loki
 from attlas.parts.select.lrqk import LRQK
 from attlas.parts.select.quest import Quest
-from attlas.parts.select.selection import Selection
-from attlas.parts.select.summaries import best
 from attlas.storage.layer import Chosen, LayerState
 from attlas.storage.packed import PackedBody
 

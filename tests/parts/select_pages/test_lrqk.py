@@ -8,7 +8,7 @@ import torch
 import tiny_models
 from attlas.attach import attach, prefill
 from attlas.attach.call import Call, Part, Step
-from attlas.parts.select.factors import coded, factorised
+from attlas.cache.factors import coded, factorised
 from attlas.parts.select.lrqk import LRQK
 from attlas.storage.layer import LayerState
 from attlas.tasks.text import passage

@@ -6,11 +6,11 @@ from transformers import DynamicCache
 
 import tiny_models
 from attlas.attach import attach, prefill
+from attlas.cache.quantizer import Quantizer
 from attlas.calibration import calibrate
 from attlas.errors import UserError
 from attlas.ops.quantize import encode
-from attlas.parts.cache.quantizer import Quantizer
-from attlas.parts.cache.snapkv import SnapKV
+from attlas.parts.evict.snapkv import SnapKV
 from attlas.parts.select.loki import Loki
 from attlas.parts.select.lrqk import LRQK
 from attlas.parts.select.quest import Quest

@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 import tiny_models
 from attlas import ops
 from attlas.attach import attach
+from attlas.cache.prompt import prefill
+from attlas.cache.summaries import Portion, best
 from attlas.ops.pages import page_bounds, page_scores
-from attlas.parts.cache.prompt import prefill
 from attlas.parts.select import quest
 from attlas.parts.select.quest import Quest
-from attlas.parts.select.summaries import Portion, best
 from attlas.tasks import needle
 
 
@@ -88,8 +88,8 @@ def test_bytes_read_and_held():
 
 def test_half_filled_pages_are_summarised_again():
     """A quantiser packs by blocks of its own, which need not be pages."""
+    from attlas.cache.summaries import extend
     from attlas.ops.quantize import encode
-    from attlas.parts.select.summaries import extend
     from attlas.storage.coded import CodedBody
     from attlas.storage.layer import LayerState
 

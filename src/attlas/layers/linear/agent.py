@@ -29,10 +29,10 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
 from attlas import ops
+from attlas.bases.grid import GridConv, OnGrid, start_small
 from attlas.catalog.registry import mechanism
 from attlas.errors import at_least_one
 from attlas.inputs import Inputs
-from attlas.layers.linear.grid import GridConv, OnGrid, start_small
 from attlas.masks import Mask
 
 #: Rows and columns of the pictures that are stretched to biases.

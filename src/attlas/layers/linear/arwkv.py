@@ -30,11 +30,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from attlas.bases.packing import token_before
 from attlas.catalog.registry import mechanism
 from attlas.errors import at_least_one
 from attlas.inputs import Inputs
 from attlas.layers.linear.base import Gates, LinearAttention
-from attlas.layers.linear.packing import token_before
 from attlas.masks import Mask
 
 Gate = Literal["arwkv", "rwkv7", "none"]

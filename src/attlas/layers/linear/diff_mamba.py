@@ -28,11 +28,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import silu, softplus
 
+from attlas.bases.packing import short_convolution
 from attlas.catalog.registry import mechanism
 from attlas.errors import at_least_one
 from attlas.inputs import Inputs
 from attlas.layers.linear.base import Gates, LinearAttention
-from attlas.layers.linear.packing import short_convolution
 from attlas.masks import Mask
 
 #: Mixers.

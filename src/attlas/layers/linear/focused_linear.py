@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from torch.linalg import vector_norm
 from torch.nn.functional import interpolate, softplus
 
+from attlas.bases.grid import LinearOnGrid, start_small
 from attlas.catalog.registry import mechanism
 from attlas.errors import at_least_one
 from attlas.inputs import Inputs
-from attlas.layers.linear.grid import LinearOnGrid, start_small
 from attlas.positions import Position
 
 

@@ -27,9 +27,9 @@ from torch import Generator, Tensor
 from torch.nn.functional import pad
 
 from attlas import ops
+from attlas.bases.approximation import SampledAttention, seeded
 from attlas.catalog.registry import Reduction, mechanism
 from attlas.errors import at_least_one
-from attlas.layers.linear.approximation import SampledAttention, seeded
 
 
 @mechanism("hyper-attention", aliases=("hyper",), reduces_to=Reduction(

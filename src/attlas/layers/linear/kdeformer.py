@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from attlas.bases.approximation import Draws, SampledAttention
 from attlas.catalog.registry import Reduction, mechanism
 from attlas.inputs import Inputs
-from attlas.layers.linear.approximation import Draws, SampledAttention
 from attlas.masks import Mask
 
 

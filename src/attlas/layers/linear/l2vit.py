@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 from attlas import ops
+from attlas.bases.grid import GridConv, OnGrid, start_small
 from attlas.catalog.registry import mechanism
 from attlas.inputs import Inputs
 from attlas.layers.linear.base import LinearAttention
-from attlas.layers.linear.grid import GridConv, OnGrid, start_small
 
 
 class Concentration(nn.Module):

@@ -27,10 +27,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attlas import ops
+from attlas.bases.exponential_keys import ExponentialKeys
+from attlas.bases.packing import at_places, place, ranks
 from attlas.catalog.registry import mechanism
 from attlas.inputs import Inputs
-from attlas.layers.linear.exponential_keys import ExponentialKeys
-from attlas.layers.linear.packing import at_places, place, ranks
 from attlas.masks import Mask
 
 #: Of the line that log-variances of sums of exponentials lie on.

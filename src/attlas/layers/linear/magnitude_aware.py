@@ -20,8 +20,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from attlas.bases.grid import GatedOnGrid, start_small
 from attlas.catalog.registry import mechanism
-from attlas.layers.linear.grid import GatedOnGrid, start_small
 
 
 @mechanism("magnitude-aware-linear-attention", aliases=("mala",))

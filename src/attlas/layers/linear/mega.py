@@ -30,11 +30,11 @@ from torch.nn.functional import silu
 
 from attlas import masks, ops
 from attlas.attention import Attention, Prepared
+from attlas.bases.damped_ema import DampedEMA
+from attlas.bases.packing import at_places, place, ranks
 from attlas.catalog.registry import mechanism
 from attlas.errors import UnknownName, at_least_one
 from attlas.inputs import Inputs
-from attlas.layers.linear.damped_ema import DampedEMA
-from attlas.layers.linear.packing import at_places, place, ranks
 from attlas.masks import Mask
 from attlas.positions import ScoreMod
 from attlas.positions.base import additive, relative

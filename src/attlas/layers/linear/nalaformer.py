@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from torch.linalg import vector_norm
 from torch.nn.functional import silu
 
+from attlas.bases.grid import GatedOnGrid
 from attlas.catalog.registry import mechanism
 from attlas.inputs import Inputs
-from attlas.layers.linear.grid import GatedOnGrid
 
 
 @mechanism("nalaformer", aliases=("norm-aware-linear-attention",))

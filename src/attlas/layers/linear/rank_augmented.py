@@ -20,8 +20,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from attlas.bases.grid import GatedOnGrid, start_small
 from attlas.catalog.registry import Reduction, mechanism
-from attlas.layers.linear.grid import GatedOnGrid, start_small
 
 
 def _plain(layer: Any, other: Any) -> None:

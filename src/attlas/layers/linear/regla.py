@@ -24,10 +24,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
+from attlas.bases.exponential_keys import ExponentialKeys
 from attlas.catalog.registry import mechanism
 from attlas.inputs import Inputs
 from attlas.layers.linear.base import Gates
-from attlas.layers.linear.exponential_keys import ExponentialKeys
 
 
 @mechanism("regla")

@@ -31,10 +31,10 @@ from torch.nn.functional import one_hot, silu
 
 from attlas import ops
 from attlas.attention import Attention
+from attlas.bases.packing import heads_at_places, place_heads, ranks
 from attlas.catalog.registry import mechanism
 from attlas.errors import at_least_one
 from attlas.inputs import Inputs
-from attlas.layers.linear.packing import heads_at_places, place_heads, ranks
 from attlas.masks import Mask
 
 

@@ -31,11 +31,11 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, normalize, pad, rms_norm, silu
 
 from attlas.attention import Attention
+from attlas.bases.mlp import MemoryMLP, State
+from attlas.bases.packing import heads_at_places, place_heads, ranks, short_convolution
 from attlas.catalog.registry import mechanism
 from attlas.errors import UnknownName, at_least_one
 from attlas.inputs import Inputs
-from attlas.layers.linear.packing import heads_at_places, place_heads, ranks, short_convolution
-from attlas.layers.memory.mlp import MemoryMLP, State
 from attlas.masks import Mask
 
 QKNorm = Literal["none", "l2", "rms"]

@@ -27,11 +27,11 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
+from attlas.bases.mlp import State
+from attlas.bases.packing import at_places, place, ranks
 from attlas.catalog.registry import mechanism
 from attlas.errors import at_least_one
 from attlas.inputs import Inputs
-from attlas.layers.linear.packing import at_places, place, ranks
-from attlas.layers.memory.mlp import State
 from attlas.layers.memory.titans import Grid
 from attlas.layers.memory.titans_attention import WithMemory
 from attlas.masks import Mask

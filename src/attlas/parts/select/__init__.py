@@ -1,5 +1,1 @@
-"""Selections: the whole cache is held, and each step reads what it needs of it."""
-
-from attlas.parts.select.selection import Selection
-
-__all__ = ["Selection"]
+"""Selections: the whole cache is held, and each step reads what it needs of it, one paper a file."""

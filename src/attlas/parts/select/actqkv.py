@@ -37,14 +37,14 @@ from torch import Tensor
 
 from attlas import ops
 from attlas.attach.call import Call
+from attlas.cache.chunks import by_rank, first_positions, left_aligned, real_counts
+from attlas.cache.part import Role
+from attlas.cache.policy import real_ranks
+from attlas.cache.probes import Running, page_cosines, probe
+from attlas.cache.selection import Selection, keys_of, lengths_of
+from attlas.cache.summaries import Portion, extend, first_best
 from attlas.catalog.registry import mechanism
 from attlas.errors import UserError, at_least_one
-from attlas.parts.cache.part import Role
-from attlas.parts.cache.policy import real_ranks
-from attlas.parts.select.chunks import by_rank, first_positions, left_aligned, real_counts
-from attlas.parts.select.probes import Running, page_cosines, probe
-from attlas.parts.select.selection import Selection, keys_of, lengths_of
-from attlas.parts.select.summaries import Portion, extend, first_best
 from attlas.storage.body import Body
 from attlas.storage.layer import Chosen, LayerState, StoredLayer
 

@@ -25,10 +25,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from attlas.attach.call import Call
+from attlas.cache.row import mass_behind, scores_over
+from attlas.cache.selection import Selection, first_body, keys_of, lengths_of
 from attlas.catalog.registry import mechanism
 from attlas.errors import UserError
-from attlas.parts.select.row import mass_behind, scores_over
-from attlas.parts.select.selection import Selection, first_body, keys_of, lengths_of
 from attlas.storage.body import Body
 from attlas.storage.layer import Chosen, LayerState, StoredLayer
 

@@ -27,12 +27,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from attlas.attach.call import Call
+from attlas.cache.selection import Selection, keys_of, lengths_of
+from attlas.cache.summaries import Portion, best, extend
 from attlas.calibration import Calibrated, Calibration, Calibrator
 from attlas.catalog.registry import mechanism
 from attlas.errors import UserError, at_least_one
 from attlas.ops.reference import grouped_product
-from attlas.parts.select.selection import Selection, keys_of, lengths_of
-from attlas.parts.select.summaries import Portion, best, extend
 from attlas.storage.body import Body
 from attlas.storage.layer import Chosen, LayerState
 from attlas.storage.rotary import Rotary

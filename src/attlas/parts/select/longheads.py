@@ -30,14 +30,14 @@ from torch import Tensor, nn
 
 from attlas import masks, ops
 from attlas.attach.call import Call
+from attlas.cache.chunks import ChunkKeys, by_rank, gathered, real_counts
+from attlas.cache.part import Role
+from attlas.cache.policy import real_ranks
+from attlas.cache.selection import Selection, first_body
 from attlas.catalog.registry import mechanism
 from attlas.errors import UserError, at_least_one
 from attlas.ops.pages import best_pages
 from attlas.ops.reference import merge
-from attlas.parts.cache.part import Role
-from attlas.parts.cache.policy import real_ranks
-from attlas.parts.select.chunks import ChunkKeys, by_rank, gathered, real_counts
-from attlas.parts.select.selection import Selection, first_body
 from attlas.storage.body import Body
 from attlas.storage.layer import Chosen, LayerState, StoredLayer
 from attlas.storage.packed import PackedBody

@@ -36,14 +36,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from attlas.attach.call import Call
+from attlas.cache.factors import coded, decoded, factorised
+from attlas.cache.mixed import widths
+from attlas.cache.selection import Selection, first_body, keys_of, lengths_of
+from attlas.cache.summaries import Portion, best, extend
 from attlas.catalog.registry import mechanism
 from attlas.errors import UserError, at_least_one
 from attlas.ops.reference import grouped_product, repeated
 from attlas.ops.segments import Coded, Listed, Segment, listed, taken
-from attlas.parts.cache.mixed import widths
-from attlas.parts.select.factors import coded, decoded, factorised
-from attlas.parts.select.selection import Selection, first_body, keys_of, lengths_of
-from attlas.parts.select.summaries import Portion, best, extend
 from attlas.storage.body import Body
 from attlas.storage.layer import Chosen, LayerState, StoredLayer
 from attlas.storage.low_rank import wide

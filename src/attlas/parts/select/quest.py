@@ -23,11 +23,11 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from attlas.attach.call import Call
+from attlas.cache.selection import Selection, keys_of, lengths_of
+from attlas.cache.summaries import Portion, best, extend
 from attlas.catalog.registry import mechanism
 from attlas.errors import at_least_one, exactly_one
 from attlas.ops.pages import page_bounds, page_scores
-from attlas.parts.select.selection import Selection, keys_of, lengths_of
-from attlas.parts.select.summaries import Portion, best, extend
 from attlas.storage.body import Body
 from attlas.storage.layer import Chosen, LayerState
 

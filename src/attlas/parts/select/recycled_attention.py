@@ -24,12 +24,12 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, pad
 
 from attlas.attach.call import Call
+from attlas.cache.policy import real_ranks
+from attlas.cache.row import key_bytes, weights_over
+from attlas.cache.selection import Selection, first_body, lengths_of
+from attlas.cache.summaries import Portion, best
 from attlas.catalog.registry import mechanism
 from attlas.errors import UserError, at_least_one
-from attlas.parts.cache.policy import real_ranks
-from attlas.parts.select.row import key_bytes, weights_over
-from attlas.parts.select.selection import Selection, first_body, lengths_of
-from attlas.parts.select.summaries import Portion, best
 from attlas.storage.body import Body
 from attlas.storage.layer import Chosen, LayerState, StoredLayer
 from attlas.storage.packed import PackedBody

@@ -1,0 +1,1 @@
+"""What layers of several papers are built on; no paper of its own."""

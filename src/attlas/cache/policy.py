@@ -1,0 +1,222 @@
+"""What every cache policy has in common: learn from the prompt, score its keys, keep the best.
+
+When the prompt is over the keys are scored and the best n of each row and head stay, in their order.
+What comes later is kept, unless `while_decoding` enforces the budget after every call.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from attlas.attach.call import Call
+from attlas.cache.budget import Budget
+from attlas.cache.part import CachePart, Role
+from attlas.errors import UserError
+from attlas.storage.layer import INDEX_BYTES, LayerState, StoredLayer
+
+
+@dataclass(frozen=True)
+class Slots:
+    """What a policy scores: the slots of one layer.
+
+    Attributes:
+        keys: as cached (rotated).
+        values: as cached.
+        valid: the slot holds a token that is no padding.
+        column: original column of each slot's token.
+        rank: how many real tokens stand before it in its row.
+        real: real tokens seen, by row.
+        budget: slots to keep, by row.
+    """
+
+    keys: Float[Tensor, "batch kv_heads slots dim"]
+    values: Float[Tensor, "batch kv_heads slots value_dim"]
+    valid: Bool[Tensor, "batch kv_heads slots"]
+    column: Int[Tensor, "batch kv_heads slots"]
+    rank: Int[Tensor, "batch kv_heads slots"]
+    real: Int[Tensor, " batch"]
+    budget: Int[Tensor, " batch"]
+
+
+class CachePolicy(CachePart):
+    """Base of the policies. A subclass gives `scores`, and `learn` when it needs more than keys.
+
+    Args:
+        keep: share of the context kept, in (0, 1].
+        tokens: or tokens kept.
+        bytes: or bytes of the whole cache: keys, values and slot indices of all layers.
+        while_decoding: enforce the budget again after every later call, where the policy can.
+    """
+
+    #: A policy chooses which pairs may meet.
+    stages = ("mask",)
+    role: ClassVar[Role] = "evict"
+    joins: ClassVar[tuple[Role, ...]] = ("quantize", "select")
+    everything = {"keep": 1.0}  # noqa: RUF012
+
+    def __init__(
+        self,
+        keep: float | None = None,
+        *,
+        tokens: int | None = None,
+        bytes: int | None = None,
+        while_decoding: bool = False,
+    ) -> None:
+        self.budget = Budget(keep, tokens, bytes)
+        self.while_decoding = while_decoding
+
+    # What a policy defines.
+
+    @property
+    def floor(self) -> tuple[str, int]:
+        """(name, tokens) of what the budget must at least hold."""
+        return "tokens", 1
+
+    @property
+    def skipped(self) -> tuple[int, ...]:
+        """Layers that stay whole."""
+        return ()
+
+    def scores(
+        self, state: LayerState, slots: Slots
+    ) -> Float[Tensor, "batch kv_heads slots"]:  # fmt: skip
+        """How much each slot is worth keeping; higher stays."""
+        raise NotImplementedError
+
+    def budgets(self, state: LayerState, slots: Slots) -> Int[Tensor, " batch"]:
+        """Slots to keep in this layer, by row; the same in every layer unless a policy says otherwise."""
+        return slots.budget
+
+    def drop(self, layer: StoredLayer, slots: Slots, scores: Float[Tensor, "b h slots"]) -> None:
+        """Hold the best slots of every head alone."""
+        layer.keep(*best(scores, slots.valid, slots.budget))
+
+    def placed(self, layer: StoredLayer, state: LayerState, real: Int[Tensor, " batch"]) -> None:
+        """Called when the layer holds what was kept."""
+
+    # How attach uses it.
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse models without full attention to compress, or with a rotation not understood."""
+        super().check(model)
+        layers = self.fresh_layers(model)
+        full = set(self.states(layers, model))
+        outside = [i for i in self.skipped if not 0 <= i < len(layers)]
+        if outside:
+            raise UserError(
+                f"skip_layers names layer {outside[0]}; the model has layers 0 to {len(layers) - 1}"
+            )
+        if full <= set(self.skipped):
+            raise UserError(
+                f"skip_layers={self.skipped} leaves no layer of the model's {len(layers)} to compress"
+            )
+
+    def settle(
+        self, layer: StoredLayer, state: LayerState, real: Bool[Tensor, "batch seen"] | None
+    ) -> None:
+        """Keep the best slots of a layer and free the rest.
+
+        Raises:
+            ValueError: the budget is smaller than what the method must hold.
+        """
+        if state.layer not in self.skipped:
+            self._compress(layer, state, real)
+        if not self.while_decoding:
+            state.tensors.clear()
+
+    def later(self, layer: StoredLayer, state: LayerState, call: Call) -> None:
+        """Enforce the budget again, where that was asked for."""
+        if self.while_decoding:
+            self.learn(state, call)
+            self.settle(layer, state, call.step.real)
+
+    def _compress(
+        self, layer: StoredLayer, state: LayerState, real: Bool[Tensor, "batch seen"] | None
+    ) -> None:
+        slots = self.slots(layer, state, real)
+        held = slots.valid[:, 0].sum(dim=-1).tolist()  # as many in every head
+        short = [n for n, m in zip(slots.budget.tolist(), held, strict=True) if n < m]
+        if not short:
+            return
+        name, least = self.floor
+        if min(short) < least:
+            raise UserError(
+                f"the budget {self.budget} is {min(short)} tokens of {int(slots.real.max())}, "
+                f"smaller than {name}={least} of {type(self).__name__}; give a larger budget or a "
+                f"smaller {name}"
+            )
+        self.drop(layer, slots, self.scores(state, slots))
+        layer.fixed = layer.seen
+        self.placed(layer, state, slots.real)
+
+    def slots(
+        self, layer: StoredLayer, state: LayerState, real: Bool[Tensor, "batch seen"] | None
+    ) -> Slots:
+        """The slots of a layer as `scores` takes them."""
+        keys, values = layer.keys, layer.values
+        assert keys is not None
+        assert values is not None
+        batch, heads, count, _ = keys.shape
+        columns = layer.columns()
+        if columns is None:
+            columns = torch.arange(count, device=keys.device).expand(batch, heads, count)
+        at = columns.clamp(min=0).long() if layer.index is not None else columns
+        if real is None:
+            total = torch.full((batch,), layer.seen, device=keys.device)
+            valid, rank = columns >= 0, at
+        else:
+            real = real[:, : layer.seen].to(keys.device)
+            total = real.sum(dim=-1)
+            valid = real[:, None].expand(-1, heads, -1).gather(-1, at) & (columns >= 0)
+            rank = (real.cumsum(dim=-1) - 1)[:, None].expand(-1, heads, -1).gather(-1, at)
+        budget = self.budget.slots(
+            total,
+            slot_bytes=heads * (keys.shape[-1] + values.shape[-1]) * keys.element_size(),
+            index_bytes=heads * INDEX_BYTES,
+            layers=len(state.full),
+            whole=len(set(self.skipped) & set(state.full)),
+            windows=sum(min(layer.seen, window - 1) for window in state.windows),
+        )
+        slots = Slots(keys, values, valid, column=at, rank=rank, real=total, budget=budget)
+        return replace(slots, budget=self.budgets(state, slots))
+
+
+def best(
+    scores: Float[Tensor, "batch kv_heads slots"],
+    valid: Bool[Tensor, "batch kv_heads slots"],
+    budget: Int[Tensor, " batch"],
+) -> tuple[Int[Tensor, "batch kv_heads kept"], Bool[Tensor, "batch kv_heads kept"]]:
+    """(slots of the best scores in their order, whether filled), by row and head.
+
+    Equal scores are common: repeated tokens have keys of one norm in the first layer, max pooling
+    repeats the largest. Which of them top-k takes depends on where they stand, so padded rows are
+    ranked without their padding, and choose as they would alone.
+    """
+    width = int(budget.max())
+    if bool(valid.all()) and int(budget.min()) == width:
+        chosen = scores.topk(width, dim=-1).indices.sort(dim=-1).values
+        return chosen, torch.ones_like(chosen, dtype=torch.bool)
+    chosen = torch.zeros(*scores.shape[:2], width, dtype=torch.long, device=scores.device)
+    for row, count in enumerate(budget.tolist()):
+        there = valid[row, 0].nonzero()[:, 0]  # padding is the same for all heads
+        top = scores[row, :, there].topk(count, dim=-1).indices.sort(dim=-1).values
+        chosen[row, :, :count] = there[top]
+    place = torch.arange(width, device=scores.device)
+    return chosen, (place < budget[:, None, None]).expand_as(chosen)
+
+
+def real_ranks(
+    call: Call,
+) -> tuple[Int[Tensor, "batch query"], Bool[Tensor, "batch query"]]:
+    """(rank among the row's real tokens, whether it is one) of each query of a call."""
+    first, batch = call.step.offset, call.q.shape[0]
+    if call.step.real is None:
+        rank = call.queries.expand(batch, -1)
+        return rank, torch.ones_like(rank, dtype=torch.bool)
+    real = call.step.real[:, : first + call.q.shape[2]].to(call.q.device)
+    return (real.cumsum(dim=-1) - 1)[:, first:], real[:, first:]

@@ -1,0 +1,73 @@
+"""What every quantiser has in common: encode the context, keep the newest tokens as they are."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import ClassVar
+
+from jaxtyping import Bool
+from torch import Tensor, nn
+
+from attlas.attach.call import Call
+from attlas.cache.part import CachePart, Role, absorb
+from attlas.errors import UserError
+from attlas.ops.quantize import PLANES
+from attlas.storage.body import Body
+from attlas.storage.layer import LayerState, StoredLayer, Taken
+
+
+def offered(**bits: int) -> None:
+    """Nothing, if numbers can be held in so many bits; 16 are as they came.
+
+    Raises:
+        ValueError: they cannot, naming the option.
+    """
+    for name, number in bits.items():
+        if number not in (16, *PLANES):
+            raise UserError(f"{name} takes 16 or one of {sorted(PLANES)}, got {number}")
+
+
+class Quantizer(CachePart):
+    """Base of the quantisers. A subclass gives `encode`.
+
+    Args:
+        recent: newest tokens that stay in full precision.
+        block: tokens that are encoded at once; what is encoded is a whole number of blocks.
+
+    Raises:
+        ValueError: a negative `recent`, or a `block` below 1.
+    """
+
+    #: Rounding changes scores and what is summed.
+    stages = ("score", "aggregate")
+    role: ClassVar[Role] = "quantize"
+    joins: ClassVar[tuple[Role, ...]] = ("evict", "select")
+
+    def __init__(self, *, recent: int, block: int) -> None:
+        if recent < 0:
+            raise UserError(f"recent must be at least 0, got {recent}")
+        if block < 1:
+            raise UserError(f"block must be at least 1, got {block}")
+        self.recent, self.block = recent, block
+
+    def encode(self, state: LayerState, taken: Taken) -> dict[str, Body]:
+        """Bodies, by name, that hold these tokens: one, or several of different precision."""
+        raise NotImplementedError
+
+    def formats(self, model: nn.Module) -> None:
+        """Refuse a model whose heads cannot be encoded so."""
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse models without a growing cache, or with heads of a width that codes do not fit."""
+        super().check(model)
+        self.formats(model)
+
+    def settle(
+        self, layer: StoredLayer, state: LayerState, real: Bool[Tensor, "batch seen"] | None
+    ) -> None:
+        """Encode all but the newest tokens."""
+        absorb(layer, real, partial(self.encode, state), recent=self.recent, block=self.block)
+
+    def later(self, layer: StoredLayer, state: LayerState, call: Call) -> None:
+        """Encode what is no longer new, a block at a time."""
+        self.settle(layer, state, call.step.real)

@@ -1,0 +1,267 @@
+"""BalanceKV: half of the context stands for the whole of it, chosen so that sums hardly change.
+
+Keys and values are taken in blocks of B tokens. In a block, with keys centred by its mean,
+
+    K_ij = exp(τ·k_i·k_j/√d − β) · (v_i·v_j + 0.025)
+    s_0  = +1;   s_i = +1 with probability 1/2 − γ·Σ_{j<i} K_ij s_j, else −1
+
+so that the signed sum of the vectors behind K stays small: a walk that balances itself. One sign goes,
+the other stays and counts double. Exactly half stay: of the sign that first reaches half of the
+tokens no more is needed, and the tokens behind that point stay with weight 1. Done again on what is
+left, weights multiplying and values weighted in K, two halved blocks make one new block, and so on:
+a tree of merging and reducing. Attention adds log w to the scores of a token of weight w.
+
+The walk's weights sum to nearly the number of tokens n; they are scaled by n/Σw of each head, so that
+the balance between the tokens reduced and those that stay as they are is kept. The published code
+divides by equal weights instead and uses the walk's in the numerator alone. The first and the newest
+tokens stay as they are, as they do there.
+
+Each token of a row walks by its own place: random numbers are drawn by block, place and head, not by row,
+so that padding changes nothing. Cost: n·B products per key head and halving, in B dependent steps.
+Keeps everything, hence reduces to full attention, at keep = 1.
+
+Source: "Streaming Attention Approximation via Discrepancy Theory".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from attlas.attach.call import Call
+from attlas.cache.part import CachePart, Role
+from attlas.catalog.registry import mechanism
+from attlas.errors import UserError
+from attlas.storage.layer import LayerState, StoredLayer, Taken
+from attlas.storage.packed import PackedBody
+
+#: Added to the products of values, so that K stays positive where values are nearly orthogonal.
+FLOOR = 0.025 + 1e-8
+#: exp of more overflows float32 once summed; the sign of such a sum is beyond doubt anyway.
+MOST = 70.0
+#: Numbers of one halving: (iteration, blocks) -> [batch or 1, kv_heads, blocks, block].
+Numbers = Callable[[int, int], Tensor]
+
+
+@mechanism(
+    "balancekv", aliases=("balance-kv",),
+    example={"keep": 0.5, "sinks": 2, "window": 4, "block": 8},
+)  # fmt: skip
+class BalanceKV(CachePart):
+    """Halve the context by a self-balancing walk, once or several times, and weight what is left.
+
+    Args:
+        keep: share kept of the tokens between sinks and window: 1, 1/2, 1/4, …
+        sinks: first tokens that stay as they are.
+        window: newest tokens that stay as they are.
+        block: tokens that walk together.
+        gamma: how strongly the walk balances itself.
+        temperature: τ of the kernel.
+        beta: β of the kernel.
+        use_values: take the values' products into the kernel.
+        seed: decides the random numbers.
+        while_decoding: also reduce what comes later, as often as block/keep tokens have left the
+            window.
+
+    Raises:
+        ValueError: a `keep` that is no power of a half, or a number out of its range.
+    """
+
+    #: Weights are added to the scores of the pairs that stay.
+    stages = ("mask", "score")
+    role: ClassVar[Role] = "evict"
+
+    def __init__(
+        self,
+        keep: float,
+        *,
+        sinks: int = 32,
+        window: int = 32,
+        block: int = 128,
+        gamma: float = 4.0,
+        temperature: float = 1.0,
+        beta: float = 0.0,
+        use_values: bool = True,
+        seed: int = 0,
+        while_decoding: bool = False,
+    ) -> None:
+        self.halvings = _halvings(keep)
+        for name, value, least in (("sinks", sinks, 0), ("window", window, 0), ("block", block, 2)):
+            if value < least:
+                raise UserError(f"{name} must be at least {least}, got {value}")
+        if gamma < 0:
+            raise UserError(f"gamma must be at least 0, got {gamma}")
+        self.sinks, self.window, self.block = sinks, window, block
+        self.gamma, self.temperature, self.beta = gamma, temperature, beta
+        self.use_values, self.seed, self.while_decoding = use_values, seed, while_decoding
+
+    def settle(
+        self, layer: StoredLayer, state: LayerState, real: Bool[Tensor, "batch seen"] | None
+    ) -> None:
+        """Reduce all between the sinks and the window."""
+        self._reduce(layer, state, real, span=1)
+
+    def later(self, layer: StoredLayer, state: LayerState, call: Call) -> None:
+        """Reduce what has left the window, whole blocks of what will be kept at a time."""
+        if self.while_decoding:
+            self._reduce(layer, state, call.step.real, span=self.block << self.halvings)
+
+    def _reduce(
+        self, layer: StoredLayer, state: LayerState, real: Tensor | None, span: int
+    ) -> None:
+        """Turn the oldest dense tokens of each row into weighted ones, a multiple of `span`."""
+        if not self.halvings:
+            return
+        held = layer.lengths(real)
+        before: list[int] = state.tensors["reduced"].tolist() if state.tensors else [0] * len(held)
+        first = [0 if times else self.sinks for times in before]
+        counts = [
+            max(0, n - sinks - self.window) // span * span
+            for n, sinks in zip(held, first, strict=True)
+        ]
+        counts = [n if n > 1 else 0 for n in counts]  # one token cannot be halved
+        if not max(counts):
+            return
+        first = [sinks if n else 0 for sinks, n in zip(first, counts, strict=True)]
+        taken = layer.take([a + n for a, n in zip(first, counts, strict=True)], real)
+        numbers = self._numbers(state.layer, before, taken.k)
+        layer.put("balanced", self._balanced(taken, first, counts, numbers))
+        if self.while_decoding:
+            times = [n + bool(count) for n, count in zip(before, counts, strict=True)]
+            state.tensors["reduced"] = torch.tensor(times, device=taken.k.device)
+
+    def _balanced(
+        self, taken: Taken, first: list[int], counts: list[int], numbers: Numbers
+    ) -> PackedBody:
+        """The body of what is left of each row's tokens: `first` as they are, `counts` reduced."""
+        device, shape = taken.k.device, taken.k.shape[:3]
+        start, count = torch.tensor(first, device=device), torch.tensor(counts, device=device)
+        place = torch.arange(shape[2], device=device)
+        at = (start[:, None] + place[: max(counts)]).clamp(max=shape[2] - 1)[:, None]
+        k, v = (_at(x, at.expand(*shape[:2], -1)) for x in (taken.k, taken.v))
+        kept, walked = self.reduce(k, v, count, numbers)
+        walked = walked * (count[:, None, None] / walked.sum(dim=-1, keepdim=True).clamp(min=1))
+        weight = torch.zeros(shape, device=device)
+        slot = (start[:, None, None] + kept).clamp(max=shape[2] - 1)
+        weight.scatter_(2, slot, walked)
+        weight.masked_fill_(place < start[:, None, None], 1.0)
+        order = (weight == 0).long().sort(dim=-1, stable=True).indices
+        order = order[..., : int((weight > 0).sum(dim=-1).max())]
+        weight, columns = weight.gather(-1, order), _columns(taken).gather(-1, order)
+        index = torch.where(weight > 0, columns, -1).to(torch.int32)
+        bias = weight.log().masked_fill(weight == 0, 0.0)
+        return PackedBody(_at(taken.k, order), _at(taken.v, order), index, bias=bias)
+
+    def reduce(
+        self,
+        k: Float[Tensor, "batch kv_heads tokens dim"],
+        v: Float[Tensor, "batch kv_heads tokens v_dim"],
+        count: Int[Tensor, " batch"],
+        numbers: Numbers,
+    ) -> tuple[Int[Tensor, "batch kv_heads kept"], Float[Tensor, "batch kv_heads kept"]]:
+        """(tokens that stay, their weights in the walk), heaviest first; 0 behind a shorter row's.
+
+        Args:
+            k: keys, each row's first token first.
+            v: values.
+            count: tokens of each row.
+            numbers: uniform random numbers.
+        """
+        k, v = k.float(), v.float()
+        kept = torch.arange(k.shape[2], device=k.device).expand(k.shape[:3])
+        weights = (kept < count[:, None, None]).float()
+        for iteration in range(self.halvings):
+            blocks = -(-kept.shape[-1] // self.block)
+            signs = self._signs(
+                _at(k, kept) * (weights > 0)[..., None], _at(v, kept) * weights[..., None],
+                numbers(iteration, blocks),
+            )  # fmt: skip
+            fresh = _halved(signs, count)
+            count = count // 2
+            order = (-fresh).sort(dim=-1, stable=True).indices[..., : int(count.max())]
+            kept, weights = kept.gather(-1, order), (weights * fresh).gather(-1, order)
+            there = torch.arange(order.shape[-1], device=k.device) < count[:, None, None]
+            weights = torch.where(there, weights, 0.0)
+        return kept, weights
+
+    def _signs(
+        self, k: Tensor, v: Tensor, numbers: Float[Tensor, "#batch kv_heads blocks block"]
+    ) -> Float[Tensor, "batch kv_heads tokens"]:
+        """The walk of every block, in step."""
+        tokens, pad = k.shape[2], numbers.shape[2] * self.block - k.shape[2]
+        k, v = (F.pad(x, (0, 0, 0, pad)).unflatten(2, (-1, self.block)) for x in (k, v))
+        centred = k - k.mean(dim=-2, keepdim=True)
+        power = centred @ centred.transpose(-1, -2) * (self.temperature / math.sqrt(k.shape[-1]))
+        kernel = power.sub_(self.beta).clamp_(max=MOST).exp_()
+        if self.use_values:
+            kernel *= v @ v.transpose(-1, -2) + FLOOR
+        signs = torch.zeros(kernel.shape[:-1], device=k.device)
+        signs[..., 0] = 1.0
+        for i in range(1, self.block):
+            pull = (kernel[..., i, :i] * signs[..., :i]).sum(dim=-1)
+            up = numbers[..., i] < 0.5 - self.gamma * pull
+            signs[..., i] = torch.where(up, 1.0, -1.0)
+        return signs.flatten(2)[..., :tokens]
+
+    def _numbers(self, layer: int, times: Sequence[int], like: Tensor) -> Numbers:
+        """Random numbers of a layer whose rows were reduced so many times before."""
+        heads = like.shape[1]
+
+        def drawn(iteration: int, blocks: int) -> Tensor:
+            made = {
+                time: torch.rand(
+                    blocks, heads, self.block,  # more blocks draw more, and change none before them
+                    generator=_generator(self.seed, layer, time, iteration),
+                )
+                for time in set(times)
+            }  # fmt: skip
+            rows = list(made.values()) if len(made) == 1 else [made[time] for time in times]
+            return torch.stack(rows).transpose(1, 2).to(like.device)
+
+        return drawn
+
+
+def _halved(
+    signs: Float[Tensor, "batch kv_heads tokens"], count: Int[Tensor, " batch"]
+) -> Float[Tensor, "batch kv_heads tokens"]:
+    """Weights of which the `count // 2` highest stay: 2, 1, or less for what goes."""
+    place = torch.arange(signs.shape[-1], device=signs.device)
+    there = place < count[:, None, None]
+    half = (count // 2)[:, None, None]
+    reached = [
+        (((signs == sign) & there).cumsum(dim=-1) == half).long().argmax(dim=-1, keepdim=True)
+        for sign in (-1, 1)
+    ]
+    last = torch.maximum(*reached)
+    goes = signs.gather(-1, last)  # the sign of which there are too many
+    weights = torch.where(place > last, 1.0, -2.0 * goes * signs)
+    return weights.masked_fill(~there, -torch.inf)
+
+
+def _halvings(keep: float) -> int:
+    halvings = -round(math.log2(keep)) if 0 < keep <= 1 else -1
+    if halvings < 0 or keep != 0.5**halvings:
+        raise UserError(f"keep must be 1, 1/2, 1/4 or another power of a half, got {keep}")
+    return halvings
+
+
+def _columns(taken: Taken) -> Int[Tensor, "batch kv_heads slots"]:
+    if taken.index is not None:
+        return taken.index
+    slots = torch.arange(taken.k.shape[2], device=taken.k.device, dtype=torch.int32)
+    return (slots + taken.first).expand(taken.k.shape[:3])
+
+
+def _generator(*numbers: int) -> torch.Generator:
+    # Tuples of whole numbers hash alike in every process.
+    return torch.Generator().manual_seed(hash(numbers) & (2**62 - 1))
+
+
+def _at(x: Tensor, slots: Tensor) -> Tensor:
+    return x.gather(2, slots[..., None].expand(-1, -1, -1, x.shape[-1]))

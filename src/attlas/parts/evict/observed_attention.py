@@ -1,0 +1,113 @@
+"""Observed attention: keep what all queries so far have read most, the heavy hitters.
+
+    S(j)     = Σ_i A_ij                 over the queries so far, padding left out
+    score(j) = mean over the query heads of a key head of  S(j) / (queries that can see j)
+
+Early tokens are seen by more queries, which the division makes up for. H2O ranks the sums undivided
+(`divide=False`), always keeps recent tokens (`recent`, half of its budget) and holds the budget at
+every step (`while_decoding`).
+
+Cost: the attention weights once more, a block at a time, hence memory linear in length; one number a
+key is remembered. Keeps everything, hence reduces to full attention, at keep = 1.
+
+Source: "H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language Models"; the
+division and the mean over a group of heads follow common implementations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from attlas.attach.blocks import weight_blocks
+from attlas.attach.call import Call
+from attlas.cache.policy import CachePolicy, Slots
+from attlas.catalog.registry import mechanism
+from attlas.errors import UserError
+from attlas.storage.layer import LayerState, StoredLayer
+
+
+@mechanism("observed-attention", paper="", aliases=("h2o",), example={"keep": 0.5})
+class ObservedAttention(CachePolicy):
+    """Keep the keys that have received most attention.
+
+    Args:
+        keep: share of the context kept, in (0, 1], recent tokens included.
+        tokens: or tokens kept, recent ones included.
+        bytes: or bytes of the whole cache.
+        recent: last tokens that always stay.
+        divide: by the number of queries that can see a key; H2O does not.
+        while_decoding: count on and enforce the budget again after every later call.
+
+    Raises:
+        ValueError: a budget out of range, or smaller than `recent`.
+    """
+
+    def __init__(
+        self,
+        keep: float | None = None,
+        *,
+        tokens: int | None = None,
+        bytes: int | None = None,
+        recent: int = 0,
+        divide: bool = True,
+        while_decoding: bool = False,
+    ) -> None:
+        super().__init__(keep, tokens=tokens, bytes=bytes, while_decoding=while_decoding)
+        if recent < 0:
+            raise UserError(f"recent must be at least 0, got {recent}")
+        self.recent, self.divide = recent, divide
+
+    @property
+    def floor(self) -> tuple[str, int]:
+        """The recent tokens."""
+        return "recent", self.recent
+
+    def learn(self, state: LayerState, call: Call) -> None:
+        """Add the columns of a call's weights up, slot by slot."""
+        batch, heads, slots, _ = call.k.shape
+        sums = torch.zeros(batch, call.q.shape[1], slots, device=call.k.device)
+        for weights, _, _ in weight_blocks(call):
+            sums[..., : weights.shape[-1]] += weights.sum(dim=2)
+        mean = rearrange(sums, "b (h g) t -> b h g t", h=heads).mean(dim=2)
+        if (known := state.tensors.get("sums")) is not None:
+            mean += F.pad(known, (0, slots - known.shape[-1]))
+        state.tensors["sums"] = mean
+
+    def later(self, layer: StoredLayer, state: LayerState, call: Call) -> None:
+        """Count on with the keys that are still held, and enforce the budget."""
+        if not self.while_decoding:
+            return
+        columns, keys, values = layer.dense_columns(), layer.keys, layer.values
+        assert keys is not None
+        assert values is not None
+        there = layer.there(call.step.real)
+        seen = there[:, :, None] & (columns[:, :, None] <= call.queries[:, None])
+        seen = seen.repeat_interleave(call.groups, dim=1)
+        self.learn(state, replace(call, k=keys, v=values, columns=columns, mask=seen))
+        self.settle(layer, state, call.step.real)
+
+    def settle(
+        self, layer: StoredLayer, state: LayerState, real: Bool[Tensor, "batch seen"] | None
+    ) -> None:
+        """Keep the best slots, and their sums where these will be counted on."""
+        before = layer.dense_columns()
+        super().settle(layer, state, real)
+        if self.while_decoding:
+            # A hole takes the column before it, so that columns stay in order.
+            order = before.cummax(dim=-1).values.contiguous()
+            at = torch.searchsorted(order, layer.dense_columns().clamp(min=0).contiguous())
+            state.tensors["sums"] = state.tensors["sums"].gather(-1, at)
+
+    def scores(self, state: LayerState, slots: Slots) -> Float[Tensor, "batch kv_heads slots"]:
+        """Mean attention received; the recent tokens above all others."""
+        scores = state.tensors["sums"]
+        if self.divide:
+            scores = scores / (slots.real[:, None, None] - slots.rank).clamp(min=1)
+        recent = slots.rank >= (slots.real - self.recent)[:, None, None]
+        return scores.masked_fill(recent & slots.valid, scores.max().item() + 1)

@@ -1,0 +1,116 @@
+"""SnapKV: the prompt's last queries tell which of its tokens will be read.
+
+    A      = softmax(q k^T / √d)      of the last w queries over all keys, causal among themselves
+    s(j)   = pool_κ( mean over the w queries of A[·, j] )    for the first T − w keys
+    score  = mean of s over the query heads of a key head;   the last w tokens always stay
+
+Pooling along positions keeps neighbours of what is read. Cost: w more rows of attention per layer.
+Keeps everything, hence reduces to full attention, at keep = 1.
+
+Source: "SnapKV: LLM Knows What You are Looking for Before Generation", which max-pools sums; the mean
+over queries and over the heads of a group, and average pooling, follow common implementations.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from attlas.attach.call import Call
+from attlas.cache.policy import CachePolicy, Slots, real_ranks
+from attlas.catalog.registry import mechanism
+from attlas.errors import UserError
+from attlas.storage.layer import LayerState
+
+
+@mechanism("snapkv", example={"keep": 0.5, "window": 4})
+class SnapKV(CachePolicy):
+    """Keep what the prompt's last queries read, and the tokens of these queries.
+
+    Args:
+        keep: share of the context kept, in (0, 1], the window included.
+        tokens: or tokens kept, the window included.
+        bytes: or bytes of the whole cache.
+        window: how many of the last queries are asked.
+        kernel: width of the pooling along positions, odd.
+        pooling: "avg" or "max".
+
+    Raises:
+        ValueError: a budget out of range or smaller than the window; an even kernel.
+    """
+
+    def __init__(
+        self,
+        keep: float | None = None,
+        *,
+        tokens: int | None = None,
+        bytes: int | None = None,
+        window: int = 64,
+        kernel: int = 5,
+        pooling: Literal["avg", "max"] = "avg",
+    ) -> None:
+        super().__init__(keep, tokens=tokens, bytes=bytes)
+        if window < 1:
+            raise UserError(f"window must be at least 1, got {window}")
+        if kernel < 1 or kernel % 2 == 0:
+            raise UserError(f"kernel must be odd and positive, got {kernel}")
+        if pooling not in ("avg", "max"):
+            raise UserError(f"pooling must be 'avg' or 'max', got {pooling!r}")
+        self.window, self.kernel, self.pooling = window, kernel, pooling
+
+    @property
+    def floor(self) -> tuple[str, int]:
+        """The window."""
+        return "window", self.window
+
+    def learn(self, state: LayerState, call: Call) -> None:
+        """The last w real queries so far, with their columns (-1 where a row has fewer)."""
+        _, real = real_ranks(call)
+        columns = torch.where(real, call.queries, -1)
+        queries = call.q
+        if "queries" in state.tensors:
+            queries = torch.cat([state.tensors["queries"], queries], dim=2)
+            columns = torch.cat([state.tensors["columns"], columns], dim=1)
+        if call.step.real is None:
+            queries, columns = queries[:, :, -self.window :], columns[:, -self.window :]
+        else:
+            last = columns.topk(min(self.window, columns.shape[1]), dim=1).indices.flip(1)
+            at = last[:, None, :, None].expand(-1, queries.shape[1], -1, queries.shape[-1])
+            queries, columns = queries.gather(2, at), columns.gather(1, last)
+        # A copy, so that the window does not hold on to the queries of the whole prompt.
+        state.tensors |= {"queries": queries.clone(), "columns": columns.clone()}
+
+    def scores(self, state: LayerState, slots: Slots) -> Float[Tensor, "batch kv_heads slots"]:
+        """Pooled mean attention of the last queries; their own tokens above all others."""
+        queries, columns = state.tensors["queries"], state.tensors["columns"]
+        heads = slots.keys.shape[1]
+        grouped = rearrange(queries.float() * state.scaling, "b (h g) w d -> b h (g w) d", h=heads)
+        logits = grouped @ slots.keys.float().transpose(-1, -2)
+        logits = rearrange(logits, "b h (g w) t -> b h g w t", w=columns.shape[1])
+        asked = columns >= 0
+        # No slot before the first asked query lies in anyone's future: slots are in order.
+        first = int(columns.clamp(min=0).min())
+        late = slots.column[:, :, None, first:] > columns[:, None, :, None]
+        logits[..., first:].masked_fill_((late & asked[:, None, :, None])[:, :, None], -torch.inf)
+        if not slots.valid.all():
+            logits.masked_fill_(~slots.valid[:, :, None, None], -torch.inf)
+        weights = logits.softmax(dim=-1)
+        if asked.all():
+            mean = weights.mean(dim=3)
+        else:
+            share = asked / asked.sum(dim=-1, keepdim=True)
+            mean = torch.einsum("bhgwt,bw->bhgt", weights, share)
+        window = (slots.rank >= (slots.real - asked.sum(dim=-1))[:, None, None]) & slots.valid
+        mean = mean.masked_fill(window[:, :, None] | ~slots.valid[:, :, None], 0.0)
+        pooled: Tensor = self._pool(mean.flatten(0, 1)).unflatten(0, mean.shape[:2]).mean(dim=2)
+        return pooled.masked_fill(window, pooled.max().item() + 1)
+
+    def _pool(self, x: Float[Tensor, "rows groups slots"]) -> Float[Tensor, "rows groups slots"]:
+        pool = F.avg_pool1d if self.pooling == "avg" else F.max_pool1d
+        pooled: Tensor = pool(x, self.kernel, stride=1, padding=self.kernel // 2)
+        return pooled

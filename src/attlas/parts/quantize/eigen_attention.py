@@ -1,0 +1,341 @@
+"""Eigen attention: keys and values in the few directions that a layer's keys and values lie along.
+
+Calibration sums Σ x xᵀ; its eigenvectors are the left singular vectors of the matrix with columns x,
+its eigenvalues λ the squares of the singular values:
+
+    U   of keys and queries together, un-rotated: q·k ≈ (Uᵀq)·(Uᵀk), whose error over the calibration
+        data is at most half of the energy discarded, ‖QKᵀ − QUUᵀKᵀ‖ ≤ ½ Σ_{i>r} λ_i
+    W   of values, for each key head
+
+    cached   Uᵀ R(−t) k  and  Wᵀ v      read as   k ≈ R(t) U k_low   and   v ≈ W v_low
+
+In a model with rotary positions all heads of a layer share U, else each key head has its own; of the
+queries that share a key head the first takes part, as one. Energy counts λ; the authors' code sums
+singular values, √λ, and searches a threshold for each layer by the error of the layer's output. Here
+one threshold serves all layers: as given, or the highest at which the cache keeps to its share of bytes.
+
+The current token and the newest, where asked, stay as they came; the model's own projections compute
+them. The authors' other form, with the bases folded into the projections, is `fold`.
+
+Cost: 2·r·dim operations a number of keys and values read; bytes fall to (r_k + r_v)/(2·dim), with a
+position of 4 bytes a token beside rotated keys (and for a while one more, with the cache), and the
+bases beside the model's weights. Full rank reduces to full attention.
+
+Source: "Eigen Attention: Attention in Low-Rank Space for KV Cache Compression".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer
+
+from attlas import masks, ops
+from attlas.attach.call import Call
+from attlas.cache.part import CachePart
+from attlas.cache.quantizer import Quantizer
+from attlas.calibration import Calibrated, Calibration, Calibrator
+from attlas.catalog.registry import mechanism
+from attlas.errors import UserError, at_least_one, exactly_one
+from attlas.storage.body import Body
+from attlas.storage.layer import LayerState, StoredLayer, Taken
+from attlas.storage.low_rank import Bases, LowRankBody, turned
+from attlas.storage.rotary import Rotary
+
+
+class Subspaces(Calibrator):
+    """Σ x xᵀ of keys and queries together and of values, for each full-attention layer.
+
+    Attributes:
+        layers: the full-attention layers.
+        rotary: how the model rotates; None when it does not.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers: tuple[int, ...] = ()
+        self.rotary: Rotary | None = None
+
+    def check(self, model: nn.Module) -> None:
+        """Find the layers and the rotation.
+
+        Raises:
+            ValueError: there is no full-attention layer.
+        """
+        layers = CachePart.fresh_layers(model)
+        self.layers = tuple(i for i, layer in enumerate(layers) if type(layer) is DynamicLayer)
+        if not self.layers:
+            raise UserError(
+                f"{type(model).__name__} has no full-attention layer with a growing cache"
+            )
+        self.rotary = Rotary.of(model, self.layers[0])
+
+    def observe(self, call: Call) -> None:
+        """Add what the tokens of this call have, padding left out."""
+        if call.layer not in self.layers:
+            return
+        tokens = call.q.shape[2]
+        k, v = call.k[:, :, -tokens:].double(), call.v[:, :, -tokens:].double()
+        q = call.q[:, :: call.groups].double()
+        if self.rotary is not None:
+            positions = call.positions[:, None]
+            k, q = (turned(x, self.rotary, positions, back=True) for x in (k, q))
+        if (real := call.real) is not None:
+            real = real[:, None, :, None].to(k)
+            k, q, v = k * real, q * real, v * real
+        both = torch.einsum("bhtd,bhte->hde", k, k) + torch.einsum("bhtd,bhte->hde", q, q)
+        if self.rotary is not None:
+            both = both.sum(dim=0, keepdim=True)
+        self.add(f"{call.layer}.kq", both)
+        self.add(f"{call.layer}.v", torch.einsum("bhtd,bhte->hde", v, v))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Directions by falling energy, and the energies."""
+        found = {}
+        for name, gram in self.sums.items():
+            energy, basis = torch.linalg.eigh(gram.cpu())
+            found[f"{name}.basis"] = basis.flip(-1).contiguous()
+            found[f"{name}.energy"] = energy.flip(-1).clamp(min=0.0)
+        return found
+
+
+@mechanism("eigen-attention", example={"keep": 0.6, "block": 1})
+class EigenAttention(Calibrated, Quantizer):
+    """Hold keys and values as coordinates in the directions that carry most of their energy.
+
+    Args:
+        keep: share of the bytes of keys and values kept, in (0, 1].
+        rank: or directions kept, of keys and of values, in every layer.
+        energy: or share of the energy that every layer's keys, and each head's values, keep.
+        recent: newest tokens that stay as they came.
+        block: tokens that are encoded at once.
+        calibration: bases of this model, or the file that holds them; the one that
+            `attlas calibrate eigen-attention` made unless given.
+
+    Raises:
+        ValueError: none or several of keep, rank and energy, or one out of range.
+    """
+
+    rotates = True
+
+    everything: ClassVar[dict[str, Any]] = {"keep": 1.0}
+
+    def __init__(
+        self,
+        keep: float | None = None,
+        *,
+        rank: int | None = None,
+        energy: float | None = None,
+        recent: int = 0,
+        block: int = 16,
+        calibration: str | Path | Calibration | None = None,
+    ) -> None:
+        Calibrated.__init__(self, calibration)
+        Quantizer.__init__(self, recent=recent, block=block)
+        exactly_one("eigen attention", keep=keep, rank=rank, energy=energy)
+        for name, share in (("keep", keep), ("energy", energy)):
+            if share is not None and not 0 < share <= 1:
+                raise UserError(f"{name} must lie in (0, 1], got {share}")
+        self.keep, self.energy = keep, energy
+        self.rank = None if rank is None else at_least_one("rank", rank)
+        self.directions: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def calibrator(self) -> Subspaces:
+        """The same directions serve every rank."""
+        return Subspaces()
+
+    def check(self, model: nn.Module) -> None:
+        """Cut the bases to their ranks.
+
+        Raises:
+            ValueError: a rank above the width of a head, or a budget that leaves none.
+        """
+        super().check(model)
+        known = self.statistics
+        layers = sorted(self.states(self.fresh_layers(model), model))
+        missing = [n for n in layers if f"{n}.kq.basis" not in known]
+        if missing:
+            raise UserError(f"the calibration holds no bases for layer {missing[0]}")
+        dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
+        names = [f"{number}.{what}" for number in layers for what in ("kq", "v")]
+        ranks = self.ranks({n: discarded(known[f"{n}.energy"]) for n in names},
+                           {n: known[f"{n.split('.')[0]}.v.energy"].shape[0] for n in names})  # fmt: skip
+        cut = {n: known[f"{n}.basis"][..., : ranks[n]].to(dtype).contiguous() for n in names}
+        self.directions = {n: (cut[f"{n}.kq"], cut[f"{n}.v"]) for n in layers}
+
+    def ranks(
+        self, lost: dict[str, Float[Tensor, " dim"]], heads: dict[str, int]
+    ) -> dict[str, int]:
+        """Directions that each basis keeps.
+
+        Args:
+            lost: share of the energy that is lost with 1, 2, … directions, by name.
+            heads: how many heads hold coordinates in the basis.
+        """
+        if self.rank is not None:
+            width = min(len(curve) for curve in lost.values())
+            if self.rank > width:
+                raise UserError(f"rank={self.rank} exceeds the width of a head, {width}")
+            return dict.fromkeys(lost, self.rank)
+        if self.energy is not None:
+            return {n: 1 + int((c[:-1] > 1 - self.energy).sum()) for n, c in lost.items()}
+        # One more direction at a time where most is lost: what one threshold for all would give.
+        assert self.keep is not None
+        room = self.keep * sum(len(c) * heads[n] for n, c in lost.items()) - sum(heads.values())
+        if room < 0:
+            raise UserError(f"keep={self.keep} leaves less than one direction a head; give more")
+        name = [n for n, c in lost.items() for _ in c[:-1]]
+        order = torch.cat([c[:-1] for c in lost.values()]).argsort(descending=True, stable=True)
+        ranks = dict.fromkeys(lost, 1)
+        for number in order.tolist():
+            room -= heads[name[number]]
+            if room < -1e-6:
+                break
+            ranks[name[number]] += 1
+        return ranks
+
+    def learn(self, state: LayerState, call: Call) -> None:
+        """The position of every token, where keys are rotated."""
+        if state.rotary is None:
+            return
+        positions = call.positions.to(torch.int32)
+        known = state.tensors.get("positions")
+        if known is not None:
+            positions = torch.cat([known[:, : call.step.offset], positions], dim=1)
+        state.tensors["positions"] = positions
+
+    def later(self, layer: StoredLayer, state: LayerState, call: Call) -> None:
+        """Encode what is no longer new, a block at a time."""
+        self.learn(state, call)
+        super().later(layer, state, call)
+
+    def encode(self, state: LayerState, taken: Taken) -> dict[str, Body]:
+        """Coordinates of these tokens."""
+        bases = self.bases(state)
+        positions = None if state.rotary is None else _positions(state.tensors["positions"], taken)
+        k, v = bases.encode(taken.k, taken.v, positions)
+        return {"low-rank": LowRankBody(k, v, bases, positions, taken.index, taken.first)}
+
+    def bases(self, state: LayerState) -> Bases:
+        """Those of a layer."""
+        return Bases(*self.directions[state.layer], state.rotary)
+
+    def resume(self, layers: list[object], model: nn.Module) -> None:
+        """Go on with a cache that was made before; one out of a file is given its bases.
+
+        Raises:
+            ValueError: it was made with other bases.
+        """
+        super().resume(layers, model)
+        for number, state in self.states(layers, model).items():
+            for body in getattr(layers[number], "bodies", {}).values():
+                if isinstance(body, LowRankBody):
+                    body.use(self.bases(state))
+
+
+def discarded(energy: Float[Tensor, "heads dim"]) -> Float[Tensor, " dim"]:
+    """Share of the energy that is lost with 1, 2, … directions, in the head that loses most.
+
+    No direction counts as empty, however few tokens were read: full energy is full rank.
+    """
+    energy = energy.clamp(min=1e-250)
+    behind = torch.nn.functional.pad(energy[:, 1:].flip(-1).cumsum(-1).flip(-1), (0, 1))
+    return (behind / energy.sum(dim=-1, keepdim=True)).amax(dim=0)
+
+
+def _positions(known: Int[Tensor, "batch seen"], taken: Taken) -> Int[Tensor, "batch heads slots"]:
+    """Of the tokens taken; one head's where all heads hold the same."""
+    if taken.index is None:
+        # A copy, since the body grows by itself.
+        return known[:, None, taken.first : taken.first + taken.k.shape[2]].clone()
+    columns = taken.index.clamp(min=0).long()
+    if bool((columns == columns[:, :1]).all()):
+        columns = columns[:, :1]
+    return known[:, None].expand(-1, columns.shape[1], -1).gather(-1, columns)
+
+
+@dataclass(frozen=True)
+class Folded:
+    """Attention of a layer with the bases merged into its projections, as the authors run it.
+
+    Attributes:
+        q: projection of queries; into the basis where nothing is rotated.
+        k: projection of tokens to coordinates of keys.
+        v: projection of tokens to coordinates of values.
+        o: projection of coordinates of heads' outputs, out of the values' basis.
+        basis: of keys.
+        rotary: how keys, read back, and queries are rotated; None when they are not.
+    """
+
+    q: Float[Tensor, "queries model"]
+    k: Float[Tensor, "keys model"]
+    v: Float[Tensor, "values model"]
+    o: Float[Tensor, "out outputs"]
+    basis: Float[Tensor, "b_heads dim rank"]
+    kv_heads: int
+    rotary: Rotary | None = None
+
+    def __call__(
+        self,
+        x: Float[Tensor, "batch tokens model"],
+        positions: Int[Tensor, "batch tokens"] | None = None,
+    ) -> Float[Tensor, "batch tokens out"]:
+        """Causal attention of x with itself; only coordinates of keys and values would be cached."""
+        _, dim, rank = self.basis.shape
+        width = rank if self.rotary is None else dim
+        q = (x @ self.q.mT).unflatten(-1, (-1, width)).transpose(1, 2)
+        k, v = (
+            (x @ w.mT).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2) for w in (self.k, self.v)
+        )
+        if self.rotary is not None:
+            if positions is None:
+                positions = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
+            k = self.rotary.rotate(k @ self.basis.mT, positions)
+            q = self.rotary.rotate(q, positions)
+        heads = ops.attend(q, k, v, mask=masks.causal, scale=dim**-0.5)
+        return heads.transpose(1, 2).flatten(2) @ self.o.mT
+
+
+def fold(
+    q_weight: Float[Tensor, "q_rows model"],
+    k_weight: Float[Tensor, "k_rows model"],
+    v_weight: Float[Tensor, "v_rows model"],
+    o_weight: Float[Tensor, "out o_columns"],
+    basis_k: Float[Tensor, "k_heads dim k_rank"],
+    basis_v: Float[Tensor, "kv_heads v_dim v_rank"],
+    rotary: Rotary | None = None,
+) -> Folded:
+    """The layer's projections with the bases merged in.
+
+    k_low = Uᵀ W_k and v_low = Wᵀ W_v for each key head, o_up = W_o W for each query head; without
+    rotation queries are projected alike, Uᵀ W_q, and scores are those of the coordinates.
+
+    Args:
+        q_weight: as the model has them, heads one below the other.
+        k_weight: likewise.
+        v_weight: likewise.
+        o_weight: heads one beside the other.
+        basis_k: directions of keys and queries; of one head when all share them.
+        basis_v: directions of values.
+        rotary: the model's rotation; None when it does not rotate.
+    """
+    kv_heads, v_dim, _ = basis_v.shape
+    heads = o_weight.shape[1] // v_dim
+
+    def into(basis: Tensor, weight: Tensor, count: int) -> Tensor:
+        if basis.shape[0] not in (1, count):
+            basis = basis.repeat_interleave(count // basis.shape[0], dim=0)
+        folded: Tensor = (basis.mT @ weight.unflatten(0, (count, -1))).flatten(0, 1)
+        return folded
+
+    o = into(basis_v, o_weight.mT, heads).mT
+    q = q_weight if rotary is not None else into(basis_k, q_weight, heads)
+    return Folded(
+        q, into(basis_k, k_weight, kv_heads), into(basis_v, v_weight, kv_heads), o, basis_k, kv_heads,
+        rotary,
+    )  # fmt: skip

@@ -1,0 +1,192 @@
+"""ZipCache: the tokens that get attention in more bits, measured by a few probe queries.
+
+    s(j)   = Σ over probes i of A[i, j] / (T − j)       A = softmax(q k^T / √d), causal
+    salient = all but the ⌊ratio · n⌋ tokens of least s, for each key head
+    c_d    = √(max over tokens of |x_d|)                 x̂ = (code · step + zero) · c
+    step, zero: of one row, which is the r-th token of every head, after the division by c
+
+T − j queries can see column j, so that early tokens are not thought salient for their age alone. The
+sum runs over the query heads of a key head. Probes are the newest 5 % of the queries and 5 % drawn at
+random. Dividing each channel by c lets one step stand for a whole row, which for keys may instead be
+one step a channel over all tokens encoded together (`keys="channel"`, the authors' own choice).
+
+Cost: a tenth of the attention matrix once, and 5 + 5 queries for every `block` new tokens, which are
+encoded together and attended to exactly until then. With 16 bits for both classes it reduces to full
+attention. The authors divide by T − j for any set of probes, and in decoding ask the newest query
+alone and do not divide; here a block is measured as the prompt is.
+
+Source: "ZipCache: Accurate and Efficient KV Cache Quantization with Salient Token Identification".
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from attlas.attach.call import Call
+from attlas.cache.mixed import (
+    attention_paid,
+    column_ranks,
+    drawn,
+    greatest,
+    parted,
+    remember,
+    spread,
+    taken_columns,
+    tokens_seen,
+    widths,
+)
+from attlas.cache.quantizer import Quantizer, offered
+from attlas.catalog.registry import mechanism
+from attlas.errors import UserError
+from attlas.ops.quantize import check, encode
+from attlas.storage.body import Body
+from attlas.storage.layer import LayerState, StoredLayer, Taken
+from attlas.storage.packed import PackedBody
+from attlas.storage.shared import SharedBody, encode_rows
+
+
+@mechanism("zipcache", example={"block": 8})
+class ZipCache(Quantizer):
+    """Keep salient tokens in more bits than the others.
+
+    Args:
+        salient_bits: of salient tokens: 16 (as they are), 8, 4, 3, 2 or 1.
+        other_bits: of the others.
+        ratio: share of the tokens that are not salient, in [0, 1].
+        keys: "channel": a key's channel has one step over all tokens of a body; "token": keys are
+            coded as values are.
+        probes: share of the queries that are probes for being new, and again drawn at random.
+        block: tokens encoded together.
+        recent: newest tokens that stay in full precision.
+        seed: of the drawing of probes.
+
+    Raises:
+        ValueError: bits that are not offered, shares out of range.
+    """
+
+    everything: ClassVar[dict[str, Any]] = {"salient_bits": 16, "other_bits": 16}
+
+    def __init__(
+        self,
+        salient_bits: int = 4,
+        other_bits: int = 2,
+        *,
+        ratio: float = 0.4,
+        keys: Literal["channel", "token"] = "channel",
+        probes: float = 0.05,
+        block: int = 100,
+        recent: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(recent=recent, block=block)
+        offered(salient_bits=salient_bits, other_bits=other_bits)
+        if not 0 <= ratio <= 1:
+            raise UserError(f"ratio must be in [0, 1], got {ratio}")
+        if not 0 < probes <= 0.5:
+            raise UserError(f"probes must be in (0, 0.5], got {probes}")
+        if keys not in ("channel", "token"):
+            raise UserError(f"keys must be 'channel' or 'token', got {keys!r}")
+        self.salient_bits, self.other_bits, self.ratio = salient_bits, other_bits, ratio
+        self.keys, self.probes, self.seed = keys, probes, seed
+
+    def formats(self, model: nn.Module) -> None:
+        """Refuse heads whose codes would not fill whole bytes."""
+        for width in widths(model):
+            for bits in {self.salient_bits, self.other_bits} - {16}:
+                check(bits, width, 1, 1)
+
+    def learn(self, state: LayerState, call: Call) -> None:
+        """Keep the probes among the queries so far."""
+        remember(state, call, lambda rank, count, _: self._probes(rank, count, count))
+
+    def later(self, layer: StoredLayer, state: LayerState, call: Call) -> None:
+        """Keep probes among the tokens that are not encoded yet, and encode a block at a time."""
+
+        def rule(rank: Tensor, count: Tensor, before: Tensor) -> Tensor:
+            encoded = (before - self.recent).clamp(min=0) // self.block * self.block
+            return (rank >= encoded) & self._probes(rank, count, torch.full_like(count, self.block))
+
+        remember(state, call, rule)
+        self._encode(layer, state, call.step.real)
+
+    def _probes(self, rank: Tensor, count: Tensor, span: Tensor) -> Tensor:
+        """The newest of `span` queries, and drawn ones."""
+        newest = rank >= count - (self.probes * span).ceil()
+        return newest | (drawn(rank, self.seed) < self.probes)
+
+    def settle(
+        self, layer: StoredLayer, state: LayerState, real: Bool[Tensor, "batch seen"] | None
+    ) -> None:
+        """Measure who gets attention, and encode all but the newest tokens."""
+        self._encode(layer, state, real)
+        for name in ("queries", "columns"):
+            state.tensors.pop(name, None)
+
+    def _encode(self, layer: StoredLayer, state: LayerState, real: Tensor | None) -> None:
+        if max(layer.lengths(real)) - self.recent < self.block:
+            return
+        state.tensors["saliency"] = spread(layer, saliency(layer, state, real))
+        super().settle(layer, state, real)
+        del state.tensors["saliency"]
+
+    def encode(self, state: LayerState, taken: Taken) -> dict[str, Body]:
+        """A body of salient tokens and one of the others."""
+        columns = taken_columns(taken)
+        real = columns >= 0
+        scores = state.tensors["saliency"].gather(-1, columns.clamp(min=0).long())
+        other = least(scores, real, self.ratio)
+        for name, x in self._separated(taken).items():
+            if name not in state.tensors:  # those of the prompt serve what follows
+                state.tensors[name] = channel_scale(x, real).to(torch.float16)
+        classes = {"salient": (real & ~other, self.salient_bits), "other": (other, self.other_bits)}
+        found = ((name, parted(taken, of), bits) for name, (of, bits) in classes.items())
+        return {name: self._body(state, t, bits) for name, t, bits in found if t is not None}
+
+    def _separated(self, taken: Taken) -> dict[str, Tensor]:
+        """What is divided by factors of channels."""
+        if self.salient_bits == self.other_bits == 16:
+            return {}
+        values = {"values": taken.v}
+        return values if self.keys == "channel" else {"keys": taken.k, **values}
+
+    def _body(self, state: LayerState, taken: Taken, bits: int) -> Body:
+        if bits == 16:
+            return PackedBody(taken.k, taken.v, taken.index)
+        if self.keys == "channel":
+            k = encode(taken.k, bits, token_group=taken.k.shape[2], channel_group=1)
+        else:
+            k = encode_rows(taken.k, bits, channel=state.tensors["keys"].clone())
+        v = encode_rows(taken.v, bits, channel=state.tensors["values"].clone())
+        return SharedBody(k, v, taken.index)
+
+
+def saliency(
+    layer: StoredLayer, state: LayerState, real: Bool[Tensor, "batch seen"] | None
+) -> Float[Tensor, "batch kv_heads slots"]:
+    """Attention that the probes pay to each dense slot, by the number of queries that can see it."""
+    rank = column_ranks(layer, real)
+    paid = torch.zeros(rank.shape, device=rank.device)
+    for weights in attention_paid(layer, state, real):
+        paid += weights.sum(dim=(2, 3))
+    return paid / (tokens_seen(layer, real)[:, None, None] - rank).clamp(min=1)
+
+
+def least(
+    scores: Float[Tensor, "batch kv_heads slots"],
+    real: Bool[Tensor, "batch kv_heads slots"],
+    ratio: float,
+) -> Bool[Tensor, "batch kv_heads slots"]:
+    """The ⌊ratio · n⌋ real slots of least score, n of them by row and head."""
+    return greatest(-scores, real, ratio)
+
+
+def channel_scale(
+    x: Float[Tensor, "batch heads tokens dim"], real: Bool[Tensor, "batch heads tokens"]
+) -> Float[Tensor, "batch heads 1 dim"]:
+    """√(max |x|) of each channel over the real tokens; 1 for a channel that is 0 throughout."""
+    largest = x.float().abs().masked_fill(~real[..., None], 0.0).amax(dim=2, keepdim=True).sqrt()
+    return torch.where(largest == 0, 1.0, largest)
