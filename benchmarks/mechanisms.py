@@ -21,6 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
 from attlas.catalog import registry
+from attlas.catalog.kinds import LAYER
 from common import QUEUED, RESULTS, paired_ratio, save, show
 from speed_table import table
 
@@ -328,7 +329,7 @@ def main() -> None:
         count(bench, record["results"])
         path.write_text(json.dumps(record, indent=1) + "\n")
     else:
-        layers = [entry.name for entry in registry.entries() if entry.kind == "layer"]
+        layers = [entry.name for entry in registry.entries(LAYER)]
         names = options.names or layers
         kept = json.loads(path.read_text())["results"] if options.names and path.exists() else []
         rows = [row for row in kept if row["name"] not in names]

@@ -13,11 +13,11 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from attlas.attention import Attention
 from attlas.catalog.registry import Reduction, make, mechanism
 
 if TYPE_CHECKING:
     from attlas.attach import Call, Part, attach, prefill
+    from attlas.attention import Attention
     from attlas.catalog.papers import papers
     from attlas.contract import check
     from attlas.models.decoder import Decoder, DecoderConfig
@@ -51,8 +51,9 @@ __all__ = [
     "swap",
 ]
 
-#: Names that need Transformers, imported when they are first asked for.
+#: Names that need torch or Transformers, imported when they are first asked for.
 _LATER = {
+    "Attention": "attlas.attention",
     "Call": "attlas.attach",
     "Decoder": "attlas.models.decoder",
     "DecoderConfig": "attlas.models.decoder",

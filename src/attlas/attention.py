@@ -23,6 +23,7 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 
 from attlas import masks, ops
+from attlas.catalog.kinds import LAYER, Kind
 from attlas.catalog.registry import mechanism
 from attlas.errors import at_least_one
 from attlas.inputs import Inputs, MaskLike
@@ -56,6 +57,7 @@ class Attention(nn.Module):
         ValueError: sizes that do not divide, naming the argument.
     """
 
+    kind: ClassVar[Kind] = LAYER
     #: Whether the mechanism has a causal form; without one it cannot decode step by step either.
     has_causal_form: ClassVar[bool] = True
     #: Whether queries may see what comes after them; a recurrence that rewrites its state cannot.

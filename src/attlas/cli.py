@@ -1,36 +1,61 @@
 """The command line: `attlas list`, `show`, `verify`, `compare`, `calibrate`, `train`, `roofline`.
 
-What a user can mend ends in one sentence on standard error and exit code 2, never in a traceback.
+A command's module is imported when the command is asked for, so that `attlas list` waits for neither
+torch nor Transformers. What a user can mend ends in one sentence on standard error and exit code 2,
+never in a traceback.
 """
 
 from __future__ import annotations
 
 import sys
+from importlib import import_module
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
-from attlas.calibration.command import calibrate_command
-from attlas.catalog.command import list_papers, show
-from attlas.compare.command import compare
-from attlas.compare.roofline import roofline
-from attlas.contract.command import verify
 from attlas.errors import UserError
-from attlas.train.command import train
+
+#: Name of each command -> (its module, its function there).
+COMMANDS = {
+    "list": ("attlas.catalog.command", "list_papers"),
+    "show": ("attlas.catalog.command", "show"),
+    "verify": ("attlas.contract.command", "verify"),
+    "compare": ("attlas.compare.command", "compare"),
+    "calibrate": ("attlas.calibration.command", "calibrate_command"),
+    "train": ("attlas.train.command", "train"),
+    "roofline": ("attlas.compare.roofline", "roofline"),
+}
+
+
+class _Commands(TyperGroup):
+    """Commands that are imported when they are asked for."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in COMMANDS:
+            return None
+        module, function = COMMANDS[cmd_name]
+        alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+        alone.command(cmd_name)(getattr(import_module(module), function))
+        return typer.main.get_command(alone)
+
 
 app = typer.Typer(
     name="attlas",
+    cls=_Commands,
     help="An atlas of attention: build with it, attach it, compare it.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command("list")(list_papers)
-app.command()(show)
-app.command()(verify)
-app.command()(compare)
-app.command("calibrate")(calibrate_command)
-app.command()(train)
-app.command()(roofline)
+
+
+@app.callback()
+def _root() -> None:
+    """An atlas of attention: build with it, attach it, compare it."""
 
 
 def main(arguments: list[str] | None = None) -> None:

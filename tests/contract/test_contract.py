@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,8 @@ import torch
 
 import attlas
 from attlas.catalog import registry
-from attlas.contract import ContractError, Result, implemented, run
+from attlas.catalog.kinds import LAYER
+from attlas.contract import ContractError, Result, run
 from attlas.contract.measure import CHECKS, poisoned, subject_of
 
 spec = importlib.util.spec_from_file_location("contract_toys", Path(__file__).with_name("toys.py"))
@@ -178,10 +178,11 @@ def test_no_check_vanishes(name: str) -> None:
 
 
 def test_number_of_checks_is_pinned(capsys: pytest.CaptureFixture[str]) -> None:
-    count = {kind: sum(c.kind == kind for c in CHECKS) for kind in ("layer", "op", "mask", "part")}
+    families = ("layer", "op", "mask", "part")
+    count = {family: sum(c.family == family for c in CHECKS) for family in families}
     with capsys.disabled():
         print(f"\ncontract: {count}, {len(_all())} checks over {len(registry.entries())} mechanisms")
-    assert {e.name for e in registry.entries() if e.kind == "layer"} <= set(PINNED)
+    assert {e.name for e in registry.entries(LAYER)} <= set(PINNED)
     assert count == {"layer": 34, "op": 8, "mask": 6, "part": 11}
 
 
@@ -201,7 +202,7 @@ def test_a_good_unregistered_mechanism_passes() -> None:
 
 
 def test_failures_are_raised_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    few = [c for c in CHECKS if c.name in ("causality", "decoding", "shapes") and c.kind == "layer"]
+    few = [c for c in CHECKS if c.name in ("causality", "decoding", "shapes") and c.family == "layer"]
     monkeypatch.setattr(run, "checks_of", lambda subject: few)
     with pytest.raises(ContractError, match="causality") as caught:
         attlas.check(toys.Leaks)
@@ -211,7 +212,7 @@ def test_failures_are_raised_together(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_expected_failures_are_strict(monkeypatch: pytest.MonkeyPatch) -> None:
     few = [one for one in CHECKS if one.name in ("shapes", "gradients-reach")]
-    monkeypatch.setattr(run, "checks_of", lambda subject: [c for c in few if c.kind == "layer"])
+    monkeypatch.setattr(run, "checks_of", lambda subject: [c for c in few if c.family == "layer"])
     reason = "the paper's own layer has it"
     monkeypatch.setattr(
         toys.HasADeadParameter, "expected_failures", {"gradients-reach": reason}, raising=False
@@ -248,36 +249,12 @@ def test_poisoned_memory_reads_as_nan_and_only_inside() -> None:
     assert not torch.zeros(3).isnan().any()
 
 
-def test_verdicts_are_kept_for_these_sources(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(run, "_file", lambda: tmp_path / "sub" / "verdicts.json")
-    entry = registry.find("bigbird-mask")
-    assert implemented(entry)
-    stored = json.loads((tmp_path / "sub" / "verdicts.json").read_text())
-    assert list(stored.values()) == [True]
-    monkeypatch.setattr(run, "passes", lambda entry: pytest.fail("checked again"))
-    assert implemented(entry)
-
-
-def test_verdicts_damaged_or_of_other_sources_are_made_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "verdicts.json"
-    monkeypatch.setattr(run, "_file", lambda: path)
-    monkeypatch.setattr(run, "passes", lambda entry: False)
-    for held in ("{", "[]", '{"0123:softmax": true}'):
-        path.write_text(held)
-        assert not implemented(registry.find("softmax"))
-
-
 def test_a_registered_toy_is_checked_by_name() -> None:
     try:
         attlas.mechanism("toy-of-this-test", paper="")(toys.Good)
         assert _one("toy-of-this-test", "shapes").status == "passed"
         # It says neither its cost nor its source: that is asked of what is registered.
         assert _one("toy-of-this-test", "described").status == "failed"
-        assert not implemented(registry.find("toy-of-this-test"))
     finally:
         registry.unregister("toy-of-this-test")
 
@@ -289,14 +266,3 @@ def test_attach_is_a_function_also_once_its_package_is_imported() -> None:
     assert attlas.attach.Part is package.Part
     with pytest.raises(TypeError, match="Transformers model"):
         attlas.attach(torch.nn.Linear(2, 2))
-
-
-def test_verdicts_of_many_are_made_by_processes_and_kept(monkeypatch, tmp_path) -> None:
-    from attlas.contract.judge import judge
-
-    monkeypatch.setattr(run, "_file", lambda: tmp_path / "verdicts.json")
-    entries = [registry.find(n) for n in ("window", "snapkv", "entropy", "bigbird-mask")]
-    judge(entries)
-    assert all(map(run.kept, entries))
-    monkeypatch.setattr(run, "passes", lambda entry: pytest.fail("checked again"))
-    assert all(map(implemented, entries))

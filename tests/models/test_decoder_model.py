@@ -8,9 +8,10 @@ import transformers as hf
 
 import attlas
 from attlas.catalog import registry
+from attlas.catalog.kinds import LAYER
 
 SIZES = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-LAYERS = [e for e in registry.entries() if e.kind == "layer" and issubclass(e.object, attlas.Attention)]
+LAYERS = [e for e in registry.entries(LAYER) if issubclass(e.object, attlas.Attention)]
 
 
 def decoder(attention="softmax", **options):

@@ -13,7 +13,7 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from attlas.attach.call import Call, Part, Recorder, Step
+from attlas.attach.call import Call, Part, Recorder, Selector, Step
 from attlas.attach.session import Session, attach
 from attlas.positions import ScoreMod
 
@@ -26,6 +26,7 @@ __all__ = [
     "Prompt",
     "Recorder",
     "ScoreMod",
+    "Selector",
     "Session",
     "Step",
     "attach",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from attlas.catalog.kinds import RECORD, SELECT, Kind
 from attlas.errors import UserError
 from attlas.positions import ScoreMod
 from attlas.storage.layer import Chosen
@@ -191,8 +192,16 @@ class Part:
         """Called after this call's attention, without gradients."""
 
 
+class Selector(Part):
+    """Reads a part of the keys that are there; the others stay where they are."""
+
+    kind: ClassVar[Kind] = SELECT
+
+
 class Recorder(Part):
     """Looks at attention weights, given block by block and never as a whole."""
+
+    kind: ClassVar[Kind] = RECORD
 
     def update(
         self,

@@ -212,7 +212,7 @@ def _free_name(recorder: Recorder, taken: dict[str, Recorder]) -> str:
     """The name it is registered under, else its class's; numbered when taken."""
     from attlas.catalog import registry
 
-    kind = type(recorder)
-    name = next((e.name for e in registry.entries() if e.object is kind), kind.__name__)
+    entry = registry.entry_of(type(recorder))
+    name = type(recorder).__name__ if entry is None else entry.name
     number = sum(known == name or known.startswith(f"{name}#") for known in taken)
     return f"{name}#{number + 1}" if number else name

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from attlas.attach.call import Call, Part, Step
+from attlas.catalog.kinds import CACHE, Kind
 from attlas.errors import UserError
 from attlas.storage.body import Body
 from attlas.storage.layer import LayerState, StoredLayer, Taken
@@ -29,6 +30,7 @@ ROLES: tuple[Role, ...] = ("evict", "quantize", "select")
 class CachePart(Part):
     """Base of the parts that deal with a cache. A subclass gives `settle`, and `learn` when it asks."""
 
+    kind: ClassVar[Kind] = CACHE
     #: Evict, quantize or select.
     role: ClassVar[Role]
     #: Roles of other parts that this one can work together with on one cache.

@@ -16,8 +16,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from attlas.attach.call import Call
+from attlas.attach.call import Call, Selector
 from attlas.cache.part import CachePart, Role, absorb
+from attlas.catalog.kinds import SELECT, Kind
 from attlas.errors import UserError, at_least_one
 from attlas.storage.body import Body, GrownBody
 from attlas.storage.coded import CodedBody
@@ -29,7 +30,7 @@ from attlas.storage.tiered import TieredBody
 PACKED = ("packed", "tiered")
 
 
-class Selection(CachePart):
+class Selection(CachePart, Selector):
     """Base of the selections. A subclass gives `choose`, and `summarize` when it prepares for it.
 
     Args:
@@ -45,6 +46,7 @@ class Selection(CachePart):
             negative number, or a capacity without `offload`.
     """
 
+    kind: ClassVar[Kind] = SELECT
     #: A selection chooses which pairs may meet.
     stages: ClassVar[tuple[str, ...]] = ("mask",)
     role: ClassVar[Role] = "select"

@@ -59,7 +59,8 @@ class Calibrated:
         """The part's registered name; with what of its options the statistics rest on, if they do."""
         from attlas.catalog import registry
 
-        return next(e.name for e in registry.entries() if e.object is type(self))
+        entry = registry.entry_of(type(self))
+        return type(self).__name__ if entry is None else entry.name
 
     def calibrator(self) -> Calibrator:
         """What gathers the statistics that these options need."""

@@ -31,10 +31,7 @@ def list_papers(
     as_json: Annotated[bool, typer.Option("--json", help="One object a line.")] = False,
 ) -> None:
     """List the papers and mechanisms of the atlas."""
-    from attlas.contract.judge import judge
-
     rows = papers(group=group, kind=kind, stage=stage, implemented=implemented, search=search)
-    judge(entry for row in rows for entry in row.entries)
     if as_json:
         for row in rows:
             print(json.dumps(row.as_json(), ensure_ascii=False))
@@ -74,12 +71,12 @@ def show(name: Annotated[str, typer.Argument(help="A slug or the name of a mecha
 
 def _existing(entry: Entry) -> list[RenderableType]:
     law = getattr(entry.object, "memory_law", None)
-    how = "attach" if entry.kind == "part" else "make"
     parts: list[RenderableType] = [
         Text(f"\n{entry.doc}"),
         _section("Signature", f"{entry.name}{_signature(entry)}"),
         _section(
-            "Exists", f"attlas.{how}: {', '.join(entry.names)}\n{entry.file}"
+            "Exists", f"{entry.kind.run.replace('NAME', entry.name)}\n"
+            + (f"also called {', '.join(entry.aliases)}\n" if entry.aliases else "") + entry.file
             + (f"\nmemory of a forward pass: {law} in length" if law else ""),
         ),
     ]  # fmt: skip

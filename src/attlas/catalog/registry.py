@@ -4,26 +4,23 @@
     class Differential(Attention): ...
 
 The list, the docs table, the command line, the contract checks, `attlas.make` and `attlas compare`
-read this registry and nothing else, so a new mechanism is one new file.
+read this registry and nothing else, so a new mechanism is one new file. The package's own files are
+read, not imported, until an object is asked for.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import inspect
-import pkgutil
-from collections.abc import Callable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from types import ModuleType
 from typing import Any, TypeVar
 
+from attlas.catalog.kinds import Kind, kind_of, kind_of_module
 from attlas.errors import UnknownName
 
 T = TypeVar("T", bound=Callable[..., Any])
-
-#: Packages whose modules are imported when the registry is first read.
-ROOMS = ("attlas.attention", "attlas.layers", "attlas.masks", "attlas.ops", "attlas.parts")
 
 
 @dataclass(frozen=True)
@@ -42,26 +39,43 @@ class Reduction:
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One registered object.
+class Registration:
+    """What only the object's own file can tell, once it is imported.
 
     Attributes:
-        name: the name under which it is made.
         object: the class or function.
-        paper: slug of its catalogue row; empty for building blocks that no row names.
-        aliases: other names.
-        kind: "layer", "part", "op" or "mask", told from the object itself.
         reduces_to: its declared special case.
         example: constructor options of a small instance, for the contract's checks.
     """
 
-    name: str
     object: Callable[..., Any]
-    paper: str
-    aliases: tuple[str, ...]
-    kind: str
     reduces_to: Reduction | None
     example: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One registered object, imported when it is first asked for.
+
+    Attributes:
+        name: the name under which it is made.
+        paper: slug of its catalogue row; empty for building blocks that no row names.
+        aliases: other names.
+        kind: its kind, see `attlas.catalog.kinds`.
+        module: that defines it.
+        qualname: its name there.
+        doc: the docstring that tells of it.
+        stages: the stages of attention that it changes.
+    """
+
+    name: str
+    paper: str
+    aliases: tuple[str, ...]
+    kind: Kind
+    module: str
+    qualname: str
+    doc: str
+    stages: tuple[str, ...]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -69,25 +83,50 @@ class Entry:
         return (self.name, *self.aliases)
 
     @property
-    def file(self) -> str:
-        """The one file that defines it, relative to the package's parent folder."""
-        module = self.object.__module__
-        spec = importlib.util.find_spec(module) if module != "__main__" else None
-        path = (spec.origin if spec else None) or inspect.getsourcefile(self.object) or module
-        parts = path.replace("\\", "/").split("/")
-        return "/".join(parts[parts.index("attlas") :]) if "attlas" in parts else parts[-1]
+    def home(self) -> str:
+        """Module and name of the object."""
+        return f"{self.module}.{self.qualname}"
 
     @property
-    def doc(self) -> str:
-        """The docstring that tells the mechanism: its module's, or its own when it has more."""
-        module_doc = inspect.getdoc(inspect.getmodule(self.object)) or ""
-        own = inspect.getdoc(self.object) or ""
-        return own if self.kind in ("op", "mask") or not module_doc else module_doc
+    def file(self) -> str:
+        """The one file that defines it: relative to the package's parent folder, else its bare name."""
+        if self.module.partition(".")[0] == "attlas":
+            return self.module.replace(".", "/") + ".py"
+        source = inspect.getsourcefile(self.object) if self.module in sys.modules else None
+        return (source or self.module).replace("\\", "/").rpartition("/")[2]
+
+    @property
+    def summary(self) -> str:
+        """The first line of `doc`, without its stop."""
+        return self.doc.partition("\n")[0].rstrip(".")
+
+    @property
+    def registration(self) -> Registration:
+        """The object and what its file says of it."""
+        if self.name not in _registered:
+            importlib.import_module(self.module)
+        return _registered[self.name]
+
+    @property
+    def object(self) -> Callable[..., Any]:
+        """The class or function."""
+        return self.registration.object
+
+    @property
+    def reduces_to(self) -> Reduction | None:
+        """Its declared special case."""
+        return self.registration.reduces_to
+
+    @property
+    def example(self) -> Mapping[str, Any]:
+        """Constructor options of a small instance, for the contract's checks."""
+        return self.registration.example
 
 
+#: By name, all that has been imported, and all that the package declares or a user registered.
+_registered: dict[str, Registration] = {}
 _entries: dict[str, Entry] = {}
 _by_name: dict[str, str] = {}
-_discovered = False
 
 
 def mechanism(
@@ -95,62 +134,102 @@ def mechanism(
     *,
     paper: str | None = None,
     aliases: tuple[str, ...] = (),
+    kind: Kind | None = None,
     reduces_to: Reduction | None = None,
     example: Mapping[str, Any] | None = None,
 ) -> Callable[[T], T]:
-    """Register a layer, a part, an op or a mask under `name`.
+    """Register a class of any kind, or a function of a given one, under `name`.
 
     Args:
         name: how users ask for it, in kebab-case.
         paper: the catalogue row that it implements; `name` unless given, "" for building blocks.
         aliases: other names for it.
+        kind: of a function; a class carries its kind.
         reduces_to: the special case that the contract checks.
         example: constructor options of a small instance for the contract's checks.
 
     Raises:
         ValueError: when one of the names is taken by another object.
+        TypeError: an object of no kind or of two, or one that stands in the room of another kind.
     """
 
     def register(obj: T) -> T:
-        entry = Entry(
-            name, obj, name if paper is None else paper, aliases, _kind(obj), reduces_to,
-            dict(example or {}),
-        )  # fmt: skip
-        for known in entry.names:
-            holder = _entries.get(_by_name.get(known, ""))
-            if holder is not None and _home(holder.object) != _home(obj):
-                raise ValueError(f"name {known!r} is taken by {_home(holder.object)}")
-        _entries[name] = entry
-        _by_name.update(dict.fromkeys(entry.names, name))
+        if obj.__module__.partition(".")[0] != "attlas":
+            _discover()  # a user's object may take no name of ours
+        found = kind_of(obj, kind)
+        room = kind_of_module(obj.__module__)
+        if room not in (None, found):
+            raise TypeError(
+                f"{obj.__qualname__} is a {found.name}, but {obj.__module__} is a room of "
+                f"{room.name}s; move it to {' or '.join(found.rooms)}"
+            )
+        entry = _entry_of(obj, name, name if paper is None else paper, aliases, found)
+        _add(entry)
+        _registered[name] = Registration(obj, reduces_to, dict(example or {}))
         return obj
 
     return register
 
 
+def _entry_of(
+    obj: Callable[..., Any], name: str, paper: str, aliases: tuple[str, ...], kind: Kind
+) -> Entry:
+    from attlas.catalog.stages import stages_of
+
+    of_module = inspect.getdoc(sys.modules.get(obj.__module__)) or ""
+    own = inspect.getdoc(obj) or ""
+    doc = of_module or own if inspect.isclass(obj) else own
+    where = (obj.__module__, obj.__qualname__)
+    return Entry(name, paper, aliases, kind, *where, doc, stages_of(obj, kind))
+
+
+def _add(entry: Entry) -> None:
+    for known in entry.names:
+        holder = _entries.get(_by_name.get(known, ""))
+        if holder is not None and holder.home != entry.home:
+            raise ValueError(f"name {known!r} is taken by {holder.home}")
+    _entries[entry.name] = entry
+    _by_name.update(dict.fromkeys(entry.names, entry.name))
+
+
 def unregister(name: str) -> None:
     """Forget a registered object; for tests that define mechanisms of their own."""
     entry = _entries.pop(name)
+    _registered.pop(name, None)
     for known in entry.names:
         del _by_name[known]
 
 
-def entries() -> tuple[Entry, ...]:
-    """All that is registered, by name."""
+def entries(*kinds: Kind) -> tuple[Entry, ...]:
+    """All that is registered, of these kinds or of every kind, by name."""
     _discover()
-    return tuple(_entries[name] for name in sorted(_entries))
+    return tuple(_entries[n] for n in sorted(_entries) if not kinds or _entries[n].kind in kinds)
 
 
-def find(name: str) -> Entry:
+def find(name: str, *kinds: Kind) -> Entry:
     """The entry called `name`; names are matched in lower case, `_` as `-`.
+
+    Args:
+        name: or an alias.
+        kinds: that it may be of; any unless given.
 
     Raises:
         UnknownName: with the nearest known names.
     """
     _discover()
     key = name.strip().lower().replace("_", "-")
-    if key not in _by_name:
-        raise UnknownName("mechanism", name, _by_name)
-    return _entries[_by_name[key]]
+    entry = _entries.get(_by_name.get(key, ""))
+    if entry is None or (kinds and entry.kind not in kinds):
+        what = " or ".join(kind.name for kind in kinds) or "mechanism"
+        known = [n for e in _entries.values() if not kinds or e.kind in kinds for n in e.names]
+        raise UnknownName(what, name, known)
+    return entry
+
+
+def entry_of(obj: Callable[..., Any]) -> Entry | None:
+    """The entry of a class or function itself; None where it is not registered."""
+    name = next((n for n, found in _registered.items() if found.object is obj), None)
+    return _entries.get(name or "")
 
 
 def make(name: str, **options: Any) -> Any:
@@ -164,21 +243,22 @@ def make(name: str, **options: Any) -> Any:
         ValueError: an option that it does not take, with those that it takes.
     """
     entry = find(name)
-    parameters = signature(entry.object)
+    made = entry.object
+    parameters = signature(made)
     unknown = sorted(set(options) - set(parameters))
     if unknown:
         raise ValueError(
             f"{entry.name} takes no option {unknown[0]!r}; it takes {sorted(parameters)}"
         )
-    if entry.kind == "op":
-        return lambda *args, **more: entry.object(*args, **{**options, **more})
+    if not entry.kind.constructed:
+        return lambda *args, **more: made(*args, **{**options, **more})
     missing = [
         p.name for p in parameters.values()
         if p.default is p.empty and p.name not in options
     ]  # fmt: skip
     if missing:
         raise ValueError(f"{entry.name} needs the option {missing[0]!r}")
-    return entry.object(**options)
+    return made(**options)
 
 
 def signature(obj: Callable[..., Any]) -> dict[str, inspect.Parameter]:
@@ -195,32 +275,17 @@ def signature(obj: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     return taken
 
 
-def _kind(obj: Callable[..., Any]) -> str:
-    """Told from the class's ancestors by name, so that the registry imports no room."""
-    ancestors = {c.__name__ for c in getattr(obj, "__mro__", ())}
-    if "Part" in ancestors:
-        return "part"
-    if "Module" in ancestors:
-        return "layer"
-    returns = inspect.signature(obj).return_annotation
-    return "mask" if getattr(returns, "__name__", returns) == "Mask" else "op"
-
-
-def _home(obj: Callable[..., Any]) -> str:
-    return f"{obj.__module__}.{obj.__qualname__}"
+_discovered = False
 
 
 def _discover() -> None:
+    """Take in what the package's rooms declare; what is imported already is known."""
     global _discovered
     if _discovered:
         return
-    _discovered = True  # first, since the modules below may read the registry
-    for room in ROOMS:
-        for module in _modules(importlib.import_module(room)):
-            importlib.import_module(module)
+    from attlas.catalog.source import declared
 
-
-def _modules(room: ModuleType) -> Iterator[str]:
-    """Names of all modules in a package; none for a plain module."""
-    for info in pkgutil.walk_packages(getattr(room, "__path__", ()), room.__name__ + "."):
-        yield info.name
+    for one in declared():
+        if one.name not in _registered:
+            _add(Entry(**vars(one)))
+    _discovered = True

@@ -25,8 +25,9 @@ def _line(row: Paper) -> str:
     for entry in row.entries:
         law = getattr(entry.object, "memory_law", "")
         stages = ", ".join(s for s in STAGES if s in row.stages)
-        what = entry.doc.partition("\n")[0].rstrip(".").replace("|", "\\|")
-        cells = (f"`{entry.name}`", stages, row.kind, row.group, law, what, f"`{entry.file}`")
+        what = entry.summary.replace("|", "\\|")
+        kind = entry.kind.name
+        cells = (f"`{entry.name}`", stages, kind, row.group, law, what, f"`{entry.file}`")
         lines.append("| " + " | ".join(cells) + " |\n")
     return "".join(lines)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from attlas.cache.part import CachePart, check_together
 from attlas.catalog import registry
+from attlas.catalog.kinds import PARTS
 from attlas.errors import UnknownName, UserError
 
 #: Attention as the model has it: every key is kept. It is what the others are compared with.
@@ -119,15 +120,15 @@ def split(text: str, between: str = ",") -> Iterator[str]:
 
 
 def _part(name: str) -> registry.Entry:
-    parts = [entry for entry in registry.entries() if entry.kind == "part"]
+    parts = registry.entries(*PARTS)
     try:
         entry = registry.find(name)
     except UnknownName:
         known = [FULL, *(known for part in parts for known in part.names)]
         raise UnknownName("method", name, known) from None
-    if entry.kind != "part":
+    if entry.kind not in PARTS:
         raise UserError(
-            f"method {name!r} is a {entry.kind}, which cannot be attached to a pretrained model; "
+            f"method {name!r} is a {entry.kind.name}, which cannot be attached to a pretrained model; "
             f"compare takes {FULL!r} and the parts {[part.name for part in parts]}"
         )
     return entry

@@ -5,6 +5,6 @@
 """
 
 from attlas.contract.result import ContractError, Result
-from attlas.contract.run import check, implemented
+from attlas.contract.run import check
 
-__all__ = ["ContractError", "Result", "check", "implemented"]
+__all__ = ["ContractError", "Result", "check"]

@@ -14,8 +14,8 @@ from jaxtyping import TypeCheckError
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from attlas.attention import Attention
 from attlas.catalog import registry
+from attlas.catalog.kinds import Kind, kind_of
 from attlas.catalog.registry import Reduction
 
 #: Two ways to the same number differ by the order of their sums: 4096 units in the last place.
@@ -78,7 +78,7 @@ class Subject:
     Args:
         name: under which results are listed.
         object: the class or function.
-        kind: "layer", "op", "mask" or "part".
+        kind: its kind.
         example: constructor options of a small instance.
         reduces_to: the declared special case.
         registered: whether the registry knows it.
@@ -86,7 +86,7 @@ class Subject:
 
     name: str
     object: Any
-    kind: str
+    kind: Kind
     example: Mapping[str, Any]
     reduces_to: Reduction | None = None
     registered: bool = True
@@ -96,10 +96,14 @@ class Subject:
         """Check name -> reason, as the object declares."""
         return dict(getattr(self.object, "expected_failures", {}))
 
+    def made(self, **options: Any) -> Any:
+        """A small instance: the kind's sizes, the object's example, and these options over both."""
+        return self.object(**{**self.kind.small, **self.example, **options})
+
     def layer(self, *, noise: float = 0.1, dtype: torch.dtype = torch.float64, **options: Any) -> Any:
         """A small layer in evaluation mode, no parameter of it left at a special value."""
         torch.manual_seed(0)
-        made = self.object(**{"dim": 16, "heads": 2, **self.example, **options}).to(dtype).eval()
+        made = self.made(**options).to(dtype).eval()
         with torch.no_grad():
             for parameter in made.parameters():
                 parameter += noise * torch.randn_like(parameter)
@@ -108,7 +112,7 @@ class Subject:
     def takes(self, **options: Any) -> bool:
         """Whether it can be made with these options; refusing one by its name is allowed."""
         try:
-            self.object(**{"dim": 16, "heads": 2, **self.example, **options})
+            self.made(**options)
         except ValueError as error:
             if any(name in str(error) for name in options):
                 return False
@@ -134,10 +138,10 @@ Look: TypeAlias = Callable[[Subject], Iterable[Measure]]
 
 @dataclass(frozen=True)
 class Check:
-    """A named look at subjects of one kind."""
+    """A named look at subjects of the kinds that sign its family."""
 
     name: str
-    kind: str
+    family: str
     look: Look
     applies: Callable[[Subject], bool]
     poisoned: bool
@@ -148,19 +152,19 @@ CHECKS: list[Check] = []
 
 
 def check(
-    kind: str, *, when: Callable[[Subject], bool] = lambda subject: True, poisoned: bool = True
+    family: str, *, when: Callable[[Subject], bool] = lambda subject: True, poisoned: bool = True
 ) -> Callable[[Look], Look]:
-    """Register a function as a check of all subjects of `kind` for which `when` holds.
+    """Register a function as a check of all subjects that sign `family`, for which `when` holds.
 
     Args:
-        kind: "layer", "op", "mask" or "part".
+        family: a name that a kind signs: its own, or "part" for all that attaches to a model.
         when: whether the check applies to a subject at all.
         poisoned: whether memory that nothing wrote reads as NaN meanwhile.
     """
 
     def register(look: Look) -> Look:
         name = look.__name__.strip("_").replace("_", "-")
-        CHECKS.append(Check(name, kind, look, when, poisoned))
+        CHECKS.append(Check(name, family, look, when, poisoned))
         return look
 
     return register
@@ -177,14 +181,16 @@ def subject_of(thing: Any) -> Subject:
         return _of_entry(registry.find(thing))
     plain = inspect.isclass(thing) or inspect.isfunction(thing)
     target = thing if plain else type(thing)
-    for entry in registry.entries():
-        if entry.object is target:
-            return _of_entry(entry)
-    if inspect.isclass(target) and issubclass(target, Attention):
-        return Subject(target.__name__, target, "layer", {}, registered=False)
-    raise TypeError(
-        f"check takes a registered mechanism, its name, or an attlas.Attention; got {thing!r}"
-    )
+    entry = registry.entry_of(target)
+    if entry is not None:
+        return _of_entry(entry)
+    try:
+        kind = kind_of(target)
+    except TypeError as error:
+        raise TypeError(
+            f"check takes a registered mechanism, its name, or a class of a kind of attlas; {error}"
+        ) from None
+    return Subject(target.__name__, target, kind, {}, registered=False)
 
 
 def _of_entry(entry: registry.Entry) -> Subject:

@@ -1,25 +1,17 @@
-"""Running the contract: `check` for users, `implemented` for the catalogue."""
+"""Running the contract: `check` for users, and for `attlas verify`."""
 
 from __future__ import annotations
 
-import hashlib
-import json
+import importlib
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from attlas.catalog.registry import Entry
-from attlas.contract import layers, masks, ops, parts
 from attlas.contract.measure import CHECKS, Check, Measure, Subject, poisoned, subject_of
 from attlas.contract.result import ContractError, Result, Status
-
-#: The modules that hold the checks; importing them fills `CHECKS`.
-FAMILIES = (layers, masks, ops, parts)
 
 
 def check(thing: Any, *, raises: bool = True) -> list[Result]:
@@ -43,8 +35,12 @@ def check(thing: Any, *, raises: bool = True) -> list[Result]:
 
 
 def checks_of(subject: Subject) -> list[Check]:
-    """The checks that apply to a subject."""
-    return [c for c in CHECKS if c.kind == subject.kind and c.applies(subject)]
+    """The checks that apply to a subject: of the families that its kind signs, in that order."""
+    for module in subject.kind.checks:  # importing it fills `CHECKS`
+        importlib.import_module(module)
+    families = subject.kind.signs
+    found = [c for family in families for c in CHECKS if c.family == family]
+    return [c for c in found if c.applies(subject)]
 
 
 def results_of(subject: Subject) -> Iterator[Result]:
@@ -108,77 +104,3 @@ def _closeness(measure: Measure) -> float:
     if measure.bound > 0:
         return measure.error / measure.bound
     return float("inf") if measure.error != 0 else 0.0
-
-
-# Verdicts for the catalogue ------------------------------------------------------------------------
-
-
-def implemented(entry: Entry) -> bool:
-    """Whether a registered object passes its checks.
-
-    The verdict is kept in the user's cache directory for these very sources and versions, so that
-    the catalogue is quick the second time.
-    """
-    if not kept(entry):
-        verdict = passes(entry)
-        keep(entry, verdict)
-        return verdict
-    return _load()[_key(entry)]
-
-
-def passes(entry: Entry) -> bool:
-    """Whether a registered object passes its checks, run now."""
-    return all(result.status != "failed" for result in results_of(subject_of(entry.name)))
-
-
-def kept(entry: Entry) -> bool:
-    """Whether the verdict for these very sources is there already."""
-    return _key(entry) in _load()
-
-
-def keep(entry: Entry, verdict: bool) -> None:
-    """Keep a verdict, unless the object's source is not ours to fingerprint."""
-    if entry.object.__module__.startswith("attlas."):
-        found = {**_load(), _key(entry): verdict}
-        _save({k: v for k, v in found.items() if k.startswith(_fingerprint())})
-
-
-def _key(entry: Entry) -> str:
-    return f"{_fingerprint()}:{entry.name}"
-
-
-@cache
-def _fingerprint() -> str:
-    """Of every source of the package and of the versions of what it stands on."""
-    import transformers
-
-    digest = hashlib.sha256(f"{torch.__version__} {transformers.__version__}".encode())
-    root = Path(__file__).resolve().parents[1]
-    for path in sorted(root.rglob("*.py")):
-        digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def _file() -> Path:
-    from platformdirs import user_cache_dir
-
-    return Path(user_cache_dir("attlas")) / "verdicts.json"
-
-
-def _load() -> dict[str, bool]:
-    try:
-        found = json.loads(_file().read_text(encoding="utf-8"))
-        return {str(k): v for k, v in found.items() if isinstance(v, bool)}
-    except (OSError, ValueError, AttributeError):  # none yet, or damaged: check again
-        return {}
-
-
-def _save(verdicts: dict[str, bool]) -> None:
-    path = _file()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(verdicts, indent=1), encoding="utf-8")
-        partial.replace(path)
-    except OSError:  # a read-only home: the catalogue is only slower
-        return

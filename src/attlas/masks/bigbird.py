@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import torch
 
+from attlas.catalog.kinds import MASK
 from attlas.catalog.registry import mechanism
 from attlas.masks.algebra import Mask
 from attlas.masks.patterns import blocks, keys, table, window
 
 
-@mechanism("bigbird-mask", paper="", example={"length": 48, "heads": 2, "size": 4})
+@mechanism("bigbird-mask", paper="", kind=MASK, example={"length": 48, "heads": 2, "size": 4})
 def bigbird(
     length: int,
     *,

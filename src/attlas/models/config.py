@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 from attlas import masks
 from attlas.attention import Attention
 from attlas.catalog import registry
+from attlas.catalog.kinds import LAYER
 from attlas.errors import at_least_one
 from attlas.positions import Learned, RoPE, T5Bias
 
@@ -125,8 +126,8 @@ class AttlasConfig(PretrainedConfig):  # type: ignore[misc]
                 options["size"] = self.sliding_window
             return "softmax", name, options
         entry = registry.find(name)
-        if entry.kind != "layer":
-            raise ValueError(f"attention: {name!r} is no layer but a registered {entry.kind}")
+        if entry.kind is not LAYER:
+            raise ValueError(f"attention: {name!r} is no layer but a registered {entry.kind.name}")
         return entry.name, None, options
 
     def make_attention(

@@ -22,6 +22,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from attlas import masks
 from attlas.attention import Attention
 from attlas.catalog import registry
+from attlas.catalog.kinds import LAYER
 from attlas.models.swapped import NormedLinear, Swapped, pass_padding
 from attlas.positions import RoPE
 
@@ -89,8 +90,8 @@ def swap(
         raise TypeError(f"swap takes models of {list(FAMILIES)}, got {family!r}")
     entry = registry.find(mechanism)
     cls: Any = entry.object
-    if entry.kind != "layer":
-        raise ValueError(f"mechanism: {entry.name!r} is no layer but a registered {entry.kind}")
+    if entry.kind is not LAYER:
+        raise ValueError(f"mechanism: {entry.name!r} is no layer but a registered {entry.kind.name}")
     if not cls.has_causal_form:
         raise ValueError(f"mechanism: {entry.name!r} has no causal form, so it cannot decode")
     body: Any = model.base_model

@@ -25,6 +25,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from attlas.catalog.kinds import OP
 from attlas.catalog.registry import mechanism
 from attlas.masks import Mask, at, grid
 from attlas.ops.reference import indices
@@ -34,7 +35,7 @@ from attlas.positions.base import ScoreMod
 GRAIN = 64
 
 
-@mechanism("memory-efficient-attention")
+@mechanism("memory-efficient-attention", kind=OP)
 def memory_efficient(
     q: Float[Tensor, "batch heads queries dim"],
     k: Float[Tensor, "batch kv_heads keys dim"],

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import TypeAlias, TypeVar
+from typing import ClassVar, TypeAlias, TypeVar
 
 import torch
 from jaxtyping import Float, Integer
 from torch import Tensor, nn
+
+from attlas.catalog.kinds import POSITION, Kind
 
 #: FlexAttention's pointwise change of scores: (score, b, h, q_idx, kv_idx) -> score.
 ScoreMod: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -41,6 +43,7 @@ class Position(nn.Module):
     `embed` adds to the inputs, `rotate` turns queries and keys, `score_mod` changes the scores.
     """
 
+    kind: ClassVar[Kind] = POSITION
     score_mod: ScoreMod | None = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Position:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 from attlas.catalog import registry
+from attlas.catalog.kinds import LAYER
 from attlas.catalog.registry import Entry
 from attlas.compare.methods import parse_call, split, written
 from attlas.errors import UnknownName, UserError
@@ -156,15 +157,15 @@ def _in_turns(text: str) -> Mechanism:
 
 def _mechanism(text: str) -> Mechanism:
     name, options = parse_call("mechanism", text)
-    layers = [entry for entry in registry.entries() if entry.kind == "layer"]
+    layers = registry.entries(LAYER)
     try:
         entry = registry.find(name)
     except UnknownName:
         names = [known for layer in layers for known in layer.names]
         raise UnknownName("mechanism", name, names) from None
-    if entry.kind != "layer":
+    if entry.kind is not LAYER:
         raise UserError(
-            f"mechanism {name!r} is a {entry.kind}, which has no weights to train; `attlas compare` "
+            f"mechanism {name!r} is a {entry.kind.name}, which has no weights to train; `attlas compare` "
             "tries it on a pretrained model"
         )
     taken = [o for o in registry.signature(entry.object) if o not in SET_BY_MODEL]

@@ -22,7 +22,7 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
-from attlas.attach.call import Call, Part
+from attlas.attach.call import Call, Selector
 from attlas.catalog.registry import mechanism
 from attlas.errors import at_least_one
 from attlas.ops.delta import delta_correction
@@ -30,7 +30,7 @@ from attlas.parts.select.sparse_prefill import is_prompt
 
 
 @mechanism("delta-correction", aliases=("delta-attention",), example={"gamma": 4, "tail": 4})
-class DeltaCorrection(Part):
+class DeltaCorrection(Selector):
     """Repair the output of a sparse prefill by full attention of every γ-th query.
 
     Args:

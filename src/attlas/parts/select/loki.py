@@ -91,7 +91,7 @@ class KeyComponents(Calibrator):
         return found
 
 
-@mechanism(NAME, aliases=("loki",), example={"keep": 0.5, "rank": 0.5, "block": 2})
+@mechanism("loki-low-rank-keys", aliases=("loki",), example={"keep": 0.5, "rank": 0.5, "block": 2})
 class Loki(Calibrated, Selection):
     """Read the tokens whose keys' principal components go best with the query's.
 

@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from attlas import masks
-from attlas.attach.call import Call, Part
+from attlas.attach.call import Call, Selector
 from attlas.catalog.registry import mechanism
 from attlas.errors import UserError, at_least_one
 from attlas.masks import Mask
@@ -33,7 +33,7 @@ from attlas.storage.layer import StoredLayer
 
 
 @mechanism("sparse-prefill", paper="", example={"sinks": 2, "window": 8})
-class SparsePrefill(Part):
+class SparsePrefill(Selector):
     """Let the prompt's tokens attend to the first ones and to the newest.
 
     Args:

@@ -4,23 +4,23 @@
     @dataclass(frozen=True)
     class Reversing(Task): ...
 
-The files of this package are found by themselves, so a new task is one new file. Sums and counts,
+The registry finds the files of this package, so a new task is one new file. Sums and counts,
 rather than means, let a batch be split over processes and accumulated parts without changing the
 loss: every part divides its sum by the count of the whole batch.
 """
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from attlas.catalog import registry
+from attlas.catalog.kinds import TASK, Kind
 from attlas.errors import UnknownName
 
 #: What the model reads, and `targets`, all with the rows first.
@@ -70,7 +70,7 @@ class Sizes:
 
 
 class Task:
-    """A task; subclasses are frozen dataclasses whose fields are the options of `--task`.
+    """A task of `attlas train`; subclasses are frozen dataclasses whose fields are its options.
 
     Attributes:
         name: the name it is registered under.
@@ -81,6 +81,7 @@ class Task:
         splits: names of what is tested, the one that learning curves show first.
     """
 
+    kind: ClassVar[Kind] = TASK
     name: ClassVar[str]
     needs: ClassVar[str]
     judged: ClassVar[Score] = Score()
@@ -122,10 +123,6 @@ class Task:
         return float(right.sum()), int(asked.sum())
 
 
-_tasks: dict[str, type[Task]] = {}
-_discovered = False
-
-
 def task(name: str, needs: str) -> Callable[[T], T]:
     """Register a task under `name`; `needs` is the type of model that it trains."""
     if needs not in KINDS:
@@ -133,21 +130,15 @@ def task(name: str, needs: str) -> Callable[[T], T]:
 
     def register(cls: T) -> T:
         cls.name, cls.needs = name, needs
-        _tasks[name] = cls
-        return cls
+        return registry.mechanism(name, paper="")(cls)
 
     return register
 
 
 def known() -> dict[str, type[Task]]:
-    """All tasks by name."""
-    global _discovered
-    if not _discovered:
-        _discovered = True
-        package = importlib.import_module(__package__)
-        for info in pkgutil.iter_modules(package.__path__):
-            importlib.import_module(f"{__package__}.{info.name}")
-    return {name: _tasks[name] for name in sorted(_tasks)}
+    """All tasks of `attlas train` by name."""
+    tasks: dict[str, Any] = {entry.name: entry.object for entry in registry.entries(TASK)}
+    return {name: task for name, task in tasks.items() if issubclass(task, Task)}
 
 
 def find(name: str) -> type[Task]:

@@ -1,0 +1,172 @@
+"""What is registered, read off the sources without importing them.
+
+    @mechanism("differential-transformer", paper=..., aliases=(...))
+    class Differential(Attention): ...
+
+`attlas list` knows every object in half a second, and `attlas.make` imports the one file that it
+needs. The decorator's name, paper and aliases are therefore written as plain strings; what only the
+object itself can tell (its options, its special case) is asked of the object when it is imported.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import attlas
+from attlas.catalog.kinds import KINDS, TASK, Kind, kind_of_module
+
+
+@dataclass(frozen=True)
+class Declared:
+    """One decorated class or function of a room.
+
+    Attributes:
+        name: under which it is registered.
+        paper: slug of its catalogue row; empty for building blocks that no row names.
+        aliases: other names.
+        kind: of the room that holds it.
+        module: that defines it.
+        qualname: its name there.
+        doc: the docstring that tells of it: its module's, or its own when the module has none.
+        stages: the stages of attention that it changes, see `attlas.catalog.stages`.
+    """
+
+    name: str
+    paper: str
+    aliases: tuple[str, ...]
+    kind: Kind
+    module: str
+    qualname: str
+    doc: str
+    stages: tuple[str, ...]
+
+
+@cache
+def declared() -> tuple[Declared, ...]:
+    """All that the package's rooms register, by module."""
+    rooms = [room for kind in KINDS for room in kind.rooms]
+    modules = dict.fromkeys(module for room in rooms for module in _modules(room))
+    return tuple(found for module in modules for found in _declared_in(module))
+
+
+def _declared_in(module: str) -> Iterator[Declared]:
+    tree, kind = _tree(module), kind_of_module(module)
+    assert kind is not None
+    doc = ast.get_docstring(tree) or ""
+    for node in tree.body:
+        if not isinstance(node, ast.ClassDef | ast.FunctionDef):
+            continue
+        for call in node.decorator_list:
+            if isinstance(call, ast.Call) and _called(call) in ("mechanism", "task"):
+                yield _read(node, call, module, kind, doc)
+
+
+def _read(
+    node: ast.ClassDef | ast.FunctionDef, call: ast.Call, module: str, kind: Kind, doc: str
+) -> Declared:
+    given = {k.arg: k.value for k in call.keywords}
+    try:
+        name = ast.literal_eval(call.args[0])
+        unless_given = "" if kind is TASK else name
+        paper = ast.literal_eval(given["paper"]) if "paper" in given else unless_given
+        aliases = tuple(ast.literal_eval(given["aliases"])) if "aliases" in given else ()
+    except (ValueError, IndexError) as error:
+        where = f"{module}, line {call.lineno}"
+        raise ValueError(f"{where}: name, paper and aliases must be plain strings") from error
+    own = ast.get_docstring(node) or ""
+    told = doc or own if kind.constructed and isinstance(node, ast.ClassDef) else own
+    return Declared(name, paper, aliases, kind, module, node.name, told, _stages(node, module, kind))
+
+
+def _called(call: ast.Call) -> str:
+    return call.func.id if isinstance(call.func, ast.Name) else getattr(call.func, "attr", "")
+
+
+# Stages ----------------------------------------------------------------------------------------------
+
+
+def _stages(node: ast.ClassDef | ast.FunctionDef, module: str, kind: Kind) -> tuple[str, ...]:
+    from attlas.catalog.stages import overridden
+
+    if isinstance(node, ast.FunctionDef):
+        return overridden(kind, None, set())
+    defined: set[str] = set()
+    for each in _line(node, module):
+        names, stages = _members(each)
+        if stages is not None:
+            return stages
+        if "kind" not in names:  # what a kind's base defines is no paper's change
+            defined |= names
+    return overridden(kind, None, defined)
+
+
+def _line(node: ast.ClassDef, module: str) -> Iterator[ast.ClassDef]:
+    """A class and all its bases in the package, nearest first."""
+    queue = [(node, module)]
+    while queue:
+        each, home = queue.pop(0)
+        yield each
+        queue += [found for base in each.bases if (found := _resolved(base, home)) is not None]
+
+
+def _members(node: ast.ClassDef) -> tuple[set[str], tuple[str, ...] | None]:
+    """(names that a class body defines, the stages that it names itself)."""
+    names: set[str] = set()
+    stages = None
+    for item in node.body:
+        if isinstance(item, ast.FunctionDef):
+            names.add(item.name)
+        targets = item.targets if isinstance(item, ast.Assign) else [getattr(item, "target", None)]
+        for target in targets:
+            if isinstance(target, ast.Name):
+                names.add(target.id)
+                if target.id == "stages" and isinstance(item, ast.Assign | ast.AnnAssign):
+                    stages = tuple(ast.literal_eval(item.value)) if item.value else None
+    return names, stages
+
+
+def _resolved(base: ast.expr, module: str) -> tuple[ast.ClassDef, str] | None:
+    """The class that a base's name means in a module, and its home; None outside the package."""
+    if not isinstance(base, ast.Name):
+        return None
+    for item in _tree(module).body:
+        if isinstance(item, ast.ClassDef) and item.name == base.id:
+            return item, module
+        if isinstance(item, ast.ImportFrom) and (item.module or "").startswith("attlas"):
+            for alias in item.names:
+                if (alias.asname or alias.name) == base.id:
+                    return _resolved(ast.Name(alias.name), str(item.module))
+    return None
+
+
+# Files -----------------------------------------------------------------------------------------------
+
+
+def path_of(module: str) -> Path | None:
+    """The source file of one of the package's modules; None where there is none."""
+    stem = Path(next(iter(attlas.__path__))).joinpath(*module.split(".")[1:])
+    return next((p for p in (stem.with_suffix(".py"), stem / "__init__.py") if p.is_file()), None)
+
+
+def _modules(room: str) -> Iterator[str]:
+    """Modules of a room that register something, in the order of their names."""
+    path = path_of(room)
+    if path is None:
+        return
+    files = sorted(path.parent.rglob("*.py")) if path.name == "__init__.py" else [path]
+    for file in files:
+        text = file.read_text(encoding="utf-8")
+        if "\n@mechanism(" in text or "\n@task(" in text:
+            inner = file.relative_to(path.parent).with_suffix("").parts if file != path else ()
+            yield ".".join((room, *inner))
+
+
+@cache
+def _tree(module: str) -> ast.Module:
+    path = path_of(module)
+    assert path is not None, module
+    return ast.parse(path.read_text(encoding="utf-8"))
