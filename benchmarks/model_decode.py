@@ -79,7 +79,7 @@ def filled(model: Any, parts: tuple[Any, ...], batch: int, tokens: int) -> Dynam
             part.learn(state, call)
         call.k = call.v = queries  # let go of the whole keys
         for part in parts:
-            part.settle(layer, layer.learned[part.name], None)
+            part.settle(layer, layer.learned[part.name], layer.rows())
         if parts:
             layer.settled = True
     return cache

@@ -141,7 +141,7 @@ def run_layer(
     step = Step(length=q.shape[2])
     call = Call(0, nn.Identity(), q, k, v, state.scaling, None, step, is_causal=True)
     policy.learn(state, call)
-    slots = policy.slots(layer, state, None)
+    slots = policy.slots(layer, state, layer.rows())
     scores = policy.scores(state, slots)
     return scores, best(scores, slots.valid, slots.budget)[0]
 

@@ -167,8 +167,8 @@ def test_take_drops_padding_and_counts_by_row():
     layer.update(keys, keys)
     real = torch.ones(2, 10, dtype=torch.bool)
     real[0, :3] = False
-    assert layer.lengths(real) == [7, 10]
-    taken = layer.take([4, 8], real)
+    assert layer.lengths(layer.rows(real)) == [7, 10]
+    taken = layer.take([4, 8], layer.rows(real))
     assert taken.index[0, 0].tolist() == [3, 4, 5, 6, -1, -1, -1, -1]
     assert taken.k[1, 0, :, 0].tolist() == list(range(8))
     assert layer.columns()[0, 0].tolist() == [7, 8, 9]
@@ -284,7 +284,7 @@ def test_bytes_held_are_bytes_promised(tokens):
     part = Coarse(bits=4, recent=64, block=64)
     from attlas.storage import LayerState
 
-    part.settle(layer, LayerState(0, (0,)), None)
+    part.settle(layer, LayerState(0, (0,)), layer.rows())
     encoded = tokens - 64
     promise = 4 * 2 * (encoded * (32 + 8) + 64 * 128)
     assert layer.nbytes == promise

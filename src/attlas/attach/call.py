@@ -13,6 +13,7 @@ from attlas.catalog.kinds import RECORD, SELECT, Kind
 from attlas.errors import UserError
 from attlas.positions import ScoreMod
 from attlas.storage.layer import Chosen
+from attlas.storage.rows import Rows
 
 
 @dataclass(slots=True)
@@ -115,6 +116,40 @@ class Call:
     def hidden(self) -> Float[Tensor, "batch query width"] | None:
         """What the attention module was given, where a part `wants_hidden`."""
         return self.step.hidden.get(self.module)
+
+    @property
+    def rows(self) -> Rows:
+        """Which of the tokens seen, those of this call included, are real."""
+        shared = self.step.shared
+        if "rows" not in shared:
+            shared["rows"] = Rows(self.step.real, self.step.offset + self.q.shape[2])
+        found: Rows = shared["rows"]
+        return found
+
+    @property
+    def ranks(self) -> tuple[Int[Tensor, "batch query"], Bool[Tensor, "batch query"]]:
+        """(rank among its row's real tokens, whether it is one) of each query."""
+        if "ranks" not in self.step.shared:
+            found = self.rows.last(self.q.shape[2], self.q.shape[0], self.q.device)
+            self.step.shared["ranks"] = found
+        rank, real = self.step.shared["ranks"]
+        return rank.to(self.q.device), real.to(self.q.device)
+
+    @property
+    def counts(self) -> tuple[list[int], list[int]]:
+        """(real tokens of each row before this call, with it)."""
+        shared, batch = self.step.shared, self.q.shape[0]
+        if "counts" not in shared:
+            before = Rows(self.step.real, self.step.offset)
+            shared["counts"] = before.counts(batch), self.rows.counts(batch)
+        found: tuple[list[int], list[int]] = shared["counts"]
+        return found
+
+    @property
+    def row_starts(self) -> Int[Tensor, " batch"]:
+        """Position of each row's first token, from any of this call's; 0 for a row without one."""
+        rank, real = self.ranks
+        return (self.positions - rank).masked_fill(~real, 0).sum(1) // real.sum(1).clamp(min=1)
 
     @property
     def real(self) -> Bool[Tensor, "batch query"] | None:

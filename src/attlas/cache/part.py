@@ -11,8 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
-from jaxtyping import Bool
-from torch import Tensor, nn
+from torch import nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from attlas.attach.call import Call, Part, Step
@@ -21,6 +20,7 @@ from attlas.errors import UserError
 from attlas.storage.body import Body
 from attlas.storage.layer import LayerState, StoredLayer, Taken
 from attlas.storage.rotary import Rotary
+from attlas.storage.rows import Rows
 
 #: What a part does with a cache; at most one part of each role works on one, in this order.
 Role = Literal["evict", "quantize", "select"]
@@ -53,14 +53,14 @@ class CachePart(Part):
         """Gather statistics from a call of the layer, prompt or later."""
 
     def settle(
-        self, layer: StoredLayer, state: LayerState, real: Bool[Tensor, "batch seen"] | None
+        self, layer: StoredLayer, state: LayerState, rows: Rows
     ) -> None:
         """The prompt is over: do with the layer what the part is for.
 
         Args:
             layer: what the parts before this one left.
             state: what was learned.
-            real: which of the tokens seen are no padding; None when all are.
+            rows: which of the tokens seen are real.
         """
         raise NotImplementedError
 
@@ -132,7 +132,7 @@ class CachePart(Part):
             return
         for layer in step.cache.layers:
             if isinstance(layer, StoredLayer) and not layer.settled:
-                self.settle(layer, layer.learned[self.name], step.real)
+                self.settle(layer, layer.learned[self.name], layer.rows(step.real))
 
     def observe(self, call: Call) -> None:
         """Learn from a call, and settle when it is the prompt's."""
@@ -146,12 +146,12 @@ class CachePart(Part):
         state.scaling = call.scaling
         self.learn(state, call)
         if not call.step.chunked:
-            self.settle(layer, state, call.step.real)
+            self.settle(layer, state, call.rows)
 
 
 def absorb(
     layer: StoredLayer,
-    real: Bool[Tensor, "batch seen"] | None,
+    rows: Rows,
     encode: Callable[[Taken], dict[str, Body]],
     *,
     recent: int,
@@ -163,16 +163,16 @@ def absorb(
 
     Args:
         layer: whose dense slots are taken.
-        real: which of the tokens seen are no padding; None when all are.
+        rows: which of the tokens seen are real.
         encode: makes bodies, by name, of what was taken.
         recent: newest tokens that stay dense.
         block: tokens of a block.
     """
     if layer.dense_slots - recent < block:
         return
-    counts = [max(0, held - recent) // block * block for held in layer.lengths(real)]
+    counts = [max(0, held - recent) // block * block for held in layer.lengths(rows)]
     if max(counts, default=0):
-        for name, body in encode(layer.take(counts, real)).items():
+        for name, body in encode(layer.take(counts, rows)).items():
             layer.put(name, body)
 
 

@@ -14,6 +14,7 @@ from attlas.attach import Call, Part, attach
 from attlas.cache.part import CachePart, check_together
 from attlas.errors import UserError
 from attlas.storage.layer import LayerState, StoredLayer
+from attlas.storage.rows import Rows
 
 Method = CachePart | Sequence[CachePart]
 
@@ -106,12 +107,13 @@ class Prompt:
         fork = DynamicCache()
         learned = {part.name: self._watch.of(part) for part in parts}
         real = None if self.attention_mask is None else self.attention_mask.bool()
+        rows = Rows(real, self.tokens)
         for number, layer in enumerate(self.cache.layers):
             states = {name: known[number] for name, known in learned.items() if number in known}
             if states:
                 layer = _stored(layer, states)
                 for part in parts:
-                    part.settle(layer, layer.learned[part.name], real)
+                    part.settle(layer, layer.learned[part.name], rows)
                 layer.settled = True
             else:
                 layer = _copy(layer)

@@ -17,6 +17,7 @@ from attlas.ops.segments import Dense, Segment
 from attlas.storage.body import Body, GrownBody, filled
 from attlas.storage.growing import Growing
 from attlas.storage.rotary import Rotary
+from attlas.storage.rows import Rows
 
 #: A slot's original column is kept as int32 beside its key and value.
 INDEX_BYTES = 4
@@ -276,34 +277,33 @@ class StoredLayer(DynamicLayer):  # type: ignore[misc]
         self.ragged = not bool(real.all())
         self.keys, self.values = _at(keys, slots), _at(values, slots)
 
-    def lengths(self, real: Bool[Tensor, "batch seen"] | None) -> list[int]:
+    def rows(self, real: Bool[Tensor, "batch told"] | None = None) -> Rows:
+        """The rows of the tokens seen; `real` says which of them are no padding, None that all are."""
+        return Rows(real, self.seen)
+
+    def lengths(self, rows: Rows) -> list[int]:
         """Dense slots of each row that hold a token and no padding; as many in every head."""
-        if self.index is None and real is None:
+        if self.index is None and rows.real is None:
             return [self.dense_slots] * (0 if self._keys is None else self._keys.tensor.shape[0])
-        return self.there(real)[:, 0].sum(dim=-1).tolist()
+        return self.there(rows)[:, 0].sum(dim=-1).tolist()
 
     def there(
-        self, real: Bool[Tensor, "batch seen"] | None
+        self, rows: Rows
     ) -> Bool[Tensor, "batch kv_heads slots"]:
         """Which dense slots hold a token that is no padding."""
-        columns = self.dense_columns()
-        there = columns >= 0
-        if real is None:
-            return there
-        seen = real[:, None].expand(-1, columns.shape[1], -1).to(columns.device)
-        return there & seen.gather(-1, columns.clamp(min=0).long())
+        return rows.at(self.dense_columns())[0]
 
-    def take(self, counts: list[int], real: Bool[Tensor, "batch seen"] | None) -> Taken:
+    def take(self, counts: list[int], rows: Rows) -> Taken:
         """The first tokens of each row, which lie in dense slots no more; padding is dropped.
 
         Args:
             counts: how many, by row; no more than `lengths`.
-            real: which of the tokens seen are no padding; None when all are.
+            rows: which of the tokens seen are real.
         """
         keys, values = self.keys, self.values
         assert keys is not None
         assert values is not None
-        there = None if self.index is None and real is None else self.there(real)
+        there = None if self.index is None and rows.real is None else self.there(rows)
         if min(counts) == max(counts) and (there is None or (not self.ragged and there.all())):
             count = counts[0]
             first = self.seen - self.dense_slots
@@ -314,7 +314,7 @@ class StoredLayer(DynamicLayer):  # type: ignore[misc]
             rest = None if self.index is None else self.index[..., count:]
             self.index = None if rest is None or not rest.shape[-1] else rest
             return taken
-        there = self.there(real)
+        there = self.there(rows)
         order = (~there).long().sort(dim=-1, stable=True).indices
         number = torch.arange(order.shape[-1], device=order.device)
         wanted = torch.tensor(counts, device=order.device)[:, None, None]

@@ -57,7 +57,7 @@ def q_filters(case: Case) -> Iterator[Check]:
     state = LayerState(0, (0,))
     layer = StoredLayer({policy.name: state})
     layer.update(keys, keys)
-    slots = policy.slots(layer, state, None)
+    slots = policy.slots(layer, state, layer.rows())
     scores = policy.scores(state, slots)
     yield case.compare("out.scores", scores[..., : keys.shape[2] - window])
     kept, _ = best(scores, slots.valid, slots.budget)

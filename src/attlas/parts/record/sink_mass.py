@@ -38,12 +38,7 @@ class SinkMass(RowRecorder):
         self, call: Call, weights: Tensor, queries: Tensor, keys: Tensor
     ) -> Float[Tensor, "batch heads query"]:
         """Σ A over the first real tokens."""
-        if call.step.real is None:
-            first = (keys >= 0) & (keys < self.sinks)
-            first = first if first.ndim == 3 else first[None, None]
-        else:
-            real = call.step.real.to(weights.device)
-            early = (real.cumsum(dim=-1) <= self.sinks) & real
-            at = keys.clamp(min=0).long().expand(*weights.shape[:2], -1)
-            first = early[:, None].expand(-1, weights.shape[1], -1).gather(-1, at) & (keys >= 0)
+        there, rank = call.rows.at(keys.expand(weights.shape[0], -1) if keys.ndim == 1 else keys)
+        first = there & (rank < self.sinks)
+        first = first[:, None] if first.ndim == 2 else first
         return (weights * first[:, :, None]).sum(dim=-1)
