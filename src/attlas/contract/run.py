@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -150,9 +151,7 @@ def _key(entry: Entry) -> str:
 @cache
 def _fingerprint() -> str:
     """Of every source of the package and of the versions of what it stands on."""
-    import transformers
-
-    digest = hashlib.sha256(f"{torch.__version__} {transformers.__version__}".encode())
+    digest = hashlib.sha256(f"{torch.__version__} {version('transformers')}".encode())
     root = Path(__file__).resolve().parents[1]
     for path in sorted(root.rglob("*.py")):
         digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
