@@ -23,6 +23,7 @@ from attlas.attach import Call, Step
 from attlas.attach.session import bytes_read, cache_bytes
 from attlas.compare.methods import parse_method
 from attlas.compare.shared import attached
+from attlas.hf.caches import with_cache
 from common import save, show
 
 WINDOW = 64
@@ -126,7 +127,7 @@ def measured(
             if cuda:
                 torch.cuda.synchronize()
             began = time.perf_counter()
-            ids = model(ids, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+            ids = model(ids, **with_cache(model, cache), use_cache=True).logits[:, -1:].argmax(-1)
             if cuda:
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - began)

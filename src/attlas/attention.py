@@ -31,7 +31,7 @@ from attlas.masks import Mask
 from attlas.positions import Position, ScoreMod, named
 
 if TYPE_CHECKING:
-    from transformers import Cache
+    from attlas.hf.caches import Cache
 
 #: What `prepare` gives: queries, keys, values, which pairs may meet, and the inputs.
 Prepared = tuple[Tensor, Tensor, Tensor, Mask | Tensor | None, Inputs]
@@ -196,7 +196,7 @@ class Attention(nn.Module):
         Raises:
             ValueError: the mechanism has no causal form.
         """
-        from transformers import DynamicCache
+        from attlas.hf.caches import DynamicCache
 
         if not self.has_causal_form:
             raise ValueError(f"{type(self).__name__} has no causal form, so it cannot decode")

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from attlas import masks, ops
 from attlas.attach.blocks import weight_blocks
 from attlas.attach.call import Call
 from attlas.errors import UserError
+from attlas.hf.caches import refuse_other
+from attlas.hf.interface import sdpa_attention_forward
 from attlas.ops.segments import listed
 from attlas.positions import ScoreMod
 from attlas.storage.layer import Chosen, StoredLayer
@@ -29,7 +30,6 @@ ROWS = 64
 
 #: Arguments of other attention functions, with what a user may do instead.
 REFUSED = {
-    "cache": "continuous batching's paged cache cannot be intercepted; use generate()",
     "cu_seq_lens_q": "packed sequences of FlashAttention; give position_ids or an attention_mask",
     "cu_seq_lens_k": "packed sequences of FlashAttention; give position_ids or an attention_mask",
     "max_length_q": "packed sequences of FlashAttention; give position_ids or an attention_mask",
@@ -63,6 +63,8 @@ def attention(
     for name, why in REFUSED.items():
         if kwargs.get(name) is not None:
             raise UserError(f"attach cannot honour {name}: {why}")
+    # A plain cache is passed on by some models of 5.24, which have filled it already.
+    refuse_other("cache", kwargs.get("cache"))
     if session.direct and kwargs.get("softcap") is None and kwargs.get("s_aux") is None:
         return sdpa_attention_forward(  # type: ignore[no-any-return]
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs

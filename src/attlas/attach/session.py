@@ -128,7 +128,7 @@ class Session:
         """A forward call begins: the cache is made ready and every part is told."""
         self.step, self.cache = step, step.cache
         layers = step.cache.layers if step.cache is not None else ()
-        self.direct = self.plain and not any(hasattr(layer, "columns") for layer in layers)
+        self.direct = self.plain and not any(getattr(layer, "managed", False) for layer in layers)
         for part in self.parts:
             part.begin(step)
         ended = step.chunked and step.length == 1 and step.offset > 0
@@ -156,10 +156,7 @@ def layer_bytes(layer: Any) -> int:
     """Bytes that one layer of a cache holds."""
     if isinstance(layer, StoredLayer):
         return layer.nbytes
-    held = [
-        *(getattr(layer, name, None) for name in ("keys", "values")),
-        *getattr(layer, "states", {}).values(),
-    ]
+    held = [getattr(layer, name, None) for name in ("keys", "values")]
     return sum(t.nbytes for t in held if isinstance(t, Tensor))
 
 

@@ -7,22 +7,17 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import sdpa_mask
-from transformers.modeling_utils import PreTrainedModel
 
 from attlas.attach.call import Step
 from attlas.attach.forward import SESSIONS, attention
 from attlas.attach.session import NAME, Session
 from attlas.errors import UserError
+from attlas.hf import interface
+from attlas.hf.caches import Cache, DynamicCache, cache_in, cache_of, fresh_layers
 
 
 def connect(session: Session) -> None:
     """Intercept the session's model.
-
-    The attention function and its mask function are registered together: with one alone
-    Transformers would give no mask at all, and padding and causality would be lost silently.
 
     Raises:
         ValueError: the model is attached already or cannot be intercepted.
@@ -37,11 +32,10 @@ def connect(session: Session) -> None:
             f"attach takes no parts on encoder-decoder models such as {type(model).__name__}; "
             "attach to its encoder or decoder alone"
         )
-    before = [(config, config._attn_implementation) for config in _configs(model)]
+    before = [(config, interface.implementation(config)) for config in _configs(model)]
     session.undo = [lambda: _forget(session), lambda: _restore(before)]
     try:
-        AttentionInterface.register(NAME, attention)
-        AttentionMaskInterface.register(NAME, sdpa_mask)
+        interface.register(NAME, attention)
         for name, module in model.named_modules():
             SESSIONS[module] = session
             session.layers[module] = _layer_number(module, name)
@@ -65,21 +59,18 @@ def _forget(session: Session) -> None:
         del SESSIONS[module]
     session.layers.clear()
     if not SESSIONS:
-        # The interfaces have a public register() and nothing to take an entry back; what is set on
-        # their shared instances, which `del` would take back, the making of masks does not look at.
-        for interface in (AttentionInterface, AttentionMaskInterface):
-            interface._global_mapping.pop(NAME, None)
+        interface.forget(NAME)
 
 
 def _restore(implementations: list[tuple[Any, Any]]) -> None:
     for config, implementation in implementations:
-        config._attn_implementation = implementation
+        interface.restore(config, implementation)
 
 
 def _switch(model: Any) -> None:
     model.set_attn_implementation(NAME)
     config = model.config.get_text_config(decoder=True)
-    if config._attn_implementation != NAME:
+    if interface.implementation(config) != NAME:
         raise UserError(
             f"the attention of {type(model).__name__} cannot be intercepted: its code does not "
             "call Transformers' AttentionInterface"
@@ -92,7 +83,7 @@ def _configs(model: nn.Module) -> Iterator[Any]:
     Setting a parent's implementation sets its children's too, so children come later.
     """
     seen: set[int] = set()
-    queue = [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]
+    queue = [m.config for m in model.modules() if isinstance(m, interface.PreTrainedModel)]
     while queue:
         config = queue.pop(0)
         if id(config) in seen:
@@ -125,16 +116,13 @@ def _hook(session: Session) -> list[Any]:
                 "attach cannot honour output_attentions: it would hold a length x length matrix "
                 "for each layer; use record=['weights']"
             )
-        cache = arguments.get("past_key_values")
-        if session.keepers:
-            cache = _owned(session, cache, arguments)
+        name, given = cache_in(arguments, type(base))
+        cache = _owned(session, given, arguments) if session.keepers else given
         session.before(_step(session, cache, arguments))
-        if cache is arguments.get("past_key_values"):
-            return None
-        return (), arguments | {"past_key_values": cache}
+        return None if cache is given else ((), arguments | {name: cache})
 
     def after(_: nn.Module, __: Any, output: Any) -> None:
-        session.after(getattr(output, "past_key_values", None))
+        session.after(cache_of(output))
 
     return [
         base.register_forward_pre_hook(before, with_kwargs=True).remove,
@@ -154,8 +142,8 @@ def _watch_hidden(session: Session) -> list[Any]:
     return [m.register_forward_pre_hook(before, with_kwargs=True).remove for m in layers]
 
 
-def _step(session: Session, cache: Any, arguments: dict[str, Any]) -> Step:
-    step = Step(cache=cache if isinstance(cache, Cache) else None, chunked=session.chunked)
+def _step(session: Session, cache: Cache | None, arguments: dict[str, Any]) -> Step:
+    step = Step(cache=cache, chunked=session.chunked)
     if session.plain:
         return step
     tokens = next(
@@ -194,7 +182,7 @@ def _owned(session: Session, cache: Any, arguments: dict[str, Any]) -> DynamicCa
         raise UserError(
             f"{type(keeper).__name__} cannot work on {kind}; give a DynamicCache or no cache"
         )
-    if any(hasattr(layer, "columns") for layer in cache.layers):
+    if any(getattr(layer, "managed", False) for layer in cache.layers):
         if cache is not session.cache:
             for part in session.keepers:
                 getattr(part, "resume", _as_it_is)(cache.layers, session.model)
@@ -204,7 +192,7 @@ def _owned(session: Session, cache: Any, arguments: dict[str, Any]) -> DynamicCa
             f"{type(keeper).__name__} cannot take over a cache that holds "
             f"{cache.get_seq_length()} tokens already; run the prompt inside attach()"
         )
-    layers = cache.layers or DynamicCache(config=config).layers
+    layers = cache.layers or fresh_layers(model)
     for part in session.keepers:
         layers = part.cache_layers(layers, session.model)
     cache.layers = layers

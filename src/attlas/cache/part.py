@@ -12,11 +12,11 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 from torch import nn
-from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from attlas.attach.call import Call, Part, Step
 from attlas.catalog.kinds import CACHE, Kind
 from attlas.errors import UserError
+from attlas.hf.caches import DynamicLayer, fresh_layers, windows
 from attlas.storage.body import Body
 from attlas.storage.layer import LayerState, StoredLayer, Taken
 from attlas.storage.rotary import Rotary
@@ -84,17 +84,13 @@ class CachePart(Part):
     @staticmethod
     def fresh_layers(model: Any) -> list[Any]:
         """The layers that an empty cache of this model comes with."""
-        layers: list[Any] = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
-        return layers
+        return fresh_layers(model)
 
     def states(self, layers: list[Any], model: nn.Module) -> dict[int, LayerState]:
         """An empty state for each full-attention layer among an empty cache's layers."""
         full = tuple(i for i, layer in enumerate(layers) if _is_full(layer))
-        windows = tuple(
-            layer.sliding_window for layer in layers if getattr(layer, "is_sliding", False)
-        )
         rotary = Rotary.of(model, full[0]) if self.rotates else None
-        return {i: LayerState(i, full, windows, rotary) for i in full}
+        return {i: LayerState(i, full, windows(layers), rotary) for i in full}
 
     def cache_layers(self, layers: list[Any], model: nn.Module) -> list[Any]:
         """Stored layers in place of the full-attention ones; sliding windows stay."""
