@@ -13,7 +13,8 @@ from typing import Any, ClassVar, Literal
 
 from torch import nn
 
-from attlas.attach.call import Call, Part, Step
+from attlas.attach.call import Call, Step
+from attlas.attach.part import Part
 from attlas.catalog.kinds import CACHE, Kind
 from attlas.errors import UserError
 from attlas.hf.caches import DynamicLayer, fresh_layers, windows
@@ -68,6 +69,13 @@ class CachePart(Part):
         """A call after the prompt has been attended to."""
 
     # How attach uses it.
+
+    def check_beside(self, others: list[Part]) -> None:
+        """Refuse parts that cannot work on one cache with this one."""
+        if all(isinstance(part, CachePart) for part in others):
+            check_together([part for part in others if isinstance(part, CachePart)])
+        else:
+            super().check_beside(others)
 
     def check(self, model: nn.Module) -> None:
         """Refuse models without full attention, or with a rotation that is not understood."""

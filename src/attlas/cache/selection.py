@@ -16,7 +16,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from attlas.attach.call import Call, Selector
+from attlas.attach.call import Call
+from attlas.attach.part import Selector
 from attlas.cache.part import CachePart, Role, absorb
 from attlas.catalog.kinds import SELECT, Kind
 from attlas.errors import UserError, at_least_one

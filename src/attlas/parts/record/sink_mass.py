@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attlas.attach.call import Call
+from attlas.attach.where import Heads, Layers
 from attlas.catalog.registry import mechanism
 from attlas.errors import UserError
 from attlas.parts.record.rows import RowRecorder
@@ -23,15 +24,19 @@ class SinkMass(RowRecorder):
 
     Args:
         sinks: how many first tokens count.
+        layers: numbers of layers that are looked at; all unless given.
+        heads: query heads that are looked at; all unless given.
 
     Raises:
         ValueError: sinks below 1.
     """
 
-    def __init__(self, sinks: int = 1) -> None:
+    def __init__(
+        self, sinks: int = 1, *, layers: Layers = None, heads: Heads = None
+    ) -> None:
         if sinks < 1:
             raise UserError(f"sinks must be at least 1, got {sinks}")
-        super().__init__()
+        super().__init__(layers=layers, heads=heads)
         self.sinks = sinks
 
     def measure(

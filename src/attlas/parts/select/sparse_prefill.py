@@ -23,7 +23,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from attlas import masks
-from attlas.attach.call import Call, Selector
+from attlas.attach.call import Call
+from attlas.attach.part import Selector
 from attlas.catalog.registry import mechanism
 from attlas.errors import UserError, at_least_one
 from attlas.masks import Mask
