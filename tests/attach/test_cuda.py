@@ -5,7 +5,8 @@ import torch
 
 import attlas
 import tiny_models
-from attlas.attach import attach, prefill
+from attlas.attach import attach
+from attlas.cache.prompt import prefill
 from attlas.hf.caches import cache_of, with_cache
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

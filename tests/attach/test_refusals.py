@@ -8,7 +8,8 @@ from torch import nn
 
 import attlas
 import tiny_models
-from attlas.attach import Call, Part, Step, attach, prefill
+from attlas.attach import Call, Part, Step, attach
+from attlas.cache.prompt import prefill
 from attlas.errors import UserError
 from attlas.hf.caches import cache_of, with_cache
 from attlas.parts.evict.expected_attention import ExpectedAttention

@@ -5,8 +5,9 @@ import torch
 from transformers import DynamicCache
 
 import tiny_models
-from attlas.attach import Part, attach, prefill
+from attlas.attach import Part, attach
 from attlas.cache.policy import CachePolicy
+from attlas.cache.prompt import prefill
 from attlas.hf.caches import cache_of, with_cache
 from attlas.parts.evict.ada_kv import AdaKV
 from attlas.parts.evict.expected_attention import ExpectedAttention

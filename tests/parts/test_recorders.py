@@ -152,9 +152,9 @@ def test_memory_is_linear_in_length():
             largest = 0
             inner = blocks.weight_blocks
 
-            def measured(call, inner=inner):
+            def measured(call, inner=inner, **options):
                 nonlocal largest
-                for weights, queries, keys in inner(call):
+                for weights, queries, keys in inner(call, **options):
                     largest = max(largest, weights.numel())
                     yield weights, queries, keys
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import attlas
-from attlas.attach import attach, prefill
+from attlas.attach import attach
+from attlas.cache.prompt import prefill
 from attlas.hf.caches import with_cache
 
 

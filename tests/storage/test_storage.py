@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 import tiny_models
 from attlas import ops
-from attlas.attach import attach, prefill
+from attlas.attach import attach
+from attlas.cache.prompt import prefill
 from attlas.cache.quantizer import Quantizer
 from attlas.cache.selection import Selection, keys_of, lengths_of
 from attlas.errors import UserError

@@ -15,7 +15,7 @@ BLOCK = 2**23
 
 
 def weight_blocks(
-    call: Call, size: int = BLOCK, heads: Sequence[int] | None = None
+    call: Call, size: int | None = None, heads: Sequence[int] | None = None
 ) -> Iterator[
     tuple[
         Float[Tensor, "batch heads query keys"],
@@ -30,7 +30,7 @@ def weight_blocks(
 
     Args:
         call: whose queries and keys.
-        size: scores held at once.
+        size: scores held at once; `BLOCK` unless given.
         heads: query heads that are wanted; all unless given, or where parts change weights.
     """
     heads = None if call.changers else heads
@@ -39,7 +39,7 @@ def weight_blocks(
     q = call.q if heads is None else call.q[:, which]
     batch, count, length, _ = q.shape
     slots = call.k.shape[2]
-    rows = max(1, size // max(1, batch * count * slots))
+    rows = max(1, (BLOCK if size is None else size) // max(1, batch * count * slots))
     keys = call.k.float()[:, which // call.groups]
     columns = None if call.columns is None else call.columns[:, which // call.groups]
     mask = call.mask

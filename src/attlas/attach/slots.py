@@ -27,7 +27,7 @@ def columns_of(call: Call) -> Int[Tensor, "batch kv_heads keys"] | None:
 
 def in_columns(
     call: Call, mask: Bool[Tensor, "batch mask_heads query columns"] | None
-) -> Bool[Tensor, "batch mask_heads query keys"] | None:
+) -> Bool[Tensor, "batch some_heads query keys"] | None:
     """The model's mask for the slots that are there.
 
     The mask of a layer that drops tokens speaks of all columns, that of a window of its slots.

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import attlas
 from attlas.catalog import kinds
 from attlas.catalog.kinds import KINDS, TASK, Kind
 from attlas.catalog.stages import overridden
@@ -172,7 +171,7 @@ def _resolved(base: ast.expr, module: str) -> tuple[ast.ClassDef, str] | None:
 
 def path_of(module: str) -> Path | None:
     """The source file of one of the package's modules; None where there is none."""
-    stem = Path(next(iter(attlas.__path__))).joinpath(*module.split(".")[1:])
+    stem = Path(__file__).parents[1].joinpath(*module.split(".")[1:])
     return next((p for p in (stem.with_suffix(".py"), stem / "__init__.py") if p.is_file()), None)
 
 

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 import tiny_models
-from attlas.attach import Call, Part, Step, attach, prefill
+from attlas.attach import Call, Part, Step, attach
 from attlas.cache.policy import best
+from attlas.cache.prompt import prefill
 from attlas.errors import UserError
 from attlas.parts.evict.gui_kv import GuiKV
 from attlas.parts.evict.snapkv import SnapKV

@@ -5,8 +5,9 @@ import torch
 from transformers import DynamicCache
 
 import tiny_models
-from attlas.attach import Part, attach, prefill
+from attlas.attach import Part, attach
 from attlas.cache.duo_gates import Gated, passkeys
+from attlas.cache.prompt import prefill
 from attlas.calibration import Calibration, calibrate
 from attlas.contract.parts import small_llama
 from attlas.errors import UserError

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import tiny_models
-from attlas.attach import Part, attach, prefill
+from attlas.attach import Part, attach
+from attlas.cache.prompt import prefill
 from attlas.cache.selection import Selection
 from attlas.calibration import Calibration, calibrate, windows
 from attlas.errors import UserError

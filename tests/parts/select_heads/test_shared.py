@@ -176,15 +176,15 @@ def test_question_of_several_tokens(llama, name):
 
 
 def llama_alone(model, ids):
-    from attlas.attach.forward import SESSIONS
+    from attlas.attach.state import ATTACHED
 
-    held = dict(SESSIONS)
+    held = dict(ATTACHED)
     model.set_attn_implementation("sdpa")
-    SESSIONS.clear()
+    ATTACHED.clear()
     try:
         return model(ids).logits
     finally:
-        SESSIONS.update(held)
+        ATTACHED.update(held)
         model.set_attn_implementation("attlas")
 
 

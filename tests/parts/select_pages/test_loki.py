@@ -5,7 +5,7 @@ import torch
 
 import tiny_models
 from attlas.attach import attach
-from attlas.attach.call import Part
+from attlas.attach.part import Part
 from attlas.calibration import calibrate, windows
 from attlas.hf.caches import cache_of, with_cache
 from attlas.parts.select.loki import KeyComponents, Loki

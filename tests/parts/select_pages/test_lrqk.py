@@ -6,9 +6,11 @@ from itertools import pairwise
 import torch
 
 import tiny_models
-from attlas.attach import attach, prefill
-from attlas.attach.call import Call, Part, Step
+from attlas.attach import attach
+from attlas.attach.call import Call, Step
+from attlas.attach.part import Part
 from attlas.cache.factors import coded, factorised
+from attlas.cache.prompt import prefill
 from attlas.hf.caches import cache_of, with_cache
 from attlas.parts.select.lrqk import LRQK
 from attlas.storage.layer import LayerState

@@ -5,7 +5,8 @@ import torch
 from transformers import DynamicCache
 
 import tiny_models
-from attlas.attach import attach, prefill
+from attlas.attach import attach
+from attlas.cache.prompt import prefill
 from attlas.cache.quantizer import Quantizer
 from attlas.calibration import calibrate
 from attlas.errors import UserError
