@@ -12,14 +12,22 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from attlas.contract.cases import Case, adapter, adapters, compare, load_cases, run_case
+from attlas.contract.cases import (
+    Case,
+    adapter,
+    adapters,
+    checkout_cases,
+    compare,
+    load_cases,
+    run_case,
+)
 from attlas.contract.result import Result
 from attlas.errors import UserError
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+CASES = checkout_cases()
 
 
-@pytest.mark.parametrize("case", load_cases(GOLDEN), ids=lambda case: case.label)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
 def test_published_numbers(case: Case) -> None:
     results = run_case(case)
     assert results
@@ -29,7 +37,7 @@ def test_published_numbers(case: Case) -> None:
 
 def test_golden_cases_have_descriptions_and_adapters() -> None:
     known = adapters()
-    for case in load_cases(GOLDEN):
+    for case in CASES:
         assert case.name in known
         assert {"title", "config", "computes", "tolerance"} <= set(case.meta)
 

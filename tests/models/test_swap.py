@@ -1,13 +1,10 @@
 """A mechanism in place of a pretrained model's self-attention."""
 
 import copy
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 import attlas
 import tiny_models as tiny
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tests.tiny_models import decoder, greedy, prompt
 
 import attlas
 from attlas.attach import attach
@@ -11,6 +10,7 @@ from attlas.calibration import calibrate
 from attlas.errors import UserError
 from attlas.storage import load_cache, save_cache
 from attlas.storage.layer import StoredLayer
+from tiny_models import decoder, greedy, prompt
 
 #: Small blocks, so that a prompt of some 30 tokens is encoded.
 SMALL = {
