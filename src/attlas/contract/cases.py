@@ -117,10 +117,17 @@ _ADAPTERS: dict[str, tuple[Adapter, str]] = {}
 
 
 def adapter(*folders: str, mechanism: str) -> Callable[[Adapter], Adapter]:
-    """Register a function that runs the cases of these folders through a mechanism of ours."""
+    """Register a function that runs the cases of these folders through a mechanism of ours.
+
+    Raises:
+        ValueError: a folder that another function runs already.
+    """
 
     def register(function: Adapter) -> Adapter:
         for folder in folders:
+            taken = _ADAPTERS.get(folder)
+            if taken is not None:
+                raise ValueError(f"cases {folder!r} have an adapter already, in {taken[0].__module__}")
             _ADAPTERS[folder] = (function, mechanism)
         return function
 
@@ -146,8 +153,8 @@ def _import_checkout() -> None:
         return
     tests = root / "tests"
     with _first_on_path(tests):
-        for path in sorted([*tests.rglob("adapters.py"), *tests.rglob("adapters/*.py")]):
-            name = "attlas_adapters_" + "_".join(path.relative_to(tests).with_suffix("").parts)
+        for path in sorted(tests.glob("papers/*/adapters.py")):
+            name = f"attlas_adapters_{path.parent.name}"
             spec = spec_from_file_location(name, path)
             assert spec is not None
             assert spec.loader is not None

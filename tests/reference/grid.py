@@ -7,15 +7,13 @@ from collections.abc import Iterator
 from einops import rearrange
 
 import attlas
-from attlas.contract.cases import Case, Check, adapter, load_weights
+from attlas.contract.cases import Case, Check, load_weights
 
 NAMES = {"lepe": "conv", "proj": "o_proj", "out_proj": "o_proj", "ln": "norm"}
 
 
-@adapter("mala", mechanism="magnitude-aware-linear-attention")
-@adapter("rala", mechanism="rank-augmented-linear-attention")
-@adapter("nalaformer", mechanism="nalaformer")
 def gated_on_grid(case: Case) -> Iterator[Check]:
+    """Run the layer that the case is named after."""
     config, x = case.config, case.inputs["x"]
     height, width = x.shape[2:]
     layer = attlas.make(

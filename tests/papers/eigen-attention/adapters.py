@@ -1,4 +1,4 @@
-"""Adapters of low-rank caches and of corrected sparse attention to the authors' numbers."""
+"""How eigen attention's published calibration, folding and cache map to ours."""
 
 from __future__ import annotations
 
@@ -6,26 +6,19 @@ import re
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from attlas import ops
-from attlas.attach.call import Call, Step
 from attlas.contract.cases import Case, Check, adapter, compare
 from attlas.ops.decode import decode
 from attlas.parts.quantize.eigen_attention import Subspaces, fold
-from attlas.parts.select.delta_correction import DeltaCorrection
-from attlas.parts.select.sparse_prefill import SparsePrefill
 from attlas.storage.low_rank import Bases, LowRankBody
 from attlas.storage.rotary import Rotary
+from reference.policies import prompt_call
 
 
 def heads_of(x: Tensor, weight: Tensor, heads: int) -> Tensor:
     """[batch, heads, tokens, dim] of a projection."""
     return (x @ weight.mT).unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-def prompt_call(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Call:
-    return Call(0, nn.Identity(), q, k, v, scale, None, Step(length=q.shape[2]), is_causal=True)
 
 
 @adapter("eigen-attention", mechanism="eigen-attention")
@@ -82,22 +75,3 @@ def eigen_attention(case: Case) -> Iterator[Check]:
     yield compare(
         "out.o, last token, of a cache", out, case.outs["o"][:, -1:], case.atol, case.rtol
     )
-
-
-@adapter("delta-attention", mechanism="delta-correction")
-def delta_attention(case: Case) -> Iterator[Check]:
-    """The sparse output, and the corrected one by the op and by the part."""
-    config = case.config
-    q, k, v, sparse = (case.inputs[n] for n in ("q", "k", "v", "sparse_o"))
-    gamma, tail = config["gamma_lambda"], config.get("tail", 128)
-    scale = q.shape[-1] ** -0.5
-    call = prompt_call(q, k, v, scale)
-    if "sliding_window" in config:
-        ours = SparsePrefill(sinks=config.get("sink", 0), window=config["sliding_window"]).attend(
-            call
-        )
-        assert ours is not None
-        yield case.compare("in.sparse_o", ours.transpose(1, 2))
-    yield case.compare("out.o", ops.delta_correction(q, k, v, sparse, gamma=gamma, tail=tail))
-    part = DeltaCorrection(gamma=gamma, tail=tail).output(call, sparse.transpose(1, 2))
-    yield case.compare("out.o", part.transpose(1, 2))._replace(name="out.o, by the part")

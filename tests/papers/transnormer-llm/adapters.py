@@ -1,30 +1,11 @@
-"""Lightning attention and the layer around it: q, k and v side by side; the gate's two linears as one."""
+"""TransNormer's layer around lightning attention: the gate's two linears as one."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
-from einops import rearrange
-
 import attlas
 from attlas.contract.cases import Case, Check, adapter, load_weights
-
-
-@adapter("lightning-attention", mechanism="lightning-attention-2")
-def lightning(case: Case) -> Iterator[Check]:
-    config = case.config
-    q, k, v = (case.inputs[name] for name in "qkv")
-    x = torch.cat([rearrange(each, "b h t d -> b t (h d)") for each in (q, k, v)], dim=-1)
-    for out, scale in (("o", config["slope_factor"]), ("o_no_decay", 0.0)):
-        layer = attlas.make(
-            "lightning-attention-2", dim=x.shape[-1], heads=config["heads"],
-            head_dim=config["head_dim"], slope_scale=scale, causal=True,
-        )  # fmt: skip
-        if out == "o":
-            yield case.compare("in.slopes", -layer.log_decay)
-        _, *_, inputs = layer.prepare(x)
-        yield case.compare(f"out.{out}", layer.attend(q, k, v, attlas.masks.causal, inputs))
 
 
 @adapter("transnormer-tnl-attention", mechanism="tnl-attention")
