@@ -6,6 +6,7 @@ import torch
 import attlas
 import tiny_models
 from attlas.attach import attach, prefill
+from attlas.contract.families import distinct
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 POLICIES = {
@@ -17,7 +18,9 @@ POLICIES = {
 RECORDERS = ("entropy", "sink-mass", "mean-distance", "top-links", "column-sums", "weights")
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma2", "gemma3", "gpt-oss", "gpt2"])
+@pytest.mark.parametrize(
+    "kind", distinct("rotary", "windows", "soft-caps", "sinks", having=["full"])
+)
 @pytest.mark.parametrize("name", POLICIES)
 def test_policies_and_recorders(name, kind):
     model, ids = tiny_models.decoder(kind), tiny_models.prompt()

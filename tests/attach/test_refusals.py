@@ -9,6 +9,7 @@ from torch import nn
 import attlas
 import tiny_models
 from attlas.attach import Call, Part, Step, attach, prefill
+from attlas.contract.families import find
 from attlas.errors import UserError
 from attlas.parts.evict.expected_attention import ExpectedAttention
 from attlas.parts.evict.key_norm import KeyNorm
@@ -64,7 +65,7 @@ def test_dropout_with_changed_scores():
         def score_mod(self, call):
             return lambda s, b, h, q, k: s + 1
 
-    options = tiny_models.CONFIGS["llama"]()
+    options = find("llama").config()
     options.attention_dropout = 0.5
     model = transformers.LlamaForCausalLM(options).train()
     refused(model, "dropout", Change(), call=lambda m: m(IDS))

@@ -10,6 +10,7 @@ import torch
 import tiny_models
 from attlas import masks, ops
 from attlas.attach import Part, attach
+from attlas.contract.families import distinct, find
 from attlas.parts.evict.snapkv import SnapKV
 from attlas.parts.select.delta_correction import DeltaCorrection
 from attlas.parts.select.sparse_prefill import Ranked, SparsePrefill
@@ -63,10 +64,12 @@ PARTS = {
 }
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma2", "gemma3", "gpt-oss", "gpt2"])
+@pytest.mark.parametrize(
+    "kind", distinct("rotary", "windows", "soft-caps", "sinks", having=["full"])
+)
 def test_the_pattern_as_attention_and_as_a_mask(kind):
     model, ids = tiny_models.decoder(kind), tiny_models.prompt(2, 60)
-    if kind in ("llama", "gpt2"):  # all layers are full
+    if "windows" not in find(kind).traits:
         ours = logits(model, ids, SparsePrefill(sinks=3, window=20))
         torch.testing.assert_close(ours, logits(model, ids, Thin(3, 20)), atol=1e-4, rtol=1e-4)
     full = logits(model, ids)
@@ -137,7 +140,7 @@ def test_gamma_1_and_short_prompts_are_exact(sparse):
         torch.testing.assert_close(ours, full, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt-oss"])
+@pytest.mark.parametrize("kind", distinct("soft-caps", "sinks"))
 def test_gamma_1_keeps_soft_caps_and_sink_logits(kind):
     model, ids = tiny_models.decoder(kind), tiny_models.prompt(2, 40)
     mask, positions = padded("left", ids)

@@ -11,6 +11,7 @@ import tiny_models
 from attlas.attach import Part, attach, prefill
 from attlas.cache.selection import Selection
 from attlas.calibration import Calibration, calibrate, windows
+from attlas.contract.families import distinct, find
 from attlas.errors import UserError
 from attlas.parts.evict.key_norm import KeyNorm
 from attlas.parts.quantize.eigen_attention import EigenAttention, discarded, fold
@@ -20,7 +21,9 @@ from attlas.storage.low_rank import turned
 from attlas.tasks.perplexity import perplexity, surprise
 from attlas.tasks.text import passage
 
-ROTARY = ("llama", "qwen3", "gemma3", "gpt-neox")
+PLAIN = distinct(
+    "rotary", "partial-rotary", "key-norm", "windows", "full", lacking=["soft-caps", "sinks"]
+)
 
 
 def texts(count: int = 2, tokens: int = 80) -> list[torch.Tensor]:
@@ -34,9 +37,9 @@ def known(model, **options) -> EigenAttention:
     return part
 
 
-@pytest.mark.parametrize("kind", [*ROTARY, "gpt2", "mistral-window"])
+@pytest.mark.parametrize("kind", PLAIN)
 def test_full_rank_is_full_attention(kind):
-    if kind == "mistral-window":
+    if "full" not in find(kind).traits:
         with pytest.raises(UserError, match="full-attention"):
             known(tiny_models.decoder(kind), keep=1.0).check(tiny_models.decoder(kind))
         return
@@ -49,15 +52,14 @@ def test_full_rank_is_full_attention(kind):
                 assert tiny_models.greedy(model, ids, **way) == expected
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", distinct("rotary"))
 def test_bytes_fall_by_the_ratio(kind):
     model, ids = tiny_models.decoder(kind), tiny_models.prompt(2, 24)
     with torch.no_grad(), attach(model) as session:
         model(ids, use_cache=True)
         full = session.kv_bytes
-    positions = {"llama": (1 + 1) * 4 * 24 * 2 * 4, "gpt2": 0}[
-        kind
-    ]  # in the body, and of the cache
+    # Of rotated keys, in the body and of the cache.
+    positions = (1 + 1) * 4 * 24 * 2 * 4 if "rotary" in find(kind).traits else 0
     for rank in (4, 11, 16):
         with torch.no_grad(), attach(model, known(model, rank=rank, block=1)) as session:
             model(ids, use_cache=True)
@@ -204,7 +206,7 @@ class Everything(Selection):
 
 
 @pytest.mark.parametrize("by_query", [False, True])
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", distinct("rotary"))
 def test_a_selection_reads_listed_coordinates(kind, by_query):
     model, ids = tiny_models.decoder(kind), tiny_models.prompt(2, 24)
     part, every = known(model, keep=0.5, block=1), Everything(page=5)

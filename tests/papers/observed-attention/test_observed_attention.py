@@ -5,6 +5,7 @@ import torch
 
 import tiny_models
 from attlas.attach import attach, blocks
+from attlas.contract.families import distinct
 from attlas.errors import UserError
 from attlas.parts.evict import observed_attention
 from attlas.parts.evict.observed_attention import ObservedAttention
@@ -121,7 +122,7 @@ def test_padding_does_not_count_while_decoding(make):
         assert both[1].tolist() == two[0].tolist()
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt-oss", "gemma2"])
+@pytest.mark.parametrize("kind", distinct("soft-caps", "sinks"))
 def test_sums_are_those_of_the_weights(kind):
     """Soft caps and sink logits included."""
     model, ids = tiny_models.decoder(kind), tiny_models.prompt(2, 20)

@@ -7,6 +7,7 @@ import attlas
 from attlas.attach import attach
 from attlas.cache.prompt import prefill
 from attlas.calibration import calibrate
+from attlas.contract.families import distinct
 from attlas.errors import UserError
 from attlas.storage import load_cache, save_cache
 from attlas.storage.layer import StoredLayer
@@ -49,7 +50,7 @@ def llama():
 
 
 @pytest.mark.parametrize("name", WHOLE)
-@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("kind", distinct("rotary", "soft-caps"))
 def test_sixteen_bits_are_the_model(name, kind):
     model, ids = decoder(kind), prompt(2, 30)
     fed = prompt(2, 24, seed=2)
