@@ -9,7 +9,7 @@ from torch import nn
 import attlas
 import tiny_models
 from attlas.attach import Call, Part, Step, attach, prefill
-from attlas.contract.families import find
+from attlas.contract.families import SIZES, find
 from attlas.errors import UserError
 from attlas.parts.evict.expected_attention import ExpectedAttention
 from attlas.parts.evict.key_norm import KeyNorm
@@ -118,7 +118,7 @@ def test_models():
     everywhere = tiny_models.decoder("mistral-window")
     with pytest.raises(UserError, match="full-attention"):
         attach(everywhere, KeyNorm(0.5)).__enter__()
-    cohere = transformers.CohereConfig(**tiny_models.BASE)
+    cohere = transformers.CohereConfig(**SIZES)
     model = transformers.CohereForCausalLM(cohere)
     with pytest.raises(UserError, match="by halves"):
         attach(model, ExpectedAttention(0.5)).__enter__()
