@@ -266,6 +266,20 @@ def test_folders_without_cases_are_refused(tmp_path: Path) -> None:
     assert [case.label for case in load_cases(tmp_path / "cope")] == ["cope/a"]
 
 
+def test_cases_of_papers_are_found_in_their_folders(tmp_path: Path) -> None:
+    _case_files(tmp_path / "a-paper" / "golden" / "cope")
+    _case_files(tmp_path / "b-paper" / "golden" / "qk-norm")
+    (tmp_path / "b-paper" / "pins.json").write_text('{"qk-norm": 31}')
+    assert [case.label for case in load_cases(tmp_path)] == ["cope/a", "qk-norm/a"]
+    assert [case.label for case in load_cases(tmp_path / "b-paper")] == ["qk-norm/a"]
+
+
+def test_a_folder_of_cases_has_one_adapter() -> None:
+    adapters()
+    with pytest.raises(ValueError, match=r"'cope' have an adapter already, in .*contextual-position"):
+        adapter("cope", mechanism="softmax")(lambda case: [])
+
+
 def test_error_and_bound_are_those_of_the_worst_element() -> None:
     theirs = torch.tensor([100.0, 1.0, 0.0])
     ours = torch.tensor([100.4, 1.1, 0.0])
