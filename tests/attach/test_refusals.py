@@ -10,6 +10,7 @@ import attlas
 import tiny_models
 from attlas.attach import Call, Part, Step, attach
 from attlas.cache.prompt import prefill
+from attlas.contract.families import SIZES, find
 from attlas.errors import UserError
 from attlas.hf.caches import cache_of, with_cache
 from attlas.parts.evict.expected_attention import ExpectedAttention
@@ -66,7 +67,7 @@ def test_dropout_with_changed_scores():
         def score_mod(self, call):
             return lambda s, b, h, q, k: s + 1
 
-    options = tiny_models.CONFIGS["llama"]()
+    options = find("llama").config()
     options.attention_dropout = 0.5
     model = transformers.LlamaForCausalLM(options).train()
     refused(model, "dropout", Change(), call=lambda m: m(IDS))
@@ -119,7 +120,7 @@ def test_models():
     everywhere = tiny_models.decoder("mistral-window")
     with pytest.raises(UserError, match="full-attention"):
         attach(everywhere, KeyNorm(0.5)).__enter__()
-    cohere = transformers.CohereConfig(**tiny_models.BASE)
+    cohere = transformers.CohereConfig(**SIZES)
     model = transformers.CohereForCausalLM(cohere)
     with pytest.raises(UserError, match="by halves"):
         attach(model, ExpectedAttention(0.5)).__enter__()

@@ -8,6 +8,7 @@ import tiny_models
 from attlas.attach import Part, attach
 from attlas.cache.policy import CachePolicy
 from attlas.cache.prompt import prefill
+from attlas.contract.families import distinct, find
 from attlas.hf.caches import cache_of, with_cache
 from attlas.parts.evict.ada_kv import AdaKV
 from attlas.parts.evict.expected_attention import ExpectedAttention
@@ -43,7 +44,10 @@ MORE = {
     ),
 }
 every_policy = pytest.mark.parametrize("policy", POLICIES)
-KINDS = ("llama", "qwen3", "gemma3", "gpt-oss", "gpt-neox", "gpt2")
+#: Soft caps change weights alone, see test_dropping_equals_hiding.
+KINDS = distinct(
+    "rotary", "partial-rotary", "key-norm", "windows", "sinks", having=["full"], lacking=["soft-caps"]
+)
 
 
 def logits_after(model, policy, ids, padding="none", length=None, steps=4, chunked=False):
@@ -95,7 +99,7 @@ def test_padding_does_not_count(kind, policy):
     make = POLICIES[policy]
     alone, _ = logits_after(model, make(keep=0.6), ids)
     # Padding on the right stands inside the model's own sliding windows, attlas or not.
-    for side in ("left",) if kind in ("gemma3", "gpt-oss") else ("left", "right"):
+    for side in ("left",) if "windows" in find(kind).traits else ("left", "right"):
         padded, cache = logits_after(model, make(keep=0.6), ids, side, length=31)
         torch.testing.assert_close(padded, alone, atol=2e-4, rtol=1e-3)
         assert any(
@@ -159,7 +163,9 @@ class Hide(Part):
         return shown.repeat_interleave(call.groups, dim=1)[:, :, None]
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma2", "gemma3", "gpt-oss"])
+@pytest.mark.parametrize(
+    "kind", distinct("windows", "soft-caps", "sinks", having=["full", "rotary"])
+)
 @pytest.mark.parametrize("policy", [p for p in POLICIES if p != "window-rerotated"])
 def test_dropping_equals_hiding(kind, policy):
     """The compressed cache attends as a whole one in which the dropped keys are masked."""
@@ -204,14 +210,13 @@ def test_a_budget_of_everything_changes_nothing(policy):
 def wide(kind="llama"):
     """Heads of realistic width, beside which a slot's index weighs little."""
     torch.manual_seed(0)
-    config = tiny_models.CONFIGS[kind]()
-    config.hidden_size, config.head_dim = 256, 64
+    config = find(kind).config(hidden_size=256, head_dim=64)
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_config(config).eval()
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+@pytest.mark.parametrize("kind", distinct("windows", having=["full"]))
 @pytest.mark.parametrize("policy", ["window-rerotated", "knorm-skipping", "snapkv", "expected",
                                     "pyramid", "adakv", "adakv-pyramid"])  # fmt: skip
 def test_bytes_held_equal_the_promise(policy, kind):
@@ -219,7 +224,8 @@ def test_bytes_held_equal_the_promise(policy, kind):
     model, ids = wide(kind), tiny_models.prompt(rows, 200)
     make = MORE[policy]
     pair = 2 * 64 * 2 * 4 * rows  # one token's key and value in one layer
-    full, windows = (4, 0) if kind == "llama" else (2, 2)
+    windows = sum(layer.is_sliding for layer in DynamicCache(config=model.config).layers)
+    full = 4 - windows
     beside = windows * 7 * pair
     promises = {
         ("keep", 0.6): full * 120 * pair + beside,
@@ -227,8 +233,8 @@ def test_bytes_held_equal_the_promise(policy, kind):
         ("bytes", 150 * 4 * pair): 150 * 4 * pair,
     }
     for (name, value), promise in promises.items():
-        if kind == "gemma3" and name == "bytes":
-            value = promise = 150 * 2 * pair
+        if windows and name == "bytes":
+            value = promise = 150 * full * pair
         with torch.no_grad(), attach(model, make(**{name: value})) as session:
             model(ids)
             assert session.kv_bytes == pytest.approx(promise, rel=0.02)

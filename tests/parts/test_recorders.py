@@ -7,6 +7,7 @@ import torch
 
 import tiny_models
 from attlas.attach import attach, blocks
+from attlas.contract.families import distinct
 from attlas.hf.caches import cache_of, with_cache
 from attlas.parts.evict.key_norm import KeyNorm
 from attlas.parts.record.column_sums import ColumnSums
@@ -57,7 +58,9 @@ def agrees(session, weights, real=None):
     torch.testing.assert_close(linked, links["weight"], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2", "gemma3", "mistral-window"])
+@pytest.mark.parametrize(
+    "kind", distinct("rotary", "full", "windows", "soft-caps", lacking=["sinks"])
+)
 def test_decoders_equal_eager(kind, block):
     model, ids = tiny_models.decoder(kind, "eager"), tiny_models.prompt()
     mask = torch.ones_like(ids)

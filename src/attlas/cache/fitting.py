@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -27,6 +27,7 @@ Constants = dict[str, Tensor]
 OPEN = 4.0
 
 
+@runtime_checkable
 class Rounding(Protocol):
     """What a fit needs to know of the part whose constants it finds: its bits, groups, steps and rate."""
 

@@ -11,6 +11,7 @@ object itself can tell (its options, its special case) is asked of the object wh
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -168,6 +169,9 @@ def _resolved(base: ast.expr, module: str) -> tuple[ast.ClassDef, str] | None:
 
 # Files -----------------------------------------------------------------------------------------------
 
+#: `@mechanism(` or `@attlas.mechanism(`, at the margin.
+_DECORATED = re.compile(r"^@(\w+\.)*(mechanism|task)\(", re.MULTILINE)
+
 
 def path_of(module: str) -> Path | None:
     """The source file of one of the package's modules; None where there is none."""
@@ -183,7 +187,7 @@ def _modules(room: str) -> Iterator[str]:
     files = sorted(path.parent.rglob("*.py")) if path.name == "__init__.py" else [path]
     for file in files:
         text = file.read_text(encoding="utf-8")
-        if "\n@mechanism(" in text or "\n@task(" in text:
+        if _DECORATED.search(text):
             inner = file.relative_to(path.parent).with_suffix("").parts if file != path else ()
             yield ".".join((room, *inner))
 

@@ -9,6 +9,7 @@ from attlas.attach import Part, attach
 from attlas.cache.duo_gates import Gated, passkeys
 from attlas.cache.prompt import prefill
 from attlas.calibration import Calibration, calibrate
+from attlas.contract.families import distinct, find
 from attlas.contract.parts import small_llama
 from attlas.errors import UserError
 from attlas.hf.caches import cache_of, with_cache
@@ -19,7 +20,7 @@ from attlas.parts.evict.q_filters import QFilters
 from attlas.storage import load_cache, save_cache
 from attlas.storage.files import fingerprint
 
-KINDS = ("llama", "gemma3", "gpt-oss", "gpt-neox")
+KINDS = distinct("windows", "sinks", "partial-rotary", having=["full", "rotary"])
 
 
 def texts(count=3, tokens=40):
@@ -103,7 +104,7 @@ def test_padding_and_chunks_do_not_count(kind, make):
     part = make(model)
     alone = logits_after(model, part, ids)
     assert not torch.allclose(alone, logits_after(model, balance(model, keep=1.0), ids), atol=1e-3)
-    for side in ("left",) if kind in ("gemma3", "gpt-oss") else ("left", "right"):
+    for side in ("left",) if "windows" in find(kind).traits else ("left", "right"):
         close(logits_after(model, part, ids, side, length=31), alone)
     close(logits_after(model, part, ids, chunk=5), alone)
 
@@ -118,7 +119,7 @@ def test_short_rows_keep_their_own_time():
             close(logits_after(model, part, ids, "left", length=30, steps=20), alone)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+@pytest.mark.parametrize("kind", distinct("windows", having=["full"]))
 def test_everything_kept_is_full_attention(kind):
     model, ids = tiny_models.decoder(kind), tiny_models.prompt(2, 24)
     plain = tiny_models.greedy(model, ids)
@@ -154,7 +155,7 @@ def test_beams_rows_and_stored_caches(make, tmp_path):
     close(once, direct)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt-oss"])
+@pytest.mark.parametrize("kind", distinct("soft-caps", "sinks"))
 def test_weights_count_however_the_cache_is_read(kind):
     """By a question at once, token by token, and with a recorder that looks at every weight."""
     model, ids = tiny_models.decoder(kind), tiny_models.prompt(2, 40)

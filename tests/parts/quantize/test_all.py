@@ -2,16 +2,17 @@
 
 import pytest
 import torch
-from tests.tiny_models import decoder, greedy, prompt
 
 import attlas
 from attlas.attach import attach
 from attlas.cache.prompt import prefill
 from attlas.calibration import calibrate
+from attlas.contract.families import distinct
 from attlas.errors import UserError
 from attlas.hf.caches import cache_of, with_cache
 from attlas.storage import load_cache, save_cache
 from attlas.storage.layer import StoredLayer
+from tiny_models import decoder, greedy, prompt
 
 #: Small blocks, so that a prompt of some 30 tokens is encoded.
 SMALL = {
@@ -50,7 +51,7 @@ def llama():
 
 
 @pytest.mark.parametrize("name", WHOLE)
-@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("kind", distinct("rotary", "soft-caps"))
 def test_sixteen_bits_are_the_model(name, kind):
     model, ids = decoder(kind), prompt(2, 30)
     fed = prompt(2, 24, seed=2)

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from tests.tiny_models import decoder, prompt
 from torch import nn
 
 import attlas
@@ -19,6 +18,7 @@ from attlas.storage.changed import turned
 from attlas.storage.layer import LayerState, StoredLayer, Taken
 from attlas.storage.shared import encode_rows
 from attlas.storage.varied import Varied
+from tiny_models import decoder, prompt
 
 
 def layer_of(k, v=None, **tensors):

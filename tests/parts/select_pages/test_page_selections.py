@@ -9,6 +9,7 @@ from attlas.attach import attach
 from attlas.cache.prompt import prefill
 from attlas.cache.quantizer import Quantizer
 from attlas.calibration import calibrate
+from attlas.contract.families import distinct, find
 from attlas.errors import UserError
 from attlas.hf.caches import with_cache
 from attlas.ops.quantize import encode
@@ -68,7 +69,9 @@ def logits_after(model, part, ids, padding="none", length=None, chunked=False, q
     return torch.stack(found), cache
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3", "gpt-oss", "gpt2"])
+@pytest.mark.parametrize(
+    "kind", distinct("rotary", "key-norm", "windows", "sinks", having=["full"], lacking=["soft-caps"])
+)
 @every_part
 def test_everything_read_is_full_attention(name, kind):
     model, ids = tiny_models.decoder(kind), tiny_models.prompt(2, 27)
@@ -80,7 +83,7 @@ def test_everything_read_is_full_attention(name, kind):
         assert tiny_models.greedy(model, ids, 12) == plain
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+@pytest.mark.parametrize("kind", distinct("windows", having=["full"]))
 @every_part
 def test_padding_does_not_count(name, kind):
     model, ids = tiny_models.decoder(kind).double(), tiny_models.prompt(1, 22)
@@ -90,7 +93,7 @@ def test_padding_does_not_count(name, kind):
     full, _ = logits_after(model, make(name, model, keep=1.0), ids, question=question)
     assert (alone - full).abs().max() > 1e-3  # something was not read
     # Padding on the right stands inside the model's own sliding windows, attlas or not.
-    for side in ("left",) if kind == "gemma3" else ("left", "right"):
+    for side in ("left",) if "windows" in find(kind).traits else ("left", "right"):
         padded, _ = logits_after(model, part, ids, side, length=31, question=question)
         torch.testing.assert_close(padded, alone, atol=1e-5, rtol=1e-5)
 
