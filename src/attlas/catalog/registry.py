@@ -10,11 +10,12 @@ read this registry and nothing else, so a new mechanism is one new file.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import inspect
 import pkgutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -70,12 +71,16 @@ class Entry:
 
     @property
     def file(self) -> str:
-        """The one file that defines it, relative to the package's parent folder."""
+        """The one file that defines it, relative to the folder of its top package.
+
+        Its folders are the module's packages, so that it is the same wherever the checkout lies.
+        """
         module = self.object.__module__
-        spec = importlib.util.find_spec(module) if module != "__main__" else None
-        path = (spec.origin if spec else None) or inspect.getsourcefile(self.object) or module
-        parts = path.replace("\\", "/").split("/")
-        return "/".join(parts[parts.index("attlas") :]) if "attlas" in parts else parts[-1]
+        path = getattr(sys.modules.get(module), "__file__", None)
+        if path is None:  # a page, a notebook or a prompt
+            return module
+        folders, name = module.split("."), PurePath(path).name
+        return "/".join([*(folders if name == "__init__.py" else folders[:-1]), name])
 
     @property
     def doc(self) -> str:
