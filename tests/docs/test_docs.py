@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import attlas
 from attlas.catalog import registry
 from attlas.catalog.table import markdown
 from attlas.cli import main
@@ -65,6 +66,18 @@ def run(line: str) -> None:
 
 def test_table_is_up_to_date():
     assert (ROOT / "docs" / "mechanisms.md").read_text() == markdown(), "run `make docs`"
+
+
+def test_files_of_the_table_are_told_wherever_a_checkout_lies(monkeypatch):
+    package = Path(attlas.__file__).parent
+    for entry in registry.entries():
+        assert (package.parent / entry.file).is_file(), entry.file
+    # As in a clone called like the package.
+    softmax = registry.find("softmax")
+    module = sys.modules[softmax.object.__module__]
+    before, name = softmax.file, Path(module.__file__).name
+    monkeypatch.setattr(module, "__file__", f"/attlas/one/attlas/src/attlas/{name}")
+    assert softmax.file == before
 
 
 def test_links_lead_somewhere():

@@ -13,6 +13,7 @@ from attlas.attach.part import Part
 from attlas.attach.session import attach
 from attlas.cache.policy import CachePolicy
 from attlas.contract.cases import Case, Check
+from attlas.hf.caches import cache_of, with_cache
 from attlas.storage.layer import LayerState
 from reference.policies import kept_otherwise
 
@@ -46,16 +47,16 @@ def answered(case: Case, part: Part) -> Answer:
     ids = case.inputs["context_ids"].long()[None]
     question = case.inputs["question_ids"].long()[None]
     with attach(model, part) as session:
-        cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
+        cache = cache_of(model(ids, use_cache=True, logits_to_keep=1))
         layers = [
             Held(slots_held(layer), layer.get_seq_length(), layer.columns())
             for layer in session.cache.layers
         ]
-        out = model(question, past_key_values=cache, logits_to_keep=1).logits[0, -1]
+        out = model(question, logits_to_keep=1, **with_cache(model, cache)).logits[0, -1]
         first, generated = out, []
         for _ in case.outs["generated_ids"]:
             generated.append(int(out.argmax()))
-            out = model(torch.tensor([generated[-1:]]), past_key_values=cache).logits[0, -1]
+            out = model(torch.tensor([generated[-1:]]), **with_cache(model, cache)).logits[0, -1]
     return Answer(layers, first, generated)
 
 

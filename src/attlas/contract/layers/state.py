@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any
 
-import jaxtyping
 import torch
 from safetensors.torch import load, save
 from torch.nn.modules import module as torch_module
 
 from attlas.contract.measure import Measure, Subject, check, distance, holds, same
+from attlas.contract.unchecked import unchecked
 
 
 @check("layer")
@@ -61,17 +61,14 @@ def compiled(subject: Subject) -> Iterator[Measure]:
     layer = subject.layer(causal=subject.causal_form)
     x = torch.randn(2, 9, layer.dim, dtype=torch.float64)
     logger = logging.getLogger("torch._dynamo")
-    level, typed = logger.level, jaxtyping.config.jaxtyping_disable
+    level = logger.level
     logger.setLevel(logging.ERROR)  # a break in the graph costs speed, not truth
-    # Shapes checked at run time, where that is switched on, are nothing that Dynamo can trace.
-    jaxtyping.config.update("jaxtyping_disable", True)
     try:
-        with torch.no_grad(), warnings.catch_warnings(action="ignore"):
+        with torch.no_grad(), warnings.catch_warnings(action="ignore"), unchecked():
             fast: Any = torch.compile(layer, backend="aot_eager")
             yield same("aot_eager", fast(x), layer(x))
     finally:
         logger.setLevel(level)
-        jaxtyping.config.update("jaxtyping_disable", typed)
         torch.compiler.reset()
 
 
