@@ -1,6 +1,7 @@
 """Shapes in signatures are checked while tests run; one model load serves the whole session."""
 
 import importlib.util
+import logging
 import os
 
 from jaxtyping import install_import_hook
@@ -14,6 +15,17 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(int(os.environ.get("ATTLAS_TEST_THREADS", "1")))
+
+
+class _Deprecated(logging.Handler):
+    """Transformers tells of some deprecations in its log alone; they are errors like its warnings."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "deprecated" in record.getMessage():
+            raise AssertionError(record.getMessage())
+
+
+logging.getLogger("transformers").addHandler(_Deprecated())
 
 
 @pytest.fixture(autouse=True)

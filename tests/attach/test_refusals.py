@@ -5,6 +5,7 @@ import torch
 import transformers
 from jaxtyping import config
 from torch import nn
+from transformers.generation.continuous_batching import PagedAttentionCache
 
 import attlas
 import tiny_models
@@ -12,7 +13,7 @@ from attlas.attach import Call, Part, Step, attach
 from attlas.cache.prompt import prefill
 from attlas.contract.families import SIZES, find
 from attlas.errors import UserError
-from attlas.hf.caches import cache_of, with_cache
+from attlas.hf.caches import argument, cache_of, with_cache
 from attlas.parts.evict.expected_attention import ExpectedAttention
 from attlas.parts.evict.key_norm import KeyNorm
 from attlas.parts.evict.snapkv import SnapKV
@@ -40,7 +41,8 @@ def test_calls(model):
             return lambda s, b, h, q, k: s + 1
 
     static = transformers.StaticCache(config=model.config, max_cache_len=40)
-    offloaded = transformers.DynamicCache(config=model.config, offloading=True)
+    offloaded = transformers.DynamicCache(config=model.config)
+    offloaded.offloading = True  # what offloading=True sets, which also wants an accelerator
     filled = cache_of(model(IDS))
     refused(model, "output_attentions", call=lambda m: m(IDS, output_attentions=True))
     refused(model, "cu_seq_lens_q", call=lambda m: m(IDS, cu_seq_lens_q=torch.tensor([0, 20])))
@@ -75,7 +77,9 @@ def test_dropout_with_changed_scores():
 
 def test_paged_cache(model):
     """Continuous batching keeps its own list of attention functions, and ours is not on it."""
-    refused(model, "paged", call=lambda m: m(IDS, cache=object()))
+    paged = object.__new__(PagedAttentionCache)
+    refused(model, "PagedAttentionCache", call=lambda m: m(IDS, cache=paged))
+    refused(model, "paged", call=lambda m: m(IDS, **{argument(type(m)): paged}))
 
 
 @pytest.fixture

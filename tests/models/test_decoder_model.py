@@ -134,9 +134,15 @@ def test_hybrids_generate_with_states_beside_keys_what_they_generate_without_a_c
     assert cache.get_seq_length() == 9
 
 
+def checkpoint(model, reentrant):
+    """Switch checkpointing on, by its newer name where there is one."""
+    older = getattr(model, "gradient_checkpointing_enable", None)
+    getattr(model, "activation_checkpointing_enable", older)({"use_reentrant": reentrant})
+
+
 def test_reentrant_checkpointing_refuses_to_lose_an_auxiliary_loss():
     model, (ids, _) = decoder("mixture-of-head").train(), prompt()
-    model.gradient_checkpointing_enable({"use_reentrant": True})
+    checkpoint(model, reentrant=True)
     model.enable_input_require_grads()
     with pytest.raises(ValueError, match="use_reentrant"):
         model(ids, labels=ids)
@@ -151,7 +157,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(attention, reentrant):
     for checkpointing in (False, True):
         model, (ids, mask) = decoder(attention).train(), prompt()
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            checkpoint(model, reentrant)
             model.enable_input_require_grads()
         loss = model(ids, attention_mask=mask, labels=ids).loss
         loss.backward()

@@ -167,7 +167,7 @@ def _as_held(held: Attachment, call: Call) -> bool:
     It is when the prompt is over, the queries are few, and nobody looks at the keys one by one.
     """
     layer = call.cache_layer
-    if not isinstance(layer, StoredLayer) or not layer.settled:
+    if not isinstance(layer, StoredLayer) or not (layer.managed and layer.settled):
         return False
     few = call.q.shape[2] * call.groups <= ROWS
     return few and call.is_causal and call.score_mod is None and not held.wants_keys(call.layer)
@@ -176,7 +176,7 @@ def _as_held(held: Attachment, call: Call) -> bool:
 def _with_keys(call: Call, mask: Tensor | None) -> None:
     """All keys that the cache holds, in slots, and which of them each query may attend to."""
     layer = call.cache_layer
-    if isinstance(layer, StoredLayer) and layer.settled:
+    if isinstance(layer, StoredLayer) and layer.managed and layer.settled:
         call.k, call.v, call.columns = layer.read()
         layer.read_bytes = layer.nbytes
         call.score_mod = chained(call.score_mod, _weights_of_slots(call, layer))
