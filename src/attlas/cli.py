@@ -1,4 +1,5 @@
-"""The command line: `attlas list`, `show`, `verify`, `compare`, `calibrate`, `train`, `roofline`.
+"""The command line: `attlas list`, `show`, `verify`, `compare`, `calibrate`, `fetch`, `train`,
+`roofline`.
 
 What a user can mend ends in one sentence on standard error and exit code 2, never in a traceback.
 """
@@ -15,6 +16,7 @@ from attlas.compare.command import compare
 from attlas.compare.roofline import roofline
 from attlas.contract.command import verify
 from attlas.errors import UserError
+from attlas.models.fetch.command import fetch_command
 from attlas.train.command import train
 
 app = typer.Typer(
@@ -29,6 +31,7 @@ app.command()(show)
 app.command()(verify)
 app.command()(compare)
 app.command("calibrate")(calibrate_command)
+app.command("fetch")(fetch_command)
 app.command()(train)
 app.command()(roofline)
 
