@@ -148,4 +148,9 @@ def _from_gguf(file: Path, into: Path) -> None:
     model = type(read)(read.config)
     model.load_state_dict(read.state_dict())
     model.save_pretrained(into)
-    transformers.AutoTokenizer.from_pretrained(**source).save_pretrained(into)
+    if read.config.model_type == "gemma3_text":
+        from attlas.models.fetch import gemma_tokenizer
+
+        gemma_tokenizer.read(file).save_pretrained(into)
+    else:
+        transformers.AutoTokenizer.from_pretrained(**source).save_pretrained(into)
