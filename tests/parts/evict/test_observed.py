@@ -5,8 +5,8 @@ import torch
 
 import tiny_models
 from attlas.attach import attach, blocks
-from attlas.parts.evict import observed_attention
 from attlas.errors import UserError
+from attlas.parts.evict import observed_attention
 from attlas.parts.evict.observed_attention import ObservedAttention
 from attlas.parts.evict.tova import TOVA
 

