@@ -85,7 +85,7 @@ def test_an_interrupted_conversion_leaves_nothing(conversions, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(transformers.PreTrainedModel, "save_pretrained", full)
-        with pytest.raises(UserError, match="No space left"):
+        with pytest.raises(UserError, match="the disk is full"):
             load("smollm2")
     assert list(module.cache_folder().iterdir()) == []
     load("smollm2")
