@@ -20,26 +20,17 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
-def fetched(name: str):
-    """(model, tokenizer) of a model that was fetched; without it the test is skipped."""
-    from attlas.errors import UserError
-    from attlas.models.load import load, load_tokenizer
-
-    try:
-        return load(name), load_tokenizer(name)
-    except UserError as error:
-        if "attlas fetch" not in str(error):
-            raise
-        pytest.skip(str(error))
-
-
 @pytest.fixture(scope="session")
 def smollm2():
     """(model, tokenizer) of SmolLM2-135M-Instruct."""
+    from real_models import fetched
+
     return fetched("smollm2")
 
 
 @pytest.fixture(scope="session")
 def gemma3_270m():
     """(model, tokenizer) of Gemma 3 270M."""
+    from real_models import fetched
+
     return fetched("gemma3-270m")

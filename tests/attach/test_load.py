@@ -15,7 +15,7 @@ from attlas.errors import UserError
 from attlas.models import load as module
 from attlas.models.fetch.catalogue import MODELS
 from attlas.models.load import load, load_tokenizer
-from conftest import fetched
+from real_models import fetched
 
 
 @pytest.fixture

@@ -45,10 +45,12 @@ class Opening(Letters):
 
 def test_texts_open_as_the_tokenizer_opens_them():
     hay = needle.single(Opening(), 2000, 0.5, "0/a")
-    assert text(hay.context).startswith("^Read") and text(hay.context).count("^") == 1
+    assert text(hay.context).startswith("^Read")
+    assert text(hay.context).count("^") == 1
     assert "^" not in text(hay.asked[0].question)
     read = continuation(Opening(), 50, 10, "0")
-    assert text(read.context)[0] == "^" and len(read.context) == 50
+    assert text(read.context)[0] == "^"
+    assert len(read.context) == 50
     assert read.context[1:] == continuation(Letters(), 50, 10, "0").context[:-1]
 
 
