@@ -1,7 +1,7 @@
 """Gemma's tokenizer out of its GGUF file, alike under every version of Transformers.
 
 Transformers' own reader makes it from 5.23 on as is done here; that of 5.17 splits words otherwise
-and opens no text with <bos>, without which Gemma's perplexity doubles. The file lists pieces and no
+and opens no text with <bos>, without which Gemma reads badly. The file lists pieces and no
 merges, which BPE needs. A piece of number n stands for every cut of it into two pieces, and
 
     merges: (l, r) with l + r a piece, by rising number of l + r, longer l first
