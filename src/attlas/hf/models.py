@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import transformers
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -18,11 +19,14 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    Dinov2Config,
+    Dinov2Model,
     GenerationMixin,
     LlamaConfig,
     LlamaForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
@@ -50,6 +54,8 @@ __all__ = [
     "BaseModelOutput",
     "BaseModelOutputWithPast",
     "CausalLMOutputWithPast",
+    "Dinov2Config",
+    "Dinov2Model",
     "GenerationMixin",
     "GradientCheckpointingLayer",
     "ImageClassifierOutput",
@@ -57,14 +63,22 @@ __all__ = [
     "LlamaForCausalLM",
     "MaskedLMOutput",
     "PreTrainedModel",
+    "PreTrainedTokenizerFast",
     "PretrainedConfig",
     "Seq2SeqLMOutput",
     "SequenceClassifierOutput",
     "can_return_tuple",
+    "config_class",
     "is_initialized",
+    "logging",
     "mark_initialized",
     "quiet",
 ]
+
+
+def config_class(name: str) -> Any:
+    """The class of configurations called `name`, such as "LlamaConfig"."""
+    return getattr(transformers, name)
 
 
 def is_initialized(parameter: Any) -> bool:
