@@ -143,6 +143,9 @@ class Part:
 
     #: The part reads `call.hidden`, the states from which the layer makes queries, keys and values.
     wants_hidden: bool = False
+    #: What `attlas compare --preset cache` compares this part with the others at, each as it stands
+    #: behind the part's name in `--methods`: "(keep=0.5)", "(bits=4)+other(keep=0.25)". Not inherited.
+    comparable: ClassVar[tuple[str, ...]] = ()
 
     def check(self, model: nn.Module) -> None:
         """Look at the model before anything is changed.
