@@ -34,9 +34,15 @@ def check_fit(grid: Grid, model: Any, tokenizer: Any) -> None:
         for part in parts:
             for length in grid.lengths if isinstance(part, CachePolicy) else ():
                 check_budget(method, part, model, length)
+    refused: dict[str, UserError] = {}
     for unit in grid.units():
         if unit.length == grid.lengths[0]:
-            unit.context.text(tokenizer, grid.preset, unit.length, unit.depth, str(grid.seed))
+            try:
+                unit.context.text(tokenizer, grid.preset, unit.length, unit.depth, str(grid.seed))
+            except UserError as error:
+                refused[str(error)] = error
+    if refused:
+        raise UserError("; ".join(refused)) from next(iter(refused.values()))
 
 
 def check_budget(method: Method, part: CachePolicy, model: Any, length: int) -> None:
