@@ -46,12 +46,10 @@ class System:
 
     Attributes:
         title: of its score, with the unit; scores lie in [0, 1] and are shown as per cent.
-        together: inputs that `predict` is best given at once.
     """
 
     kind: ClassVar[Kind] = SYSTEM
     title: ClassVar[str] = "accuracy %"
-    together: ClassVar[int] = 16
 
     def __post_init__(self) -> None:
         self.check()
@@ -67,6 +65,11 @@ class System:
     def needs(self) -> str | None:
         """The pretrained model that it is built on, by a name that `attlas.load` takes; None without."""
         return None
+
+    @property
+    def together(self) -> int:
+        """Inputs that `predict` is best given at once; between them a run can be stopped."""
+        return 16
 
     def build(self, model: Any = None, tokenizer: Any = None) -> None:
         """Make it ready for `fit` and `predict`; takes what it `needs`."""
@@ -118,7 +121,7 @@ class System:
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        state = {name: tensor.contiguous() for name, tensor in self.state().items()}
+        state = {name: tensor.detach().clone() for name, tensor in self.state().items()}
         save_file(state, folder / WEIGHTS)
         packed = {"name": self.registered_name, "options": asdict(self)}
         # Last, so that a folder with it is whole.
@@ -142,7 +145,9 @@ class System:
             raise UserError(f"{folder} holds no whole system ({error}); fit and save it anew") from error
         own = (self.registered_name, json.loads(json.dumps(asdict(self))))
         if found != own:
-            raise UserError(f"{folder} was saved by {found[0]} with {found[1]}, this is {own[0]} {own[1]}")
+            raise UserError(
+                f"{folder} was saved by {found[0]} with {found[1]}, this is {own[0]} with {own[1]}"
+            )
         self.restore(state)
 
     @property

@@ -25,6 +25,7 @@ Source: "Needle Threading: Can LLMs Follow Threads through Near-Million-Scale Ha
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import re
@@ -32,7 +33,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,7 +53,7 @@ from attlas.tasks.threads import (
     text_of,
     values,
 )
-from attlas.tasks.train.base import IGNORED, Batch, Sizes, Task, distinct
+from attlas.tasks.train.one_needle import OneNeedle
 
 _OF = "in the JSON object."
 _FOLLOW = "That value may equal another key, and so on: follow them to the end."
@@ -99,10 +100,13 @@ class NeedleThreading(System):
     reader: str = "smollm2"
     threshold: float = 0.75
     train_steps: int = 1500
-    together: ClassVar[int] = 10
 
     def check(self) -> None:
         """Refuse options that make no haystack."""
+        for name in ("tasks", "lengths"):
+            value = getattr(self, name)
+            if isinstance(value, str) or not isinstance(value, Sequence) or not value:
+                raise UserError(f"{name} takes several, as {name}=(..., ), got {value!r}")
         for task in self.tasks:
             if task not in TASKS:
                 raise UnknownName("task", task, TASKS)
@@ -113,8 +117,10 @@ class NeedleThreading(System):
                 raise UserError(f"{name} takes a whole number of at least {low}, got {value!r}")
         if "branching" in self.tasks and self.steps < 3:
             raise UserError(f"steps must be at least 3 for branching threads, got {self.steps}")
-        if not self.lengths or min(self.lengths) < 1:
-            raise UserError(f"lengths takes positive numbers, got {self.lengths}")
+        if not all(type(n) is int and n > 0 for n in self.lengths):
+            raise UserError(f"lengths takes whole numbers above 0, got {self.lengths}")
+        if self.size > 32:
+            raise UserError(f"size takes 32 digits at most, a UUID, got {self.size}")
         if not 0 < self.threshold <= 1:
             raise UserError(f"threshold must lie in (0, 1], got {self.threshold}")
         if self.reader == "trained" and (set(self.tasks) != {"needle"} or self.size > 2):
@@ -124,6 +130,11 @@ class NeedleThreading(System):
     def needs(self) -> str | None:
         """The language model that reads."""
         return None if self.reader in ("solver", "trained") else self.reader
+
+    @property
+    def together(self) -> int:
+        """The questions of one haystack, which is then read once."""
+        return self.asks
 
     def build(self, model: Any = None, tokenizer: Any = None) -> None:
         """Take the reader."""
@@ -169,12 +180,14 @@ class NeedleThreading(System):
             raise UserError(f"inputs takes questions of `data`, got {[type(i).__name__ for i in inputs]}")
         if self.reader == "solver":
             return [solve(question) for question in inputs]
+        if getattr(self, "net" if self.reader == "trained" else "model", None) is None:
+            raise UserError(f"the reader {self.reader!r} is not there yet: call build, then fit")
         if self.reader == "trained":
             return [_read_symbols(self.net, question) for question in inputs]
         groups: dict[str, list[Question]] = {}
         for question in inputs:
             groups.setdefault(question.haystack, []).append(question)
-        said = {q: a for group in groups.values() for q, a in self._asked(group)}
+        said = {q: a for group in groups.values() for q, a in self._asked(group).items()}
         return [said[question] for question in inputs]
 
     def guess(self, inputs: Sequence[Question], seed: int) -> list[tuple[str, ...]]:
@@ -188,7 +201,8 @@ class NeedleThreading(System):
         """The share of the wanted values; a tuple in its order, a set in any."""
         if isinstance(target, frozenset):
             return len(target & set(said)) / max(len(target), len(said))
-        return sum(a == b for a, b in zip(said, target, strict=False)) / max(len(target), len(said))
+        right = sum(a == b for a, b in zip(said, target, strict=False))
+        return float(right / max(len(target), len(said)))
 
     def conclusions(self, means: Mapping[str, float]) -> list[str]:
         """The effective context of each task."""
@@ -201,73 +215,49 @@ class NeedleThreading(System):
         return found
 
     @torch.inference_mode()
-    def _asked(self, questions: list[Question]) -> list[tuple[Question, tuple[str, ...]]]:
-        """Read the haystack once, then every question behind a copy of its cache."""
-        import copy
-
+    def _asked(self, questions: list[Question]) -> dict[Question, tuple[str, ...]]:
+        """Read the haystack once, then the questions behind copies of its cache."""
         frame = template(self.tokenizer)
         context = tokens(self.tokenizer, frame.opening + questions[0].haystack)
         ids = torch.tensor([context], device=self.model.device)
         read = self.model(ids, use_cache=True, logits_to_keep=1).past_key_values
-        found = []
+        # Those of one number of tokens go together, so that nothing is padded.
+        alike: dict[tuple[int, bool, int], list[tuple[Question, list[int]]]] = {}
         for q in questions:
             ask, begin = ASKED["thread" if q.task.startswith("thread-") else q.task]
             keys = ", ".join(f'"{key}"' for key in q.keys)
             begin = begin.format(key=q.keys[0] if q.keys else "")
             text = f"\n\n{ask}\n" + (f"Keys: {keys}\n" if keys else "") + f"{frame.closing}{begin}"
-            wanted = len(q.keys) or SEVERAL
-            found.append((q, self._answer(copy.deepcopy(read), text, wanted, '["' in begin)))
+            behind = tokens(self.tokenizer, text)
+            group = (len(behind), "[" in begin, len(q.keys) or SEVERAL)
+            alike.setdefault(group, []).append((q, behind))
+        found = {}
+        for (_, listed, wanted), some in alike.items():
+            said = self._said(copy.deepcopy(read), [behind for _, behind in some], wanted, listed)
+            found.update(zip((q for q, _ in some), said, strict=True))
         return found
 
-    def _answer(self, cache: Any, text: str, wanted: int, listed: bool) -> tuple[str, ...]:
-        """Greedy tokens until the list, or the one value, has ended."""
-        said, device = "", self.model.device
-        ids = torch.tensor([tokens(self.tokenizer, text)], device=device)
-        produced: list[int] = []
-        while len(produced) < (self.size + 6) * wanted and ("]" if listed else '"') not in said:
+    def _said(
+        self, cache: Any, rows: list[list[int]], wanted: int, listed: bool
+    ) -> list[tuple[str, ...]]:
+        """Greedy answers, each until its list, or its one value, has ended."""
+        cache.batch_repeat_interleave(len(rows))
+        ids = torch.tensor(rows, device=self.model.device)
+        produced = torch.empty(len(rows), 0, dtype=torch.long)
+        texts = [""] * len(rows)
+        for _ in range((self.size + 6) * wanted):
             out = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
             ids = out.logits[:, -1].argmax(-1, keepdim=True)
-            produced.append(int(ids))
-            said = self.tokenizer.decode(produced)
-        values = re.findall(r'"([^"]*)"', '"' + said) if listed else [said.partition('"')[0]]
-        return tuple(values)
+            produced = torch.cat([produced, ids.cpu()], dim=1)
+            texts = [self.tokenizer.decode(row) for row in produced.tolist()]
+            if all(("]" if listed else '"') in text for text in texts):
+                break
+        if not listed:
+            return [(text.partition('"')[0],) for text in texts]
+        return [tuple(re.findall(r'"([^"]*)"', '"' + text.partition("]")[0])) for text in texts]
 
 
 # The decoder that is trained on one needle ----------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class OneNeedle(Task):
-    """Pairs of different symbols, then some of the keys again, each asked for its value.
-
-    Args:
-        fewest: pairs of a row at least.
-        pairs: at most.
-        symbols: keys and values, and one more for all that is neither.
-        asked: keys at the end of a row.
-    """
-
-    fewest: int
-    pairs: int
-    symbols: int
-    asked: int = SEVERAL
-    needs: ClassVar[str] = "decoder"
-    name: ClassVar[str] = "one-needle"
-
-    @property
-    def sizes(self) -> Sizes:
-        """One token a key and a value."""
-        return Sizes(outputs=self.symbols + 1, length=2 * self.pairs + self.asked)
-
-    def draw(self, rng: torch.Generator, rows: int, split: str = "train") -> Batch:
-        """Rows of one number of pairs."""
-        pairs = int(torch.randint(self.fewest, self.pairs + 1, (1,), generator=rng))
-        told = distinct(rng, self.symbols, rows, 2 * pairs).view(rows, pairs, 2)
-        some = distinct(rng, pairs, rows, self.asked)
-        ids = torch.cat([told.flatten(1), told[..., 0].gather(1, some)], dim=1)
-        targets = torch.full_like(ids, IGNORED)
-        targets[:, 2 * pairs :] = told[..., 1].gather(1, some)
-        return {"input_ids": ids, "targets": targets}
 
 
 def _plan(system: NeedleThreading) -> Any:
@@ -282,7 +272,8 @@ def _plan(system: NeedleThreading) -> Any:
 
 def _task(system: NeedleThreading) -> OneNeedle:
     """The task whose rows are as long as the haystacks, which give or take a pair."""
-    per = len(text_of([("0" * system.size, "0" * system.size)])) - 1 + len(",\n") - 1
+    name = "0" * system.size
+    per = len(text_of([(name, name)] * 2)) - len(text_of([(name, name)]))
     pairs = [max(SEVERAL, length // per) for length in system.lengths]
     return OneNeedle(max(SEVERAL, min(pairs) - 1), max(pairs), 10**system.size)
 

@@ -41,7 +41,7 @@ class _Line:
 
     start: str
     end: str
-    pairs: list[_Pair]
+    pairs: list[Pair]
 
 
 def haystack(
