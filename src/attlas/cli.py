@@ -1,5 +1,4 @@
-"""The command line: `attlas list`, `show`, `verify`, `compare`, `calibrate`, `fetch`, `train`,
-`roofline`.
+"""The command line: `attlas list`, `show`, `compare`, `train` and the others of `COMMANDS`.
 
 A command's module is imported when the command is asked for, so that `attlas list` waits for neither
 torch nor Transformers. What a user can mend ends in one sentence on standard error and exit code 2,
@@ -26,6 +25,7 @@ COMMANDS = {
     "calibrate": ("attlas.calibration.command", "calibrate_command"),
     "fetch": ("attlas.models.fetch.command", "fetch_command"),
     "train": ("attlas.train.command", "train"),
+    "run": ("attlas.running.command", "run_command"),
     "roofline": ("attlas.compare.roofline", "roofline"),
 }
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from attlas.compare.grid import PRESETS, TASKS, Grid, Preset
+from attlas.compare.grid import PRESETS, Grid, Preset, parse_tasks
 from attlas.compare.methods import parse_methods
 from tiny_folder import save
 
@@ -29,7 +29,7 @@ def tiny_preset(monkeypatch: pytest.MonkeyPatch) -> Preset:
 def make_grid():
     def make(**changes: Any) -> Grid:
         given: dict[str, Any] = {
-            "model": "m", "methods": parse_methods(["full,window(keep=0.5)"]), "tasks": TASKS,
+            "model": "m", "methods": parse_methods(["full,window(keep=0.5)"]), "tasks": parse_tasks([]),
             "lengths": (320,), "preset": TINY, "device": "cpu", "dtype": "float32", "seed": 0,
         }  # fmt: skip
         return Grid(**{**given, **changes})

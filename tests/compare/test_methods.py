@@ -4,6 +4,7 @@ import pytest
 
 from attlas.attach import Part
 from attlas.catalog import registry
+from attlas.catalog.kinds import STEER
 from attlas.compare.methods import parse_method, parse_methods
 from attlas.errors import UserError
 
@@ -52,6 +53,8 @@ def test_mistakes_are_named(text, said):
 def test_a_part_registered_anywhere_can_be_named():
     @registry.mechanism("toy-part", paper="")
     class ToyPart(Part):
+        kind = STEER
+
         def __init__(self, strength: float = 1.0) -> None:
             self.strength = strength
 

@@ -14,6 +14,7 @@ import torch
 
 from attlas.attach import Part
 from attlas.catalog import registry
+from attlas.catalog.kinds import STEER
 from attlas.cli import main
 from attlas.compare import units
 from attlas.compare.results import cell_of
@@ -113,6 +114,8 @@ def test_memory_that_runs_out_is_a_result(tiny_preset, folder, tmp_path, monkeyp
 def test_a_part_of_a_test_is_compared(tiny_preset, folder, tmp_path):
     @registry.mechanism("toy-eraser", paper="")
     class ToyEraser(Part):
+        kind = STEER
+
         def output(self, call, heads):
             return torch.zeros_like(heads)
 

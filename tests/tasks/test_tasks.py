@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 
-from attlas.tasks import fidelity, needle
+from attlas.tasks import haystack as needle
+from attlas.tasks.compare import fidelity
+from attlas.tasks.compare.perplexity import perplexity, surprise
 from attlas.tasks.continuation import continuation
-from attlas.tasks.memory import Peak
-from attlas.tasks.perplexity import perplexity, surprise
+from attlas.tasks.peak import Peak
 from attlas.tasks.record import mean, median, pooled_fraction, share
 from attlas.tasks.text import passage, shakespeare
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from attlas.compare.grid import TASKS, Grid, Preset
+from attlas.compare.grid import Grid, Preset, parse_tasks
 from attlas.compare.methods import Method
 from attlas.compare.summary import Summary, summarize
 from attlas.view import pareto, report, shell, table
@@ -24,7 +24,7 @@ def summary() -> Summary:
         Method("snapkv(keep=0.25)", (("snapkv", (("keep", 0.25),)),)),
         Method(f"toy(text='{EVIL}')", (("toy", (("text", EVIL),)),)),
     )
-    grid = Grid(EVIL, methods, TASKS, (64, 128), PRESET, "cpu", "float32", 0)
+    grid = Grid(EVIL, methods, parse_tasks([]), (64, 128), PRESET, "cpu", "float32", 0)
     lines = []
     for number, cell in enumerate(grid.all_cells()):
         ok = number % 11 != 5

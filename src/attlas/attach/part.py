@@ -22,6 +22,9 @@ class Part:
     first of them runs. Hooks of several parts follow one another in the order of the parts.
     """
 
+    #: What `attlas compare --preset cache` compares this part with the others at, each as it stands
+    #: behind the part's name in `--methods`: "(keep=0.5)", "(bits=4)+other(keep=0.25)". Not inherited.
+    comparable: ClassVar[tuple[str, ...]] = ()
     #: The layers and heads that the part is about; hooks are called for these layers alone.
     where: Where = Where()
     #: Points of the residual stream that the part is shown, see `stream`.

@@ -13,7 +13,7 @@ from rich.console import Console
 from attlas.calibration.command import ensure
 from attlas.compare.fit import check_fit
 from attlas.compare.grid import PRESETS, Grid, fitting_lengths, parse_lengths, parse_tasks
-from attlas.compare.methods import parse_methods
+from attlas.compare.methods import comparable, parse_methods
 from attlas.compare.results import Results, unwritable
 from attlas.compare.run import run
 from attlas.errors import UnknownName, UserError
@@ -28,7 +28,8 @@ def compare(
         typer.Option(help="full,snapkv(keep=0.25),...; the preset's eight unless given."),
     ] = None,
     tasks: Annotated[
-        list[str] | None, typer.Option(help="needle,fidelity,perplexity,speed,memory.")
+        list[str] | None,
+        typer.Option(help="needle,speed,...; all of `attlas list --kind task` unless given."),
     ] = None,
     lengths: Annotated[list[str] | None, typer.Option(help="Tokens of context: 1024,2048.")] = None,
     preset: Annotated[str, typer.Option(help="quick, full, or cache: the whole family.")] = "quick",
@@ -48,7 +49,7 @@ def compare(
     if preset not in PRESETS:
         raise UnknownName("preset", preset, PRESETS)
     chosen = PRESETS[preset]
-    planned_methods = parse_methods(methods or chosen.methods)
+    planned_methods = parse_methods(methods or chosen.methods or comparable())
     planned_tasks = parse_tasks(tasks or [])
     asked = parse_lengths(lengths or [])
     where = _device(device)

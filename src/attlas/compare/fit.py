@@ -13,7 +13,6 @@ from attlas.compare.methods import Method
 from attlas.compare.shared import attached
 from attlas.errors import UserError
 from attlas.storage.layer import INDEX_BYTES
-from attlas.tasks import needle
 
 
 def check_fit(grid: Grid, model: Any, tokenizer: Any) -> None:
@@ -21,7 +20,7 @@ def check_fit(grid: Grid, model: Any, tokenizer: Any) -> None:
 
     Raises:
         UserError: a model that cannot be intercepted, a method that cannot work on it, a budget
-            that does not fit a length, or a length too short for the needles.
+            that does not fit a length, or a length too short for a task's texts.
     """
     with attach(model):  # refuses a model whose attention cannot be intercepted
         pass
@@ -35,8 +34,15 @@ def check_fit(grid: Grid, model: Any, tokenizer: Any) -> None:
         for part in parts:
             for length in grid.lengths if isinstance(part, CachePolicy) else ():
                 check_budget(method, part, model, length)
-    if "needle" in grid.tasks:
-        needle.several(tokenizer, grid.lengths[0], grid.preset.depths, str(grid.seed))
+    refused: dict[str, UserError] = {}
+    for unit in grid.units():
+        if unit.length == grid.lengths[0]:
+            try:
+                unit.context.text(tokenizer, grid.preset, unit.length, unit.depth, str(grid.seed))
+            except UserError as error:
+                refused[str(error)] = error
+    if refused:
+        raise UserError("; ".join(refused)) from next(iter(refused.values()))
 
 
 def check_budget(method: Method, part: CachePolicy, model: Any, length: int) -> None:

@@ -11,121 +11,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from attlas.compare.methods import Method
+from attlas.compare.presets import PRESETS, Preset
 from attlas.errors import UnknownName, UserError
+from attlas.tasks.compare.base import CompareTask, Context, Metric, find, known
 
-TASKS = ("needle", "fidelity", "perplexity", "speed", "memory")
-
-
-@dataclass(frozen=True, slots=True)
-class Preset:
-    """How much is measured.
-
-    Attributes:
-        lengths: tokens of context.
-        depths: where needles stand, as shares of the context.
-        needles: texts per length and depth (single), and per length (several keys).
-        contexts: texts per length whose continuation is read.
-        continuation: tokens that are predicted after each of them.
-        repeats: runs of each method by itself for speed and memory.
-        decode: tokens decoded in each of these.
-        methods: compared when the user names none.
-    """
-
-    name: str
-    lengths: tuple[int, ...]
-    depths: tuple[float, ...]
-    needles: int
-    contexts: int
-    continuation: int
-    repeats: int
-    decode: int
-    methods: tuple[str, ...]
-
-    @property
-    def room(self) -> int:
-        """Tokens that follow the context at most: a question and its answer, or a continuation."""
-        return max(96, self.continuation, self.decode)
-
-
-#: Ways to save on a cache, each at budgets that make it comparable with the others in bytes.
-FAMILY = (
-    "full",
-    *(
-        f"{name}(keep={keep})"
-        for name in (
-            "window", "snapkv", "expected-attention", "observed-attention", "tova", "pyramid-kv",
-            "ada-kv", "q-filters",
-        )
-        for keep in (0.5, 0.25, 0.125)
-    ),
-    *(f"snapkv(keep={keep}, window=16, kernel=7, pooling='max')" for keep in (0.25, 0.125)),
-    *(f"balancekv(keep={keep})" for keep in (0.5, 0.25)),
-    "key-norm-eviction(keep=0.5)",
-    *(f"quantized-cache(bits={bits})" for bits in (8, 4, 3, 2)),
-    "zipcache",
-    "qaq-quality-adaptive-quantization",
-    "akvq-vl",
-    *(f"eigen-attention(keep={keep})" for keep in (0.75, 0.5)),
-    *(f"{name}(keep={keep})" for name in (
-        "quest-page-selection", "loki-low-rank-keys", "lrqk-low-rank-attention",
-        "recycled-attention", "delta-layer-aware-attention",
-    ) for keep in (0.25, 0.125)),
-    *(f"loki-low-rank-keys(keep={keep}, rank=0.5)" for keep in (0.25, 0.125)),
-    "adaptive-long-context-heads",
-    "snapkv(keep=0.5)+quantized-cache(bits=4)",
-    "snapkv(keep=0.25)+quantized-cache(bits=4)",
-    "quantized-cache(bits=4)+quest-page-selection(keep=0.125)",
-)  # fmt: skip
-
-_BUDGETS = ("window", "snapkv", "expected-attention")
-PRESETS = {
-    "quick": Preset(
-        name="quick",
-        lengths=(1024, 2048),
-        depths=(0.1, 0.5, 0.9),
-        needles=2,
-        contexts=2,
-        continuation=128,
-        repeats=3,
-        decode=16,
-        methods=(
-            "full",
-            *(f"{name}(keep={keep})" for name in _BUDGETS for keep in (0.5, 0.25)),
-            "key-norm-eviction(keep=0.5)",
-        ),
-    ),
-    "full": Preset(
-        name="full",
-        lengths=(1024, 2048, 4096, 8192),
-        depths=(0.1, 0.3, 0.5, 0.7, 0.9),
-        needles=5,
-        contexts=4,
-        continuation=256,
-        repeats=5,
-        decode=32,
-        methods=(
-            "full",
-            *(
-                f"{name}(keep={keep})"
-                for name in (*_BUDGETS, "key-norm-eviction")
-                for keep in (0.75, 0.5, 0.25)
-            ),
-            "window(keep=0.25, rerotate=True)",
-            "snapkv(keep=0.25, kernel=7)",
-        ),
-    ),
-    "cache": Preset(
-        name="cache",
-        lengths=(1024, 4096, 8192),
-        depths=(0.1, 0.3, 0.5, 0.7, 0.9),
-        needles=2,
-        contexts=2,
-        continuation=128,
-        repeats=2,
-        decode=16,
-        methods=FAMILY,
-    ),
-}
+__all__ = [
+    "PRESETS", "Cell", "Grid", "Preset", "Unit", "fitting_lengths", "parse_lengths", "parse_tasks",
+]  # fmt: skip
 
 
 class Cell(NamedTuple):
@@ -141,7 +33,7 @@ class Cell(NamedTuple):
 class Unit(NamedTuple):
     """Cells that are measured together: what is run, at which length and depth."""
 
-    kind: str
+    context: Context
     length: int
     depth: float | None
 
@@ -159,41 +51,39 @@ class Grid:
     dtype: str
     seed: int
 
+    @property
+    def chosen(self) -> dict[str, CompareTask]:
+        """The tasks by name."""
+        return {name: find(name) for name in self.tasks}
+
+    @property
+    def metrics(self) -> list[tuple[str, Metric]]:
+        """All metrics, each with its task's name, in the order of the tasks."""
+        return [(name, metric) for name, task in self.chosen.items() for metric in task.metrics]
+
     def units(self) -> list[Unit]:
         """What is run, in order: quality first, short contexts first."""
-        found = []
-        for length in self.lengths:
-            if "needle" in self.tasks:
-                found += [Unit("single", length, depth) for depth in self.preset.depths]
-                found += [Unit("several", length, None)]
-            if {"fidelity", "perplexity"} & set(self.tasks):
-                found += [Unit("continuation", length, None)]
-            if {"speed", "memory"} & set(self.tasks):
-                found += [Unit("alone", length, None)]
-        return found
+        contexts = dict.fromkeys(m.context for _, m in self.metrics if m.context is not None)
+        return [
+            Unit(context, length, depth)
+            for length in self.lengths
+            for context in contexts
+            for depth in context.depths(self.preset)
+        ]
 
     def cells(self, unit: Unit, method: str) -> list[Cell]:
         """The cells that a unit measures for one method."""
-        if unit.kind == "single":
-            place = (unit.length, unit.depth)
-            return [
-                Cell(method, "needle", *place, metric) for metric in ("single", "digits", "blind")
-            ]
-        if unit.kind == "several":
-            return [Cell(method, "needle", unit.length, d, "several") for d in self.preset.depths]
-        by_kind: dict[str, dict[str, tuple[str, ...]]] = {
-            "continuation": {"fidelity": ("kl", "top1"), "perplexity": ("perplexity",)},
-            "alone": {
-                "speed": ("prefill_ms", "decode_ms"),
-                "memory": ("cache_bytes", "read_bytes", "peak_bytes"),
-            },
-        }
-        metrics = by_kind[unit.kind]
         return [
-            Cell(method, task, unit.length, None, metric)
-            for task in self.tasks
-            for metric in metrics.get(task, ())
+            Cell(method, task, unit.length, depth, metric.key)
+            for depth in unit.context.asked(self.preset, unit.depth)
+            for task, metric in self.metrics
+            if metric.context is unit.context
         ]
+
+    def rounds(self, unit: Unit) -> int:
+        """Texts of a unit: as many as the task wants that wants most."""
+        tasks = [task for task in self.chosen.values() if unit.context in task.contexts]
+        return max(task.rounds(self.preset) for task in tasks)
 
     def all_cells(self) -> list[Cell]:
         """Every cell of the plan, in the order of the run."""
@@ -205,12 +95,23 @@ def parse_tasks(texts: Sequence[str]) -> tuple[str, ...]:
 
     Raises:
         UnknownName: with the nearest task.
+        UserError: two of them would write numbers of one name.
     """
-    named = _pieces(texts)
+    tasks = known()
+    named = [piece.lower().replace("_", "-") for piece in _pieces(texts)]
     for name in named:
-        if name not in TASKS:
-            raise UnknownName("task", name, TASKS)
-    return tuple(task for task in TASKS if task in named or not named)
+        if name not in tasks:
+            raise UnknownName("task", name, tasks)
+    chosen = tuple(task for task in tasks if task in named or not named)
+    holder: dict[str, str] = {}
+    for name in chosen:
+        for metric in tasks[name].metrics:
+            if holder.setdefault(metric.key, name) != name:
+                raise UserError(
+                    f"tasks {holder[metric.key]} and {name} both call a number {metric.key!r}; name one "
+                    "of them with --tasks"
+                )
+    return chosen
 
 
 def parse_lengths(texts: Sequence[str]) -> tuple[int, ...]:

@@ -67,6 +67,14 @@ def parse_methods(texts: Iterable[str]) -> tuple[Method, ...]:
     return tuple(found.values())
 
 
+def comparable() -> list[str]:
+    """Full attention and every method that a part says is comparable, by the part's name."""
+    found = [FULL]
+    for entry in registry.entries(*PARTS):
+        found += [entry.name + rest for rest in vars(entry.object).get("comparable", ())]
+    return found
+
+
 def parse_method(text: str) -> Method:
     """One method, checked by making it once.
 

@@ -21,10 +21,11 @@ from attlas.compare.machine import machine, versions
 from attlas.compare.methods import Method
 from attlas.compare.results import Line, Results
 from attlas.compare.shared import forward
-from attlas.compare.units import Bench, Outcome, run_unit, steps
+from attlas.compare.units import Outcome, run_unit
 from attlas.hf.caches import cache_of
+from attlas.tasks.compare.base import Bench
 from attlas.tasks.record import Measure
-from attlas.tasks.speed import measure_roof
+from attlas.tasks.roof import measure_roof
 
 WARM_UP_TOKENS = 128
 
@@ -49,11 +50,11 @@ def run(grid: Grid, model: Any, tokenizer: Any, results: Results, console: Conso
         bar = progress.add_task("warming up", total=sum(_costs(grid, u, m) for u, m in todo))
         _warm_up(model)
         roof = measure_roof(model.device, model.dtype)
+        bench = Bench(model, tokenizer, grid.preset, roof)
         for unit, methods in todo:
             progress.update(bar, description=_title(unit))
-            cost = _cost(unit)
-            bench = Bench(model, tokenizer, grid, roof, _ticker(progress, bar, cost))
-            for outcome in run_unit(bench, unit, methods):
+            tick = _ticker(progress, bar, unit.context.weight(unit.length))
+            for outcome in run_unit(grid, bench, unit, methods, tick):
                 _write(results, grid, outcome, stamp)
 
 
@@ -115,26 +116,13 @@ def _warm_up(model: Any) -> None:
     forward(model, ids[:, :1], cache)
 
 
-def _cost(unit: Unit) -> float:
-    """Rough weight of one step, in tokens of prefill, so that the time left is told well."""
-    return {"single": 250, "several": 750, "continuation": 200, "alone": unit.length + 400}[
-        unit.kind
-    ] + 0.15 * unit.length
-
-
 def _costs(grid: Grid, unit: Unit, methods: list[Method]) -> float:
-    return steps(grid, unit, len(methods)) * _cost(unit)
+    return grid.rounds(unit) * len(methods) * unit.context.weight(unit.length)
 
 
 def _title(unit: Unit) -> str:
     depth = "" if unit.depth is None else f", depth {unit.depth:g}"
-    work = {
-        "single": "needle",
-        "several": "several needles",
-        "continuation": "continuation",
-        "alone": "speed and memory",
-    }[unit.kind]
-    return f"{work}, {unit.length} tokens{depth}"
+    return f"{unit.context.title}, {unit.length} tokens{depth}"
 
 
 def _ticker(progress: Progress, bar: Any, cost: float) -> Callable[[], None]:

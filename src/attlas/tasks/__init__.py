@@ -1,1 +1,1 @@
-"""Tasks: the data and the scores of `attlas compare`, one file a task."""
+"""Tasks: the data and the scores of `attlas compare` and of `attlas train`, one file a task."""

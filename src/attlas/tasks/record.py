@@ -43,6 +43,11 @@ def share(hits: int, n: int) -> Measure:
     return Measure(p, n, max(0.0, min(p, middle - half)), min(1.0, max(p, middle + half)))
 
 
+def hits(values: Sequence[bool]) -> Measure:
+    """The share of successes among yes and no."""
+    return share(sum(values), len(values))
+
+
 def mean(values: Sequence[float]) -> Measure:
     """A mean with mean ± 1.96 standard errors; the samples are taken as independent."""
     n = len(values)

@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from attlas.tasks.speed import clock
+from attlas.tasks.roof import clock
 from attlas.tasks.train import Task
 from attlas.train import checkpoint
 from attlas.train.build import Net, build

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from attlas.compare.methods import FULL
-from attlas.compare.summary import Column, Summary, budget, family
+from attlas.compare.summary import Summary, budget, family
+from attlas.tasks.compare.base import SECTIONS, Metric
 from attlas.tasks.record import Measure
 
 #: Colours that colour-blind readers can tell apart, after Okabe and Ito.
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#7f6bd0", "#8a8a00")
 INK = "#888888"
-COSTS = ("cache_bytes", "read_bytes", "decode_ms", "prefill_ms")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,18 +33,19 @@ class Curve:
     points: tuple[Point, ...]
 
 
-def costs(summary: Summary) -> list[Column]:
-    """The columns that stand on the horizontal axis."""
-    return [c for c in summary.columns if c.key in COSTS]
+def costs(summary: Summary) -> list[Metric]:
+    """What stands on the horizontal axis, that of the picture first."""
+    found = [m for m in summary.columns if m.drawn and not m.quality]
+    return sorted(found, key=lambda m: m.drawn != "picture")
 
 
-def qualities(summary: Summary) -> list[Column]:
-    """The columns that stand on the vertical axis, graded ones first."""
-    order = ("digits", "single", "blind", "several", "top1", "kl", "perplexity")
-    return sorted((c for c in summary.columns if c.quality), key=lambda c: order.index(c.key))
+def qualities(summary: Summary) -> list[Metric]:
+    """What stands on the vertical axis; of each section that of the picture first."""
+    found = [m for m in summary.columns if m.drawn and m.quality]
+    return sorted(found, key=lambda m: (SECTIONS.index(m.section), m.drawn != "picture"))
 
 
-def curves(summary: Summary, cost: Column, quality: Column) -> list[Curve]:
+def curves(summary: Summary, cost: Metric, quality: Metric) -> list[Curve]:
     """A curve for each family; methods of which one of the two is missing are left out."""
     families: dict[str, list[Point]] = {}
     for method in summary.grid.methods:
@@ -64,7 +65,7 @@ def curves(summary: Summary, cost: Column, quality: Column) -> list[Curve]:
     ]
 
 
-def _scaled(column: Column, y: Measure) -> Measure:
+def _scaled(column: Metric, y: Measure) -> Measure:
     low = y.value if y.low is None else y.low
     high = y.value if y.high is None else y.high
     return Measure(column.scale * y.value, y.n, column.scale * low, column.scale * high)

@@ -1,4 +1,4 @@
-"""The needle heat maps: for each method, right answers by depth and length, as plain tables."""
+"""Heat maps: for each method, shares by depth and length, as plain tables."""
 
 from __future__ import annotations
 
@@ -6,49 +6,50 @@ from html import escape
 
 from attlas.compare.results import Line
 from attlas.compare.summary import Summary
+from attlas.tasks.compare.base import CompareTask, Metric
 from attlas.view.table import MISSING
-
-_KINDS = (
-    ("single", "one needle"),
-    ("blind", "one needle, the question unforeseen"),
-    ("several", "several needles"),
-)
 
 
 def heat_maps(summary: Summary) -> str:
-    """A card for each method; empty when no needle was sought."""
-    needles: dict[tuple[object, ...], Line] = {
+    """For each task that has maps a card for each method; empty where nothing was measured."""
+    return "".join(_maps(summary, name, task) for name, task in summary.grid.chosen.items())
+
+
+def _maps(summary: Summary, name: str, task: CompareTask) -> str:
+    measured: dict[tuple[object, ...], Line] = {
         (line["method"], line["metric"], line["depth"], line["length"]): line
         for line in summary.lines
-        if line["task"] == "needle"
+        if line["task"] == name
     }
-    if not needles:
+    if not measured or task.maps is None:
         return ""
+    heading, lead = task.maps
     cards = []
     for method in summary.table:
-        maps = "".join(_map(summary, needles, method, *kind) for kind in _KINDS)
+        maps = "".join(_map(summary, measured, method, m) for m in task.metrics if m.map)
         cards.append(
             f'<section class="map"><h3><code>{escape(method)}</code></h3>'
             f'<div class="pair">{maps}</div></section>'
         )
     return f"""
-<h2 id="needles">Where needles are found</h2>
-<p class="lead">Share of right answers. To the right, longer texts; downwards, needles further from the
-text’s beginning and nearer to the question. Several needles: which of them is asked.</p>
+<h2 id="maps-{escape(name)}">{escape(heading)}</h2>
+<p class="lead">{escape(lead)}</p>
 <div class="maps">{"".join(cards)}</div>"""
 
 
 def _map(
-    summary: Summary, needles: dict[tuple[object, ...], Line], method: str, kind: str, title: str
+    summary: Summary, measured: dict[tuple[object, ...], Line], method: str, metric: Metric
 ) -> str:
     lengths = summary.grid.lengths
     heads = "".join(f'<th scope="col">{length}</th>' for length in lengths)
     rows = ""
     for depth in summary.grid.preset.depths:
-        cells = "".join(_share(needles.get((method, kind, depth, length))) for length in lengths)
+        cells = "".join(
+            _share(measured.get((method, metric.key, depth, length))) for length in lengths
+        )
         rows += f'<tr><th scope="row">{100 * depth:g} %</th>{cells}</tr>'
     return (
-        f'<table class="heat"><caption>{title}</caption>'
+        f'<table class="heat"><caption>{escape(metric.map)}</caption>'
         f'<thead><tr><th scope="col">depth</th>{heads}</tr></thead><tbody>{rows}</tbody></table>'
     )
 

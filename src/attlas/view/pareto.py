@@ -7,14 +7,16 @@ from typing import Any
 
 import matplotlib
 
-from attlas.compare.summary import Column, Summary
+from attlas.compare.summary import Summary
+from attlas.tasks.compare.base import Metric
 from attlas.view.curves import INK, costs, curves, qualities
 
 
 def write(summary: Summary, path: Path) -> None:
     """Draw two qualities against bytes held, bytes read and time; nothing where one side is missing."""
-    across = [c for c in costs(summary) if c.key != "prefill_ms"] or costs(summary)
-    up = _two(qualities(summary))
+    across = [m for m in costs(summary) if m.drawn == "picture"] or costs(summary)
+    # Two that say different things: what is found, and what is kept of running text.
+    up = [m for m in qualities(summary) if m.drawn == "picture"][:2]
     if not across or not up:
         return
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -36,14 +38,7 @@ def write(summary: Summary, path: Path) -> None:
         figure.savefig(path)
 
 
-def _two(columns: list[Column]) -> list[Column]:
-    """Two qualities that say different things: what is found, and what is kept of running text."""
-    by_key = {column.key: column for column in columns}
-    order = ("digits", "kl", "top1", "perplexity")
-    return [by_key[key] for key in order if key in by_key][:2]
-
-
-def _draw(axis: matplotlib.axes.Axes, summary: Summary, cost: Column, quality: Column) -> None:
+def _draw(axis: matplotlib.axes.Axes, summary: Summary, cost: Metric, quality: Metric) -> None:
     for curve in curves(summary, cost, quality):
         x = [point.x for point in curve.points]
         y = [point.y.value for point in curve.points]

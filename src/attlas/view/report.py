@@ -7,33 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from attlas.compare.methods import FULL
-from attlas.compare.summary import Column, Summary, meaning, shown
+from attlas.compare.summary import Summary, meaning, shown
+from attlas.tasks.compare.base import Metric
 from attlas.tasks.record import Measure
 from attlas.view.curves import INK, Point, costs, curves, qualities
 from attlas.view.heat import heat_maps
 from attlas.view.shell import head, legend, page, rows_of
 from attlas.view.table import MISSING, origin
-
-_METHOD_NOTE = """
-<h2 id="how">How it was measured</h2>
-<ul>
-<li>All texts are passages of the works of Shakespeare, drawn by the seed.</li>
-<li>A needle is a sentence such as <q>The special magic number for London is 481.</q> between two
-lines of the plays. Its depth is the share of the text before it. It is asked for through the model’s
-own chat template; the answer is greedy and right only if every digit is.</li>
-<li><strong>Asked in the prompt, or blind.</strong> For the needles the question is part of the prompt
-that is compressed, as when a prompt is simply generated from: a method may look at what is asked. For
-the column <q>blind</q> the text alone is compressed and the question comes afterwards, as when one
-stored document is asked many things.</li>
-<li>KL, top-1 agreement and perplexity read the true continuation of a text, token by token, through
-the compressed cache.</li>
-<li>Speed and memory: each method runs by itself, several times in turn; times are medians. The floor
-is the larger of operations ÷ matrix-product rate and bytes ÷ copy rate, both measured on this
-machine: no program that does this work can be faster here.</li>
-<li>Intervals are 95 %: Wilson’s for shares of right answers, ±1.96 standard errors for means over
-tokens. Few samples give wide intervals; the preset <code>full</code> narrows them.</li>
-</ul>
-"""
 
 #: What is shown of every cell.
 _NAMES = ("method", "task", "metric", "length", "depth", "value", "low", "high", "n", "seconds",
@@ -43,7 +23,7 @@ _NAMES = ("method", "task", "metric", "length", "depth", "value", "low", "high",
 def write(summary: Summary, path: Path) -> None:
     """Write the page."""
     figures = _figures(summary)
-    body = [_table(summary), _charts(summary) if figures else "", heat_maps(summary), _METHOD_NOTE,
+    body = [_table(summary), _charts(summary) if figures else "", heat_maps(summary), _how(summary),
             rows_of(summary.lines, _NAMES, "Every measured number")]  # fmt: skip
     title = f"Attention methods on {summary.grid.model}"
     path.write_text(page(title, origin(summary), body, figures), encoding="utf-8")
@@ -69,16 +49,37 @@ def _table(summary: Summary) -> str:
     )
     return f"""
 <h2 id="table">The table</h2>
-<p class="lead">↑ higher is better, ↓ lower is better; a click on a head sorts. Needles are pooled over
-all lengths and depths; everything else is at {summary.longest} tokens. Under a number stands its 95 %
-interval, or the least time this machine could need; the best beside full attention is bold.</p>
+<p class="lead">↑ higher is better, ↓ lower is better; a click on a head sorts. {escape(_where(summary))}
+Under a number stands its 95 % interval, or the least that this machine could need; the best beside full
+attention is bold.</p>
 <div class="scroll" role="region" aria-label="Results by method" tabindex="0">
 <table class="data"><thead><tr>{"".join(heads)}</tr></thead><tbody>{"".join(rows)}</tbody></table>
 </div>
 <dl>{meanings}</dl>"""
 
 
-def _cell(summary: Summary, method: str, column: Column) -> str:
+def _how(summary: Summary) -> str:
+    """How it was measured, as each task tells."""
+    notes = [task.how for task in summary.grid.chosen.values() if task.how]
+    notes.append(
+        "Intervals are 95 %: Wilson’s for shares of right answers, ±1.96 standard errors for means. Few "
+        "samples give wide intervals; the preset ‘full’ narrows them."
+    )
+    items = "".join(f"<li>{escape(note)}</li>\n" for note in notes)
+    return f'\n<h2 id="how">How it was measured</h2>\n<ul>\n{items}</ul>'
+
+
+def _where(summary: Summary) -> str:
+    """Which columns are pooled, and where the others stand."""
+    pooled = ", ".join(m.title for m in summary.columns if m.pool is not None)
+    if not pooled:
+        return f"All numbers are at {summary.longest} tokens."
+    return (
+        f"Pooled over all lengths and depths: {pooled}. Everything else is at {summary.longest} tokens."
+    )
+
+
+def _cell(summary: Summary, method: str, column: Metric) -> str:
     found = summary.table[method].get(column.key, MISSING)
     if isinstance(found, str):
         return f'<td class="none" data-value="">{escape(found)}</td>'
@@ -88,7 +89,7 @@ def _cell(summary: Summary, method: str, column: Column) -> str:
     return f'<td data-value="{found.value!r}"><span{best}>{number}</span>{small}</td>'
 
 
-def _is_best(summary: Summary, method: str, column: Column, measure: Measure) -> bool:
+def _is_best(summary: Summary, method: str, column: Metric, measure: Measure) -> bool:
     others = [
         found.value
         for name, row in summary.table.items()
@@ -130,8 +131,7 @@ def _figures(summary: Summary) -> list[dict[str, Any]]:
             "place": f"chart-{cost.key}",
             # Plotly reads a little HTML in its texts, so they are escaped as such.
             "across": escape(f"{cost.title} (left is better)"),
-            # Bytes have a meaningful zero; times differ too little to be told apart from there.
-            "zero": cost.key == "cache_bytes",
+            "zero": cost.zero,
             "upwards": escape(f"{quality.title} ({quality.better} is better)"),
             "curves": [
                 {
@@ -153,7 +153,7 @@ def _figures(summary: Summary) -> list[dict[str, Any]]:
     ]
 
 
-def _hover(point: Point, cost: Column, quality: Column) -> str:
+def _hover(point: Point, cost: Metric, quality: Metric) -> str:
     return (
         f"<b>{escape(point.method)}</b><br>{quality.title}: {point.y.value:.{quality.digits}f}"
         f"<br>{cost.title}: {point.x:.{cost.digits}f}"

@@ -10,24 +10,20 @@ from rich.table import Table
 from rich.text import Text
 
 from attlas.compare.methods import FULL
-from attlas.compare.summary import Column, Summary, meaning, shown
+from attlas.compare.summary import Summary, meaning, shown
+from attlas.tasks.compare.base import SECTIONS, Metric
 
 MISSING = "–"
-NEEDLES = ("single", "digits", "blind", "several")
 
 
-def parts_of(summary: Summary) -> list[tuple[str, list[Column]]]:
-    """The table in parts that fit 80 columns: needles, reading on, costs; each with its caption."""
+def parts_of(summary: Summary) -> list[tuple[str, list[Metric]]]:
+    """The table in parts that fit 80 columns, one a section; each with its caption."""
     lengths = ", ".join(map(str, summary.grid.lengths))
-    needles = [c for c in summary.columns if c.key in NEEDLES]
-    kept = [c for c in summary.columns if c.quality and c not in needles]
-    costs = [c for c in summary.columns if not c.quality]
-    found = [
-        (f"What is found ({lengths} tokens; with 95 % intervals)", needles),
-        (f"What is kept ({summary.longest} tokens; with 95 % intervals)", kept),
-        (f"What it costs ({summary.longest} tokens; floor: the least this machine could need)", costs),
-    ]
-    return [(caption, columns) for caption, columns in found if columns]
+    found = []
+    for section in SECTIONS:
+        caption = section.caption.format(lengths=lengths, longest=summary.longest)
+        found.append((caption, [m for m in summary.columns if m.section is section]))
+    return [(caption, metrics) for caption, metrics in found if metrics]
 
 
 def terminal(summary: Summary) -> RenderableType:
@@ -83,11 +79,11 @@ def origin(summary: Summary) -> str:
     )
 
 
-def _head(column: Column) -> str:
+def _head(column: Metric) -> str:
     return f"{column.title} {'↑' if column.better == 'higher' else '↓'}"
 
 
-def _terminal_cell(summary: Summary, method: str, column: Column) -> Text:
+def _terminal_cell(summary: Summary, method: str, column: Metric) -> Text:
     found = summary.table[method].get(column.key, MISSING)
     if isinstance(found, str):
         return Text(found, "dim" if found == MISSING else "red")
@@ -95,7 +91,7 @@ def _terminal_cell(summary: Summary, method: str, column: Column) -> Text:
     return Text(number) + Text(f"\n{beside}" if beside else "", "dim")
 
 
-def _markdown_cell(summary: Summary, method: str, column: Column) -> str:
+def _markdown_cell(summary: Summary, method: str, column: Metric) -> str:
     found = summary.table[method].get(column.key, MISSING)
     if isinstance(found, str):
         return found

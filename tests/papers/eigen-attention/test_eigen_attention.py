@@ -20,7 +20,7 @@ from attlas.parts.quantize.eigen_attention import EigenAttention, discarded, fol
 from attlas.storage import load_cache, save_cache
 from attlas.storage.layer import Chosen
 from attlas.storage.low_rank import turned
-from attlas.tasks.perplexity import perplexity, surprise
+from attlas.tasks.compare.perplexity import perplexity, surprise
 from attlas.tasks.text import passage
 
 PLAIN = distinct(

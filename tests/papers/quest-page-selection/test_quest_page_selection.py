@@ -14,7 +14,7 @@ from attlas.hf.caches import cache_of, with_cache
 from attlas.ops.pages import page_bounds, page_scores
 from attlas.parts.select import quest
 from attlas.parts.select.quest import Quest
-from attlas.tasks import needle
+from attlas.tasks import haystack as needle
 
 
 @settings(max_examples=40, deadline=None)

@@ -57,6 +57,7 @@ class AdaKV(ScoredPolicy):
 
     #: Heads of unequal length leave no common blocks to encode or pages to choose from.
     joins: ClassVar[tuple[Role, ...]] = ()
+    comparable: ClassVar[tuple[str, ...]] = ("(keep=0.5)", "(keep=0.25)", "(keep=0.125)")
 
     def __init__(
         self,

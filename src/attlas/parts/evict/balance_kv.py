@@ -77,6 +77,7 @@ class BalanceKV(CachePart):
     #: Weights are added to the scores of the pairs that stay.
     stages = ("mask", "score")
     role: ClassVar[Role] = "evict"
+    comparable: ClassVar[tuple[str, ...]] = ("(keep=0.5)", "(keep=0.25)")
 
     def __init__(
         self,

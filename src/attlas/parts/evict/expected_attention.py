@@ -15,6 +15,8 @@ Distribution".
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
@@ -48,6 +50,7 @@ class ExpectedAttention(CachePolicy):
     """
 
     rotates = True
+    comparable: ClassVar[tuple[str, ...]] = ("(keep=0.5)", "(keep=0.25)", "(keep=0.125)")
 
     def __init__(
         self,

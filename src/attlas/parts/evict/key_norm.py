@@ -12,6 +12,7 @@ Source: "A Simple and Effective L_2 Norm-Based Strategy for KV Cache Compression
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -36,6 +37,8 @@ class KeyNorm(CachePolicy):
     Raises:
         ValueError: a budget out of range, or one that the whole layers use up.
     """
+
+    comparable: ClassVar[tuple[str, ...]] = ("(keep=0.5)",)
 
     def __init__(
         self,

@@ -17,6 +17,7 @@ division and the mean over a group of heads follow common implementations.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from einops import rearrange
@@ -48,6 +49,8 @@ class ObservedAttention(CachePolicy):
     Raises:
         ValueError: a budget out of range, or smaller than `recent`.
     """
+
+    comparable: ClassVar[tuple[str, ...]] = ("(keep=0.5)", "(keep=0.25)", "(keep=0.125)")
 
     def __init__(
         self,

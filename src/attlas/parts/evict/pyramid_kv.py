@@ -53,6 +53,7 @@ class PyramidKV(ScoredPolicy):
     """
 
     replaced: ClassVar[tuple[str, ...]] = (*ScoredPolicy.replaced, "budgets")
+    comparable: ClassVar[tuple[str, ...]] = ("(keep=0.5)", "(keep=0.25)", "(keep=0.125)")
 
     def __init__(
         self,

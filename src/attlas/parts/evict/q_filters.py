@@ -21,6 +21,7 @@ Source: "Q-Filters: Leveraging QK Geometry for Efficient KV Cache Compression".
 from __future__ import annotations
 
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from einops import rearrange
@@ -104,6 +105,8 @@ class QFilters(Calibrated, CachePolicy):
     Raises:
         ValueError: a budget out of range or smaller than the window.
     """
+
+    comparable: ClassVar[tuple[str, ...]] = ("(keep=0.5)", "(keep=0.25)", "(keep=0.125)")
 
     def __init__(
         self,

@@ -13,7 +13,7 @@ over queries and over the heads of a group, and average pooling, follow common i
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from einops import rearrange
@@ -43,6 +43,13 @@ class SnapKV(CachePolicy):
     Raises:
         ValueError: a budget out of range or smaller than the window; an even kernel.
     """
+
+    comparable: ClassVar[tuple[str, ...]] = (
+        "(keep=0.5)", "(keep=0.25)", "(keep=0.125)",
+        "(keep=0.25, window=16, kernel=7, pooling='max')",
+        "(keep=0.125, window=16, kernel=7, pooling='max')",
+        "(keep=0.5)+quantized-cache(bits=4)", "(keep=0.25)+quantized-cache(bits=4)",
+    )  # fmt: skip
 
     def __init__(
         self,

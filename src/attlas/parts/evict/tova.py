@@ -15,6 +15,8 @@ Source: "Transformers are Multi-State RNNs", after its use as a baseline in comm
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from jaxtyping import Float
 from torch import Tensor
 
@@ -37,6 +39,8 @@ class TOVA(SnapKV):
     Raises:
         ValueError: a budget out of range.
     """
+
+    comparable: ClassVar[tuple[str, ...]] = ("(keep=0.5)", "(keep=0.25)", "(keep=0.125)")
 
     def __init__(
         self,

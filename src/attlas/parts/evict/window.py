@@ -13,6 +13,8 @@ Source: "Efficient Streaming Language Models with Attention Sinks".
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -40,6 +42,8 @@ class SinksWindow(CachePolicy):
     Raises:
         ValueError: a budget out of range, or not larger than the sinks.
     """
+
+    comparable: ClassVar[tuple[str, ...]] = ("(keep=0.5)", "(keep=0.25)", "(keep=0.125)")
 
     def __init__(
         self,

@@ -72,6 +72,7 @@ class AKVQ(Quantizer):
     """
 
     everything: ClassVar[dict[str, Any]] = {"bits": 16, "salient_bits": 16}
+    comparable: ClassVar[tuple[str, ...]] = ("",)
 
     def __init__(
         self,

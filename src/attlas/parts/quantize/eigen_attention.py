@@ -124,6 +124,7 @@ class EigenAttention(Calibrated, Quantizer):
     rotates = True
 
     everything: ClassVar[dict[str, Any]] = {"keep": 1.0}
+    comparable: ClassVar[tuple[str, ...]] = ("(keep=0.75)", "(keep=0.5)")
 
     def __init__(
         self,

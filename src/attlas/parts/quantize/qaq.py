@@ -71,6 +71,7 @@ class QAQ(Quantizer):
     """
 
     joins: ClassVar[tuple[Role, ...]] = ("evict",)
+    comparable: ClassVar[tuple[str, ...]] = ("",)
 
     def __init__(
         self,

@@ -52,6 +52,10 @@ class QuantizedCache(Quantizer):
     """
 
     everything: ClassVar[dict[str, Any]] = {"bits": 16}
+    comparable: ClassVar[tuple[str, ...]] = (
+        "(bits=8)", "(bits=4)", "(bits=3)", "(bits=2)",
+        "(bits=4)+quest-page-selection(keep=0.125)",
+    )  # fmt: skip
 
     def __init__(
         self,

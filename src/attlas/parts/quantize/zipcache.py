@@ -68,6 +68,7 @@ class ZipCache(Quantizer):
     """
 
     everything: ClassVar[dict[str, Any]] = {"salient_bits": 16, "other_bits": 16}
+    comparable: ClassVar[tuple[str, ...]] = ("",)
 
     def __init__(
         self,

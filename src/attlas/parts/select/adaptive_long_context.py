@@ -52,6 +52,7 @@ class AdaptiveLongContext(Selection):
     """
 
     everything: ClassVar[dict[str, Any]] = {"window": 4096}
+    comparable: ClassVar[tuple[str, ...]] = ("",)
 
     def __init__(
         self, threshold: float = 0.6, *, sinks: int = 16, window: int = 128, page: int = 16

@@ -63,6 +63,7 @@ class DeltaLayerAware(Selection):
     joins: ClassVar[tuple[Role, ...]] = ()
 
     everything: ClassVar[dict[str, Any]] = {"tokens": 4096}
+    comparable: ClassVar[tuple[str, ...]] = ("(keep=0.25)", "(keep=0.125)")
 
     def __init__(
         self,

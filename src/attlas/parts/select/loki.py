@@ -113,6 +113,9 @@ class Loki(Calibrated, Selection):
     stages = ("score", "mask")
 
     everything: ClassVar[dict[str, Any]] = {"keep": 1.0}
+    comparable: ClassVar[tuple[str, ...]] = (
+        "(keep=0.25)", "(keep=0.125)", "(keep=0.25, rank=0.5)", "(keep=0.125, rank=0.5)",
+    )  # fmt: skip
 
     def __init__(
         self,

@@ -77,6 +77,7 @@ class LRQK(Selection):
     stages = ("score", "mask")
 
     everything: ClassVar[dict[str, Any]] = {"keep": 1.0}
+    comparable: ClassVar[tuple[str, ...]] = ("(keep=0.25)", "(keep=0.125)")
 
     def __init__(
         self,

@@ -56,6 +56,7 @@ class RecycledAttention(Selection):
     """
 
     everything: ClassVar[dict[str, Any]] = {"stride": 1}
+    comparable: ClassVar[tuple[str, ...]] = ("(keep=0.25)", "(keep=0.125)")
 
     def __init__(
         self,

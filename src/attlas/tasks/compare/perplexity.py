@@ -10,12 +10,16 @@ uncompressed prefill already predicts, is not counted.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from attlas.catalog.registry import mechanism
+from attlas.compare.presets import Preset
+from attlas.tasks.compare.base import KEPT, CompareTask, Context, Metric, Sample
+from attlas.tasks.compare.continued import CONTINUED, Continued
 from attlas.tasks.record import Measure, mean
 
 
@@ -36,3 +40,27 @@ def perplexity(per_token: Sequence[float]) -> Measure:
 
 def _exp(value: float) -> float:
     return math.exp(value) if value < 700 else math.inf  # beyond is beyond double precision
+
+
+@mechanism("perplexity", paper="")
+class Perplexity(CompareTask):
+    """Perplexity of the true continuation."""
+
+    metrics = (
+        Metric("perplexity", "perplexity", KEPT, "lower",
+               "of the true continuation: how many tokens the model hesitates between",
+               CONTINUED, perplexity, digits=1, drawn="picture"),
+    )  # fmt: skip
+    how = (
+        "Perplexity is of the true continuation of a text, every token predicted through the compressed "
+        "cache."
+    )
+
+    def rounds(self, preset: Preset) -> int:
+        """Texts whose continuation is read."""
+        return preset.contexts
+
+    def samples(self, context: Context, seen: Continued) -> Iterator[Sample]:
+        """One a token."""
+        for nats in surprise(seen.method, seen.targets).tolist():
+            yield "perplexity", None, nats

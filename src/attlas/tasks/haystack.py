@@ -1,4 +1,4 @@
-"""Needle in a haystack: a number for a city, hidden in the plays, asked for afterwards.
+"""Haystacks: numbers for cities, hidden in the plays, and how answers are scored.
 
     context   "... The special magic number for London is 481. ..."
     question  "What is the special magic number for London?"
@@ -6,18 +6,8 @@
     digits    share of its digits that are right from the left, up to the first mistake
 
 Three digits, since SmolLM2 reads digits one by one: of a longer number every method that drops tokens
-loses some, and exact match tells none from another.
-
-*single*: one needle in the text. *several*: four or more cities at spread depths, alike but for
-city and number, one of them asked at a time: a method must keep all, and not mix them up.
-The depth is the share of the text that stands before the needle. Everything follows from the seed.
-
-The question is part of the prompt that is compressed, as in `generate(prompt)` and in SnapKV's paper:
-a method may look at what is asked. *blind*: the single needle once more, the question fed after the
-context was compressed, as when one stored document is asked many things: nothing could be foreseen.
-
-After "Needle In A Haystack" (Kamradt, 2023) and "RULER: What's the Real Context Size of Your
-Long-Context Language Models?" (Hsieh et al., 2024), whose several-keys task this is in small.
+loses some, and exact match tells none from another. The depth is the share of the text that stands
+before the needle. Everything follows from the seed.
 """
 
 from __future__ import annotations

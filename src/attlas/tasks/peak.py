@@ -1,12 +1,7 @@
-"""Memory: bytes that the cache holds, and the peak of a run.
+"""The peak of memory during a run.
 
-    cache   bytes of keys, values and slot indices held after the context was compressed
-    peak    CUDA: the most that PyTorch had allocated at once, weights included
-            CPU:  the most that the process's resident set grew during prefill and decode over what
-                  it was before (weights are resident before, so they are not in it)
-
-Lower is better in both. Methods that leave the prefill exact first hold the whole cache and then
-free a part of it, layer by layer, so the peak falls less than what is held.
+    CUDA: the most that PyTorch had allocated at once, weights included
+    CPU:  the most that the process's resident set grew over what it was before
 """
 
 from __future__ import annotations

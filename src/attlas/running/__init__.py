@@ -1,0 +1,1 @@
+"""`attlas run`: a system is fitted, asked and scored, cell by cell."""

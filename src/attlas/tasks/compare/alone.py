@@ -1,0 +1,84 @@
+"""The run of a method by itself, so that nothing shared flatters it: times, bytes and the peak."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from attlas.attach.session import bytes_read
+from attlas.compare.methods import Method
+from attlas.compare.presets import Preset
+from attlas.compare.shared import attached, forward
+from attlas.hf.caches import cache_of
+from attlas.tasks.compare.base import Bench, Context
+from attlas.tasks.continuation import Continuation, continuation
+from attlas.tasks.peak import Peak
+from attlas.tasks.roof import clock
+
+
+@dataclass(frozen=True, slots=True)
+class Alone:
+    """What one run took.
+
+    Attributes:
+        prefill: seconds.
+        decode: seconds of each token.
+        held: bytes of the cache after the context.
+        read: of these, what one token reads, after the last one.
+        peak: bytes, see `attlas.tasks.peak`.
+    """
+
+    prefill: float
+    decode: list[float]
+    held: int
+    read: int
+    peak: int
+
+
+class AloneRun(Context):
+    """A passage of the plays, read and gone on with by each method in turn.
+
+    In turn, so that a machine that grows slower favours none.
+    """
+
+    name, title = "alone", "speed and memory"
+
+    def weight(self, length: int) -> float:
+        """A prefill of its own."""
+        return 400 + 1.15 * length
+
+    def text(
+        self, tokenizer: Any, preset: Preset, length: int, depth: float | None, seed: str
+    ) -> Continuation:
+        """A context and the tokens that are decoded after it."""
+        return continuation(tokenizer, length, preset.decode, seed)
+
+    def read(self, bench: Bench, text: Continuation, methods: Sequence[Method]) -> Continuation:
+        """Nothing is shared but the text."""
+        return text
+
+    def observe(
+        self, bench: Bench, read: Continuation, method: Method, hold: Callable[[Any], int]
+    ) -> Alone:
+        """Prefill, then token by token."""
+        device = bench.model.device
+        ids = torch.tensor([read.context], device=device)
+        decode = []
+        with attached(bench.model, method.parts()):
+            peak = Peak(device)
+            start = clock(device)
+            cache = cache_of(forward(bench.model, ids, None))
+            prefill = clock(device) - start
+            held = hold(cache)
+            for token in read.fed:
+                start = clock(device)
+                forward(bench.model, torch.tensor([[token]], device=device), cache)
+                decode.append(clock(device) - start)
+            highest = peak.bytes()
+            return Alone(prefill, decode, held, bytes_read(cache), highest)
+
+
+ALONE = AloneRun()
