@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from attlas.attention import Attention
     from attlas.catalog.papers import papers
     from attlas.contract import check
+    from attlas.models.convnet import ConvNet, ConvNetConfig
     from attlas.models.decoder import Decoder, DecoderConfig
     from attlas.models.encoder import Encoder, EncoderConfig
     from attlas.models.load import load
@@ -31,6 +32,8 @@ __version__ = "0.1.0"
 __all__ = [
     "Attention",
     "Call",
+    "ConvNet",
+    "ConvNetConfig",
     "Decoder",
     "DecoderConfig",
     "Encoder",
@@ -55,6 +58,8 @@ __all__ = [
 _LATER = {
     "Attention": "attlas.attention",
     "Call": "attlas.attach",
+    "ConvNet": "attlas.models.convnet",
+    "ConvNetConfig": "attlas.models.convnet",
     "Decoder": "attlas.models.decoder",
     "DecoderConfig": "attlas.models.decoder",
     "Encoder": "attlas.models.encoder",

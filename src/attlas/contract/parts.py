@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attlas.contract.layers.state import surroundings
+from attlas.contract.networks.state import surroundings
 from attlas.contract.measure import Measure, Subject, check, distance, finite, holds, refuses, same
 
 #: Options that say how large a budget is; checks that set one leave the example's out.

@@ -30,7 +30,7 @@ T = TypeVar("T", bound="type[Task]")
 #: Targets that nobody asks for.
 IGNORED = -100
 #: The model types that a task may need.
-KINDS = ("decoder", "vit", "seq2seq", "operator")
+KINDS = ("decoder", "vit", "seq2seq", "operator", "convnet")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class Sizes:
         length: the most positions that any split has.
         inputs: numbers read at every position; 0 where tokens are read.
         source: tokens of the source's vocabulary, for sequences to sequences.
-        image: (channels, height and width, of a patch), for images.
+        image: (channels, height and width, of a patch, 0 where there are none), for images.
     """
 
     outputs: int

@@ -1,4 +1,4 @@
-"""Checks of layers: gradients."""
+"""Checks of networks: gradients."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from attlas.catalog.kinds import LAYER
 from attlas.contract.measure import Measure, Subject, check, holds
 
 
-@check("layer")
+@check("network")
 def gradients_reach(subject: Subject) -> Iterator[Measure]:
     """Every parameter gets a gradient that is neither missing, nor zero, nor infinite."""
     for case, options in subject.forms():
         layer = subject.layer(**options)
-        y = layer(torch.randn(2, 9, layer.dim, dtype=torch.float64))
+        y = layer(*subject.inputs(layer))
         (y * torch.randn_like(y)).sum().backward()
         for name, parameter in layer.named_parameters():
             grad = parameter.grad
@@ -24,20 +25,22 @@ def gradients_reach(subject: Subject) -> Iterator[Measure]:
             yield holds(f"{case} {name}", reached, f"{name} gets no finite gradient")
 
 
-@check("layer")
+@check("network")
 def finite_differences(subject: Subject) -> Iterator[Measure]:
     """Gradients in float64 agree with finite differences, along random directions."""
+    narrow = {"dim": 8} if subject.kind is LAYER else {}
     for case, options in subject.forms():
-        layer = subject.layer(dim=8, **options)
+        layer = subject.layer(**narrow, **options)
         names, values = zip(*layer.named_parameters(), strict=True)
 
-        def forward(x: Tensor, *weights: Tensor, layer=layer, names=names) -> Tensor:  # type: ignore[no-untyped-def]
-            y: Tensor = functional_call(layer, dict(zip(names, weights, strict=True)), (x,))
+        x, *more = subject.inputs(layer, batch=1, tokens=3)
+
+        def forward(x: Tensor, *weights: Tensor, layer=layer, names=names, more=more) -> Tensor:  # type: ignore[no-untyped-def]
+            y: Tensor = functional_call(layer, dict(zip(names, weights, strict=True)), (x, *more))
             return y
 
-        x = torch.randn(1, 3, 8, dtype=torch.float64, requires_grad=True)
         weights = [value.detach().clone().requires_grad_() for value in values]
         agree = torch.autograd.gradcheck(
-            forward, (x, *weights), fast_mode=True, raise_exception=False
+            forward, (x.requires_grad_(), *weights), fast_mode=True, raise_exception=False
         )
         yield holds(case, bool(agree), "gradients do not agree with finite differences")
