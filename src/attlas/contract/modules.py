@@ -95,7 +95,9 @@ def twice_the_plain_error(subject: Subject) -> Iterator[Measure]:
             ours = made(*given)
             with _Plain(dtype):
                 plain = made(*given)
-            truth = made.double()(*(tree_map(lambda t: t.double(), each) for each in given))
+            made, given = made.double(), tree_map(torch.Tensor.double, given)
+            with _Plain(torch.float64):
+                truth = made(*given)
         ulp = torch.finfo(dtype).eps * float(truth.abs().max())
         yield Measure(str(dtype), distance(ours, truth), 2 * distance(plain, truth) + ulp)
 
@@ -143,9 +145,9 @@ def wrong_sizes(subject: Subject) -> Iterator[Measure]:
     yield refuses("channels=0", lambda: subject.layer(channels=0), "channels")
     made = subject.layer(dtype=torch.float32)
     x, *more = subject.inputs(made, dtype=torch.float32)
-    yield refuses("another width", lambda: made(x[:, :-1], *more), "x must")
-    yield refuses("no batch", lambda: made(x[0], *more), "x must")
-    yield refuses("no height", lambda: made(x[:, :, :0], *more), "x must")
+    yield refuses("another width", lambda: made(x[:, :-1], *more), "x must", "parameter 'x'")
+    yield refuses("no batch", lambda: made(x[0], *more), "x must", "parameter 'x'")
+    yield refuses("no height", lambda: made(x[:, :, :0], *more), "x must", "parameter 'x'")
     if made.multiple > 1:
         yield refuses("no multiple", lambda: made(x[..., :-1], *more), "multiples")
 

@@ -8,15 +8,22 @@ import torch
 from torch import Tensor, nn
 
 from attlas.attention import Attention
+from attlas.catalog.kinds import LAYER, MODULE, Kind
 from attlas.errors import UserError
+from attlas.kinds.feature_map import FeatureMap
 from attlas.tasks.train import Batch, Task
 from attlas.train.operator import Operator
-from attlas.train.plan import Mechanism, Plan
+from attlas.train.plan import NONE, Mechanism, Plan
 
 #: What all others are compared with; its model also gives the weights outside attention.
 PLAIN = Mechanism("softmax", "softmax")
 #: The same where the mechanisms are modules for feature maps: none.
 BARE = Mechanism(NONE, NONE)
+#: What tasks take that train mechanisms of a kind.
+TAKEN = {
+    LAYER: "layers of attention, such as softmax",
+    MODULE: "modules for feature maps, such as ela-efficient-local, or none",
+}
 
 
 class Net(nn.Module):
@@ -80,6 +87,11 @@ def _share(plain: nn.Module, net: nn.Module) -> None:
             parameter.copy_(weights[name])
 
 
+def kind_for(task: Task) -> Kind:
+    """The kind of mechanism that a task's model is built of."""
+    return MODULE if task.needs == "convnet" else LAYER
+
+
 def check_fit(plan: Plan, task: Task) -> None:
     """Refuse, before anything is trained, what a mechanism cannot do or cannot be built for.
 
@@ -92,9 +104,9 @@ def check_fit(plan: Plan, task: Task) -> None:
         for each in mechanism.turns:
             if each.name == NONE and kind is MODULE:
                 continue
-            if each.name == NONE or each.entry.kind is not kind:
-                found = "no mechanism" if each.name == NONE else f"a {each.entry.kind.name}"
-                raise UserError(f"{what}: it is {found}, and the task trains a {kind.name}; {REMEDY[kind]}")
+            found = NONE if each.name == NONE else each.entry.kind.name
+            if found != kind.name:
+                raise UserError(f"{what}: it is of kind {found!r}; the task takes {TAKEN[kind]}")
             layer: Any = each.entry.object
             if task.needs == "decoder" and not layer.has_causal_form:
                 raise UserError(f"{what}: the task needs a decoder and it has no causal form")

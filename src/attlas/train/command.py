@@ -18,6 +18,7 @@ from attlas.train.plan import Plan, parse_mechanisms, parse_task
 from attlas.train.results import Results
 
 DEFAULTS = ["softmax,differential-transformer,qk-norm"]
+MODULES = ["none,ela-efficient-local"]
 DTYPES = ("float32", "bfloat16")
 #: Widths up to which a CPU trains on one thread, unless OMP_NUM_THREADS says otherwise.
 SMALL = 128
@@ -27,7 +28,7 @@ def train(
     task: Annotated[str, typer.Option(help="recall, induction(half=24), ...")] = "recall",
     mechanisms: Annotated[
         list[str] | None,
-        typer.Option(help="softmax,differential-transformer(...),...; three unless given."),
+        typer.Option(help="softmax,differential-transformer(...),...; none,ela-efficient-local,... for digits-shifted."),
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Of the optimiser.")] = 300,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each mechanism.")] = 2,
@@ -54,8 +55,9 @@ def train(
     label, made = parse_task(task)
     if not 0 < rate < float("inf"):
         raise UserError(f"rate must be a positive number, got {rate}")
+    defaults = MODULES if made.needs == "convnet" else DEFAULTS
     plan = Plan(
-        task=label, mechanisms=parse_mechanisms(mechanisms or DEFAULTS), seeds=seeds, steps=steps,
+        task=label, mechanisms=parse_mechanisms(mechanisms or defaults), seeds=seeds, steps=steps,
         batch=batch, accumulate=accumulate, rate=rate, dim=dim, layers=layers, heads=heads,
         tested=tested, save=save, device=kind, dtype=_dtype(dtype, kind),
     )  # fmt: skip
