@@ -54,6 +54,7 @@ PINNED = {
     "efficient-attention": 28,
     "efficient-qk-attention": 31,
     "eigen-attention": 8,
+    "ela-efficient-local": 20,
     "entropy": 7,
     "error-free-linear-attention": 31,
     "expected-attention": 10,
@@ -178,12 +179,12 @@ def test_no_check_vanishes(name: str) -> None:
 
 
 def test_number_of_checks_is_pinned(capsys: pytest.CaptureFixture[str]) -> None:
-    families = ("layer", "op", "mask", "part")
+    families = ("network", "layer", "module", "op", "mask", "part")
     count = {family: sum(c.family == family for c in CHECKS) for family in families}
     with capsys.disabled():
         print(f"\ncontract: {count}, {len(_all())} checks over {len(registry.entries())} mechanisms")
     assert {e.name for e in registry.entries(LAYER)} <= set(PINNED)
-    assert count == {"layer": 34, "op": 8, "mask": 6, "part": 11}
+    assert count == {"network": 13, "layer": 21, "module": 9, "op": 8, "mask": 6, "part": 11}
 
 
 @pytest.mark.parametrize("toy", toys.BROKEN, ids=lambda toy: toy.__name__)

@@ -1,4 +1,4 @@
-"""Modules for feature maps that are wrong on purpose, each in one way, and the check that must find it."""
+"""Modules for feature maps that are wrong on purpose, each in one way, and the check for it."""
 
 from __future__ import annotations
 

@@ -12,7 +12,15 @@ from torch.utils._pytree import tree_map
 
 from attlas.contract.layers.numbers import LargestTensor
 from attlas.contract.measure import (
-    Measure, Subject, check, distance, finite, holds, refuses, rows, same,
+    Measure,
+    Subject,
+    check,
+    distance,
+    finite,
+    holds,
+    refuses,
+    rows,
+    same,
 )  # fmt: skip
 
 

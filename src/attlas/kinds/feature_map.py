@@ -66,7 +66,7 @@ class FeatureMap(nn.Module):
         """The output; the map times its gate unless overridden."""
         return x * self.gate(x, previous)
 
-    def gate(self, x: Map, previous: Sequence[Tensor] = ()) -> Float[Tensor, "batch #c #h #w"]:
+    def gate(self, x: Map, previous: Sequence[Tensor] = ()) -> Float[Tensor, "batch _ _ _"]:
         """The weights of channels or positions, of a shape that spreads over `x`: what pictures draw.
 
         Raises:

@@ -1,6 +1,7 @@
 """A small residual convolutional network, with any module for feature maps in its blocks.
 
-    x = relu(norm(conv image));   in every block   x = relu(shortcut(x) + module(norm conv relu norm conv x))
+    x = relu(norm(conv image))
+    x = relu(shortcut(x) + module(norm(conv(relu(norm(conv x))))))        in every block
     logits = W mean over positions of x
 
 All stages but the first halve height and width. Norms are over the whole map of an image (one group),
@@ -161,13 +162,14 @@ class ConvNetModel(_Convolutional):
         super().__init__(config)
         inputs = config.hidden_sizes[0]
         self.stem = _conv(config.num_channels, inputs)
-        self.stages = nn.ModuleList()
+        stages = []
         for stage, (width, depth) in enumerate(zip(config.hidden_sizes, config.depths, strict=True)):
-            self.stages.append(nn.ModuleList(
+            stages.append(nn.ModuleList(
                 ConvBlock(config, stage, width if block else inputs, down=stage > 0 and not block)
                 for block in range(depth)
             ))  # fmt: skip
             inputs = width
+        self.stages = nn.ModuleList(stages)
         self.post_init()
 
     @can_return_tuple  # type: ignore[untyped-decorator]
@@ -190,11 +192,11 @@ class ConvNetModel(_Convolutional):
                 f"pixel_values must be [batch, {config.num_channels}, height, width], "
                 f"got {list(pixel_values.shape)}"
             )
-        x = relu(self.stem(pixel_values.to(self.stem[0].weight.dtype)))
+        x = relu(self.stem(pixel_values.to(self.dtype)))
         previous = [x]
-        for blocks in self.stages:
+        for stage in self.stages:
             earlier = tuple(previous)
-            for block in blocks:
+            for block in stage.children():
                 x = block(x, earlier)
             previous.append(x)
         if output_hidden_states is None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from attlas.attention import Attention
-from attlas.catalog.kinds import LAYER, MODULE, Kind
+from attlas.catalog.kinds import LAYER, MODULE
 from attlas.errors import UserError
 from attlas.kinds.feature_map import FeatureMap
 from attlas.tasks.train import Batch, Task
@@ -69,7 +69,7 @@ def build(task: Task, mechanism: Mechanism, plan: Plan, seed: int) -> Net:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = Net(task, mechanism, plan)
-        plain = BARE if task.needs == "convnet" else PLAIN
+        plain = BARE if task.trains is MODULE else PLAIN
         if mechanism.label != plain.label:
             torch.manual_seed(seed)
             _share(Net(task, plain, plan), net)
@@ -87,11 +87,6 @@ def _share(plain: nn.Module, net: nn.Module) -> None:
             parameter.copy_(weights[name])
 
 
-def kind_for(task: Task) -> Kind:
-    """The kind of mechanism that a task's model is built of."""
-    return MODULE if task.needs == "convnet" else LAYER
-
-
 def check_fit(plan: Plan, task: Task) -> None:
     """Refuse, before anything is trained, what a mechanism cannot do or cannot be built for.
 
@@ -100,7 +95,7 @@ def check_fit(plan: Plan, task: Task) -> None:
     """
     for mechanism in plan.mechanisms:
         what = f"mechanism {mechanism.label!r} cannot be trained on task {task.name!r}"
-        kind = kind_for(task)
+        kind = task.trains
         for each in mechanism.turns:
             if each.name == NONE and kind is MODULE:
                 continue

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from attlas.contract.measure import Measure, Subject, check, holds, refuses
+from attlas.contract.measure import Measure, Subject, check, refuses
 
 
 @check("layer")

@@ -8,7 +8,15 @@ from collections.abc import Iterator
 import torch
 
 from attlas.contract.measure import (
-    Measure, Subject, check, distance, finite, holds, refuses, rows, same,
+    Measure,
+    Subject,
+    check,
+    distance,
+    finite,
+    holds,
+    refuses,
+    rows,
+    same,
 )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ def gradients_reach(subject: Subject) -> Iterator[Measure]:
 @check("network")
 def finite_differences(subject: Subject) -> Iterator[Measure]:
     """Gradients in float64 agree with finite differences, along random directions."""
-    narrow = {"dim": 8} if subject.kind is LAYER else {}
+    narrow: dict[str, Any] = {"dim": 8} if subject.kind is LAYER else {}
     for case, options in subject.forms():
         layer = subject.layer(**narrow, **options)
         names, values = zip(*layer.named_parameters(), strict=True)

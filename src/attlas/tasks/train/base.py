@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from attlas.catalog import registry
-from attlas.catalog.kinds import TASK, Kind
+from attlas.catalog.kinds import LAYER, MODULE, TASK, Kind
 from attlas.errors import UnknownName
 
 #: What the model reads, and `targets`, all with the rows first.
@@ -87,6 +87,11 @@ class Task:
     judged: ClassVar[Score] = Score()
     best: ClassVar[float | None] = 1.0
     yardstick: ClassVar[str] = "every answer is determined by the input"
+
+    @property
+    def trains(self) -> Kind:
+        """The kind of mechanism that its model is built of."""
+        return MODULE if self.needs == "convnet" else LAYER
 
     @property
     def splits(self) -> tuple[str, ...]:
