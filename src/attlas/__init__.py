@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from attlas.cache.prompt import prefill
     from attlas.catalog.papers import papers
     from attlas.contract import check
+    from attlas.models.convnet import ConvNet, ConvNetConfig
     from attlas.models.decoder import Decoder, DecoderConfig
     from attlas.models.encoder import Encoder, EncoderConfig
     from attlas.models.load import load
@@ -32,6 +33,8 @@ __version__ = "0.1.0"
 __all__ = [
     "Attention",
     "Call",
+    "ConvNet",
+    "ConvNetConfig",
     "Decoder",
     "DecoderConfig",
     "Encoder",
@@ -56,6 +59,8 @@ __all__ = [
 _LATER = {
     "Attention": "attlas.attention",
     "Call": "attlas.attach",
+    "ConvNet": "attlas.models.convnet",
+    "ConvNetConfig": "attlas.models.convnet",
     "Decoder": "attlas.models.decoder",
     "DecoderConfig": "attlas.models.decoder",
     "Encoder": "attlas.models.encoder",

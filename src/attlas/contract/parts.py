@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from attlas.contract.families import find
-from attlas.contract.layers.state import surroundings
 from attlas.contract.measure import Measure, Subject, check, distance, finite, holds, refuses, same
+from attlas.contract.networks.state import surroundings
 
 #: Options that say how large a budget is; checks that set one leave the example's out.
 BUDGETS = ("keep", "tokens", "bytes")

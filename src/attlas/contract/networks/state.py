@@ -1,4 +1,4 @@
-"""Checks of layers: saved, copied, moved, compiled; and nothing left behind."""
+"""Checks of networks: saved, copied, moved, compiled; and nothing left behind."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from attlas.contract.measure import Measure, Subject, check, distance, holds, sa
 from attlas.contract.unchecked import unchecked
 
 
-@check("layer")
+@check("network")
 def saved(subject: Subject) -> Iterator[Measure]:
     """Through safetensors into a new layer, the outputs stay the same to the bit."""
     for case, options in subject.forms():
@@ -24,49 +24,49 @@ def saved(subject: Subject) -> Iterator[Measure]:
         stored = load(save({k: v.contiguous() for k, v in layer.state_dict().items()}))
         fresh = subject.layer(dtype=torch.float32, noise=0.3, **options)
         fresh.load_state_dict(stored)
-        x = torch.randn(2, 9, layer.dim)
-        yield Measure(case, distance(fresh(x), layer(x)), 0.0)
+        given = subject.inputs(layer, dtype=torch.float32)
+        yield Measure(case, distance(fresh(*given), layer(*given)), 0.0)
 
 
-@check("layer")
+@check("network")
 def copied(subject: Subject) -> Iterator[Measure]:
     """A deep copy gives the same outputs, and shares no parameter."""
     layer = subject.layer(dtype=torch.float32)
     twin = deepcopy(layer)
-    x = torch.randn(2, 9, layer.dim)
-    before = layer(x)
-    yield Measure("deepcopy", distance(twin(x), before), 0.0)
+    given = subject.inputs(layer, dtype=torch.float32)
+    before = layer(*given)
+    yield Measure("deepcopy", distance(twin(*given), before), 0.0)
     with torch.no_grad():
         for parameter in twin.parameters():
             parameter.zero_()
-    yield Measure("apart", distance(layer(x), before), 0.0)
+    yield Measure("apart", distance(layer(*given), before), 0.0)
 
 
-@check("layer")
+@check("network")
 def moved(subject: Subject) -> Iterator[Measure]:
     """To float32 and back to float64, the outputs are those of weights rounded to float32."""
     for case, options in subject.forms():
         layer = subject.layer(**options)
-        x = torch.randn(2, 9, layer.dim, dtype=torch.float64)
+        given = subject.inputs(layer)
         with torch.no_grad():
             for parameter in layer.parameters():
                 parameter.copy_(parameter.float())
-        before = layer(x)
-        yield same(case, layer.to(torch.float32).to(torch.float64)(x), before)
+        before = layer(*given)
+        yield same(case, layer.to(torch.float32).to(torch.float64)(*given), before)
 
 
-@check("layer", poisoned=False)
+@check("network", poisoned=False)
 def compiled(subject: Subject) -> Iterator[Measure]:
     """`torch.compile` gives what the plain layer gives."""
-    layer = subject.layer(causal=subject.causal_form)
-    x = torch.randn(2, 9, layer.dim, dtype=torch.float64)
+    layer = subject.layer(**subject.causal_options)
+    given = subject.inputs(layer)
     logger = logging.getLogger("torch._dynamo")
     level = logger.level
     logger.setLevel(logging.ERROR)  # a break in the graph costs speed, not truth
     try:
         with torch.no_grad(), warnings.catch_warnings(action="ignore"), unchecked():
             fast: Any = torch.compile(layer, backend="aot_eager")
-            yield same("aot_eager", fast(x), layer(x))
+            yield same("aot_eager", fast(*given), layer(*given))
     finally:
         logger.setLevel(level)
         torch.compiler.reset()
@@ -92,16 +92,16 @@ def surroundings() -> dict[str, Any]:
     }
 
 
-@check("layer", poisoned=False)
+@check("network", poisoned=False)
 def no_trace(subject: Subject) -> Iterator[Measure]:
     """Used forward, backward and step by step, it leaves no hook, function or state changed."""
-    layer = subject.layer(causal=subject.causal_form)
-    x = torch.randn(2, 9, layer.dim, dtype=torch.float64)
+    layer = subject.layer(**subject.causal_options)
+    given = subject.inputs(layer)
     before = surroundings()
-    layer(x).sum().backward()
+    layer(*given).sum().backward()
     if subject.causal_form:
         cache = layer.init_cache()
-        layer(x, cache=cache)
+        layer(*given, cache=cache)
     after = surroundings()
     for what, value in before.items():
         yield holds(what, after[what] == value, f"{what} changed")

@@ -1,22 +1,24 @@
-"""Checks of layers: gradients."""
+"""Checks of networks: gradients."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from attlas.catalog.kinds import LAYER
 from attlas.contract.measure import Measure, Subject, check, holds
 
 
-@check("layer")
+@check("network")
 def gradients_reach(subject: Subject) -> Iterator[Measure]:
     """Every parameter gets a gradient that is neither missing, nor zero, nor infinite."""
     for case, options in subject.forms():
         layer = subject.layer(**options)
-        y = layer(torch.randn(2, 9, layer.dim, dtype=torch.float64))
+        y = layer(*subject.inputs(layer))
         (y * torch.randn_like(y)).sum().backward()
         for name, parameter in layer.named_parameters():
             grad = parameter.grad
@@ -24,21 +26,26 @@ def gradients_reach(subject: Subject) -> Iterator[Measure]:
             yield holds(f"{case} {name}", reached, f"{name} gets no finite gradient")
 
 
-@check("layer")
+@check("network")
 def finite_differences(subject: Subject) -> Iterator[Measure]:
     """Gradients in float64 agree with finite differences, along a random direction of all at once."""
+    narrow: dict[str, Any] = {"dim": 8} if subject.kind is LAYER else {}
     for case, options in subject.forms():
-        layer = subject.layer(dim=8, **options)
+        layer = subject.layer(**narrow, **options)
         names, weights = zip(*layer.named_parameters(), strict=True)
-        values = [torch.randn(1, 3, 8, dtype=torch.float64), *(w.detach().clone() for w in weights)]
+        inputs = subject.inputs(layer, batch=1, tokens=3)
+        values = [*(x.detach().clone() for x in inputs), *(w.detach().clone() for w in weights)]
         ways = [torch.randn_like(value) for value in values]
         ways = [way / way.norm() for way in ways]
 
-        # One number moves input and weights together, each by a way of length 1, so that two passes
+        # One number moves inputs and weights together, each by a way of length 1, so that two passes
         # are enough for all of them, and what is wrong with one of them counts as if it were alone.
-        def moved(t: Tensor, layer=layer, names=names, values=values, ways=ways) -> Tensor:  # type: ignore[no-untyped-def]
-            x, *there = (value + t * way for value, way in zip(values, ways, strict=True))
-            y: Tensor = functional_call(layer, dict(zip(names, there, strict=True)), (x,))
+        def moved(  # type: ignore[no-untyped-def]
+            t: Tensor, layer=layer, names=names, values=values, ways=ways, count=len(inputs)
+        ) -> Tensor:
+            there = [value + t * way for value, way in zip(values, ways, strict=True)]
+            given = dict(zip(names, there[count:], strict=True))
+            y: Tensor = functional_call(layer, given, tuple(there[:count]))
             return y
 
         start = torch.zeros((), dtype=torch.float64, requires_grad=True)
