@@ -1,4 +1,4 @@
-"""The command line: `attlas list`, `show`, `verify`, `compare`, `calibrate`, `train`, `roofline`.
+"""The command line: `attlas list`, `show`, `verify`, `compare`, `calibrate`, `train`, `roofline`, `study`.
 
 A command's module is imported when the command is asked for, so that `attlas list` waits for neither
 torch nor Transformers. What a user can mend ends in one sentence on standard error and exit code 2,
@@ -25,6 +25,7 @@ COMMANDS = {
     "calibrate": ("attlas.calibration.command", "calibrate_command"),
     "train": ("attlas.train.command", "train"),
     "roofline": ("attlas.compare.roofline", "roofline"),
+    "study": ("attlas.study.command", "study"),
 }
 
 
