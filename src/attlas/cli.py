@@ -1,4 +1,4 @@
-"""The command line: `attlas list`, `show`, `verify`, `compare`, `calibrate`, `train`, `roofline`, `study`.
+"""The command line: `attlas list`, `show`, `verify`, `compare`, `train`, `study` and others.
 
 A command's module is imported when the command is asked for, so that `attlas list` waits for neither
 torch nor Transformers. What a user can mend ends in one sentence on standard error and exit code 2,

@@ -141,13 +141,14 @@ def _check(name: str, value: Any, default: Any) -> None:
             raise ValueError(f"{name} takes one or more values such as {default!r}, got {value!r}")
         for each in value:
             _check(f"each of {name}", each, default[0])
-    elif isinstance(default, bool) or isinstance(default, str):
+    elif isinstance(default, bool | str):
         if not isinstance(value, type(default)):
             raise ValueError(f"{name} takes {type(default).__name__}, got {value!r}")
     elif isinstance(default, int):
         least = min(default, 1)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name} takes a whole number of at least {least}, got {value!r}")
-    elif isinstance(default, float):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ValueError(f"{name} takes a finite number, got {value!r}")
+    elif isinstance(default, float) and (
+        isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value)
+    ):
+        raise ValueError(f"{name} takes a finite number, got {value!r}")

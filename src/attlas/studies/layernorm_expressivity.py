@@ -135,7 +135,8 @@ class _Shrunk(nn.Module):
 
 
 @mechanism("layernorm-expressivity", example={
-    "dims": (2, 3), "keys": 8, "sets": 1, "classes": 4, "length": 8, "dim": 4, "batch": 8, "limit": 20,
+    "dims": (2, 3), "keys": 8, "sets": 1, "classes": 4, "length": 8, "margin": 2, "dim": 4, "batch": 8,
+    "limit": 20,
 })  # fmt: skip
 @dataclass(frozen=True)
 class LayerNormExpressivity(Study):
@@ -181,7 +182,7 @@ class LayerNormExpressivity(Study):
 
     @property
     def expects(self) -> tuple[Beats | Within, ...]:
-        """Faster with projection than the published baseline, and than one of its own norm; exact parts."""
+        """Faster with projection than without, at the published norm and at its own; exact parts."""
         return (
             Beats(WITH, PUBLISHED),
             Beats(WITH, SAME),

@@ -21,10 +21,17 @@ _SIZES = ("steps", "batch", "dim", "layers", "heads", "seeds")
 
 @dataclass(frozen=True)
 class Named:
-    """A study and its name, with the options that were given, as it is asked for."""
+    """A study as it is asked for.
+
+    Attributes:
+        label: its name, with the options that were given.
+        study: itself, with these options.
+        about: the mechanism or paper whose claim it tries.
+    """
 
     label: str
     study: Study
+    about: str
 
 
 def claims() -> dict[str, Claim]:
@@ -80,7 +87,7 @@ def chosen(texts: list[str], **common: Any) -> list[Named]:
 def _made(text: str, known: dict[str, Claim], common: dict[str, Any]) -> Named:
     name, options = parse_call("study", text)
     key = name.strip().lower().replace("_", "-")
-    registered = {known: e for e in registry.entries(STUDY) for known in e.names}
+    registered = {n: e for e in registry.entries(STUDY) for n in e.names}
     if key in registered:
         name, taken = registered[key].name, list(registry.signature(registered[key].object))
     elif key in known:
@@ -94,11 +101,13 @@ def _made(text: str, known: dict[str, Claim], common: dict[str, Any]) -> Named:
     try:
         if key in registered:
             made: Study = registry.make(name, **{**common, **given})
+            about = registered[key].paper or name
         else:
             made = replace(known[key], **{**common, **given})
+            about = known[key].ours.partition("(")[0]
     except ValueError as error:
         raise UserError(f"study {name}: {error}") from error
-    return Named(written(name, tuple(given.items())), made)
+    return Named(written(name, tuple(given.items())), made, about)
 
 
 def options_of(study: Study) -> str:

@@ -27,7 +27,7 @@ def record(
         command: that repeats it.
         machine: that it ran on, in words.
     """
-    groups = {label: found for label, found in by_label(rows).items()}
+    groups = by_label(rows)
     return packed(
         name, study.claim, study.set_up, command,
         {label: [row.value for row in found] for label, found in groups.items()},

@@ -108,13 +108,11 @@ def finish(study: Named, results: Results) -> dict[str, Any] | None:
         return None
     last = results.latest(study, study.study.seeds - 1)
     assert last is not None
-    claim = isinstance(study.study, Claim)
-    subject = study.study.ours.partition("(")[0] if isinstance(study.study, Claim) else study.label
     command = f"attlas study {_quoted(study.label)} --seeds {study.study.seeds}"
-    made = record(subject, study.study, rows, command, machine=last["machine"])
-    made |= {"versions": {**made["versions"], **last["versions"]}}
-    if claim:
-        *against, ours = study.study.labels  # type: ignore[attr-defined]
+    made = record(study.about, study.study, rows, command, machine=last["machine"])
+    made["versions"] |= last["versions"]
+    if isinstance(study.study, Claim):
+        *against, ours = study.study.labels
         made |= {"ours": ours, "against": against}
     stem = stem_of(study)
     try:
