@@ -82,7 +82,7 @@ def picture_draws(subject: Subject) -> Iterator[Measure]:
     for text in _texts(figure):
         box, page = text.get_window_extent(), figure.bbox
         whole = page.x0 <= box.x0 <= box.x1 <= page.x1 and page.y0 <= box.y0 <= box.y1 <= page.y1
-        yield holds("text", whole, f"{text.get_text()!r} is cut")
+        yield holds("text", bool(whole), f"{text.get_text()!r} is cut")
     pyplot = sys.modules.get("matplotlib.pyplot")
     opened = [] if pyplot is None else [pyplot.figure(n) for n in pyplot.get_fignums()]
     yield holds("closed", figure not in opened, "pyplot still holds the figure")

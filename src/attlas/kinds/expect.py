@@ -10,7 +10,7 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, TypeAlias
+from typing import Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 Answer: TypeAlias = Literal["yes", "some", "no"]
 Verdict: TypeAlias = Literal["holds", "partly", "does not hold here"]
@@ -49,6 +49,7 @@ def by_label(rows: Iterable[Row]) -> dict[str, list[Row]]:
     return found
 
 
+@runtime_checkable
 class Expectation(Protocol):
     """One sentence about the rows that is so, is so in part, or is not."""
 

@@ -40,6 +40,7 @@ class Study:
 
     Attributes:
         deterministic: whether every seed gives the same rows.
+        axis: what the places of rows, `at`, measure.
         on_gpu: whether it computes on `device`; a study that does not refuses any but the CPU.
         seeds: how many seeds decide, 0, 1, ...
         device: "cpu", "cuda" or "cuda:N".
@@ -50,6 +51,7 @@ class Study:
 
     kind: ClassVar[Kind] = STUDY
     deterministic: ClassVar[bool] = False
+    axis: ClassVar[str] = ""
     on_gpu: ClassVar[bool] = True
 
     seeds: int = 3

@@ -160,6 +160,8 @@ class LayerNormExpressivity(Study):
         "faster; its scaling makes every key selectable"
     )
 
+    axis = "width of the keys"
+
     seeds: int = 5
     dims: tuple[int, ...] = (2, 3, 4, 6, 8)
     keys: int = 32

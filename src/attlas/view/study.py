@@ -39,6 +39,8 @@ def draw(study: Study, rows: Sequence[Row]) -> Figure:
         axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=lines)[:, 0]
         for axis, ((curves, unit), found) in zip(axes, panels.items(), strict=True):
             (_curves if curves else _dots)(axis, unit, found)
+            if curves:
+                axis.set_xlabel(study.axis).set_parse_math(False)
         title = f"{fill(study.claim, 90)}\n{study.verdict(rows)}, {study.seeds} seeds"
         figure.suptitle(title, fontsize=10).set_parse_math(False)  # a label may hold a dollar sign
     return figure
@@ -56,9 +58,9 @@ def _dots(axis: Axes, unit: str, rows: list[Row]) -> None:
         text.set_parse_math(False)
     axis.set_ylim(len(groups) - 0.5, -0.5)
     values = [row.value for row in rows]
-    if min(values) >= 0 and max(values) > 1000 * (statistics.median(values) or max(values)):
-        positive = min((v for v in values if v > 0), default=1.0)
-        axis.set_xscale("symlog", linthresh=positive)
+    means = [abs(statistics.mean(row.value for row in found)) for found in groups.values()]
+    if min(values) > 0 and max(means) > 1000 * min(means):
+        axis.set_xscale("log")
     elif min(values) >= 0:
         axis.set_xlim(left=0)
     betters = {row.better for row in rows}
