@@ -55,7 +55,8 @@ def study(
 
 def _show(todo: list[Named], results: Results, console: Console) -> int:
     """The table of what came out; 1 if a study could not be tried, else 0."""
-    from attlas.study.run import finish, stem_of
+    from attlas.study.record import told
+    from attlas.study.run import finish
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("study", "claim", "measured", "verdict"):
@@ -67,15 +68,10 @@ def _show(todo: list[Named], results: Results, console: Console) -> int:
             missing += 1
             table.add_row(Text(one.label), Text(one.study.claim), "", Text("not tried", "red"))
             continue
-        numbers = [
-            f"{n['of']}: {n['mean']:.4g}" + (f" ± {n['spread']:.2g}" if n["seeds"] > 1 else "")
-            + f" {n.get('unit', made['unit'])}".rstrip()
-            for n in made["numbers"]
-        ]  # fmt: skip
-        table.add_row(Text(one.label), Text(made["claim"]), Text("\n".join(numbers)),
+        table.add_row(Text(one.label), Text(made["claim"]), Text("\n".join(told(made))),
                       Text(made["verdict"], STYLES[made["verdict"]]))  # fmt: skip
-        table.add_row("", Text(str(results.folder / f"{stem_of(one)}.png"), "dim"), "", "")
     console.print(table)
+    console.print(f"records and pictures are in {results.folder}", highlight=False)
     return 1 if missing else 0
 
 

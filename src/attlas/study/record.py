@@ -72,6 +72,16 @@ def rows_of(record: Mapping[str, Any]) -> list[Row]:
     ]
 
 
+def told(record: Mapping[str, Any]) -> list[str]:
+    """Each number as tables show it: its mean, the standard deviation over seeds, and its unit."""
+    lines = []
+    for n in record["numbers"]:
+        spread = f"{n['spread']:.2g}" if n["spread"] < 100 else f"{n['spread']:.0f}"
+        mean = f"{n['mean']:.4g}" + (f" ± {spread}" if n["seeds"] > 1 else "")
+        lines.append(f"{n['of']}: {mean} {n.get('unit', record['unit'])}".rstrip())
+    return lines
+
+
 def save(made: Mapping[str, Any], path: Path) -> None:
     """Write a record as the committed ones are written."""
     text = json.dumps(made, indent=1, ensure_ascii=False, allow_nan=False) + "\n"

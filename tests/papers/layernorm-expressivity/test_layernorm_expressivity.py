@@ -115,6 +115,9 @@ def test_the_committed_result_and_its_verdict():
     assert all(answer == "yes" for answer in answers[2:])
     assert study.verdict(rows) == record["verdict"] == "partly"
     assert (study.claim, study.set_up) == (record["claim"], record["set_up"])
+    told = (HERE.parents[2] / "docs" / "studies.md").read_text()
+    for name in (WITH, SAME, PUBLISHED):
+        assert f"| {' | '.join(f'{n:.0f}' for n in steps[name])} |" in told
 
 
 @pytest.mark.parametrize(
