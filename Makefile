@@ -2,7 +2,8 @@
 # make test      install into .venv, then run the tests
 # make test-oldest   the tests that touch Transformers, on the oldest versions that work
 # make check     lint, types and tests
-# make docs      generate docs/mechanisms.md; make pins: generate the counts of checks in tests/papers
+# make docs      generate docs/mechanisms.md and docs/claims.md
+# make pins      generate the counts of checks in tests/papers
 PYTHON ?= python3
 VENV := .venv
 CONSTRAINTS := constraints.txt
@@ -32,6 +33,7 @@ check: lint types test
 
 docs: $(VENV)/.installed-dev
 	$(RUN)/python -m attlas.catalog.table > docs/mechanisms.md
+	$(RUN)/python -m attlas.study.page benchmarks/claims > docs/claims.md
 
 pins: $(VENV)/.installed-dev
 	$(RUN)/python -m attlas.contract.pins tests/papers

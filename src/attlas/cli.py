@@ -27,6 +27,7 @@ COMMANDS = {
     "train": ("attlas.train.command", "train"),
     "run": ("attlas.running.command", "run_command"),
     "roofline": ("attlas.compare.roofline", "roofline"),
+    "study": ("attlas.study.command", "study"),
 }
 
 
