@@ -1,0 +1,1 @@
+"""Base classes of the kinds that are neither a layer nor a part."""
