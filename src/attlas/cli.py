@@ -1,4 +1,5 @@
-"""The command line: `attlas list`, `show`, `verify`, `compare`, `calibrate`, `train`, `roofline`.
+"""The command line: `attlas list`, `show`, `verify`, `compare`, `calibrate`, `adapt`, `train`,
+`roofline`.
 
 A command's module is imported when the command is asked for, so that `attlas list` waits for neither
 torch nor Transformers. What a user can mend ends in one sentence on standard error and exit code 2,
@@ -23,6 +24,7 @@ COMMANDS = {
     "verify": ("attlas.contract.command", "verify"),
     "compare": ("attlas.compare.command", "compare"),
     "calibrate": ("attlas.calibration.command", "calibrate_command"),
+    "adapt": ("attlas.adapting.command", "adapt"),
     "train": ("attlas.train.command", "train"),
     "roofline": ("attlas.compare.roofline", "roofline"),
 }

@@ -51,7 +51,9 @@ def coupling(
         gain: of the norm before attention.
         width: of a head.
     """
-    q, k = (rearrange(w.detach() * gain.detach(), "(h d) x -> h d x", d=width) for w in (query, key))
+    q, k = (
+        rearrange(w.detach() * gain.detach(), "(h d) x -> h d x", d=width) for w in (query, key)
+    )
     q, k = q.float(), k.float()
     k_gram = repeat(k @ k.mT, "h d e -> (h g) d e", g=len(q) // len(k))
     return ((q @ q.mT) * k_gram).sum().clamp(min=0).sqrt()  # both are symmetric: tr(A B) = Σ A ∘ B

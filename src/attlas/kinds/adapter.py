@@ -71,7 +71,9 @@ class Adapter:
         """
         return {}
 
-    def loss(self, model: Any, ids: Int[Tensor, "batch tokens"], progress: float) -> Float[Tensor, ""]:
+    def loss(
+        self, model: Any, ids: Int[Tensor, "batch tokens"], progress: float
+    ) -> Float[Tensor, ""]:
         """What training lowers; the model's own loss on its next token unless overridden.
 
         Args:
@@ -108,7 +110,7 @@ class Adapter:
     @property
     def options(self) -> dict[str, Any]:
         """The options that it was constructed with."""
-        return {name: getattr(self, name) for name in registry.signature(type(self)) if name != "self"}
+        return {name: getattr(self, name) for name in registry.signature(type(self))}
 
     def inject(self, model: Any) -> Injection:
         """Put it into a model; what comes back undoes that, called or left as a `with` block.
