@@ -18,10 +18,12 @@ from attlas.tasks.text import shakespeare
 
 #: The share of Shakespeare, at its end, that nothing here trains on.
 HELD_OUT = 0.1
+#: Characters read for each token that is wanted; what is too much is cut off.
+CHARACTERS = 8
 
 
 class Texts:
-    """Token numbers of a text, and pieces of them drawn by seed.
+    """Pieces of a text, drawn by seed.
 
     Args:
         tokenizer: the model's.
@@ -34,18 +36,23 @@ class Texts:
 
     def __init__(self, tokenizer: Any, text: str | None, length: int) -> None:
         whole = shakespeare()
-        said = whole[: _border(whole)] if text is None else text
-        self.ids, self.length = numbers(tokenizer, said), length
-        if len(self.ids) <= length:
+        self.text = whole[: _border(whole)] if text is None else text
+        self.tokenizer, self.length = tokenizer, length
+        if len(self.text) <= CHARACTERS * length:
             raise UserError(
-                f"the text holds {len(self.ids)} tokens, no more than one piece of length={length}"
+                f"the text holds {len(self.text)} characters, too few for pieces of length={length}: "
+                f"more than {CHARACTERS * length} are needed"
             )
 
     def batch(self, rows: int, seed: int, step: int) -> Int[Tensor, "rows length"]:
         """The pieces of a step; the same for the same seed and step."""
-        rng = random.Random(f"{seed}/{step}")
-        starts = [rng.randrange(len(self.ids) - self.length) for _ in range(rows)]
-        return torch.tensor([self.ids[start : start + self.length] for start in starts])
+        rng, end = random.Random(f"{seed}/{step}"), len(self.text) - CHARACTERS * self.length
+        return torch.tensor(
+            [
+                _piece(self.tokenizer, self.text, rng.randrange(end), self.length)
+                for _ in range(rows)
+            ]
+        )
 
 
 def held_out(tokenizer: Any, tokens: int, length: int) -> list[Int[Tensor, "1 length"]]:
@@ -55,12 +62,29 @@ def held_out(tokenizer: Any, tokens: int, length: int) -> list[Int[Tensor, "1 le
         ValueError: more tokens than there are.
     """
     whole = shakespeare()
-    ids = numbers(tokenizer, whole[_border(whole) :])
+    text = whole[_border(whole) :]
     count = -(-tokens // length)
-    if count * length > len(ids):
-        raise UserError(f"tested takes at most {len(ids)} tokens of this tokenizer, got {tokens}")
-    starts = [k * (len(ids) // count) for k in range(count)]
-    return [torch.tensor([ids[start : start + length]]) for start in starts]
+    room = len(text) // count
+    if room < CHARACTERS * length:
+        raise UserError(f"tested takes at most {len(text) // CHARACTERS} tokens, got {tokens}")
+    return [torch.tensor([_piece(tokenizer, text, k * room, length)]) for k in range(count)]
+
+
+def _piece(tokenizer: Any, text: str, place: int, length: int) -> list[int]:
+    """The first `length` tokens of the line around a place.
+
+    Raises:
+        ValueError: the text there is coded in fewer tokens.
+    """
+    start = text.rfind("\n", 0, place) + 1
+    said = text[start : start + CHARACTERS * length]
+    ids: list[int] = tokenizer(said, add_special_tokens=False, verbose=False)["input_ids"]
+    if len(ids) < length:
+        raise UserError(
+            f"{len(said)} characters of the text are {len(ids)} tokens of this tokenizer, fewer than "
+            f"length={length}; give a smaller --length"
+        )
+    return ids[:length]
 
 
 def judged(model: Any, pieces: Sequence[Int[Tensor, "1 length"]]) -> Measure:
@@ -74,12 +98,6 @@ def judged(model: Any, pieces: Sequence[Int[Tensor, "1 length"]]) -> Measure:
     if not all(map(math.isfinite, found)):
         raise UserError("the model gives logits that are no finite numbers on the held-out text")
     return perplexity(found)
-
-
-def numbers(tokenizer: Any, text: str) -> list[int]:
-    """Token numbers of a text, nothing added."""
-    found: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return found
 
 
 def _border(whole: str) -> int:

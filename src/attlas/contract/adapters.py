@@ -24,6 +24,7 @@ from attlas.contract.measure import Measure, Subject, check, distance, finite, h
 from attlas.contract.parts import continued, prompt, small_llama
 from attlas.errors import UserError
 from attlas.kinds.adapter import Adapter
+from attlas.kinds.injection import adapters_of
 
 #: Families of models that an adapter works on or refuses by name, with options beside the sizes.
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -289,17 +290,22 @@ def _names(error: Exception, model: Any) -> bool:
 
 @check("adapter", poisoned=False)
 def copied(subject: Subject) -> Iterator[Measure]:
-    """A deep copy of the model computes the same and is undone by itself."""
+    """A deep copy of the model computes the same, shares nothing and is undone by itself."""
     model, ids = small_llama(), prompt(24, 2)
     plain = logits(model, ids)
-    disturbed(subject, model)
+    adapter = disturbed(subject, model)
     wanted = logits(model, ids)
-    twin = deepcopy(model)
+    twin, third = deepcopy(model), deepcopy(model)
     yield Measure("copy", distance(logits(twin, ids), wanted), 0.0)
-    (adapter,) = twin.attlas_adapters
-    adapter.injection.undo()
+    (of_twin,) = adapters_of(twin)
+    assert of_twin.injection is not None
+    of_twin.injection.undo()
     yield Measure("copy undone", distance(logits(twin, ids), plain), 0.0)
     yield Measure("original", distance(logits(model, ids), wanted), 0.0)
+    with torch.no_grad():
+        for parameter in adapter.trainable().values():
+            parameter.zero_()
+    yield Measure("apart", distance(logits(third, ids), wanted), 0.0)
 
 
 @check("adapter", poisoned=False)
