@@ -65,6 +65,7 @@ PINNED = {
     "fourier-attention": 28,
     "galerkin-attention": 28,
     "galerkin-linear-attention": 28,
+    "gate-norm": 11,
     "gated-linear-attention": 31,
     "gmm-attention": 27,
     "grouped-query-attention": 32,
@@ -178,12 +179,12 @@ def test_no_check_vanishes(name: str) -> None:
 
 
 def test_number_of_checks_is_pinned(capsys: pytest.CaptureFixture[str]) -> None:
-    families = ("layer", "op", "mask", "part")
+    families = ("layer", "op", "mask", "part", "adapter")
     count = {family: sum(c.family == family for c in CHECKS) for family in families}
     with capsys.disabled():
         print(f"\ncontract: {count}, {len(_all())} checks over {len(registry.entries())} mechanisms")
     assert {e.name for e in registry.entries(LAYER)} <= set(PINNED)
-    assert count == {"layer": 34, "op": 8, "mask": 6, "part": 11}
+    assert count == {"layer": 34, "op": 8, "mask": 6, "part": 11, "adapter": 11}
 
 
 @pytest.mark.parametrize("toy", toys.BROKEN, ids=lambda toy: toy.__name__)

@@ -65,7 +65,8 @@ def adapt(
     if not 0 < rate < float("inf"):
         raise UserError(f"rate must be a positive number, got {rate}")
     said = _read(text)
-    loaded, tokenizer = load(model).to(_device(device)), load_tokenizer(model)
+    place = _device(device)
+    loaded, tokenizer = load(model).to(place), load_tokenizer(model)
     if not loaded.can_generate():
         raise UserError(f"model: adapt takes causal language models, {model!r} is none")
     refuse(made, loaded)  # before anything is measured
@@ -86,7 +87,9 @@ def adapt(
             raise UserError(f"{made.name} trains nothing, so --{which} has no use; leave it out")
         run.go(job, said, merge)
     except KeyboardInterrupt:
-        console.print(f"\nstopped: what was done is kept in {out}; the same command goes on")
+        console.print(
+            f"\nstopped: what was done is kept in {out}; the same command goes on", soft_wrap=True
+        )
         raise typer.Exit(130) from None
     except OSError as error:
         raise unwritable(out, error, "step") from error
@@ -126,11 +129,13 @@ class _Run:
         }  # fmt: skip
         written_whole(self.out / RESULT, json.dumps(result, indent=1).encode())
         self.console.print(_table(self.before, after))
-        self.console.print(f"difference: {path} ({path.stat().st_size} bytes)", highlight=False)
+        self.console.print(
+            f"difference: {path} ({path.stat().st_size} bytes)", highlight=False, soft_wrap=True
+        )
         if merge:
             self.adapter.merge().save_pretrained(self.out / MERGED)
             self.tokenizer.save_pretrained(self.out / MERGED)
-            self.console.print(f"merged: {self.out / MERGED}", highlight=False)
+            self.console.print(f"merged: {self.out / MERGED}", highlight=False, soft_wrap=True)
 
     def _known(self) -> Any:
         """What was measured before, if the folder is of the same run.

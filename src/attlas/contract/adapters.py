@@ -22,7 +22,6 @@ from transformers import DynamicCache, StaticCache
 from attlas.contract.layers.state import surroundings
 from attlas.contract.measure import Measure, Subject, check, distance, finite, holds, refuses, same
 from attlas.contract.parts import continued, prompt, small_llama
-from attlas.errors import UserError
 from attlas.kinds.adapter import Adapter
 from attlas.kinds.injection import adapters_of
 
@@ -185,7 +184,7 @@ def merged(subject: Subject) -> Iterator[Measure]:
     classes = [type(m) for m in small_llama().modules()]
     try:
         model = adapter.merge()
-    except UserError as error:
+    except ValueError as error:
         told = adapter.name in str(error) and "merge" in str(error)
         yield holds("refused", told, f"the message does not name the adapter: {error}")
         return
@@ -268,7 +267,7 @@ def families(subject: Subject) -> Iterator[Measure]:
         plain, before = logits(model, ids), _state(model)
         try:
             adapter = disturbed(subject, model)
-        except UserError as error:
+        except ValueError as error:
             yield holds(f"{family} named", _names(error, model), f"not by name: {error}")
             after = _state(model)
             yield holds(f"{family} unchanged", after == before, "refused, and yet changed")
