@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 from attlas.catalog.registry import Reduction, make, mechanism
 
 if TYPE_CHECKING:
-    from attlas.attach import Call, Part, attach, prefill
+    from attlas.attach import Call, Part, attach
     from attlas.attention import Attention
+    from attlas.cache.prompt import prefill
     from attlas.catalog.papers import papers
     from attlas.contract import check
     from attlas.models.decoder import Decoder, DecoderConfig
@@ -68,7 +69,7 @@ _LATER = {
     "check": "attlas.contract",
     "load": "attlas.models.load",
     "papers": "attlas.catalog.papers",
-    "prefill": "attlas.attach",
+    "prefill": "attlas.cache.prompt",
     "swap": "attlas.models.swap",
 }
 

@@ -10,6 +10,7 @@ import attlas
 import tiny_models
 from attlas.attach import Call, Part, Step, attach, prefill
 from attlas.errors import UserError
+from attlas.hf.caches import cache_of, with_cache
 from attlas.parts.evict.expected_attention import ExpectedAttention
 from attlas.parts.evict.key_norm import KeyNorm
 from attlas.parts.evict.snapkv import SnapKV
@@ -38,13 +39,13 @@ def test_calls(model):
 
     static = transformers.StaticCache(config=model.config, max_cache_len=40)
     offloaded = transformers.DynamicCache(config=model.config, offloading=True)
-    filled = model(IDS).past_key_values
+    filled = cache_of(model(IDS))
     refused(model, "output_attentions", call=lambda m: m(IDS, output_attentions=True))
     refused(model, "cu_seq_lens_q", call=lambda m: m(IDS, cu_seq_lens_q=torch.tensor([0, 20])))
     refused(model, "kernel_options", call=lambda m: m(IDS, kernel_options={"BLOCK_M": 16}))
-    refused(model, "StaticCache", KeyNorm(0.7), call=lambda m: m(IDS, past_key_values=static))
-    refused(model, "offloaded", KeyNorm(0.7), call=lambda m: m(IDS, past_key_values=offloaded))
-    refused(model, "20 tokens", KeyNorm(0.7), call=lambda m: m(IDS, past_key_values=filled))
+    refused(model, "StaticCache", KeyNorm(0.7), call=lambda m: m(IDS, **with_cache(m, static)))
+    refused(model, "offloaded", KeyNorm(0.7), call=lambda m: m(IDS, **with_cache(m, offloaded)))
+    refused(model, "20 tokens", KeyNorm(0.7), call=lambda m: m(IDS, **with_cache(m, filled)))
     refused(model, "use_cache", KeyNorm(0.7), call=lambda m: m(IDS, use_cache=False))
     four = torch.ones(1, 1, 20, 20, dtype=torch.bool).tril()
     refused(model, "2-D", KeyNorm(0.7), call=lambda m: m(IDS, attention_mask=four))

@@ -14,6 +14,7 @@ from attlas.attach.call import Call, Step
 from attlas.attach.session import attach
 from attlas.cache.policy import CachePolicy, best
 from attlas.contract.cases import Case, Check, adapter
+from attlas.hf.caches import cache_of, with_cache
 from attlas.parts.evict.ada_kv import AdaKV
 from attlas.parts.evict.expected_attention import ExpectedAttention
 from attlas.parts.evict.key_norm import KeyNorm
@@ -141,7 +142,7 @@ def run_layer(
     step = Step(length=q.shape[2])
     call = Call(0, nn.Identity(), q, k, v, state.scaling, None, step, is_causal=True)
     policy.learn(state, call)
-    slots = policy.slots(layer, state, None)
+    slots = policy.slots(layer, state, layer.rows())
     scores = policy.scores(state, slots)
     return scores, best(scores, slots.valid, slots.budget)[0]
 
@@ -230,15 +231,15 @@ def answer(
     ids = case.inputs["context_ids"].long()[None]
     question = case.inputs["question_ids"].long()[None]
     with attach(model, policy) as session:
-        cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
+        cache = cache_of(model(ids, use_cache=True, logits_to_keep=1))
         layers = session.cache.layers
         held = torch.tensor([slots_held(layer) for layer in layers])
         kept = {number: layers[number].columns() for number in scores}
-        out = model(question, past_key_values=cache, logits_to_keep=1).logits[0, -1]
+        out = model(question, **with_cache(model, cache), logits_to_keep=1).logits[0, -1]
         first, generated = out, []
         for _ in case.outs["generated_ids"]:
             generated.append(int(out.argmax()))
-            out = model(torch.tensor([generated[-1:]]), past_key_values=cache).logits[0, -1]
+            out = model(torch.tensor([generated[-1:]]), **with_cache(model, cache)).logits[0, -1]
     return scores, held, kept, first, generated
 
 

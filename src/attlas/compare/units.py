@@ -13,6 +13,7 @@ from attlas.attach.session import bytes_read, cache_bytes
 from attlas.compare.grid import Cell, Grid, Unit
 from attlas.compare.methods import Method
 from attlas.compare.shared import Reading, attached, forward, stepwise
+from attlas.hf.caches import cache_of
 from attlas.tasks import fidelity, needle
 from attlas.tasks.continuation import continuation
 from attlas.tasks.memory import Peak
@@ -250,7 +251,7 @@ def _alone(
         with _charged(bench, tallies[method.label]) as tally, attached(bench.model, method.parts()):
             peak = Peak(device)
             start = clock(device)
-            cache = forward(bench.model, ids, None).past_key_values
+            cache = cache_of(forward(bench.model, ids, None))
             tally.add("prefill_ms", 1e3 * (clock(device) - start))
             tally.held.append(cache_bytes(cache))
             for token in text.fed:

@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
-from transformers import Cache, PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from attlas.attention import Attention
+from attlas.hf.caches import Cache
+from attlas.hf.models import GradientCheckpointingLayer, PreTrainedModel, is_initialized
 from attlas.models.config import AttlasConfig
 
 
@@ -56,12 +56,12 @@ class Block(GradientCheckpointingLayer):  # type: ignore[misc]
 
     def forward(
         self, h: Tensor, mask: Tensor | None = None, position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None, context: Tensor | None = None,
+        cache: Cache | None = None, context: Tensor | None = None,
         context_mask: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """One step of the residual stream."""
         h = h + self.attention(
-            self.attention_norm(h), mask=mask, positions=position_ids, cache=past_key_values
+            self.attention_norm(h), mask=mask, positions=position_ids, cache=cache
         )
         if self.cross_attention is not None and self.cross_norm is not None:
             h = h + self.cross_attention(
@@ -83,7 +83,7 @@ class Block(GradientCheckpointingLayer):  # type: ignore[misc]
             made = maker()
             for path, parameter in made.named_parameters():
                 found = weights[path]
-                if not getattr(found, "_is_hf_initialized", False):
+                if not is_initialized(found):
                     found.copy_(parameter)
             kept = dict(loaded.named_buffers())
             persistent = set(loaded.state_dict()) & set(kept)

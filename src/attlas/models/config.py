@@ -8,13 +8,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig
 
 from attlas import masks
 from attlas.attention import Attention
 from attlas.catalog import registry
 from attlas.catalog.kinds import LAYER
 from attlas.errors import at_least_one
+from attlas.hf.models import PretrainedConfig, mark_initialized
 from attlas.positions import Learned, RoPE, T5Bias
 
 #: Masks that stand for softmax attention with them.
@@ -166,7 +166,7 @@ class AttlasConfig(PretrainedConfig):  # type: ignore[misc]
         if isinstance(rope, RoPE) and given.get("position") == "rope" and self.rope_theta != 10000.0:
             made.position_encoding = RoPE(2 * rope.frequencies.shape[-1], self.rope_theta)
         for module in made.modules():  # a mechanism initialises itself; Transformers shall not
-            module._is_hf_initialized = True  # type: ignore[assignment]
+            mark_initialized(module)
         return made
 
     def _position(self, cls: Any, causal: bool) -> Any:

@@ -44,7 +44,7 @@ def load(model: str | Path | nn.Module) -> Any:
     """
     if isinstance(model, nn.Module):
         return model
-    import transformers
+    from attlas.hf import models as transformers
 
     name = str(model)
     folder, options = _source(name)
@@ -68,7 +68,7 @@ def load_tokenizer(model: str | Path) -> Any:
     Raises:
         ValueError: as `load`.
     """
-    import transformers
+    from attlas.hf import models as transformers
 
     name = str(model)
     try:
@@ -115,7 +115,7 @@ def _converted(name: str, file: Path) -> Path:
     folder = cache_folder() / f"{name}-{metadata.version(package)}"
     if _whole(folder):
         return folder
-    import transformers
+    from attlas.hf import models as transformers
 
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

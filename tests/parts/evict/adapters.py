@@ -41,7 +41,7 @@ def gui_kv(case: Case) -> Iterator[Check]:
     states = torch.zeros(q.shape[0], q.shape[2], 1) if hidden is None else hidden
     step = Step(length=q.shape[2], hidden={module: states})
     policy.learn(state, Call(0, module, q, k, v, state.scaling, None, step, is_causal=True))
-    slots = policy.slots(layer, state, None)
+    slots = policy.slots(layer, state, layer.rows())
     scores = policy.scores(state, slots)
     prefix = best(scores, slots.valid, slots.budget)[0][..., : -policy.window]
     order = scores.gather(-1, prefix).argsort(dim=-1, descending=True)

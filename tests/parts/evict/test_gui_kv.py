@@ -114,7 +114,7 @@ def test_gui_kv_drops_an_exact_repeat_before_the_current_screen():
     layer.update(k, v)
     step = Step(length=tokens, hidden={module: torch.randn(1, tokens, 24)})
     policy.learn(state, Call(0, module, q, k, v, state.scaling, None, step, is_causal=True))
-    slots = policy.slots(layer, state, None)
+    slots = policy.slots(layer, state, layer.rows())
     scores = policy.scores(state, slots)[0]
     assert int((1 - 36 / 60) * 24) == 9  # of the earlier screens' tokens are taken the score
     assert (scores[:, 20:28] == 0).all()

@@ -6,6 +6,7 @@ import torch
 import tiny_models
 from attlas.attach import attach, blocks
 from attlas.errors import UserError
+from attlas.hf.caches import cache_of, with_cache
 from attlas.parts.evict import observed_attention
 from attlas.parts.evict.observed_attention import ObservedAttention
 from attlas.parts.evict.tova import TOVA
@@ -27,10 +28,10 @@ def held(model, policy, ids, mask=None, prompt=PROMPT):
     found, cache = [], None
     with torch.no_grad(), attach(model, policy):
         for start, stop in [(0, prompt), *((t, t + 1) for t in range(prompt, ids.shape[1]))]:
-            cache = model(
-                ids[:, start:stop], past_key_values=cache, attention_mask=mask[:, :stop],
+            cache = cache_of(model(
+                ids[:, start:stop], **with_cache(model, cache), attention_mask=mask[:, :stop],
                 position_ids=positions[:, start:stop], use_cache=True,
-            ).past_key_values  # fmt: skip
+            ))  # fmt: skip
             found.append(cache.layers[0].dense_columns().clone())
     return found
 

@@ -10,6 +10,7 @@ import tiny_models
 from attlas.attach import attach
 from attlas.cache.policy import best
 from attlas.errors import UserError
+from attlas.hf.caches import cache_of, with_cache
 from attlas.parts.evict.ada_kv import AdaKV, shared
 from attlas.parts.evict.expected_attention import ExpectedAttention
 from attlas.parts.evict.pyramid_kv import PyramidKV, pyramid
@@ -21,7 +22,7 @@ WINDOW = {"window": 3}
 
 def layers_after(model, policy, ids, **options):
     with torch.no_grad(), attach(model, policy):
-        return model(ids, **options).past_key_values.layers
+        return cache_of(model(ids, **options)).layers
 
 
 def test_pyramids_fall_and_add_up():
@@ -137,10 +138,10 @@ def test_ada_kv_reads_what_it_holds():
     model, ids = tiny_models.decoder("llama"), tiny_models.prompt(2, 30)
     question = tiny_models.prompt(2, 80, seed=5)
     with torch.no_grad(), attach(model, AdaKV(0.5, scorer_options=WINDOW)):
-        many = model(ids).past_key_values  # more queries than are read in place
-        at_once = model(question, past_key_values=many).logits
-        few = model(ids).past_key_values
-        steps = [model(question[:, t : t + 4], past_key_values=few).logits for t in range(0, 80, 4)]
+        many = cache_of(model(ids))  # more queries than are read in place
+        at_once = model(question, **with_cache(model, many)).logits
+        few = cache_of(model(ids))
+        steps = [model(question[:, t : t + 4], **with_cache(model, few)).logits for t in range(0, 80, 4)]
     torch.testing.assert_close(torch.cat(steps, dim=1), at_once, atol=1e-4, rtol=1e-4)
 
 

@@ -16,6 +16,7 @@ from attlas.cache.duo_gates import mixture, streaming
 from attlas.cache.policy import best
 from attlas.calibration import Calibration
 from attlas.contract.cases import Case, Check, adapter
+from attlas.hf.caches import cache_of, with_cache
 from attlas.parts.evict.balance_kv import BalanceKV
 from attlas.parts.evict.duo_attention import DuoAttention
 from attlas.parts.evict.q_filters import QFilters
@@ -57,7 +58,7 @@ def q_filters(case: Case) -> Iterator[Check]:
     state = LayerState(0, (0,))
     layer = StoredLayer({policy.name: state})
     layer.update(keys, keys)
-    slots = policy.slots(layer, state, None)
+    slots = policy.slots(layer, state, layer.rows())
     scores = policy.scores(state, slots)
     yield case.compare("out.scores", scores[..., : keys.shape[2] - window])
     kept, _ = best(scores, slots.valid, slots.budget)
@@ -118,7 +119,7 @@ def answered(case: Case, part: Any) -> tuple[list[dict[str, Any]], Tensor, list[
     ids = case.inputs["context_ids"].long()[None]
     question = case.inputs["question_ids"].long()[None]
     with attach(model, part) as session:
-        cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
+        cache = cache_of(model(ids, use_cache=True, logits_to_keep=1))
         held = [
             {
                 "held": layer.context_slots + layer.dense_slots,
@@ -127,11 +128,11 @@ def answered(case: Case, part: Any) -> tuple[list[dict[str, Any]], Tensor, list[
             }
             for layer in session.cache.layers
         ]
-        out = model(question, past_key_values=cache, logits_to_keep=1).logits[0, -1]
+        out = model(question, **with_cache(model, cache), logits_to_keep=1).logits[0, -1]
         first, generated = out, []
         for _ in case.outs["generated_ids"]:
             generated.append(int(out.argmax()))
-            out = model(torch.tensor([generated[-1:]]), past_key_values=cache).logits[0, -1]
+            out = model(torch.tensor([generated[-1:]]), **with_cache(model, cache)).logits[0, -1]
     return held, first, generated
 
 

@@ -10,6 +10,7 @@ from attlas.cache.duo_gates import Gated, passkeys
 from attlas.calibration import Calibration, calibrate
 from attlas.contract.parts import small_llama
 from attlas.errors import UserError
+from attlas.hf.caches import cache_of, with_cache
 from attlas.ops.reference import reference
 from attlas.parts.evict.balance_kv import BalanceKV
 from attlas.parts.evict.duo_attention import DuoAttention
@@ -77,13 +78,13 @@ def logits_after(model, part, ids, padding="none", length=None, steps=9, chunk=N
         for start in range(0, ids.shape[1], size):
             some = slice(start, start + size)
             model(
-                ids[:, some], past_key_values=cache, position_ids=positions[:, some],
+                ids[:, some], **with_cache(model, cache), position_ids=positions[:, some],
                 attention_mask=mask[:, : some.stop],
             )  # fmt: skip
         for token in later[0]:
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
             out = model(
-                token.expand(len(mask), 1), past_key_values=cache, attention_mask=mask,
+                token.expand(len(mask), 1), **with_cache(model, cache), attention_mask=mask,
                 position_ids=mask.sum(-1, keepdim=True) - 1,
             )  # fmt: skip
             found.append(out.logits[0, -1])
@@ -145,8 +146,8 @@ def test_beams_rows_and_stored_caches(make, tmp_path):
     later = tiny_models.prompt(2, 12, seed=8)
     with torch.no_grad(), attach(model, part):
         once, again, direct = (
-            torch.cat([model(t, past_key_values=c).logits for t in later.split(1, dim=1)], dim=1)
-            for c in (cache, stored, model(ids).past_key_values)
+            torch.cat([model(t, **with_cache(model, c)).logits for t in later.split(1, dim=1)], dim=1)
+            for c in (cache, stored, cache_of(model(ids)))
         )
     close(once, again)
     close(once, direct)
@@ -161,9 +162,9 @@ def test_weights_count_however_the_cache_is_read(kind):
     with torch.no_grad():
         for size, record in ((36, []), (1, []), (6, []), (1, ["entropy"])):
             with attach(model, part, record=record):
-                cache = model(ids).past_key_values
+                cache = cache_of(model(ids))
                 found.append(torch.cat(
-                    [model(t, past_key_values=cache).logits for t in question.split(size, dim=1)],
+                    [model(t, **with_cache(model, cache)).logits for t in question.split(size, dim=1)],
                     dim=1,
                 ))  # fmt: skip
     for other in found[1:]:
@@ -172,7 +173,7 @@ def test_weights_count_however_the_cache_is_read(kind):
 
 def held_by(model, part, ids):
     with torch.no_grad(), attach(model, part) as session:
-        cache = model(ids).past_key_values
+        cache = cache_of(model(ids))
     return cache, session
 
 
@@ -229,9 +230,9 @@ def test_duo_attention_streaming_heads_stay_constant_while_decoding(streams):
     part = duo(model, pattern=pattern, sparsity=sparsity)
     held = []
     with torch.no_grad(), attach(model, part) as session:
-        cache = model(ids).past_key_values
+        cache = cache_of(model(ids))
         for token in tiny_models.prompt(2, 30, seed=7).split(1, dim=1):
-            model(token, past_key_values=cache)
+            model(token, **with_cache(model, cache))
             columns = cache.layers[2].columns()
             count = (columns >= 0).sum(-1)
             now = cache.get_seq_length()
@@ -265,11 +266,11 @@ def test_dropping_equals_hiding():
     question, part = tiny_models.prompt(2, 3, seed=5), duo(model)
     with torch.no_grad():
         with attach(model, part):
-            cache = model(ids).past_key_values
-            dropped = model(question, past_key_values=cache).logits
+            cache = cache_of(model(ids))
+            dropped = model(question, **with_cache(model, cache)).logits
         with attach(model, Hide(part, 24)):
-            whole = model(ids).past_key_values
-            close(dropped, model(question, past_key_values=whole).logits)
+            whole = cache_of(model(ids))
+            close(dropped, model(question, **with_cache(model, whole)).logits)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

@@ -12,6 +12,7 @@ from attlas.attach import Part, attach, prefill
 from attlas.cache.selection import Selection
 from attlas.calibration import Calibration, calibrate, windows
 from attlas.errors import UserError
+from attlas.hf.caches import cache_of, with_cache
 from attlas.parts.evict.key_norm import KeyNorm
 from attlas.parts.quantize.eigen_attention import EigenAttention, discarded, fold
 from attlas.storage import load_cache, save_cache
@@ -140,10 +141,10 @@ def test_padding_changes_nothing(side, options):
                     mask = torch.cat([mask, torch.ones_like(token)], dim=1)
                 positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -token.shape[1] :]
                 out = model(
-                    token, attention_mask=mask, position_ids=positions, past_key_values=cache,
+                    token, attention_mask=mask, position_ids=positions, **with_cache(model, cache),
                     use_cache=True,
                 )  # fmt: skip
-                cache = out.past_key_values
+                cache = cache_of(out)
                 found.append(out.logits[:, -1])
         return torch.stack(found[1:])
 
@@ -167,7 +168,7 @@ def test_chunks_and_forks_are_a_prompt_at_once():
         cache, said = prompt.fork(part), [token]
         with torch.no_grad(), attach(model, part):
             for _ in range(9):
-                out = model(said[-1], past_key_values=cache)
+                out = model(said[-1], **with_cache(model, cache))
                 said.append(out.logits[:, -1].index_fill(-1, eos, -1e9).argmax(-1)[:, None])
         assert torch.cat(said, dim=1).tolist() == expected
 
@@ -223,10 +224,10 @@ def test_a_stored_cache_goes_on_with_the_same_bases_alone(tmp_path):
     cache = prefill(model, ids, [part]).fork(part)
     save_cache(cache, tmp_path / "c", model)
     with torch.no_grad(), attach(model, part):
-        expected = model(token, past_key_values=cache).logits
+        expected = model(token, **with_cache(model, cache)).logits
         loaded = load_cache(tmp_path / "c", model)
         for step in range(3):  # it grows, too
-            out = model(token, past_key_values=loaded).logits
+            out = model(token, **with_cache(model, loaded)).logits
             if not step:
                 torch.testing.assert_close(out, expected, atol=0, rtol=0)
         assert {len(layer.bodies) for layer in loaded.layers} == {1}
@@ -234,21 +235,21 @@ def test_a_stored_cache_goes_on_with_the_same_bases_alone(tmp_path):
     others["calibration"].calibration = calibrate(model, part, texts(1))
     for other in others.values():
         with torch.no_grad(), attach(model, other), pytest.raises(UserError, match="other bases"):
-            model(token, past_key_values=load_cache(tmp_path / "c", model))
+            model(token, **with_cache(model, load_cache(tmp_path / "c", model)))
     with torch.no_grad(), attach(model), pytest.raises(UserError, match="attach"):
-        model(token, past_key_values=load_cache(tmp_path / "c", model))
+        model(token, **with_cache(model, load_cache(tmp_path / "c", model)))
 
 
 def test_half_precision():
     model, ids = tiny_models.decoder("llama"), tiny_models.prompt(2, 24)
     part = known(model, keep=0.7, block=1)
     with torch.no_grad(), attach(model, part):
-        exact = model(ids[:, -1:], past_key_values=model(ids).past_key_values).logits
+        exact = model(ids[:, -1:], **with_cache(model, cache_of(model(ids)))).logits
     model = model.bfloat16()
     part.calibration = None
     part.calibration = calibrate(model, part, texts())
     with torch.no_grad(), attach(model, part) as session:
-        half = model(ids[:, -1:], past_key_values=model(ids).past_key_values).logits
+        half = model(ids[:, -1:], **with_cache(model, cache_of(model(ids)))).logits
         assert session.cache.layers[0].bodies["low-rank"].held["k"].tensor.dtype == torch.bfloat16
     assert (half.float() - exact).norm() < 0.1 * exact.norm()
 
@@ -324,7 +325,7 @@ def test_eigen_attention_on_smollm2(smollm2):
     found, logits = {}, {}
     for name, one in (("full", None), ("whole", whole), ("eigen", part), ("random", pruned)):
         with torch.no_grad(), attach(model, *([one] if one else [])):
-            logits[name] = model(following, past_key_values=prompt.fork(one)).logits[0, :-1]
+            logits[name] = model(following, **with_cache(model, prompt.fork(one))).logits[0, :-1]
             found[name] = perplexity(surprise(logits[name], following[0, 1:]).tolist()).value
     torch.testing.assert_close(logits["whole"], logits["full"], atol=1e-4, rtol=1e-4)
     assert found["eigen"] < 1.25 * found["full"], found

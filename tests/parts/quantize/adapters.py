@@ -61,7 +61,7 @@ def probed(q: Tensor, k: Tensor, probes: Tensor) -> Tensor:
     state.tensors = {"queries": q[:, :, probes], "columns": probes.expand(batch, -1)}
     layer = StoredLayer({"ZipCache": state})
     layer.update(k, k)
-    return saliency(layer, state, None)
+    return saliency(layer, state, layer.rows())
 
 
 def in_order(other: Tensor, scores: Tensor, theirs: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from attlas import attach
 from attlas.cache.probes import Running, page_cosines, probe
 from attlas.contract.parts import continued, prompt, small_llama
+from attlas.hf.caches import cache_of, with_cache
 from attlas.parts.select.actqkv import ActQKV
 
 
@@ -65,13 +66,13 @@ def test_layers_share_the_total():
 
     part._share = spy
     with torch.no_grad(), attach(model, part):
-        cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
+        cache = cache_of(model(ids, attention_mask=mask, use_cache=True))
         for state in (layer.learned[part.name] for layer in cache.layers):
             # Layers differ by what they were asked before: here as much as they can.
             state.tensors["entropy"] = torch.full((2, 1), 0.1 + state.layer)
         for i in range(4):
             mask = torch.cat([mask, mask.new_ones(2, 1)], 1)
-            model(ids[:, i : i + 1], attention_mask=mask, past_key_values=cache)
+            model(ids[:, i : i + 1], attention_mask=mask, **with_cache(model, cache))
     pages = torch.stack(found).unflatten(0, (4, 6))
     assert (pages.sum(1) == 6 * 10).all()
     assert pages.min() >= 7

@@ -8,6 +8,7 @@ import torch
 from attlas import attach
 from attlas.cache.row import scores_over
 from attlas.contract.parts import prompt, small_llama
+from attlas.hf.caches import cache_of, with_cache
 from attlas.parts.select.adaptive_long_context import AdaptiveLongContext, gaussian_mass
 from attlas.tasks.text import passage
 
@@ -35,10 +36,10 @@ def test_statistics_are_those_of_the_far_keys(ragged):
         mask[0, :9] = 0
     part = AdaptiveLongContext(0.5, sinks=4, window=4, page=2)
     with torch.no_grad(), attach(model, part):
-        cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
+        cache = cache_of(model(ids, attention_mask=mask, use_cache=True))
         for i in range(5):
             mask = torch.cat([mask, mask.new_ones(2, 1)], 1)
-            model(ids[:, i : i + 1], attention_mask=mask, past_key_values=cache)
+            model(ids[:, i : i + 1], attention_mask=mask, **with_cache(model, cache))
     for layer in cache.layers:
         tensors, body = layer.learned[part.name].tensors, layer.bodies["packed"]
         keys = body.read()[0].float()
@@ -54,8 +55,8 @@ def test_near_heads_read_sinks_and_window_alone():
     """With τ = 0 every head stays near; bytes read are those of sinks, window and statistics."""
     model, ids = small_llama(), prompt(40)
     with torch.no_grad(), attach(model, AdaptiveLongContext(0.0, sinks=4, window=6, page=4)):
-        cache = model(ids, use_cache=True).past_key_values
-        model(ids[:, :1], past_key_values=cache)
+        cache = cache_of(model(ids, use_cache=True))
+        model(ids[:, :1], **with_cache(model, cache))
     layer = cache.layers[0]
     statistics = sum(t.nbytes for t in layer.learned["AdaptiveLongContext"].tensors.values())
     index = 2 * 4  # a page, for two key heads
@@ -68,8 +69,8 @@ def test_far_heads_read_everything_and_lists_cost_their_index():
     looks = torch.tensor([[True, False, False, True]])
     part.far_mass = lambda *_: torch.where(looks, torch.inf, -torch.inf)
     with torch.no_grad(), attach(model, part):
-        cache = model(ids, use_cache=True).past_key_values
-        model(ids[:, :1], past_key_values=cache)
+        cache = cache_of(model(ids, use_cache=True))
+        model(ids[:, :1], **with_cache(model, cache))
     layer = cache.layers[0]
     statistics = sum(t.nbytes for t in layer.learned["AdaptiveLongContext"].tensors.values())
     pair, index = 2 * 8 * 8, 4 * 8 * 4
@@ -112,9 +113,9 @@ def test_decisions_on_a_language_model(smollm2):
     part.choose = spy
     start = ids.shape[1] - 90
     with torch.no_grad(), attach(model, part):
-        cache = model(ids[:, :start], use_cache=True, logits_to_keep=1).past_key_values
+        cache = cache_of(model(ids[:, :start], use_cache=True, logits_to_keep=1))
         for i in range(start, ids.shape[1], 6):
-            model(ids[:, i : i + 1], past_key_values=cache)
+            model(ids[:, i : i + 1], **with_cache(model, cache))
     predicted, true = torch.cat(found, dim=1)
     agree, most = (predicted == true).float().mean(), true.float().mean()
     assert agree > 0.8

@@ -6,6 +6,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from attlas import attach
 from attlas.contract.parts import continued, prompt, small_llama
+from attlas.hf.caches import cache_of, with_cache
 from attlas.parts.evict.key_norm import KeyNorm
 from attlas.parts.select.delta_layer_aware import DeltaLayerAware
 from attlas.storage.layer import StoredLayer
@@ -15,7 +16,7 @@ def spied(model, part, ids, steps=1):
     """What was chosen by layer, and the weights' sums over heads of the selection layers' rows."""
     chosen, attend = {}, StoredLayer.attend
     with torch.no_grad(), attach(model, part) as session, pytest.MonkeyPatch.context() as patch:
-        cache = model(ids, use_cache=True).past_key_values
+        cache = cache_of(model(ids, use_cache=True))
         number = {id(layer): i for i, layer in enumerate(cache.layers)}
 
         def spy(self, q, **options):
@@ -24,7 +25,7 @@ def spied(model, part, ids, steps=1):
 
         patch.setattr(StoredLayer, "attend", spy)
         for step in range(steps):
-            model(ids[:, step : step + 1], past_key_values=cache)
+            model(ids[:, step : step + 1], **with_cache(model, cache))
         return chosen, [layer.read_bytes for layer in cache.layers], session
 
 

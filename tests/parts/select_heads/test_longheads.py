@@ -6,6 +6,7 @@ import torch
 from attlas import attach
 from attlas.cache.prompt import prefill
 from attlas.contract.parts import continued, prompt, small_llama
+from attlas.hf.caches import cache_of, with_cache
 from attlas.parts.select.longheads import LongHeads
 from attlas.storage.layer import LayerState
 from attlas.storage.rotary import Rotary
@@ -52,7 +53,7 @@ def test_all_chunks_are_full_attention():
     with torch.no_grad(), attach(model, part):
         cache, token = read.fork(part), read.logits.argmax(-1)
         for logits in plain[1:]:
-            found = model(token[:, None], past_key_values=cache).logits[:, -1]
+            found = model(token[:, None], **with_cache(model, cache)).logits[:, -1]
             torch.testing.assert_close(found.float(), logits)
             token = found.argmax(-1)
 
@@ -60,8 +61,8 @@ def test_all_chunks_are_full_attention():
 def test_a_step_reads_its_chunks_alone():
     model, ids = small_llama(), prompt(41)
     with torch.no_grad(), attach(model, LongHeads(4, 12)):
-        cache = model(ids, use_cache=True).past_key_values
-        model(ids[:, :1], past_key_values=cache)
+        cache = cache_of(model(ids, use_cache=True))
+        model(ids[:, :1], **with_cache(model, cache))
         layer = cache.layers[3]
     pair = 2 * 8 * 8
     # Four query heads read two chunks each; the tail's two tokens are read once for two key heads.
@@ -76,11 +77,11 @@ def test_a_step_reads_its_chunks_alone():
 def test_chunk_keys_grow_as_a_prompt_makes_them():
     model, ids = small_llama(), prompt(41)
     with torch.no_grad(), attach(model, LongHeads(4, 40)):
-        whole = model(ids, use_cache=True).past_key_values
+        whole = cache_of(model(ids, use_cache=True))
     with torch.no_grad(), attach(model, LongHeads(4, 40)):
-        cache = model(ids[:, :10], use_cache=True).past_key_values
+        cache = cache_of(model(ids[:, :10], use_cache=True))
         for i in range(10, 41):
-            model(ids[:, i : i + 1], past_key_values=cache)
+            model(ids[:, i : i + 1], **with_cache(model, cache))
     for one, other in zip(whole.layers, cache.layers, strict=True):
         for name in ("chunks", "pending"):
             a, b = (layer.learned["LongHeads"].tensors[name] for layer in (one, other))

@@ -7,6 +7,7 @@ import attlas
 from attlas import attach
 from attlas.cache.quantizer import Quantizer
 from attlas.contract.parts import prompt, small_llama
+from attlas.hf.caches import cache_of, with_cache
 from attlas.parts.select.recycled_attention import RecycledAttention
 from attlas.storage.layer import StoredLayer
 from attlas.storage.packed import PackedBody
@@ -36,11 +37,11 @@ def tokens_read(part, model, ids, steps):
         return attend(self, q, **options)
 
     with torch.no_grad(), attach(model, part):
-        cache = model(ids, use_cache=True).past_key_values
+        cache = cache_of(model(ids, use_cache=True))
         for step in range(steps):
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(StoredLayer, "attend", spy)
-                model(ids[:, step : step + 1], past_key_values=cache)
+                model(ids[:, step : step + 1], **with_cache(model, cache))
     return [sum(each) for each in found[2::6]]
 
 
@@ -63,7 +64,7 @@ def test_list_is_the_top_of_the_last_full_row():
     model, ids = small_llama(), prompt(30)
     part = RecycledAttention(tokens=5, stride=50)
     with torch.no_grad(), attach(model, part):
-        cache = model(ids, use_cache=True).past_key_values
+        cache = cache_of(model(ids, use_cache=True))
     with torch.no_grad(), attach(model, record=[(weights := attlas.make("weights"))]):
         model(ids)
     last = weights.result()[:, 0, :, -1]

@@ -7,6 +7,7 @@ import tiny_models
 from attlas.attach import attach
 from attlas.attach.call import Part
 from attlas.calibration import calibrate, windows
+from attlas.hf.caches import cache_of, with_cache
 from attlas.parts.select.loki import KeyComponents, Loki
 from attlas.storage.rotary import Rotary
 
@@ -60,9 +61,9 @@ def test_all_components_choose_the_largest_logits():
                 chosen.append(torch.equal(call.chosen.index.long(), top))
 
     with torch.no_grad(), attach(model, Watch(), part):
-        cache = model(ids, use_cache=True).past_key_values
+        cache = cache_of(model(ids, use_cache=True))
         for token in ids[0, :3].split(1):
-            model(token[None], past_key_values=cache)
+            model(token[None], **with_cache(model, cache))
     assert chosen == [True] * 12
 
 

@@ -9,6 +9,7 @@ import tiny_models
 from attlas.attach import attach, prefill
 from attlas.attach.call import Call, Part, Step
 from attlas.cache.factors import coded, factorised
+from attlas.hf.caches import cache_of, with_cache
 from attlas.parts.select.lrqk import LRQK
 from attlas.storage.layer import LayerState
 from attlas.tasks.text import passage
@@ -84,9 +85,9 @@ def test_full_rank_reads_the_true_top_k():
     model, ids = tiny_models.decoder("llama").double(), tiny_models.prompt(1, 60)
     watch, part = Watch(), LRQK(tokens=9, rank=16, recent=6, block=1)
     with torch.no_grad(), attach(model, watch, part):
-        cache = model(ids, use_cache=True).past_key_values
+        cache = cache_of(model(ids, use_cache=True))
         for token in ids[0, :4].split(1):
-            model(token[None], past_key_values=cache)
+            model(token[None], **with_cache(model, cache))
     assert torch.stack(watch.shares).tolist() == [1.0] * 16
 
 
@@ -118,7 +119,7 @@ def test_lrqk_low_rank_attention_on_a_language_model(smollm2):
     cache, token = prompt.fork(part), prompt.logits.argmax(-1, keepdim=True)
     with torch.no_grad(), attach(model, watch, part):
         for _ in range(6):
-            token = model(token, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True)
+            token = model(token, **with_cache(model, cache)).logits[:, -1].argmax(-1, keepdim=True)
     assert torch.stack(watch.shares).mean() > 0.6
     bodies = [layer.bodies["tiered"] for layer in cache.layers]
     listed = 7 * 9 * 128 * len(bodies)  # six steps, and what the prompt's last query would read

@@ -9,6 +9,7 @@ from attlas.attach import attach, prefill
 from attlas.cache.quantizer import Quantizer
 from attlas.calibration import calibrate
 from attlas.errors import UserError
+from attlas.hf.caches import with_cache
 from attlas.ops.quantize import encode
 from attlas.parts.evict.snapkv import SnapKV
 from attlas.parts.select.loki import Loki
@@ -53,13 +54,13 @@ def logits_after(model, part, ids, padding="none", length=None, chunked=False, q
         for start in range(0, ids.shape[1], size):
             piece = slice(start, start + size)
             model(
-                ids[:, piece], past_key_values=cache, position_ids=positions[:, piece],
+                ids[:, piece], **with_cache(model, cache), position_ids=positions[:, piece],
                 attention_mask=mask[:, : piece.stop],
             )  # fmt: skip
         for tokens in later:
             mask = torch.cat([mask, mask.new_ones(len(mask), len(tokens))], dim=1)
             out = model(
-                tokens.expand(len(mask), -1), past_key_values=cache, attention_mask=mask,
+                tokens.expand(len(mask), -1), **with_cache(model, cache), attention_mask=mask,
                 position_ids=(mask.cumsum(-1) - 1)[:, -len(tokens) :],
             )  # fmt: skip
             found.append(out.logits[0, -1])
@@ -106,7 +107,7 @@ def test_chunked_prompts_and_forks(name, padding):
         cache, found = prefill(model, ids, [part], chunk=9).fork(part), []
         with torch.no_grad(), attach(model, part):
             for token in tiny_models.prompt(1, 9, seed=9)[0].split(1):
-                found.append(model(token[None], past_key_values=cache).logits[0, -1])
+                found.append(model(token[None], **with_cache(model, cache)).logits[0, -1])
         torch.testing.assert_close(torch.stack(found), whole, atol=1e-5, rtol=1e-5)
 
 
@@ -153,7 +154,7 @@ def test_stored_and_read_again(name, tmp_path):
     for each in (cache, load_cache(tmp_path / "cache", model)):
         with torch.no_grad(), attach(model, part):
             for token in tiny_models.prompt(1, 5, seed=9)[0].split(1):
-                found.append(model(token[None], past_key_values=each).logits[0, -1])
+                found.append(model(token[None], **with_cache(model, each)).logits[0, -1])
     assert torch.equal(torch.stack(found[:5]), torch.stack(found[5:]))
 
 

@@ -10,6 +10,7 @@ from attlas import ops
 from attlas.attach import attach
 from attlas.cache.prompt import prefill
 from attlas.cache.summaries import Portion, best
+from attlas.hf.caches import cache_of, with_cache
 from attlas.ops.pages import page_bounds, page_scores
 from attlas.parts.select import quest
 from attlas.parts.select.quest import Quest
@@ -78,8 +79,8 @@ def test_bytes_read_and_held():
     model, ids = tiny_models.decoder("llama"), tiny_models.prompt(1, 64)
     part = Quest(keep=0.125, page=4, dense_layers=())
     with torch.no_grad(), attach(model, part):
-        cache = model(ids, use_cache=True).past_key_values
-        model(ids[:, :1], past_key_values=cache)
+        cache = cache_of(model(ids, use_cache=True))
+        model(ids[:, :1], **with_cache(model, cache))
     pair, layer = 2 * 2 * 16 * 4, cache.layers[0]
     summaries, lists = 16 * pair, 2 * 2 * 4
     assert layer.read_bytes == summaries + 2 * 4 * pair + lists + pair  # two of sixteen pages
@@ -129,7 +130,7 @@ def answered(model, tokenizer, stack, part):
     feed, said = torch.tensor([stack.asked[0].question]), []
     with torch.no_grad(), attach(model, part) as session:
         for _ in range(needle.ANSWER_TOKENS):
-            said.append(int(model(feed, past_key_values=cache, logits_to_keep=1).logits.argmax()))
+            said.append(int(model(feed, **with_cache(model, cache), logits_to_keep=1).logits.argmax()))
             feed = torch.tensor([said[-1:]])
             if needle.finished(tokenizer.decode(said)):
                 break

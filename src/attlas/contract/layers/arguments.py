@@ -57,7 +57,7 @@ def forms_refused(subject: Subject) -> Iterator[Measure]:
     if not subject.object.has_two_sided_form:
         yield refuses("causal=False", lambda: subject.layer(causal=False), "causal")
     if not subject.causal_form:
-        from transformers import DynamicCache
+        from attlas.hf.caches import DynamicCache
 
         yield refuses("cache", lambda: layer(x, cache=DynamicCache()), "cache")
 

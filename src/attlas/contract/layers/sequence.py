@@ -134,7 +134,8 @@ def decoding_padded(subject: Subject) -> Iterator[Measure]:
 @check("layer", when=lambda subject: subject.causal_form)
 def static_cache(subject: Subject) -> Iterator[Measure]:
     """Transformers' StaticCache, whose slots are there before they are filled, gives the same."""
-    from transformers import LlamaConfig, StaticCache
+    from attlas.hf.caches import StaticCache
+    from attlas.hf.models import LlamaConfig
 
     layer = subject.layer(causal=True)
     x = _inputs(layer)

@@ -77,8 +77,7 @@ def compiled(subject: Subject) -> Iterator[Measure]:
 
 def surroundings() -> dict[str, Any]:
     """What a mechanism could leave changed behind it."""
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    from attlas.hf.interface import registered
 
     hooks = [
         name for name in vars(torch_module)
@@ -92,8 +91,7 @@ def surroundings() -> dict[str, Any]:
         "global hooks": {name: len(getattr(torch_module, name)) for name in hooks},
         "functional": {n: id(f) for n, f in vars(torch.nn.functional).items() if callable(f)},
         "torch": {n: id(f) for n, f in vars(torch).items() if callable(f)},
-        "attention functions": sorted(ALL_ATTENTION_FUNCTIONS),
-        "mask functions": sorted(ALL_MASK_ATTENTION_FUNCTIONS),
+        **registered(),
     }
 
 

@@ -36,7 +36,7 @@ from attlas.masks import Mask
 from attlas.positions import RoPE
 
 if TYPE_CHECKING:
-    from transformers import Cache
+    from attlas.hf.caches import Cache
 
 
 @mechanism("rope-nope-hybrid", aliases=("rnope-swa",), reduces_to=Reduction(
@@ -97,7 +97,7 @@ class RopeNopeHybrid(Attention):
 
     def init_cache(self) -> Cache:
         """An empty cache whose windowed layers hold what the window can still see."""
-        from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+        from attlas.hf.caches import DynamicLayer, DynamicSlidingWindowLayer
 
         cache = super().init_cache()
         cache.layers = [

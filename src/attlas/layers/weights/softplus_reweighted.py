@@ -30,7 +30,7 @@ from attlas.masks import Mask
 from attlas.positions import ScoreMod
 
 if TYPE_CHECKING:
-    from transformers import Cache
+    from attlas.hf.caches import Cache
 
 
 @mechanism(
