@@ -30,10 +30,10 @@ import torch
 from einops import rearrange, repeat
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicLayer
 
 from attlas import mechanism
 from attlas.errors import UserError, exactly_one
+from attlas.hf.caches import Cache, DynamicLayer, the_cache
 from attlas.kinds.adapter import Adapter
 from attlas.kinds.injection import Injection
 
@@ -176,15 +176,18 @@ class Removed(nn.Module):
         self.layer_idx, self.mate = layer_idx, mate
 
     def forward(
-        self, hidden_states: Tensor, past_key_values: Cache | None = None, **kwargs: Any
-    ) -> tuple[Tensor, None]:
+        self, hidden_states: Tensor, cache: Cache | None = None,
+        past_key_values: Cache | None = None, **kwargs: Any,
+    ) -> tuple[Tensor, None]:  # fmt: skip
         """Zeros, of no memory."""
-        if past_key_values is not None:
-            layers = past_key_values.layers
-            if len(layers) == self.layer_idx:  # a cache made without a config grows as it is filled
-                layers.append(NoKeys(past_key_values, self.mate))
-            elif not isinstance(layers[self.layer_idx], NoKeys):
-                layers[self.layer_idx] = NoKeys(past_key_values, self.mate)
+        kept = the_cache(cache, past_key_values)
+        if kept is not None:
+            if (
+                len(kept.layers) == self.layer_idx
+            ):  # one made without a config grows as it is filled
+                kept.layers.append(NoKeys(kept, self.mate))
+            elif not isinstance(kept.layers[self.layer_idx], NoKeys):
+                kept.layers[self.layer_idx] = NoKeys(kept, self.mate)
         return hidden_states.new_zeros(1).expand_as(hidden_states), None
 
 

@@ -17,6 +17,7 @@ from attlas.attach.session import cache_bytes
 from attlas.catalog import registry
 from attlas.catalog.kinds import ADAPTER
 from attlas.errors import UserError
+from attlas.hf.caches import cache_of
 from attlas.journal import unwritable
 from attlas.kinds.adapter import Adapter
 from attlas.kinds.injection import refuse
@@ -165,7 +166,7 @@ class _Run:
             found = judged(self.model, self.pieces)
         ids = self.pieces[0][:, :WEIGHED].to(self.model.device)
         with torch.no_grad():
-            cache = self.model(input_ids=ids, use_cache=True).past_key_values
+            cache = cache_of(self.model(input_ids=ids, use_cache=True))
         return {
             "perplexity": found.value,
             "interval": [found.low, found.high],

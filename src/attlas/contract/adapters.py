@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, StaticCache
 
 from attlas.contract.layers.state import surroundings
 from attlas.contract.measure import Measure, Subject, check, distance, finite, holds, refuses, same
 from attlas.contract.parts import continued, prompt, small_llama
+from attlas.hf.caches import DynamicCache, StaticCache, with_cache
 from attlas.kinds.adapter import Adapter
 from attlas.kinds.injection import adapters_of
 
@@ -239,7 +239,9 @@ def decoding(subject: Subject) -> Iterator[Measure]:
         "static": StaticCache(config=model.config, max_cache_len=32),
     }  # fmt: skip
     for case, cache in caches.items():
-        pieces = [logits(model, p, past_key_values=cache) for p in ids.split([9, 1, 1, 13], dim=1)]
+        pieces = [
+            logits(model, p, **with_cache(model, cache)) for p in ids.split([9, 1, 1, 13], dim=1)
+        ]
         yield same(f"cache {case}", torch.cat(pieces, 1), whole)
     written = continued(model, ids)
     yield same("no cache", continued(model, ids, use_cache=False), written)
@@ -273,7 +275,9 @@ def families(subject: Subject) -> Iterator[Measure]:
             yield holds(f"{family} unchanged", after == before, "refused, and yet changed")
             continue
         whole, cache = logits(model, ids), DynamicCache(config=model.config)
-        pieces = [logits(model, p, past_key_values=cache) for p in ids.split([11, 1, 4], dim=1)]
+        pieces = [
+            logits(model, p, **with_cache(model, cache)) for p in ids.split([11, 1, 4], dim=1)
+        ]
         yield same(f"{family} decoded", torch.cat(pieces, 1), whole)
         assert adapter.injection is not None
         adapter.injection.undo()

@@ -167,9 +167,8 @@ def refuse(adapter: Adapter, model: Any) -> None:
         ValueError: an adapter in use, one of the same kind in the model, or a model that is attached
             or carries adapters of another library.
     """
-    from transformers import PreTrainedModel
-
-    from attlas.attach.forward import SESSIONS
+    from attlas.attach.state import ATTACHED
+    from attlas.hf.models import PreTrainedModel
 
     name = adapter.name
     if adapter.injection is not None:
@@ -186,7 +185,7 @@ def refuse(adapter: Adapter, model: Any) -> None:
         )
     if any(type(one) is type(adapter) for one in adapters_of(model)):
         raise UserError(f"{name} is in this model already; undo or merge that first")
-    if any(module in SESSIONS for module in model.modules()):
+    if any(module in ATTACHED for module in model.modules()):
         raise UserError(f"{name} cannot be injected into an attached model; inject before attach()")
 
 

@@ -15,6 +15,7 @@ from attlas.adapt.gate_norm import GateNorm, NoKeys, coupling
 from attlas.adapting.texts import held_out, judged
 from attlas.attach.session import cache_bytes
 from attlas.contract.parts import continued, prompt, small_llama
+from attlas.hf.caches import cache_of, with_cache
 from attlas.kinds.adapter import Adapter
 
 SIZES = {
@@ -137,9 +138,9 @@ def test_a_saved_choice_is_kept_whatever_the_scores_are_now(tmp_path):
 def test_removed_layers_hold_no_keys_and_others_keep_their_slots(removed):
     model, ids = small_llama(), prompt(24, 2)
     full = logits(model, ids, use_cache=True)
-    whole = model(ids, use_cache=True).past_key_values
+    whole = cache_of(model(ids, use_cache=True))
     with Given(removed).inject(model):
-        cache = model(ids, use_cache=True).past_key_values
+        cache = cache_of(model(ids, use_cache=True))
         assert full.shape == logits(model, ids).shape
     assert cache_bytes(cache) == cache_bytes(whole) * (6 - len(removed)) // 6
     for number, layer in enumerate(cache.layers):
@@ -158,7 +159,9 @@ def test_sliding_windows_decode_as_one_pass(window):
     model, ids = Qwen2ForCausalLM(config).double().eval(), prompt(20, 2)
     with Given([0] if window else [1]).inject(model):
         whole, cache = logits(model, ids), DynamicCache(config=config)
-        pieces = [logits(model, p, past_key_values=cache) for p in ids.split([9, 1, 1, 9], dim=1)]
+        pieces = [
+            logits(model, p, **with_cache(model, cache)) for p in ids.split([9, 1, 1, 9], dim=1)
+        ]
         torch.testing.assert_close(torch.cat(pieces, 1), whole)
 
 
@@ -178,18 +181,18 @@ def test_a_cache_cropped_goes_on():
     model, ids = small_llama(), prompt(24, 2)
     with Given([0, 3]).inject(model):
         cache = DynamicCache(config=model.config)
-        whole = logits(model, ids, past_key_values=cache)
+        whole = logits(model, ids, **with_cache(model, cache))
         cache.crop(-5)
-        again = logits(model, ids[:, 19:], past_key_values=cache)
+        again = logits(model, ids[:, 19:], **with_cache(model, cache))
     torch.testing.assert_close(again, whole[:, 19:])
 
 
 def test_a_cache_that_lacks_a_layer_is_refused_by_the_whole_model():
     model, ids = small_llama(), prompt(24, 2)
     with Given([0]).inject(model):
-        cache = model(ids, use_cache=True).past_key_values
+        cache = cache_of(model(ids, use_cache=True))
     with pytest.raises(ValueError, match="read the prompt anew"):
-        model(ids, past_key_values=cache)
+        model(ids, **with_cache(model, cache))
 
 
 @pytest.mark.parametrize("removed", [[0], [0, 3]])
