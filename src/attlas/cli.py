@@ -24,6 +24,7 @@ COMMANDS = {
     "compare": ("attlas.compare.command", "compare"),
     "calibrate": ("attlas.calibration.command", "calibrate_command"),
     "fetch": ("attlas.models.fetch.command", "fetch_command"),
+    "adapt": ("attlas.adapting.command", "adapt"),
     "train": ("attlas.train.command", "train"),
     "run": ("attlas.running.command", "run_command"),
     "roofline": ("attlas.compare.roofline", "roofline"),
