@@ -12,7 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from attlas.errors import UserError
-from attlas.tasks.perplexity import perplexity, surprise
+from attlas.tasks.compare.perplexity import perplexity, surprise
 from attlas.tasks.record import Measure
 from attlas.tasks.text import shakespeare
 

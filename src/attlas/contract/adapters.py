@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attlas.contract.layers.state import surroundings
 from attlas.contract.measure import Measure, Subject, check, distance, finite, holds, refuses, same
+from attlas.contract.networks.state import surroundings
 from attlas.contract.parts import continued, prompt, small_llama
 from attlas.hf.caches import DynamicCache, StaticCache, with_cache
 from attlas.kinds.adapter import Adapter

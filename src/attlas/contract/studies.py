@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -106,13 +107,13 @@ def _texts(figure: Figure) -> Iterator[Text]:
 def wrong_options(subject: Subject) -> Iterator[Measure]:
     """An option of the wrong type or range, and a wrong seed, are refused by name."""
     cls = subject.object
-    frozen = is_dataclass(cls) and cls.__dataclass_params__.frozen  # type: ignore[attr-defined]
+    frozen = is_dataclass(cls) and bool(vars(cls)["__dataclass_params__"].frozen)
     yield holds("frozen", frozen, "it is no frozen dataclass, so its options are not checked")
     for field in fields(cls) if frozen else ():
         wrong = next((v for kind, v in WRONG.items() if isinstance(field.default, kind)), None)
         if wrong is not None:
             option = {field.name: wrong}
-            yield refuses(f"{field.name}={wrong!r}", lambda o=option: subject.made(**o), field.name)
+            yield refuses(f"{field.name}={wrong!r}", partial(subject.made, **option), field.name)
     yield refuses("seed=-1", lambda: subject.made().rows(-1), "seed")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -14,15 +14,13 @@ from torch import Tensor
 from attlas.catalog import registry
 from attlas.catalog.kinds import ADAPTER
 from attlas.errors import UserError
+from attlas.kinds.injection import Injectable
 from attlas.storage.files import fingerprint
-
-if TYPE_CHECKING:
-    from attlas.kinds.adapter import Adapter
 
 FORMAT = "attlas-adapter-1"
 
 
-def save(adapter: Adapter, base: Mapping[str, Any], path: str | Path) -> Path:
+def save(adapter: Injectable, base: Mapping[str, Any], path: str | Path) -> Path:
     """Write an injected adapter's difference; `Adapter.save` is the way to it.
 
     Raises:
@@ -52,7 +50,7 @@ def save(adapter: Adapter, base: Mapping[str, Any], path: str | Path) -> Path:
     return path
 
 
-def load(path: str | Path, model: Any) -> tuple[Adapter, dict[str, Tensor]]:
+def load(path: str | Path, model: Any) -> tuple[Any, dict[str, Tensor]]:
     """The adapter that a file tells of, and its tensors; `Adapter.load` is the way to it.
 
     Raises:
@@ -76,5 +74,5 @@ def load(path: str | Path, model: Any) -> tuple[Adapter, dict[str, Tensor]]:
                 f"the difference at {path} is of another model: its {what} is {base.get(what)}, "
                 f"this model's is {here[what]}"
             )
-    made: Adapter = registry.make(registry.find(name, ADAPTER).name, **options)
+    made = registry.make(registry.find(name, ADAPTER).name, **options)
     return made, tensors

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +12,25 @@ from torch import Tensor, nn
 from attlas.errors import UserError
 from attlas.storage.files import fingerprint
 
-if TYPE_CHECKING:
-    from attlas.kinds.adapter import Adapter
-
 #: Where a model carries its adapters; a deep copy of the model carries copies of them.
 CARRIED = "attlas_adapters"
+
+
+@runtime_checkable
+class Injectable(Protocol):
+    """What an injection and a saved difference need to know of an adapter, see `Adapter`."""
+
+    injection: Injection | None
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def options(self) -> dict[str, Any]: ...
+
+    def trainable(self) -> dict[str, nn.Parameter]: ...
+
+    def difference(self) -> Mapping[str, Tensor]: ...
 
 
 class Injection:
@@ -28,7 +43,7 @@ class Injection:
         merged: whether the change went into the weights for good.
     """
 
-    def __init__(self, adapter: Adapter, model: Any) -> None:
+    def __init__(self, adapter: Injectable, model: Any) -> None:
         self.adapter, self.model = adapter, model
         self.base = fingerprint(model)
         self.merged = self.undone = False
@@ -132,7 +147,7 @@ class Injection:
             old.to(device)
         return old.to(dtype) if dtype != self._where[1] else old
 
-    def _uncarry(self, others: list[Adapter]) -> None:
+    def _uncarry(self, others: list[Injectable]) -> None:
         if others:
             setattr(self.model, CARRIED, others)
             self.model.save_pretrained = _Refusal([one.name for one in others])
@@ -154,12 +169,12 @@ class _Refusal:
         )
 
 
-def adapters_of(model: Any) -> list[Adapter]:
+def adapters_of(model: Any) -> list[Injectable]:
     """The adapters that are in a model, in the order of their injection."""
     return list(getattr(model, CARRIED, ()))
 
 
-def refuse(adapter: Adapter, model: Any) -> None:
+def refuse(adapter: Injectable, model: Any) -> None:
     """Refuse what no adapter can work on.
 
     Raises:

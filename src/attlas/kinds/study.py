@@ -91,7 +91,8 @@ class Study:
         """The rows of all seeds: a dot each with their mean, or curves where rows have a place."""
         from attlas.view.study import draw
 
-        return draw(self, rows)
+        title = f"{self.claim}\n{self.verdict(rows)}, {self.seeds} seeds"
+        return draw(rows, title, self.axis)
 
     def rows(self, seed: int) -> list[Row]:
         """What `run` gives, seeded and checked; the program's own random state is left alone.

@@ -16,14 +16,18 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from attlas.kinds.study import Study
-
 #: Colours that colour-blind readers can tell apart, after Okabe and Ito.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
 
-def draw(study: Study, rows: Sequence[Row]) -> Figure:
-    """One panel for what has no place, in each unit, and one for the curves of each unit."""
+def draw(rows: Sequence[Row], title: str, axis_label: str) -> Figure:
+    """One panel for what has no place, in each unit, and one for the curves of each unit.
+
+    Args:
+        rows: of all seeds.
+        title: above the panels.
+        axis_label: of the curves' horizontal axis.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -40,9 +44,9 @@ def draw(study: Study, rows: Sequence[Row]) -> Figure:
         for axis, ((curves, unit), found) in zip(axes, panels.items(), strict=True):
             (_curves if curves else _dots)(axis, unit, found)
             if curves:
-                axis.set_xlabel(study.axis).set_parse_math(False)
-        title = f"{fill(study.claim, 90)}\n{study.verdict(rows)}, {study.seeds} seeds"
-        figure.suptitle(title, fontsize=10).set_parse_math(False)  # a label may hold a dollar sign
+                axis.set_xlabel(axis_label).set_parse_math(False)
+        lines_of_title = "\n".join(fill(line, 90) for line in title.splitlines())
+        figure.suptitle(lines_of_title, fontsize=10).set_parse_math(False)  # a label may hold a dollar sign
     return figure
 
 
