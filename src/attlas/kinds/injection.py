@@ -23,14 +23,18 @@ class Injectable(Protocol):
     injection: Injection | None
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Under which it is registered."""
 
     @property
-    def options(self) -> dict[str, Any]: ...
+    def options(self) -> dict[str, Any]:
+        """The options that it was constructed with."""
 
-    def trainable(self) -> dict[str, nn.Parameter]: ...
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Parameters to train."""
 
-    def difference(self) -> Mapping[str, Tensor]: ...
+    def difference(self) -> Mapping[str, Tensor]:
+        """All that tells the changed model from the one before."""
 
 
 class Injection:

@@ -45,8 +45,8 @@ def draw(rows: Sequence[Row], title: str, axis_label: str) -> Figure:
             (_curves if curves else _dots)(axis, unit, found)
             if curves:
                 axis.set_xlabel(axis_label).set_parse_math(False)
-        lines_of_title = "\n".join(fill(line, 90) for line in title.splitlines())
-        figure.suptitle(lines_of_title, fontsize=10).set_parse_math(False)  # a label may hold a dollar sign
+        title = "\n".join(fill(line, 90) for line in title.splitlines())
+        figure.suptitle(title, fontsize=10).set_parse_math(False)  # a label may hold a dollar sign
     return figure
 
 
