@@ -189,7 +189,7 @@ def toys():
     ("options", "said"),
     [
         (["--mechanisms", "sofmax"], "did you mean 'softmax'"),
-        (["--mechanisms", "snapkv"], "is a part, which has no weights to train"),
+        (["--mechanisms", "snapkv"], "is a cache, which has no weights to train"),
         (["--mechanisms", "softmax(colour=1)"], "takes no option 'colour'"),
         (["--mechanisms", "softmax(dim=3)"], "dim is set by the model"),
         (["--mechanisms", "softmax(kv_heads=3)"], "kv_heads must divide heads=2"),
