@@ -124,14 +124,16 @@ class Majority(nn.Module):
         x = self.embedding(tokens)
         inner = self.norm(x)
         x = x + self.o(F.scaled_dot_product_attention(self.q(inner), self.k(inner), self.v(inner)))
-        return (x + self.mlp(x)) @ self.embedding.weight.T
+        logits: Tensor = (x + self.mlp(x)) @ self.embedding.weight.T
+        return logits
 
 
 class _Shrunk(nn.Module):
     """The published code's norm without projection: 1/√d instead of √d."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.normalize(x, dim=-1, eps=1e-12) / x.shape[-1] ** 0.5
+        unit: Tensor = F.normalize(x, dim=-1, eps=1e-12)
+        return unit / x.shape[-1] ** 0.5
 
 
 @mechanism("layernorm-expressivity", example={
