@@ -176,11 +176,11 @@ def test_committed_verdicts_follow_from_committed_rows(path, known):
 
 
 def test_a_claim_trains_what_attlas_train_trains(tmp_path):
-    claim = Claim("sorts", task="sorting(count=3, numbers=6)", ours="kv-transformer", steps=4, batch=4,
+    claim = Claim("sorts", task="sorting(count=3, numbers=6)", ours="kv-transformer", steps=2, batch=128,
                   dim=16, heads=2, layers=1)  # fmt: skip
     ours = {row.name: row.value for row in claim.rows(1)}
-    arguments = ["--task", claim.task, "--mechanisms", "softmax,kv-transformer", "--steps", "4",
-                 "--batch", "4", "--dim", "16", "--heads", "2", "--layers", "1", "--seeds", "2",
+    arguments = ["--task", claim.task, "--mechanisms", "softmax,kv-transformer", "--steps", "2",
+                 "--batch", "128", "--dim", "16", "--heads", "2", "--layers", "1", "--seeds", "2",
                  "--device", "cpu", "--out", str(tmp_path)]  # fmt: skip
     assert cli("train", *arguments) == 0
     lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]

@@ -129,7 +129,7 @@ def _state(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _step(adapter: Adapter, model: Any, ids: Tensor) -> None:
+def _step(adapter: Any, model: Any, ids: Tensor) -> None:
     """One step of gradient descent on what the adapter trains."""
     trained = list(adapter.trainable().values())
     if trained:

@@ -7,7 +7,7 @@ import io
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -106,14 +106,14 @@ def _texts(figure: Figure) -> Iterator[Text]:
 @check("study", poisoned=False)
 def wrong_options(subject: Subject) -> Iterator[Measure]:
     """An option of the wrong type or range, and a wrong seed, are refused by name."""
-    cls = subject.object
-    frozen = is_dataclass(cls) and bool(vars(cls)["__dataclass_params__"].frozen)
-    yield holds("frozen", frozen, "it is no frozen dataclass, so its options are not checked")
-    for field in fields(cls) if frozen else ():
+    cls: Any = subject.object
+    own = "__dataclass_fields__" in vars(cls)
+    yield holds("dataclass", own, "it is no frozen dataclass itself, so its options are no fields")
+    for field in fields(cls):
         wrong = next((v for kind, v in WRONG.items() if isinstance(field.default, kind)), None)
         if wrong is not None:
-            option = {field.name: wrong}
-            yield refuses(f"{field.name}={wrong!r}", partial(subject.made, **option), field.name)
+            made = partial(subject.made, **{field.name: wrong})
+            yield refuses(f"{field.name}={wrong!r}", made, field.name)
     yield refuses("seed=-1", lambda: subject.made().rows(-1), "seed")
 
 

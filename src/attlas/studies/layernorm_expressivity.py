@@ -132,8 +132,8 @@ class _Shrunk(nn.Module):
     """The published code's norm without projection: 1/√d instead of √d."""
 
     def forward(self, x: Tensor) -> Tensor:
-        shrunk: Tensor = F.normalize(x, dim=-1, eps=1e-12) / x.shape[-1] ** 0.5
-        return shrunk
+        unit: Tensor = F.normalize(x, dim=-1, eps=1e-12)
+        return unit / x.shape[-1] ** 0.5
 
 
 @mechanism("layernorm-expressivity", example={
