@@ -133,7 +133,8 @@ class _Shrunk(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         unit: Tensor = F.normalize(x, dim=-1, eps=1e-12)
-        return unit / x.shape[-1] ** 0.5
+        shrunk: Tensor = unit / x.shape[-1] ** 0.5
+        return shrunk
 
 
 @mechanism("layernorm-expressivity", example={
