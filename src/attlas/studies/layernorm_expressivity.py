@@ -133,7 +133,7 @@ class _Shrunk(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         unit: Tensor = F.normalize(x, dim=-1, eps=1e-12)
-        return unit / x.shape[-1] ** 0.5
+        return unit / float(x.shape[-1] ** 0.5)
 
 
 @mechanism("layernorm-expressivity", example={
