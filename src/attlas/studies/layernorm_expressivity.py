@@ -133,8 +133,7 @@ class _Shrunk(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         unit: Tensor = F.normalize(x, dim=-1, eps=1e-12)
-        shrunk: Tensor = unit / x.shape[-1] ** 0.5
-        return shrunk
+        return unit / float(x.shape[-1] ** 0.5)
 
 
 @mechanism("layernorm-expressivity", example={

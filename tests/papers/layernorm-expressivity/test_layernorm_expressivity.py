@@ -89,8 +89,16 @@ def test_the_exact_method_agrees_with_linear_programming(dim):
         assert (found.status == 2) == hidden
 
 
-def test_the_majority_task_trains_faster_with_projection_than_the_published_baseline():
-    """Over 5 seeds 1.9 to 2 times as fast: float32 and float64, measured on one thread and on two."""
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # two give the same steps, and wait for each other twenty times as long
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_the_majority_task_trains_faster_with_projection_than_the_published_baseline(one_thread):
+    """Over 5 seeds 1.98 times as fast in float32, on one thread and on two; 1.88 in float64."""
     study = attlas.make(
         "layernorm-expressivity", classes=8, length=20, margin=4, dim=16, batch=64, rate=1e-2, limit=1000
     )
