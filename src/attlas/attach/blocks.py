@@ -25,7 +25,7 @@ def weight_blocks(
 ]:
     """Yield (weights, columns of the queries, columns of the keys) for successive queries.
 
-    weights = softmax(mod(q kᵀ · scaling), masked), in float32; with sink logits the softmax runs
+    weights = softmax(mod(q kᵀ · scaling), masked), in float32 at least; with sink logits the softmax runs
     over them too, and what parts do to weights is done. Memory is `size` scores whatever the length.
 
     Args:
@@ -40,7 +40,8 @@ def weight_blocks(
     batch, count, length, _ = q.shape
     slots = call.k.shape[2]
     rows = max(1, (BLOCK if size is None else size) // max(1, batch * count * slots))
-    keys = call.k.float()[:, which // call.groups]
+    wide = torch.promote_types(call.q.dtype, torch.float32)
+    keys = call.k.to(wide)[:, which // call.groups]
     columns = None if call.columns is None else call.columns[:, which // call.groups]
     mask = call.mask
     if mask is not None and heads is not None and mask.shape[1] > 1:
@@ -50,7 +51,7 @@ def weight_blocks(
     for start in range(0, length, rows):
         stop = min(start + rows, length)
         end = min(stop, slots) if triangle else slots  # keys after a causal block's end are unseen
-        scores = q[:, :, start:stop].float() @ keys[:, :, :end].transpose(-1, -2)
+        scores = q[:, :, start:stop].to(wide) @ keys[:, :, :end].transpose(-1, -2)
         scores *= call.scaling
         at = torch.arange(end, device=scores.device) if columns is None else columns[..., :end]
         if call.score_mod is not None:
@@ -86,7 +87,7 @@ def _modified(
 def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
     """Softmax whose rows without any allowed key are zero."""
     if sinks is not None:
-        column = sinks.float()[None, :, None, None].expand(*scores.shape[:3], 1)
+        column = sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
         return torch.cat([scores, column], dim=-1).softmax(dim=-1)[..., :-1]
     nothing = scores.detach().amax(dim=-1, keepdim=True) == -torch.inf
     if not scores.requires_grad:

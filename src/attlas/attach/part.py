@@ -154,7 +154,7 @@ class Recorder(Part):
         queries: Int[Tensor, " query"],
         keys: Int[Tensor, " keys"] | Int[Tensor, "batch heads keys"],
     ) -> None:
-        """Take in a block of float32 weights.
+        """Take in a block of weights, in float32 or of a float64 model in float64.
 
         Args:
             call: where the weights come from.

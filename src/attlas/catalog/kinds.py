@@ -39,7 +39,8 @@ class Kind:
 def _part(name: str, *rooms: str, run: str = "attlas.attach(model, attlas.make('NAME', ...))") -> Kind:
     """A kind of the second door: every part signs the checks of parts, and those of its own kind."""
     places = tuple(f"attlas.parts.{room}" for room in rooms)
-    return Kind(name, places, ("attlas.contract.parts",), ("part", name), run)
+    checks = ("attlas.contract.parts", "attlas.contract.steering")
+    return Kind(name, places, checks, ("part", name), run)
 
 
 def _alone(name: str, room: str, run: str) -> Kind:

@@ -104,7 +104,8 @@ def _kind(line: list[ast.ClassDef], given: dict[str | None, ast.expr]) -> Kind |
         if carried:
             found = carried[0]
             break
-    return _KINDS.get(found.id) if isinstance(found, ast.Name) else None
+    named = found.id if isinstance(found, ast.Name) else getattr(found, "attr", "")
+    return _KINDS.get(named)
 
 
 def _called(call: ast.Call) -> str:
@@ -155,9 +156,12 @@ def _targets(item: ast.stmt) -> set[str]:
 
 def _resolved(base: ast.expr, module: str) -> tuple[ast.ClassDef, str] | None:
     """The class that a base's name means in a module, and its home; None outside the package."""
+    if isinstance(base, ast.Attribute):  # attlas.Attention
+        whole = isinstance(base.value, ast.Name) and base.value.id == "attlas"
+        return _resolved(ast.Name(base.attr), "attlas") if whole else None
     if not isinstance(base, ast.Name):
         return None
-    for item in _tree(module).body:
+    for item in ast.walk(_tree(module)):
         if isinstance(item, ast.ClassDef) and item.name == base.id:
             return item, module
         if isinstance(item, ast.ImportFrom) and (item.module or "").startswith("attlas"):

@@ -36,15 +36,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 def small(family: str, dtype: torch.dtype = torch.float64) -> Any:
     """A causal model of a family with random weights: 4 layers, 4 heads of width 8."""
-    import transformers
+    from attlas.hf.models import AutoModelForCausalLM, config_class
 
     torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(
+    config = config_class(f"{family}Config")(
         vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=4,
         num_attention_heads=4, max_position_embeddings=512, initializer_range=0.3, pad_token_id=0,
         bos_token_id=1, eos_token_id=None, **FAMILIES[family],
     )  # fmt: skip
-    model = transformers.AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name.endswith("bias"):

@@ -48,7 +48,7 @@ def test_zipcache_probes_see_what_is_encoded_already():
     part = attlas.make(
         "zipcache", salient_bits=16, other_bits=16, block=16
     )  # fmt: skip
-    part._encode(layer, state, None)
+    part._encode(layer, state, layer.rows())
     assert layer.dense_slots == 8
     assert torch.allclose(saliency(layer, state, layer.rows()), whole[..., 32:], atol=1e-5)
 

@@ -33,20 +33,18 @@ def finite_differences(subject: Subject) -> Iterator[Measure]:
     for case, options in subject.forms():
         layer = subject.layer(**narrow, **options)
         names, weights = zip(*layer.named_parameters(), strict=True)
-        inputs = subject.inputs(layer, batch=1, tokens=3)
-        count = len(inputs)
-        values = [*(x.detach().clone() for x in inputs), *(w.detach().clone() for w in weights)]
+        x, *more = subject.inputs(layer, batch=1, tokens=3)
+        values = [x, *(w.detach().clone() for w in weights)]
         ways = [torch.randn_like(value) for value in values]
         ways = [way / way.norm() for way in ways]
 
-        # One number moves inputs and weights together, each by a way of length 1, so that two passes
+        # One number moves input and weights together, each by a way of length 1, so that two passes
         # are enough for all of them, and what is wrong with one of them counts as if it were alone.
         def moved(  # type: ignore[no-untyped-def]
-            t: Tensor, layer=layer, names=names, values=values, ways=ways, count=count
+            t: Tensor, layer=layer, names=names, values=values, ways=ways, more=more
         ) -> Tensor:
-            there = [value + t * way for value, way in zip(values, ways, strict=True)]
-            given = dict(zip(names, there[count:], strict=True))
-            y: Tensor = functional_call(layer, given, tuple(there[:count]))
+            x, *there = (value + t * way for value, way in zip(values, ways, strict=True))
+            y: Tensor = functional_call(layer, dict(zip(names, there, strict=True)), (x, *more))
             return y
 
         start = torch.zeros((), dtype=torch.float64, requires_grad=True)
