@@ -99,7 +99,7 @@ class Call:
     layer: int
     module: nn.Module
     q: Float[Tensor, "batch heads query dim"]
-    k: Float[Tensor, "batch kv_heads keys dim"]
+    k: Float[Tensor, "batch kv_heads keys key_dim"]
     v: Float[Tensor, "batch kv_heads keys value_dim"]
     scaling: float
     mask: Bool[Tensor, "batch mask_heads query keys"] | None

@@ -24,6 +24,7 @@ def hook(held: Attachment) -> list[Any]:
     base = held.model.base_model
     assert isinstance(base, nn.Module)
     names = [name for name in inspect.signature(base.forward).parameters if name != "self"]
+    behind = "decoder_input_ids" in names
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         arguments = dict(zip(names, args, strict=False)) | kwargs
@@ -34,7 +35,7 @@ def hook(held: Attachment) -> list[Any]:
             )
         name, given = cache_in(arguments, type(base))
         cache = _owned(held, given, arguments) if held.keepers else given
-        _begin(held, _step(held, cache, arguments))
+        _begin(held, _step(held, cache, arguments, behind))
         return None if cache is given else ((), arguments | {name: cache})
 
     def after(_: nn.Module, __: Any, output: Any) -> None:
@@ -75,11 +76,13 @@ def _end(held: Attachment, cache: Any) -> None:
         held.remember(held.cache, step.earlier, own)
 
 
-def _step(held: Attachment, cache: Cache | None, arguments: dict[str, Any]) -> Step:
+def _step(
+    held: Attachment, cache: Cache | None, arguments: dict[str, Any], behind: bool
+) -> Step:
+    """The call; `behind` says that the model is a decoder behind an encoder."""
     step = Step(cache=_own(cache), chunked=held.chunked)
     if held.plain:
         return step
-    behind = bool(getattr(held.model.config, "is_encoder_decoder", False))
     tokens = next((t for n in TOKENS[behind] if (t := arguments.get(n)) is not None), None)
     mask = arguments.get(PADDING[behind])
     step.length = 0 if tokens is None else tokens.shape[1]

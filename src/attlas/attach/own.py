@@ -48,9 +48,8 @@ class Door:
 def own_layers(model: nn.Module) -> list[Attention]:
     """The layers of ours that are attached to: all, or a decoder's own behind an encoder."""
     found = [m for m in model.modules() if isinstance(m, Attention)]
-    if getattr(model.config, "is_encoder_decoder", False):
-        found = [layer for layer in found if layer.causal]
-    return found
+    both_sides = getattr(model.config, "is_encoder_decoder", False)
+    return [layer for layer in found if layer.causal] or found if both_sides else found
 
 
 def is_softmax(layer: Attention) -> bool:
