@@ -231,7 +231,7 @@ class NeedleThreading(System):
             behind = tokens(self.tokenizer, text)
             group = (len(behind), "[" in begin, len(q.keys) or SEVERAL)
             alike.setdefault(group, []).append((q, behind))
-        found = {}
+        found: dict[Question, tuple[str, ...]] = {}
         for (_, listed, wanted), some in alike.items():
             said = self._said(copy.deepcopy(read), [behind for _, behind in some], wanted, listed)
             found.update(zip((q for q, _ in some), said, strict=True))
