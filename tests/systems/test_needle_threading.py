@@ -169,18 +169,19 @@ def test_needle_threading_small_model_trained_on_one_needle_is_above_95_percent(
         made(samples=10, **options).load(tmp_path)
 
 
-def test_needle_threading_smollm2_loses_needles_with_length(smollm2):
-    """The whole measurement is in docs/systems.md; here one haystack a length."""
+def test_needle_threading_smollm2_loses_needles_with_length_and_threads_sooner(smollm2):
+    """Of 108 questions over three seeds 44 % were right at 128 tokens, 4 % at 1024, and 4 % of threads."""
     model, tokenizer = smollm2
     system = attlas.make(
-        "needle-threading", tasks=("needle",), lengths=(128, 512), samples=12, asks=12
+        "needle-threading", tasks=("needle", "thread-forward"), lengths=(128, 1024), samples=12, asks=12
     )
     system.build(model, tokenizer)
     found = {}
-    for cell in system.cells:
-        examples = system.data(cell, 0)
+    for cell in ("needle 128", "needle 1024", "thread-forward 128"):
+        examples = system.data(cell, 2)
         count = len(tokenizer(examples[0].input.haystack)["input_ids"])
         length = int(cell.split()[1])
         assert 0.99 * length <= count <= length
-        found[cell] = mean(system, cell, system.predict([e.input for e in examples]))
-    assert found["needle 128"] > found["needle 512"]
+        found[cell] = mean(system, cell, system.predict([e.input for e in examples]), 2)
+    assert found["needle 128"] > found["needle 1024"]
+    assert found["needle 128"] > found["thread-forward 128"]
