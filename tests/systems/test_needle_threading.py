@@ -170,7 +170,7 @@ def test_needle_threading_small_model_trained_on_one_needle_is_above_95_percent(
 
 
 def test_needle_threading_smollm2_loses_needles_with_length_and_threads_sooner(smollm2):
-    """Of 108 questions over three seeds 44 % were right at 128 tokens, 6 % at 1024; 4 % of threads at 128."""
+    """Of 108 questions over three seeds 44 % were right at 128 tokens, 6 % at 1024; 4 % of threads."""
     model, tokenizer = smollm2
     system = attlas.make(
         "needle-threading", tasks=("needle", "thread-forward"), lengths=(128, 1024), samples=12, asks=12
