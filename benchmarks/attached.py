@@ -11,6 +11,7 @@ import torch
 from transformers import DynamicCache
 
 import attlas
+from attlas.hf.caches import with_cache
 from common import paired_ratio, save, show
 
 
@@ -19,7 +20,7 @@ def prefill(model: Any, ids: torch.Tensor, *parts: Any, attach: bool = True) -> 
 
     def run() -> None:
         with torch.no_grad(), attlas.attach(model, *parts) if attach else nullcontext():
-            model(ids, past_key_values=DynamicCache(config=model.config), logits_to_keep=1)
+            model(ids, **with_cache(model, DynamicCache(config=model.config)), logits_to_keep=1)
 
     return run
 
@@ -28,13 +29,13 @@ def decode(model: Any, ids: torch.Tensor, tokens: int, *, attach: bool) -> Calla
     """`tokens` steps behind a prompt whose cache is cropped back afterwards."""
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(ids, past_key_values=cache, logits_to_keep=1)
+        model(ids, **with_cache(model, cache), logits_to_keep=1)
     step = ids[:, :1]
 
     def run() -> None:
         with torch.no_grad(), attlas.attach(model) if attach else nullcontext():
             for _ in range(tokens):
-                model(step, past_key_values=cache)
+                model(step, **with_cache(model, cache))
         cache.crop(-tokens)
 
     return run

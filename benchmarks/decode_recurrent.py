@@ -16,6 +16,7 @@ from transformers import DynamicCache
 
 import attlas
 from attlas.attach.session import cache_bytes
+from attlas.hf.caches import cache_of, with_cache
 from common import paired_ratio, save, show
 
 CONTEXTS = (1024, 2048, 32768, 131072)
@@ -54,7 +55,7 @@ def read(model: Any, tokens: int) -> Any:
     cache = None
     for part in ids.split(READ, dim=1):
         given = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
-        cache = model(part, **given).past_key_values
+        cache = cache_of(model(part, **given))
     return cache
 
 
@@ -80,7 +81,7 @@ def main() -> None:
 
                 def steps(net: Any, cache: Any, token: torch.Tensor = token) -> None:
                     for _ in range(args.steps):
-                        net(token, past_key_values=cache, use_cache=True)
+                        net(token, **with_cache(net, cache), use_cache=True)
 
                 for _ in range(args.rounds + 1):
                     steps(softmax, keys)

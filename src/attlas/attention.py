@@ -15,7 +15,7 @@ Source: "Attention Is All You Need".
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from einops import rearrange
@@ -31,7 +31,7 @@ from attlas.masks import Mask
 from attlas.positions import Position, ScoreMod, named
 
 if TYPE_CHECKING:
-    from transformers import Cache
+    from attlas.hf.caches import Cache
 
 #: What `prepare` gives: queries, keys, values, which pairs may meet, and the inputs.
 Prepared = tuple[Tensor, Tensor, Tensor, Mask | Tensor | None, Inputs]
@@ -76,6 +76,8 @@ class Attention(nn.Module):
     memory_law: ClassVar[str] = "linear"
     #: Names of further tensors that `forward` takes by keyword and stages find in `inputs.extras`.
     extras: ClassVar[tuple[str, ...]] = ()
+    #: Takes the attention of this layer while its model is attached to, see `attlas.attach.own`.
+    door: Any = None
     #: What the last training pass adds to the loss, already weighted; a model sums its layers'.
     auxiliary_loss: Tensor | None = None
 
@@ -154,8 +156,10 @@ class Attention(nn.Module):
                 cache, a mask of another shape, a cache without a causal form.
             TypeError: a keyword that is none of its `extras`.
         """
-        prepared = self.prepare(x, context, mask, positions, cache, **extras)
-        return self.output(self.attend(*prepared), prepared[-1])
+        q, k, v, pairs, inputs = self.prepare(x, context, mask, positions, cache, **extras)
+        if self.door is not None:
+            return self.output(self.door(self, q, k, v, inputs), inputs)
+        return self.output(self.attend(q, k, v, pairs, inputs), inputs)
 
     def prepare(
         self, x: Tensor, context: Tensor | None = None, mask: MaskLike | None = None,
@@ -188,7 +192,9 @@ class Attention(nn.Module):
             k, v = cache.update(k, v, self.layer_idx)
             length = int(cache.get_seq_length(self.layer_idx))
             k, v = k[:, :, :length], v[:, :, :length]  # a static cache gives its empty slots too
-        return q, k, v, self.mask(q, k, inputs), inputs
+        # A cache that lets go of tokens is masked where it is read.
+        pairs = None if self.door is not None else self.mask(q, k, inputs)
+        return q, k, v, pairs, inputs
 
     def init_cache(self) -> Cache:
         """An empty Transformers cache for step-by-step decoding.
@@ -196,7 +202,7 @@ class Attention(nn.Module):
         Raises:
             ValueError: the mechanism has no causal form.
         """
-        from transformers import DynamicCache
+        from attlas.hf.caches import DynamicCache
 
         if not self.has_causal_form:
             raise ValueError(f"{type(self).__name__} has no causal form, so it cannot decode")

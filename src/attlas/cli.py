@@ -1,4 +1,4 @@
-"""The command line: `attlas list`, `show`, `verify`, `compare`, `calibrate`, `train`, `run`, `roofline`.
+"""The command line: `attlas list`, `show`, `compare`, `train` and the others of `COMMANDS`.
 
 A command's module is imported when the command is asked for, so that `attlas list` waits for neither
 torch nor Transformers. What a user can mend ends in one sentence on standard error and exit code 2,
@@ -23,9 +23,12 @@ COMMANDS = {
     "verify": ("attlas.contract.command", "verify"),
     "compare": ("attlas.compare.command", "compare"),
     "calibrate": ("attlas.calibration.command", "calibrate_command"),
+    "fetch": ("attlas.models.fetch.command", "fetch_command"),
+    "adapt": ("attlas.adapting.command", "adapt"),
     "train": ("attlas.train.command", "train"),
     "run": ("attlas.running.command", "run_command"),
     "roofline": ("attlas.compare.roofline", "roofline"),
+    "study": ("attlas.study.command", "study"),
 }
 
 

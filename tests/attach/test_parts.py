@@ -4,6 +4,8 @@ import torch
 
 import tiny_models
 from attlas.attach import Part, attach
+from attlas.contract.families import distinct
+from attlas.hf.caches import cache_of, with_cache
 from attlas.parts.evict.snapkv import SnapKV
 
 
@@ -67,14 +69,14 @@ class Check(Part):
 def test_each_stage_and_all_together():
     ids = tiny_models.prompt(2, 12)
     every = {"nearer": Nearer(), "odd": Odd(), "louder": Louder()}
-    for kind in ("llama", "gpt2"):
+    for kind in distinct("rotary"):
         model = tiny_models.decoder(kind)
         for names in (("nearer",), ("odd",), ("louder",), tuple(every)):
             check = Check(*names)
             with torch.no_grad(), attach(model, *(every[n] for n in names), check):
-                cache = model(ids).past_key_values
-                model(tiny_models.prompt(2, 3, seed=2), past_key_values=cache)
-                model(tiny_models.prompt(2, 1, seed=3), past_key_values=cache)
+                cache = cache_of(model(ids))
+                model(tiny_models.prompt(2, 3, seed=2), **with_cache(model, cache))
+                model(tiny_models.prompt(2, 1, seed=3), **with_cache(model, cache))
             assert check.calls == 12
 
 
@@ -93,8 +95,8 @@ def test_a_policy_a_bias_a_mask_and_recorders_together():
 
     policy = SnapKV(0.5, window=3)
     with torch.no_grad(), attach(model, policy, Distances(), record=["weights"]) as session:
-        cache = model(ids).past_key_values
-        logits = model(tiny_models.prompt(2, 2, seed=4), past_key_values=cache).logits
+        cache = cache_of(model(ids))
+        logits = model(tiny_models.prompt(2, 2, seed=4), **with_cache(model, cache)).logits
     weights = session["weights"]
     torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
     assert max(int(q.max()) for q, _ in seen) == 25

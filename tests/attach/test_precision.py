@@ -6,11 +6,13 @@ import torch
 import attlas
 import tiny_models
 from attlas.attach import attach
+from attlas.contract.families import distinct
+from attlas.hf.caches import cache_of, with_cache
 
 POLICIES = ("window", "key-norm-eviction", "snapkv", "expected-attention")
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt-oss"])
+@pytest.mark.parametrize("kind", distinct("soft-caps", "sinks"))
 @pytest.mark.parametrize("name", POLICIES)
 def test_bfloat16(name, kind):
     options = {"window": 4} if name == "snapkv" else {"skip_layers": ()} if "norm" in name else {}
@@ -19,8 +21,8 @@ def test_bfloat16(name, kind):
     model, ids = tiny_models.decoder(kind).bfloat16(), tiny_models.prompt()
     policy = attlas.make(name, keep=0.5, **options)
     with torch.no_grad(), attach(model, policy, record=["entropy"]) as session:
-        cache = model(ids).past_key_values
-        logits = model(tiny_models.prompt(2, 2, seed=3), past_key_values=cache).logits
+        cache = cache_of(model(ids))
+        logits = model(tiny_models.prompt(2, 2, seed=3), **with_cache(model, cache)).logits
     assert logits.dtype == torch.bfloat16
     assert logits.isfinite().all()
     assert session["entropy"].dtype == torch.float32

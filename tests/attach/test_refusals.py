@@ -5,11 +5,15 @@ import torch
 import transformers
 from jaxtyping import config
 from torch import nn
+from transformers.generation.continuous_batching import PagedAttentionCache
 
 import attlas
 import tiny_models
-from attlas.attach import Call, Part, Step, attach, prefill
+from attlas.attach import Call, Part, Step, attach
+from attlas.cache.prompt import prefill
+from attlas.contract.families import SIZES, find
 from attlas.errors import UserError
+from attlas.hf.caches import argument, cache_of, with_cache
 from attlas.parts.evict.expected_attention import ExpectedAttention
 from attlas.parts.evict.key_norm import KeyNorm
 from attlas.parts.evict.snapkv import SnapKV
@@ -37,14 +41,15 @@ def test_calls(model):
             return lambda s, b, h, q, k: s + 1
 
     static = transformers.StaticCache(config=model.config, max_cache_len=40)
-    offloaded = transformers.DynamicCache(config=model.config, offloading=True)
-    filled = model(IDS).past_key_values
+    offloaded = transformers.DynamicCache(config=model.config)
+    offloaded.offloading = True  # what offloading=True sets, which also wants an accelerator
+    filled = cache_of(model(IDS))
     refused(model, "output_attentions", call=lambda m: m(IDS, output_attentions=True))
     refused(model, "cu_seq_lens_q", call=lambda m: m(IDS, cu_seq_lens_q=torch.tensor([0, 20])))
     refused(model, "kernel_options", call=lambda m: m(IDS, kernel_options={"BLOCK_M": 16}))
-    refused(model, "StaticCache", KeyNorm(0.7), call=lambda m: m(IDS, past_key_values=static))
-    refused(model, "offloaded", KeyNorm(0.7), call=lambda m: m(IDS, past_key_values=offloaded))
-    refused(model, "20 tokens", KeyNorm(0.7), call=lambda m: m(IDS, past_key_values=filled))
+    refused(model, "StaticCache", KeyNorm(0.7), call=lambda m: m(IDS, **with_cache(m, static)))
+    refused(model, "offloaded", KeyNorm(0.7), call=lambda m: m(IDS, **with_cache(m, offloaded)))
+    refused(model, "20 tokens", KeyNorm(0.7), call=lambda m: m(IDS, **with_cache(m, filled)))
     refused(model, "use_cache", KeyNorm(0.7), call=lambda m: m(IDS, use_cache=False))
     four = torch.ones(1, 1, 20, 20, dtype=torch.bool).tril()
     refused(model, "2-D", KeyNorm(0.7), call=lambda m: m(IDS, attention_mask=four))
@@ -64,7 +69,7 @@ def test_dropout_with_changed_scores():
         def score_mod(self, call):
             return lambda s, b, h, q, k: s + 1
 
-    options = tiny_models.CONFIGS["llama"]()
+    options = find("llama").config()
     options.attention_dropout = 0.5
     model = transformers.LlamaForCausalLM(options).train()
     refused(model, "dropout", Change(), call=lambda m: m(IDS))
@@ -72,7 +77,9 @@ def test_dropout_with_changed_scores():
 
 def test_paged_cache(model):
     """Continuous batching keeps its own list of attention functions, and ours is not on it."""
-    refused(model, "paged", call=lambda m: m(IDS, cache=object()))
+    paged = object.__new__(PagedAttentionCache)
+    refused(model, "PagedAttentionCache", call=lambda m: m(IDS, cache=paged))
+    refused(model, "paged", call=lambda m: m(IDS, **{argument(type(m)): paged}))
 
 
 @pytest.fixture
@@ -117,7 +124,7 @@ def test_models():
     everywhere = tiny_models.decoder("mistral-window")
     with pytest.raises(UserError, match="full-attention"):
         attach(everywhere, KeyNorm(0.5)).__enter__()
-    cohere = transformers.CohereConfig(**tiny_models.BASE)
+    cohere = transformers.CohereConfig(**SIZES)
     model = transformers.CohereForCausalLM(cohere)
     with pytest.raises(UserError, match="by halves"):
         attach(model, ExpectedAttention(0.5)).__enter__()

@@ -19,6 +19,13 @@ def test_labels_are_written_one_way():
     assert methods[1].parts()[0].sinks == 4
 
 
+def test_a_bare_name_that_needs_a_budget_takes_half():
+    methods = parse_methods(["snapkv,window+quantized-cache,zipcache"])
+    assert [m.label for m in methods] == [
+        "snapkv(keep=0.5)", "window(keep=0.5)+quantized-cache", "zipcache",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import attlas
 from attlas.attach import Part
 from attlas.catalog import registry
 from attlas.catalog.kinds import STEER
@@ -70,7 +71,9 @@ def test_the_main_job_writes_all_it_promises(tiny_preset, folder, tmp_path, caps
 
 
 def test_killed_in_the_middle_it_goes_on(tiny_preset, folder, tmp_path):
-    environment = {**os.environ, "PYTHONPATH": f"{TESTS / 'compare'}{os.pathsep}{TESTS}"}
+    package = Path(attlas.__file__).parents[1]
+    folders = (TESTS / "compare", TESTS, package)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders))}
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, *command(folder, tmp_path)], env=environment
     )

@@ -12,14 +12,22 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from attlas.contract.cases import Case, adapter, adapters, compare, load_cases, run_case
+from attlas.contract.cases import (
+    Case,
+    adapter,
+    adapters,
+    checkout_cases,
+    compare,
+    load_cases,
+    run_case,
+)
 from attlas.contract.result import Result
 from attlas.errors import UserError
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+CASES = checkout_cases()
 
 
-@pytest.mark.parametrize("case", load_cases(GOLDEN), ids=lambda case: case.label)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
 def test_published_numbers(case: Case) -> None:
     results = run_case(case)
     assert results
@@ -29,7 +37,7 @@ def test_published_numbers(case: Case) -> None:
 
 def test_golden_cases_have_descriptions_and_adapters() -> None:
     known = adapters()
-    for case in load_cases(GOLDEN):
+    for case in CASES:
         assert case.name in known
         assert {"title", "config", "computes", "tolerance"} <= set(case.meta)
 
@@ -256,6 +264,20 @@ def test_folders_without_cases_are_refused(tmp_path: Path) -> None:
         load_cases(tmp_path)
     _case_files(tmp_path / "cope")
     assert [case.label for case in load_cases(tmp_path / "cope")] == ["cope/a"]
+
+
+def test_cases_of_papers_are_found_in_their_folders(tmp_path: Path) -> None:
+    _case_files(tmp_path / "a-paper" / "golden" / "cope")
+    _case_files(tmp_path / "b-paper" / "golden" / "qk-norm")
+    (tmp_path / "b-paper" / "pins.json").write_text('{"qk-norm": 31}')
+    assert [case.label for case in load_cases(tmp_path)] == ["cope/a", "qk-norm/a"]
+    assert [case.label for case in load_cases(tmp_path / "b-paper")] == ["qk-norm/a"]
+
+
+def test_a_folder_of_cases_has_one_adapter() -> None:
+    adapters()
+    with pytest.raises(ValueError, match=r"'cope' have an adapter already, in .*contextual-position"):
+        adapter("cope", mechanism="softmax")(lambda case: [])
 
 
 def test_error_and_bound_are_those_of_the_worst_element() -> None:

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from attlas.cli import app, main
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+PAPERS = Path(__file__).parents[1] / "papers"
 
 
 def _verify(*arguments: str) -> tuple[int, str]:
@@ -26,7 +26,8 @@ def _verify(*arguments: str) -> tuple[int, str]:
 @pytest.fixture
 def cases(tmp_path: Path) -> Path:
     for name in ("memory-efficient", "bigbird-block-sparse"):
-        shutil.copytree(GOLDEN / name, tmp_path / name)
+        (folder,) = PAPERS.glob(f"*/golden/{name}")
+        shutil.copytree(folder, tmp_path / name)
     return tmp_path
 
 

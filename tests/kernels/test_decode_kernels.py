@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from interpreted import interpreted
+from plain import plain
 from torch import Tensor
 
 from attlas.ops.decode import decode
@@ -24,6 +25,8 @@ from attlas.ops.segments import Coded, Dense, Listed, Ragged
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
+#: Inputs of each case of which the plain form's errors are taken.
+DRAWS = 5
 #: What a case is when it says nothing else; `units` multiprocessors cut the slots into runs.
 PLAIN: dict[str, Any] = {
     "kinds": ("dense",), "batch": 2, "heads": 4, "kv_heads": 2, "queries": 1, "slots": 150,
@@ -97,9 +100,11 @@ SCORES: dict[str, tuple[int, int, int, int, int, int, bool]] = {
 }
 
 
-def inputs(device: str, case: dict[str, Any]) -> tuple[Tensor, list[Any], list[Any]]:
+def inputs(
+    device: str, case: dict[str, Any], draw: int = 0
+) -> tuple[Tensor, list[Any], list[Any]]:
     """(q, segments, the same with NaN wherever nothing may be read)."""
-    torch.manual_seed(0)
+    torch.manual_seed(draw)
     shape = (case["batch"], case["heads"], case["queries"], case["dim"])
     dtype = getattr(torch, case["dtype"])
     q = (torch.randn(shape) * case["size"]).to(device, dtype)
@@ -182,23 +187,41 @@ def _moved(
 
 
 def judge(name: str, device: str = "cpu") -> tuple[float, float]:
-    """Of the kernels against float64, and what is allowed: twice the reference's, and an ulp."""
+    """Of the kernels against float64, and what is allowed: twice the plain form's, and an ulp."""
     case = {**PLAIN, **CASES[name]}
     q, segments, poisoned = inputs(device, case)
     exact = decode(q.double(), [_double(s) for s in segments], scale=0.2, route="reference")
-    plain = decode(q, segments, scale=0.2, route="reference")
     found = launch(q, poisoned, 0.2, units=case["units"])
     assert found[0].dtype == q.dtype
     assert found[1].dtype == torch.float32
     worst = 0.0
-    for ours, theirs, right in zip(found, plain, exact, strict=True):
+    for ours, right, theirs in zip(found, exact, plain_errors(device, case), strict=True):
         assert ours.shape == right.shape
         assert torch.equal(ours.isfinite(), right.isfinite())
-        ours, theirs, right = (x.double().nan_to_num(0, 0, 0) for x in (ours, theirs, right))
-        unit = torch.finfo(q.dtype).eps * right.abs().max().item()
-        allowed = 2 * (theirs - right).abs().max().item() + unit
-        worst = max(worst, (ours - right).abs().max().item() / max(allowed, 1e-30))
+        unit = torch.finfo(q.dtype).eps * right.nan_to_num(0, 0, 0).abs().max().item()
+        worst = max(worst, off(ours, right) / max(2 * theirs + unit, 1e-30))
     return worst, 1.0
+
+
+def plain_errors(device: str, case: dict[str, Any]) -> list[float]:
+    """Of outputs and sums: what plain operations are off by in the kernels' arithmetic.
+
+    A case may have a single sum, of which one draw is off by nothing as easily as by an ulp: the
+    largest of several draws is what plain operations are good for.
+    """
+    largest = [0.0, 0.0]
+    for draw in range(DRAWS):
+        q, segments, _ = inputs(device, case, draw)
+        exact = decode(q.double(), [_double(s) for s in segments], scale=0.2, route="reference")
+        found = plain(q, segments, 0.2, case["units"])
+        largest = [max(e, off(*pair)) for e, *pair in zip(largest, found, exact, strict=True)]
+    return largest
+
+
+def off(ours: Tensor, right: Tensor) -> float:
+    """Largest difference, of what is finite."""
+    ours, right = (x.double().nan_to_num(0, 0, 0) for x in (ours, right))
+    return (ours - right).abs().max().item()
 
 
 def _double(segment: Any) -> Any:

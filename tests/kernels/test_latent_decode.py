@@ -22,6 +22,8 @@ from attlas.ops import latent as op
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
+#: Inputs of each case of which the plain form's errors are taken.
+DRAWS = 5
 #: What a case is when it says nothing else; `units` multiprocessors cut the tokens into runs.
 PLAIN: dict[str, Any] = {
     "batch": 1, "heads": 4, "queries": 1, "keys": 70, "latent": 64, "rotary": 16,
@@ -55,10 +57,10 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def inputs(device: str, **given: Any) -> tuple[list[torch.Tensor], Any]:
+def inputs(device: str, draw: int = 0, **given: Any) -> tuple[list[torch.Tensor], Any]:
     """(content, turned, tokens) and the mask of one case."""
     case = {**PLAIN, **given}
-    torch.manual_seed(0)
+    torch.manual_seed(draw)
     batch, heads, queries, keys = (case[n] for n in ("batch", "heads", "queries", "keys"))
     latent, rotary = case["latent"], case["rotary"]
     q = torch.randn(batch, queries, heads, latent + rotary) * case["size"]
@@ -96,11 +98,21 @@ def errors(name: str, device: str = "cpu") -> tuple[float, float]:
         *given, scale=0.125, causal=flag, visible=visible, cut=cut, multiprocessors=case["units"]
     )
     exact = ops.latent_attend(*(t.double() for t in given), scale=0.125, mask=mask)
-    plain = op.plain(*given, scale=0.125, mask=mask)
     assert found.dtype == given[0].dtype
     assert found.shape == exact.shape
-    ours, theirs = ((x.double() - exact).abs().max().item() for x in (found, plain))
-    return ours, 2 * theirs + torch.finfo(found.dtype).eps * exact.abs().max().item()
+    unit = torch.finfo(found.dtype).eps * exact.abs().max().item()
+    return (found.double() - exact).abs().max().item(), 2 * plain_error(device, case) + unit
+
+
+def plain_error(device: str, case: dict[str, Any]) -> float:
+    """The largest of several draws, since one may happen to be off by next to nothing."""
+    largest = 0.0
+    for draw in range(DRAWS):
+        given, mask = inputs(device, draw, **case)
+        exact = ops.latent_attend(*(t.double() for t in given), scale=0.125, mask=mask)
+        plain = op.plain(*given, scale=0.125, mask=mask)
+        largest = max(largest, (plain.double() - exact).abs().max().item())
+    return largest
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import torch
 from transformers import DynamicCache, EncoderDecoderCache
 
 import attlas
+from attlas.hf.caches import cache_of, with_cache
 
 SOURCE = torch.arange(3, 21).reshape(2, 9)
 WALKING = ("gmm-attention", "dynamic-convolution-attention")
@@ -54,10 +55,10 @@ def test_generate_gives_what_passes_over_the_whole_target_give(cross: dict[str, 
 def test_cross_attention_that_needs_earlier_queries_keeps_nothing(name: str) -> None:
     model = _model(name=name)
     target = torch.arange(4, 14).reshape(2, 5)
-    assert model(SOURCE, decoder_input_ids=target, use_cache=True).past_key_values is None
+    assert cache_of(model(SOURCE, decoder_input_ids=target, use_cache=True)) is None
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-    with pytest.raises(ValueError, match="past_key_values"):
-        model(SOURCE, decoder_input_ids=target, past_key_values=cache)
+    with pytest.raises(ValueError, match="whole target"):
+        model(SOURCE, decoder_input_ids=target, **with_cache(model, cache))
 
 
 @pytest.mark.parametrize("name", WALKING)

@@ -9,6 +9,7 @@ import transformers as hf
 import attlas
 from attlas.catalog import registry
 from attlas.catalog.kinds import LAYER
+from attlas.hf.caches import cache_of, with_cache
 
 SIZES = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 LAYERS = [e for e in registry.entries(LAYER) if issubclass(e.object, attlas.Attention)]
@@ -77,8 +78,8 @@ def test_steps_equal_the_whole():
     model, (ids, _) = decoder(), prompt()
     whole, cache = model(ids).logits, None
     for at in range(ids.shape[1]):
-        out = model(ids[:, at : at + 1], past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
+        out = model(ids[:, at : at + 1], **with_cache(model, cache), use_cache=True)
+        cache = cache_of(out)
         torch.testing.assert_close(out.logits[:, 0], whole[:, at], rtol=1e-4, atol=1e-4)
 
 
@@ -95,7 +96,7 @@ def test_window_layers_see_a_window_and_slide_in_the_cache():
     a, b = model(ids).logits, model(changed).logits
     assert torch.equal(a[:, 4:], b[:, 4:])
     assert not torch.equal(a[:, 3], b[:, 3])
-    cache = model(ids, use_cache=True).past_key_values
+    cache = cache_of(model(ids, use_cache=True))
     assert cache.layers[0].keys.shape[2] == 3
 
 
@@ -128,14 +129,20 @@ def test_hybrids_generate_with_states_beside_keys_what_they_generate_without_a_c
     for options in ({}, {"num_beams": 2}):
         cached = generate(model, ids, mask, **options)
         assert torch.equal(cached, generate(model, ids, mask, use_cache=False, **options))
-    cache = model(ids, use_cache=True).past_key_values
+    cache = cache_of(model(ids, use_cache=True))
     assert [layer.keys is None for layer in cache.layers] == [True] * 3 + [last == ["arwkv-rwkv7"]]
     assert cache.get_seq_length() == 9
 
 
+def checkpoint(model, reentrant):
+    """Switch checkpointing on, by its newer name where there is one."""
+    older = getattr(model, "gradient_checkpointing_enable", None)
+    getattr(model, "activation_checkpointing_enable", older)({"use_reentrant": reentrant})
+
+
 def test_reentrant_checkpointing_refuses_to_lose_an_auxiliary_loss():
     model, (ids, _) = decoder("mixture-of-head").train(), prompt()
-    model.gradient_checkpointing_enable({"use_reentrant": True})
+    checkpoint(model, reentrant=True)
     model.enable_input_require_grads()
     with pytest.raises(ValueError, match="use_reentrant"):
         model(ids, labels=ids)
@@ -150,7 +157,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(attention, reentrant):
     for checkpointing in (False, True):
         model, (ids, mask) = decoder(attention).train(), prompt()
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            checkpoint(model, reentrant)
             model.enable_input_require_grads()
         loss = model(ids, attention_mask=mask, labels=ids).loss
         loss.backward()

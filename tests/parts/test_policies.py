@@ -5,8 +5,11 @@ import torch
 from transformers import DynamicCache
 
 import tiny_models
-from attlas.attach import Part, attach, prefill
+from attlas.attach import Part, attach
 from attlas.cache.policy import CachePolicy
+from attlas.cache.prompt import prefill
+from attlas.contract.families import distinct, find
+from attlas.hf.caches import cache_of, with_cache
 from attlas.parts.evict.ada_kv import AdaKV
 from attlas.parts.evict.expected_attention import ExpectedAttention
 from attlas.parts.evict.key_norm import KeyNorm
@@ -41,7 +44,10 @@ MORE = {
     ),
 }
 every_policy = pytest.mark.parametrize("policy", POLICIES)
-KINDS = ("llama", "qwen3", "gemma3", "gpt-oss", "gpt-neox", "gpt2")
+#: Soft caps change weights alone, see test_dropping_equals_hiding.
+KINDS = distinct(
+    "rotary", "partial-rotary", "key-norm", "windows", "sinks", having=["full"], lacking=["soft-caps"]
+)
 
 
 def logits_after(model, policy, ids, padding="none", length=None, steps=4, chunked=False):
@@ -66,13 +72,13 @@ def logits_after(model, policy, ids, padding="none", length=None, steps=4, chunk
         for start in range(0, ids.shape[1], size):
             part = slice(start, start + size)
             model(
-                ids[:, part], past_key_values=cache, position_ids=positions[:, part],
+                ids[:, part], **with_cache(model, cache), position_ids=positions[:, part],
                 attention_mask=mask[:, : part.stop],
             )  # fmt: skip
         for token in later[0]:
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
             out = model(
-                token.expand(len(mask), 1), past_key_values=cache, attention_mask=mask,
+                token.expand(len(mask), 1), **with_cache(model, cache), attention_mask=mask,
                 position_ids=mask.sum(-1, keepdim=True) - 1,
             )  # fmt: skip
             found.append(out.logits[0, -1])
@@ -93,7 +99,7 @@ def test_padding_does_not_count(kind, policy):
     make = POLICIES[policy]
     alone, _ = logits_after(model, make(keep=0.6), ids)
     # Padding on the right stands inside the model's own sliding windows, attlas or not.
-    for side in ("left",) if kind in ("gemma3", "gpt-oss") else ("left", "right"):
+    for side in ("left",) if "windows" in find(kind).traits else ("left", "right"):
         padded, cache = logits_after(model, make(keep=0.6), ids, side, length=31)
         torch.testing.assert_close(padded, alone, atol=2e-4, rtol=1e-3)
         assert any(
@@ -157,7 +163,9 @@ class Hide(Part):
         return shown.repeat_interleave(call.groups, dim=1)[:, :, None]
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma2", "gemma3", "gpt-oss"])
+@pytest.mark.parametrize(
+    "kind", distinct("windows", "soft-caps", "sinks", having=["full", "rotary"])
+)
 @pytest.mark.parametrize("policy", [p for p in POLICIES if p != "window-rerotated"])
 def test_dropping_equals_hiding(kind, policy):
     """The compressed cache attends as a whole one in which the dropped keys are masked."""
@@ -165,11 +173,11 @@ def test_dropping_equals_hiding(kind, policy):
     question = tiny_models.prompt(2, 3, seed=5)
     with torch.no_grad():
         with attach(model, POLICIES[policy](keep=0.6)):
-            cache = model(ids).past_key_values
-            dropped = model(question, past_key_values=cache).logits
+            cache = cache_of(model(ids))
+            dropped = model(question, **with_cache(model, cache)).logits
         with attach(model, Hide(cache.layers, 24)):
-            whole = model(ids).past_key_values
-            hidden = model(question, past_key_values=whole).logits
+            whole = cache_of(model(ids))
+            hidden = model(question, **with_cache(model, whole)).logits
     torch.testing.assert_close(dropped, hidden, atol=2e-4, rtol=1e-4)
 
 
@@ -182,10 +190,10 @@ def test_prompt_is_exact_and_positions_go_on(policy):
         with attach(model, POLICIES[policy](keep=0.6)) as session:
             first = model(ids)
             torch.testing.assert_close(first.logits, plain)
-            counted = model(later, past_key_values=first.past_key_values).logits
-            again = model(ids).past_key_values
+            counted = model(later, **with_cache(model, cache_of(first))).logits
+            again = cache_of(model(ids))
             positions = torch.arange(24, 27)[None]
-            told = model(later, past_key_values=again, position_ids=positions).logits
+            told = model(later, **with_cache(model, again), position_ids=positions).logits
             assert session.cache.get_seq_length() == 27
     assert torch.equal(counted, told)
 
@@ -202,14 +210,13 @@ def test_a_budget_of_everything_changes_nothing(policy):
 def wide(kind="llama"):
     """Heads of realistic width, beside which a slot's index weighs little."""
     torch.manual_seed(0)
-    config = tiny_models.CONFIGS[kind]()
-    config.hidden_size, config.head_dim = 256, 64
+    config = find(kind).config(hidden_size=256, head_dim=64)
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_config(config).eval()
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+@pytest.mark.parametrize("kind", distinct("windows", having=["full"]))
 @pytest.mark.parametrize("policy", ["window-rerotated", "knorm-skipping", "snapkv", "expected",
                                     "pyramid", "adakv", "adakv-pyramid"])  # fmt: skip
 def test_bytes_held_equal_the_promise(policy, kind):
@@ -217,7 +224,8 @@ def test_bytes_held_equal_the_promise(policy, kind):
     model, ids = wide(kind), tiny_models.prompt(rows, 200)
     make = MORE[policy]
     pair = 2 * 64 * 2 * 4 * rows  # one token's key and value in one layer
-    full, windows = (4, 0) if kind == "llama" else (2, 2)
+    windows = sum(layer.is_sliding for layer in DynamicCache(config=model.config).layers)
+    full = 4 - windows
     beside = windows * 7 * pair
     promises = {
         ("keep", 0.6): full * 120 * pair + beside,
@@ -225,8 +233,8 @@ def test_bytes_held_equal_the_promise(policy, kind):
         ("bytes", 150 * 4 * pair): 150 * 4 * pair,
     }
     for (name, value), promise in promises.items():
-        if kind == "gemma3" and name == "bytes":
-            value = promise = 150 * 2 * pair
+        if windows and name == "bytes":
+            value = promise = 150 * full * pair
         with torch.no_grad(), attach(model, make(**{name: value})) as session:
             model(ids)
             assert session.kv_bytes == pytest.approx(promise, rel=0.02)
@@ -247,17 +255,17 @@ def test_while_decoding_the_budget_holds(policy):
 def test_while_decoding_equals_brute_force():
     model, ids = tiny_models.decoder("llama"), tiny_models.prompt(1, 24)
     with torch.no_grad(), attach(model, KeyNorm(tokens=10, skip_layers=(), while_decoding=True)):
-        cache = model(ids).past_key_values
+        cache = cache_of(model(ids))
         for token in tiny_models.prompt(1, 4, seed=3)[0]:
             before = cache.layers[0].keys
-            model(token[None, None], past_key_values=cache)
+            model(token[None, None], **with_cache(model, cache))
             after = cache.layers[0].keys
             norms = after.norm(dim=-1)
             assert norms.max(-1).values.le(before.norm(dim=-1).max(-1).values + 1e-6).all()
     with torch.no_grad(), attach(model):
-        keys = model(ids).past_key_values.layers[0].keys
+        keys = cache_of(model(ids)).layers[0].keys
     with torch.no_grad(), attach(model, KeyNorm(tokens=10, skip_layers=())):
-        layer = model(ids).past_key_values.layers[0]
+        layer = cache_of(model(ids)).layers[0]
     best = keys.norm(dim=-1).topk(10, largest=False).indices.sort(dim=-1).values
     assert torch.equal(layer.index.long(), best)
 
@@ -271,12 +279,12 @@ def test_rerotated_sinks_stand_beside_the_window():
     for decoding in (False, True):
         policy = SinksWindow(tokens=10, sinks=2, rerotate=True, while_decoding=decoding)
         with torch.no_grad(), attach(model, policy):
-            cache = model(ids).past_key_values
-            out = model(token, past_key_values=cache).logits[0, -1]
+            cache = cache_of(model(ids))
+            out = model(token, **with_cache(model, cache)).logits[0, -1]
         expected = model(torch.cat([short, token], dim=1)).logits[0, -1]
         torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
     with torch.no_grad(), attach(model, policy):
-        out = model(torch.tensor([[8]]), past_key_values=cache).logits[0, -1]
+        out = model(torch.tensor([[8]]), **with_cache(model, cache)).logits[0, -1]
     text = torch.cat([short[:, :2], short[:, 3:], token, torch.tensor([[8]])], dim=1)
     torch.testing.assert_close(out, model(text).logits[0, -1], atol=1e-4, rtol=1e-4)
 
@@ -292,13 +300,13 @@ def test_forks_share_one_prefill():
         for _ in range(2):  # forks disturb neither the prompt nor one another
             with attach(model):
                 cache = prompt.fork()
-                out = model(question, past_key_values=cache).logits
+                out = model(question, **with_cache(model, cache)).logits
                 torch.testing.assert_close(out, whole, atol=1e-4, rtol=1e-4)
             for name, policy in zip(POLICIES, policies, strict=True):
                 with attach(model, policy):
-                    forked = model(question, past_key_values=prompt.fork(policy)).logits
-                    alone = model(ids).past_key_values
-                    expected = model(question, past_key_values=alone).logits
+                    forked = model(question, **with_cache(model, prompt.fork(policy))).logits
+                    alone = cache_of(model(ids))
+                    expected = model(question, **with_cache(model, alone)).logits
                 torch.testing.assert_close(forked, expected, atol=1e-4, rtol=1e-4, msg=name)
     assert prompt.cache.get_seq_length() == prompt.tokens == 24
 
@@ -332,9 +340,9 @@ def test_forks_of_a_model_with_sliding_windows():
             at_once = model(ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(0))
             logits = [
                 model(
-                    question, past_key_values=cache, attention_mask=longer, position_ids=positions
+                    question, **with_cache(model, cache), attention_mask=longer, position_ids=positions
                 ).logits
-                for cache in (prompt.fork(used), at_once.past_key_values)
+                for cache in (prompt.fork(used), cache_of(at_once))
             ]
         torch.testing.assert_close(*logits, atol=2e-4, rtol=1e-3)
 
@@ -349,5 +357,5 @@ class Last(CachePolicy):
 def test_a_policy_in_three_lines():
     model, ids = tiny_models.decoder("llama"), tiny_models.prompt()
     with attach(model, Last(keep=0.25)):
-        layer = model(ids).past_key_values.layers[0]
+        layer = cache_of(model(ids)).layers[0]
     assert torch.equal(layer.columns(), torch.arange(18, 24).expand(2, 2, -1).int())

@@ -7,6 +7,8 @@ import torch
 
 import tiny_models
 from attlas.attach import attach, blocks
+from attlas.contract.families import distinct
+from attlas.hf.caches import cache_of, with_cache
 from attlas.parts.evict.key_norm import KeyNorm
 from attlas.parts.record.column_sums import ColumnSums
 from attlas.parts.record.entropy import Entropy
@@ -56,7 +58,9 @@ def agrees(session, weights, real=None):
     torch.testing.assert_close(linked, links["weight"], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2", "gemma3", "mistral-window"])
+@pytest.mark.parametrize(
+    "kind", distinct("rotary", "full", "windows", "soft-caps", lacking=["sinks"])
+)
 def test_decoders_equal_eager(kind, block):
     model, ids = tiny_models.decoder(kind, "eager"), tiny_models.prompt()
     mask = torch.ones_like(ids)
@@ -99,9 +103,9 @@ def test_calls_of_one_sequence_append():
     weights = eager(model, ids)
     with torch.no_grad(), attach(model, record=ALL) as session:
         model(tiny_models.prompt(3, 8, seed=5))  # another sequence, which the next one replaces
-        cache = model(ids[:, :12]).past_key_values
+        cache = cache_of(model(ids[:, :12]))
         for start, stop in ((12, 17), (17, 18), (18, 19), (19, 20)):
-            model(ids[:, start:stop], past_key_values=cache)
+            model(ids[:, start:stop], **with_cache(model, cache))
     agrees(session, weights)
 
 
@@ -121,8 +125,8 @@ def test_compressed_caches_are_recorded_in_original_columns():
     record = [Weights(), ColumnSums(), MeanDistance(), TopLinks(k=3), SinkMass(), Entropy()]
     policy = KeyNorm(0.5, skip_layers=())
     with torch.no_grad(), attach(model, policy, record=record) as session:
-        cache = model(ids).past_key_values
-        model(tiny_models.prompt(2, 1, seed=4), past_key_values=cache)
+        cache = cache_of(model(ids))
+        model(tiny_models.prompt(2, 1, seed=4), **with_cache(model, cache))
     weights = session["weights"]
     assert weights.shape == (4, 2, 4, 25, 25)
     torch.testing.assert_close(weights.sum(-1), torch.ones(4, 2, 4, 25))
@@ -151,9 +155,9 @@ def test_memory_is_linear_in_length():
             largest = 0
             inner = blocks.weight_blocks
 
-            def measured(call, inner=inner):
+            def measured(call, inner=inner, **options):
                 nonlocal largest
-                for weights, queries, keys in inner(call):
+                for weights, queries, keys in inner(call, **options):
                     largest = max(largest, weights.numel())
                     yield weights, queries, keys
 

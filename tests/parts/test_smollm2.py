@@ -4,7 +4,9 @@ import pytest
 import torch
 
 import attlas
-from attlas.attach import attach, prefill
+from attlas.attach import attach
+from attlas.cache.prompt import prefill
+from attlas.hf.caches import with_cache
 
 
 @pytest.fixture(scope="module")
@@ -34,5 +36,5 @@ def test_budgets(smollm2, ids, name):
     prompt = prefill(model, ids, list(policies.values()), chunk=100)
     for promise, policy in policies.items():
         with torch.no_grad(), attach(model, policy) as session:
-            model(ids[:, :1], past_key_values=prompt.fork(policy))
+            model(ids[:, :1], **with_cache(model, prompt.fork(policy)))
         assert session.kv_bytes - pair == pytest.approx(promise, rel=0.02)

@@ -7,10 +7,12 @@ from hypothesis import strategies as st
 
 import tiny_models
 from attlas import ops
-from attlas.attach import attach, prefill
+from attlas.attach import attach
+from attlas.cache.prompt import prefill
 from attlas.cache.quantizer import Quantizer
 from attlas.cache.selection import Selection, keys_of, lengths_of
 from attlas.errors import UserError
+from attlas.hf.caches import cache_of, with_cache
 from attlas.ops.quantize import encode
 from attlas.parts.evict.key_norm import KeyNorm
 from attlas.parts.evict.snapkv import SnapKV
@@ -167,8 +169,8 @@ def test_take_drops_padding_and_counts_by_row():
     layer.update(keys, keys)
     real = torch.ones(2, 10, dtype=torch.bool)
     real[0, :3] = False
-    assert layer.lengths(real) == [7, 10]
-    taken = layer.take([4, 8], real)
+    assert layer.lengths(layer.rows(real)) == [7, 10]
+    taken = layer.take([4, 8], layer.rows(real))
     assert taken.index[0, 0].tolist() == [3, 4, 5, 6, -1, -1, -1, -1]
     assert taken.k[1, 0, :, 0].tolist() == list(range(8))
     assert layer.columns()[0, 0].tolist() == [7, 8, 9]
@@ -211,7 +213,7 @@ def test_forks_files_and_crops_go_on_alike(method, tmp_path):
             seen = torch.cat([mask, mask.new_ones(2, number + 1)], dim=1)
             found.append(
                 model(
-                    steps[:, number : number + 1], past_key_values=cache, attention_mask=seen,
+                    steps[:, number : number + 1], **with_cache(model, cache), attention_mask=seen,
                     position_ids=seen.sum(-1, keepdim=True) - 1,
                 ).logits
             )  # fmt: skip
@@ -235,9 +237,9 @@ def test_an_encoded_cache_is_not_read_by_the_model_alone():
     model, ids = tiny_models.decoder("llama"), tiny_models.prompt(1, 24)
     with torch.no_grad():
         with attach(model, Coarse()):
-            cache = model(ids).past_key_values
+            cache = cache_of(model(ids))
         with pytest.raises(UserError, match="inside attach"):
-            model(ids[:, :1], past_key_values=cache)
+            model(ids[:, :1], **with_cache(model, cache))
 
 
 def test_files_of_other_models_types_and_lengths_are_refused(tmp_path):
@@ -284,7 +286,7 @@ def test_bytes_held_are_bytes_promised(tokens):
     part = Coarse(bits=4, recent=64, block=64)
     from attlas.storage import LayerState
 
-    part.settle(layer, LayerState(0, (0,)), None)
+    part.settle(layer, LayerState(0, (0,)), layer.rows())
     encoded = tokens - 64
     promise = 4 * 2 * (encoded * (32 + 8) + 64 * 128)
     assert layer.nbytes == promise

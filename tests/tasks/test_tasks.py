@@ -33,6 +33,28 @@ class Chatting(Letters):
         return f"<user>{messages[0]['content']}</user><assistant>"
 
 
+class Opening(Letters):
+    """Puts a sign in front of every text, as Gemma's tokenizer does."""
+
+    def __call__(self, text: str, add_special_tokens: bool = True, **options: object):
+        front = "^" if add_special_tokens else ""
+        return super().__call__(front + text)
+
+    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
+        return list(map(chr, ids))
+
+
+def test_texts_open_as_the_tokenizer_opens_them():
+    hay = needle.single(Opening(), 2000, 0.5, "0/a")
+    assert text(hay.context).startswith("^Read")
+    assert text(hay.context).count("^") == 1
+    assert "^" not in text(hay.asked[0].question)
+    read = continuation(Opening(), 50, 10, "0")
+    assert text(read.context)[0] == "^"
+    assert len(read.context) == 50
+    assert read.context[1:] == continuation(Letters(), 50, 10, "0").context[:-1]
+
+
 def text(ids: list[int]) -> str:
     return "".join(map(chr, ids))
 

@@ -189,11 +189,20 @@ def toys():
     ("options", "said"),
     [
         (["--mechanisms", "sofmax"], "did you mean 'softmax'"),
-        (["--mechanisms", "snapkv"], "is a part, which has no weights to train"),
+        (["--mechanisms", "snapkv"], "is a cache, which has no weights to train"),
         (["--mechanisms", "softmax(colour=1)"], "takes no option 'colour'"),
         (["--mechanisms", "softmax(dim=3)"], "dim is set by the model"),
         (["--mechanisms", "softmax(kv_heads=3)"], "kv_heads must divide heads=2"),
         (["--mechanisms", "toy-acausal"], "needs a decoder and it has no causal form"),
+        (["--mechanisms", "ela-efficient-local"], "it is of kind 'module'; the task takes layers"),
+        (["--mechanisms", "none"], "it is of kind 'none'; the task takes layers"),
+        (["--mechanisms", "none(kv_heads=3)"], "none takes no options"),
+        (["--task", "digits-shifted", "--dim", "8"], "norm_groups must divide channels=8"),
+        (["--task", "digits-shifted", "--mechanisms", "softmax"], "the task takes modules"),
+        (["--task", "digits-shifted", "--mechanisms", "ela+none"], "one mechanism for all layers"),
+        (["--task", "digits-shifted", "--mechanisms", "ela(channels=3)"], "channels is set by"),
+        (["--task", "digits-shifted", "--layers", "2", "--dim", "15"], "dim must be a multiple"),
+        (["--task", "digits-shifted(size=7)"], "size must lie between 8 and 64"),
         (["--task", "recal"], "did you mean 'recall'"),
         (["--task", "recall(pears=3)"], "takes no option 'pears'"),
         (["--task", "recall(pairs=3, length=8)"], "length must be at least 9"),
@@ -281,3 +290,12 @@ def test_a_state_of_constant_size_and_a_hybrid_are_told_by_what_tokens_add_to_th
     assert recurrent["status"] == mixed["status"] == "ok", (recurrent["reason"], mixed["reason"])
     assert recurrent["cache_growth"] == 0 < recurrent["cache_bytes_per_token"]
     assert mixed["cache_growth"] == 2 * 16 * 4  # of the one softmax layer
+
+
+def test_modules_are_trained_in_the_same_network_as_none(tmp_path):
+    asked = ["--mechanisms", "none,ela-efficient-local(norm_groups=4)"]
+    ends(command(tmp_path, *asked, task="digits-shifted"))
+    bare, ela = lines(tmp_path)
+    assert [line["status"] for line in (bare, ela)] == ["ok", "ok"]
+    assert ela["parameters"] - bare["parameters"] == 7 * 16 + 2 * 16
+    assert bare["cache_bytes_per_token"] is None

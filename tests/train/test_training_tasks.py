@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -205,6 +206,25 @@ def test_digits_are_held_apart():
     assert len(train) + len(test) == 1797
     assert float(train.min()) == -1.0
     assert float(train.max()) == 1.0
+
+
+def test_shifted_digits_lie_where_they_are_said_to_lie():
+    from attlas.tasks.train.digits import images
+
+    task, known = made("digits-shifted"), images("test")[0]
+    pixels, classes, corners = task.placed(torch.Generator().manual_seed(1), 64, "test")
+    assert pixels.shape == (64, 1, 20, 20)
+    assert float(pixels.min()) == 0
+    assert float(pixels.max()) <= 1
+    assert len(corners.unique(dim=0)) > 32
+    clean = replace(task, specks=0.0).placed(torch.Generator().manual_seed(1), 64, "test")
+    assert torch.equal(clean[1], classes)
+    assert torch.equal(clean[2], corners)
+    for picture, specked, (top, left) in zip(clean[0], pixels, corners.tolist(), strict=True):
+        digit = picture[0, top : top + 8, left : left + 8]
+        assert ((known[:, 0] + 1) / 2 == digit).flatten(1).all(1).any()
+        assert picture.sum() == digit.sum()
+        assert 0 < (specked > picture).double().mean() < 0.25
 
 
 def test_dates_and_numbers_are_translated():

@@ -5,32 +5,33 @@
     session["entropy"]
 
 One attention function and one mask function are registered with Transformers while a session is
-open; each call of a layer's attention becomes a `Call`, which every part may look at and change at
-its own stage. Leaving the block restores the model and Transformers' registries to what they were.
+open, and layers of our own have a door; each call of a layer's attention becomes a `Call`, which every
+part may look at and change at its own stage. Leaving the block restores the model and Transformers'
+registries to what they were.
 """
 
 import sys
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
 
-from attlas.attach.call import Call, Part, Recorder, Selector, Step
+from attlas.attach.call import Call, Site, Step
+from attlas.attach.part import Part, Patch, Recorder, Selector, Steerer
 from attlas.attach.session import Session, attach
+from attlas.attach.where import find_span
 from attlas.positions import ScoreMod
-
-if TYPE_CHECKING:
-    from attlas.cache.prompt import Prompt, prefill
 
 __all__ = [
     "Call",
     "Part",
-    "Prompt",
+    "Patch",
     "Recorder",
     "ScoreMod",
     "Selector",
     "Session",
+    "Site",
+    "Steerer",
     "Step",
     "attach",
-    "prefill",
+    "find_span",
 ]
 
 
@@ -41,12 +42,3 @@ class _Callable(ModuleType):
 
 
 sys.modules[__name__].__class__ = _Callable
-
-
-def __getattr__(name: str) -> Any:
-    # Parts import attach, so what is built of parts is looked up when it is asked for.
-    if name in ("Prompt", "prefill"):
-        from attlas.cache import prompt
-
-        return getattr(prompt, name)
-    raise AttributeError(f"module 'attlas.attach' has no attribute {name!r}")

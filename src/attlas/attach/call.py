@@ -1,18 +1,19 @@
-"""What parts see (`Step`, `Call`) and what they may do (`Part`, `Recorder`)."""
+"""What parts see: the forward call under way (`Step`), one layer's attention in it (`Call`), a `Site`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from attlas.catalog.kinds import RECORD, SELECT, Kind
+from attlas.attach.where import Spans, in_spans
 from attlas.errors import UserError
 from attlas.positions import ScoreMod
 from attlas.storage.layer import Chosen
+from attlas.storage.rows import Rows
 
 
 @dataclass(slots=True)
@@ -23,6 +24,8 @@ class Step:
         cache: the Transformers cache in use, None without one.
         real: which of the tokens seen so far are no padding; None when all are.
         positions: the position ids given with the call, None when the model counts them itself.
+        earlier: position ids of the tokens before this call, in pieces, as they were given then.
+        windows: the first column that each sliding-window layer of the cache holds in this call.
         offset: tokens that the cache had seen before this call.
         length: tokens of this call; 0 when the model takes no tokens (images).
         chunked: the session was told that the prompt comes in several calls.
@@ -35,6 +38,8 @@ class Step:
     cache: Any = None
     real: Bool[Tensor, "batch seen"] | None = None
     positions: Int[Tensor, "*rows query"] | None = None
+    earlier: list[Tensor] = field(default_factory=list)
+    windows: dict[int, int] = field(default_factory=dict)
     offset: int = 0
     length: int = 0
     chunked: bool = False
@@ -43,27 +48,47 @@ class Step:
     shared: dict[Any, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class Site:
+    """Where something passes in a forward call.
+
+    Attributes:
+        layer: index of the layer.
+        point: the name of the place, see `Part.stream`; "project" before queries, keys and values.
+        module: of the model, that takes or gives what passes.
+        step: the forward call that this is part of.
+    """
+
+    layer: int
+    point: str
+    module: nn.Module
+    step: Step
+
+
 @dataclass(slots=True)
 class Call:
-    """One layer's attention in one forward call, handed to every part.
+    """One layer's attention in one forward call, handed to every part, complete before any hook runs.
 
-    Keys stand in slots: slot s of a cache that dropped tokens holds the token of column
-    `columns[..., s]` of the original sequence; without such a cache slot and column are the same.
+    Keys stand in slots: slot s of a cache that dropped tokens, or let a window of them go, holds the
+    token of column `columns[..., s]` of the original sequence; else slot and column are the same.
 
     Attributes:
         layer: index of the layer.
         module: the model's attention module.
         q: queries, rotated where the model rotates them.
         k: keys in the cache, those of this call last; not repeated for grouped heads. Where the cache
-            holds them encoded and no part needs to see them, those of this call alone.
+            holds them encoded and no part of the session looks at keys one by one (`held`), those of
+            this call alone, and neither mask nor columns are told.
         v: values likewise.
         scaling: factor of q·k.
         mask: which slots each query may attend (True = may), None for all or, with `is_causal`,
             for those before it.
         step: the forward call that this is part of.
-        columns: original column of each slot, -1 for an empty one; None while nothing was dropped.
+        columns: original column of each slot, -1 for an empty one; None while all columns are there.
+        held: attention reads the cache in the form in which it holds its keys.
         cache_layer: this layer's part of the cache.
         chosen: which slots are read in this step, None for all.
+        changers: the parts that change this layer's weights.
         is_causal: with `mask` None and several queries, query i sees keys 0..i only.
         model_mask: the model's own mask, before parts hid more; None as `mask` is.
         score_mod: the pointwise changes of scores in force (soft caps, biases, parts), None without.
@@ -81,7 +106,9 @@ class Call:
     step: Step
     columns: Int[Tensor, "batch kv_heads keys"] | None = None
     cache_layer: Any = None
+    held: bool = False
     chosen: Chosen | None = None
+    changers: tuple[Any, ...] = ()
     is_causal: bool = False
     model_mask: Bool[Tensor, "batch mask_heads query keys"] | None = None
     score_mod: ScoreMod | None = None
@@ -117,6 +144,40 @@ class Call:
         return self.step.hidden.get(self.module)
 
     @property
+    def rows(self) -> Rows:
+        """Which of the tokens seen, those of this call included, are real."""
+        shared = self.step.shared
+        if "rows" not in shared:
+            shared["rows"] = Rows(self.step.real, self.step.offset + self.q.shape[2])
+        found: Rows = shared["rows"]
+        return found
+
+    @property
+    def ranks(self) -> tuple[Int[Tensor, "batch query"], Bool[Tensor, "batch query"]]:
+        """(rank among its row's real tokens, whether it is one) of each query."""
+        if "ranks" not in self.step.shared:
+            found = self.rows.last(self.q.shape[2], self.q.shape[0], self.q.device)
+            self.step.shared["ranks"] = found
+        rank, real = self.step.shared["ranks"]
+        return rank.to(self.q.device), real.to(self.q.device)
+
+    @property
+    def counts(self) -> tuple[list[int], list[int]]:
+        """(real tokens of each row before this call, with it)."""
+        shared, batch = self.step.shared, self.q.shape[0]
+        if "counts" not in shared:
+            before = Rows(self.step.real, self.step.offset)
+            shared["counts"] = before.counts(batch), self.rows.counts(batch)
+        found: tuple[list[int], list[int]] = shared["counts"]
+        return found
+
+    @property
+    def row_starts(self) -> Int[Tensor, " batch"]:
+        """Position of each row's first token, from any of this call's; 0 for a row without one."""
+        rank, real = self.ranks
+        return (self.positions - rank).masked_fill(~real, 0).sum(1) // real.sum(1).clamp(min=1)
+
+    @property
     def real(self) -> Bool[Tensor, "batch query"] | None:
         """Which of this call's tokens are no padding; None when all are."""
         if self.step.real is None:
@@ -131,99 +192,30 @@ class Call:
         return torch.arange(first, first + self.q.shape[2], device=self.q.device)
 
     @property
+    def key_positions(self) -> Int[Tensor, "#batch #kv_heads keys"]:
+        """Position ids of the keys, as the model counted them when they came; -1 for an empty slot."""
+        before, own = list(self.step.earlier), self.positions
+        known = sum(piece.shape[-1] for piece in before)
+        if known < self.step.offset:  # a cache from elsewhere: positions count its real tokens
+            columns = torch.arange(self.step.offset - known, device=self.q.device)
+            before.insert(0, self.rows.at(columns.expand(self.q.shape[0], -1))[1])
+        rows = [p.to(self.q.device).expand(self.q.shape[0], -1) for p in (*before, own)]
+        every = torch.cat(rows, dim=1)
+        if self.columns is None:
+            return every[:, None, : self.k.shape[2]]
+        at = self.columns.clamp(min=0).long()
+        found = every[:, None].expand(-1, at.shape[1], -1).gather(-1, at)
+        return found.masked_fill(self.columns < 0, -1)
+
+    def in_spans(self, spans: Spans) -> Bool[Tensor, "batch columns"]:
+        """Which columns hold a token of the spans, see `attlas.attach.where`."""
+        columns = torch.arange(self.rows.seen, device=self.q.device).expand(self.q.shape[0], -1)
+        there, ranks = self.rows.at(columns)
+        return in_spans(spans, ranks, there)
+
+    @property
     def head_columns(self) -> Int[Tensor, "batch heads keys"] | None:
         """`columns` repeated for the query heads."""
         if self.columns is None:
             return None
         return self.columns.repeat_interleave(self.groups, dim=1)
-
-
-class Part:
-    """What attaches to a model. Override the hooks that the part needs, named by stage."""
-
-    #: The part reads `call.hidden`, the states from which the layer makes queries, keys and values.
-    wants_hidden: bool = False
-    #: What `attlas compare --preset cache` compares this part with the others at, each as it stands
-    #: behind the part's name in `--methods`: "(keep=0.5)", "(bits=4)+other(keep=0.25)". Not inherited.
-    comparable: ClassVar[tuple[str, ...]] = ()
-
-    def check(self, model: nn.Module) -> None:
-        """Look at the model before anything is changed.
-
-        Raises:
-            ValueError: the part cannot work on this model.
-        """
-
-    def cache_layers(self, layers: list[Any], model: nn.Module) -> list[Any]:
-        """The layers that an empty cache shall have, given those it came with.
-
-        A layer that drops tokens tells so by `columns()`, the original column of each of its slots
-        (-1 for an empty one; None while nothing is dropped), and by `ragged`, whether there are
-        empty ones; it counts the tokens that it has seen, not those it holds.
-        """
-        return layers
-
-    def begin(self, step: Step) -> None:
-        """Called before each forward call of the model."""
-
-    def score_mod(self, call: Call) -> ScoreMod | None:
-        """A pointwise change of this call's scores, None for no change.
-
-        Its indices are columns of the original sequence, whatever a cache has dropped.
-        """
-        return None
-
-    def mask(self, call: Call) -> Bool[Tensor, "#batch #heads #query keys"] | None:
-        """Pairs of query and slot that may meet, combined with the model's own mask; None: all."""
-        return None
-
-    def select(self, call: Call) -> Chosen | None:
-        """The slots that this step reads; None for all. One part of a session may choose."""
-        return None
-
-    def attend(self, call: Call) -> Float[Tensor, "batch query heads value_dim"] | None:
-        """The whole attention of this call in another way; None leaves it to the next part, or to us."""
-        return None
-
-    def output(
-        self, call: Call, heads: Float[Tensor, "batch query heads value_dim"]
-    ) -> Float[Tensor, "batch query heads value_dim"]:
-        """The heads' outputs, changed or as they are."""
-        return heads
-
-    def observe(self, call: Call) -> None:
-        """Called after this call's attention, without gradients."""
-
-
-class Selector(Part):
-    """Reads a part of the keys that are there; the others stay where they are."""
-
-    kind: ClassVar[Kind] = SELECT
-
-
-class Recorder(Part):
-    """Looks at attention weights, given block by block and never as a whole."""
-
-    kind: ClassVar[Kind] = RECORD
-
-    def update(
-        self,
-        call: Call,
-        weights: Float[Tensor, "batch heads query keys"],
-        queries: Int[Tensor, " query"],
-        keys: Int[Tensor, " keys"] | Int[Tensor, "batch heads keys"],
-    ) -> None:
-        """Take in a block of float32 weights.
-
-        Args:
-            call: where the weights come from.
-            weights: they sum to one over the keys (to less where the model has sink logits, and to
-                zero in rows that are padding).
-            queries: original columns of the block's queries.
-            keys: original columns of its keys, per head where a cache dropped tokens (-1: empty).
-        """
-        raise NotImplementedError
-
-    def result(self) -> Any:
-        """What was recorded, layers stacked first."""
-        raise NotImplementedError

@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from attlas import masks, ops
 from attlas.attach.blocks import weight_blocks
 from attlas.attach.call import Call
+from attlas.attach.scores import chained, changed_by, in_slots
+from attlas.attach.slots import boolean, both, columns_of, in_columns, shown
+from attlas.attach.state import ATTACHED, Attachment
 from attlas.errors import UserError
-from attlas.ops.segments import listed
-from attlas.positions import ScoreMod
-from attlas.storage.layer import Chosen, StoredLayer
-
-if TYPE_CHECKING:
-    from attlas.attach.session import Session
-
-#: The session of each attention module of the models attached now.
-SESSIONS: dict[nn.Module, Session] = {}
+from attlas.hf.caches import refuse_other
+from attlas.hf.interface import sdpa_attention_forward
+from attlas.storage.layer import StoredLayer
 
 #: Queries times heads of a group that are attended to as the cache holds its keys.
 ROWS = 64
 
 #: Arguments of other attention functions, with what a user may do instead.
 REFUSED = {
-    "cache": "continuous batching's paged cache cannot be intercepted; use generate()",
     "cu_seq_lens_q": "packed sequences of FlashAttention; give position_ids or an attention_mask",
     "cu_seq_lens_k": "packed sequences of FlashAttention; give position_ids or an attention_mask",
     "max_length_q": "packed sequences of FlashAttention; give position_ids or an attention_mask",
@@ -48,48 +43,84 @@ def attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "batch query heads value_dim"], None]:
-    """Attention under the session that holds `module`, with Transformers' own signature.
+    """Attention under the attachment that holds `module`, with Transformers' own signature.
 
     Without parts it is Transformers' SDPA function, unless the layer has soft caps or sink logits,
     which SDPA cannot do.
 
     Raises:
         ValueError: an argument that cannot be honoured, by its name.
-        RuntimeError: the module belongs to no session.
+        RuntimeError: the module belongs to no attached model.
     """
-    session = SESSIONS.get(module)
-    if session is None:
+    held = ATTACHED.get(module)
+    if held is None:
         raise RuntimeError(f"{type(module).__name__} is set to attlas but belongs to no session")
     for name, why in REFUSED.items():
         if kwargs.get(name) is not None:
             raise UserError(f"attach cannot honour {name}: {why}")
-    if session.direct and kwargs.get("softcap") is None and kwargs.get("s_aux") is None:
+    # A plain cache is passed on by some models of 5.24, which have filled it already.
+    refuse_other("cache", kwargs.get("cache"))
+    if held.direct and kwargs.get("softcap") is None and kwargs.get("s_aux") is None:
         return sdpa_attention_forward(  # type: ignore[no-any-return]
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    call = _call(session, module, query, key, value, attention_mask, scaling, kwargs)
-    found = (part.attend(call) for part in session.attenders)
-    heads = next((heads for heads in found if heads is not None), None)
-    if heads is None:
-        heads = _heads(session, call, attention_mask, dropout)
-    for part in session.editors:
-        heads = part.output(call, heads)
-    with torch.no_grad():
-        _look(session, call)
-    return heads, None
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return attended(held, module, query, key, value, attention_mask, scaling, dropout, kwargs), None
 
 
-def _call(
-    session: Session,
+def attended(
+    held: Attachment,
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
-    scaling: float | None,
+    scaling: float,
+    dropout: float,
     kwargs: dict[str, Any],
+    features: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+) -> Float[Tensor, "batch query heads value_dim"]:
+    """One layer's attention with all parts at work.
+
+    Args:
+        held: the attachment.
+        module: the layer's attention module.
+        query: rotated.
+        key: as the cache gives them.
+        value: likewise.
+        mask: the model's, booleans whose keys are slots, or columns where a cache drops tokens.
+        scaling: of the products.
+        dropout: share of weights dropped.
+        kwargs: what else the model passed on.
+        features: what the layer makes of queries and keys before it multiplies them.
+    """
+    call = _call(held, module, query, key, value, mask, scaling, kwargs, features)
+    found = (part.attend(call) for part in held.with_hook("attend", call.layer))
+    heads = next((heads for heads in found if heads is not None), None)
+    weighed = heads is None and held.weighs(call.layer)
+    if weighed:
+        heads = _weighed(held, call, dropout)
+    elif heads is None:
+        heads = _heads(call, mask, dropout)
+    for part in held.with_hook("output", call.layer):
+        heads = part.output(call, heads)
+    _look(held, call, recorded=weighed)
+    return heads
+
+
+def _call(
+    held: Attachment,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    kwargs: dict[str, Any],
+    features: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
 ) -> Call:
-    step, layer = session.step, session.layers[module]
+    """The call, complete, and then what the parts do to it, stage by stage."""
+    step, layer = held.step, held.layers[module]
     if step is None:
         raise UserError("a part needs the model's own call: use model(...), not model.forward(...)")
     causal = kwargs.get("is_causal")
@@ -99,7 +130,7 @@ def _call(
         q=query,
         k=key,
         v=value,
-        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        scaling=scaling,
         mask=None,
         step=step,
         is_causal=bool(getattr(module, "is_causal", True) if causal is None else causal),
@@ -108,172 +139,88 @@ def _call(
     )
     if step.cache is not None and layer < len(step.cache.layers):
         call.cache_layer = step.cache.layers[layer]
-    call.score_mod = _score_mod(call, [part.score_mod(call) for part in session.modders])
-    chosen = (part.select(call) for part in session.selectors)
+    call.score_mod = changed_by(call)
+    call.held = features is None and _as_held(held, call)
+    if not call.held:
+        _with_keys(call, mask)
+        if features is not None:
+            call.q, call.k = features(call.q, call.k)
+    for part in held.with_hook("position", layer):
+        call.q, call.k = part.position(call, call.q, call.k)
+    chosen = (part.select(call) for part in held.with_hook("select", layer))
     call.chosen = next((choice for choice in chosen if choice is not None), None)
-    if not _as_held(session, call):
-        _with_keys(session, call, mask)
+    if call.held:
+        return call
+    if call.chosen is not None:
+        call.mask = both(call, shown(call, call.chosen))
+    for part in held.with_hook("mask", layer):
+        call.mask = both(call, part.mask(call))
+    for part in held.with_hook("score_mod", layer):
+        call.score_mod = chained(call.score_mod, part.score_mod(call))
+    call.changers = tuple(held.with_hook("normalize", layer))
     return call
 
 
-def _as_held(session: Session, call: Call) -> bool:
+def _as_held(held: Attachment, call: Call) -> bool:
     """Whether this call is attended to in the form in which the cache holds its keys.
 
     It is when the prompt is over, the queries are few, and nobody looks at the keys one by one.
     """
     layer = call.cache_layer
-    if not isinstance(layer, StoredLayer) or not layer.settled:
+    if not isinstance(layer, StoredLayer) or not (layer.managed and layer.settled):
         return False
-    watched = session.recorders or session.maskers or call.score_mod is not None
     few = call.q.shape[2] * call.groups <= ROWS
-    return not watched and few and call.is_causal
+    return few and call.is_causal and call.score_mod is None and not held.wants_keys(call.layer)
 
 
-def _with_keys(session: Session, call: Call, mask: Tensor | None) -> None:
+def _with_keys(call: Call, mask: Tensor | None) -> None:
     """All keys that the cache holds, in slots, and which of them each query may attend to."""
     layer = call.cache_layer
-    if isinstance(layer, StoredLayer):
-        if layer.settled:
-            call.k, call.v, call.columns = layer.read()
-            layer.read_bytes = layer.nbytes
-            if (bias := layer.biases()) is not None:
-                call.score_mod = _weighted(call, bias)
-    elif (columns := getattr(layer, "columns", None)) is not None:
-        call.columns = columns()
-    call.mask = call.model_mask = _in_columns(call, mask)
-    for part in session.maskers:
-        call.mask = _both(call, part.mask(call))
-    if call.chosen is not None:
-        call.mask = _both(call, _shown(call, call.chosen))
+    if isinstance(layer, StoredLayer) and layer.managed and layer.settled:
+        call.k, call.v, call.columns = layer.read()
+        layer.read_bytes = layer.nbytes
+        call.score_mod = chained(call.score_mod, _weights_of_slots(call, layer))
+    else:
+        call.columns = columns_of(call)
+    call.mask = call.model_mask = in_columns(call, boolean(mask))
 
 
-def _weighted(call: Call, bias: Float[Tensor, "batch kv_heads seen"]) -> ScoreMod:
-    """The score change in force, and after it what keys have that stand for several tokens."""
-    mod, groups = call.score_mod, call.groups
+def _weights_of_slots(call: Call, layer: StoredLayer) -> Any:
+    """What scores gain of keys that stand for several tokens; None where there are none."""
+    bias = layer.biases()
+    if bias is None:
+        return None
+    groups = call.groups
 
     def weighted(s: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        changed = s if mod is None else mod(s, b, h, q, k)
-        return changed + bias[b, h // groups, k].to(s.dtype)
+        changed: Tensor = s + bias[b, h // groups, k].to(s.dtype)
+        return changed
 
     return weighted
 
 
-def _shown(call: Call, chosen: Chosen) -> Bool[Tensor, "batch heads 1 keys"]:
-    """Which slots a choice reads."""
-    slots = call.k.shape[2]
-    at, there = listed(chosen.index, chosen.page, chosen.slots, None)
-    shown = torch.zeros(*at.shape[:2], slots + 1, dtype=torch.bool, device=at.device)
-    shown.scatter_(2, torch.where(there[:, :, 0], at, slots).long(), True)
-    shown = shown[..., :slots]
-    shown[..., chosen.slots :] = True
-    return shown.repeat_interleave(call.q.shape[1] // shown.shape[1], dim=1)[:, :, None]
-
-
-def _in_columns(
-    call: Call, mask: Tensor | None
-) -> Bool[Tensor, "batch mask_heads query keys"] | None:
-    """The model's mask, whose columns are the original ones, for the slots that are there."""
-    columns = call.columns
-    mask = _boolean(mask)
-    if columns is None:
-        return mask
-    there = columns >= 0
-    if mask is None:
-        if call.q.shape[2] > 1 and call.is_causal:
-            there = there[:, :, None] & (columns[:, :, None] <= call.queries[:, None])
-        elif bool(there.all()):
-            return None
-        else:
-            there = there[:, :, None]
-    else:
-        at = columns.clamp(min=0).long()
-        if mask.shape[1] > 1:
-            at, there = (x.repeat_interleave(call.groups, dim=1) for x in (at, there))
-        batch, kv_heads, slots = at.shape
-        size = (batch, kv_heads, call.q.shape[2])
-        at = at[:, :, None].expand(*size, slots)
-        there = mask.expand(*size, mask.shape[-1]).gather(3, at) & there[:, :, None]
-    if there.shape[1] != call.q.shape[1]:
-        there = there.repeat_interleave(call.groups, dim=1)
-    return there.expand(-1, -1, call.q.shape[2], -1)
-
-
-def _boolean(mask: Tensor | None) -> Tensor | None:
-    if mask is not None and mask.dtype != torch.bool:
-        raise UserError(
-            f"attach takes a boolean attention mask (True = may attend), got one of {mask.dtype}; "
-            "give the 2-D mask of 0 and 1, or a boolean 4-D one"
-        )
-    return mask
-
-
-def _both(call: Call, extra: Tensor | None) -> Bool[Tensor, "batch mask_heads query keys"] | None:
-    """The mask in force and a part's, where one has none also the causal one that it implies."""
-    if extra is None:
-        return call.mask
-    query, slots = call.q.shape[2], call.k.shape[2]
-    mask = call.mask
-    if mask is None and call.is_causal and query > 1:
-        mask = torch.ones(query, slots, dtype=torch.bool, device=extra.device).tril()[None, None]
-    both = extra if mask is None else mask & extra
-    heads = both.shape[1] if both.ndim == 4 else 1
-    return both.expand(call.q.shape[0], heads, query, slots)
-
-
-def _score_mod(call: Call, mods: Sequence[ScoreMod | None]) -> ScoreMod | None:
-    """Soft cap, then position bias, then the parts' changes, as one function; None for none."""
-    softcap: Any = call.kwargs.get("softcap")
-    bias: Any = call.kwargs.get("position_bias")
-    first = call.step.offset
-
-    def cap(s: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        capped: Tensor = (s / softcap).tanh() * softcap
-        return capped
-
-    def add_bias(s: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        changed: Tensor = s + bias[b * (bias.shape[0] > 1), h, q - first, k]
-        return changed
-
-    chain: list[ScoreMod] = [mod for mod in mods if mod is not None]
-    if bias is not None:
-        chain.insert(0, add_bias)
-    if softcap is not None:
-        chain.insert(0, cap)
-    if not chain:
-        return None
-
-    def together(s: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        for mod in chain:
-            s = mod(s, b, h, q, k)
-        return s
-
-    return together
-
-
 def _heads(
-    session: Session, call: Call, mask: Tensor | None, dropout: float
+    call: Call, mask: Tensor | None, dropout: float
 ) -> Float[Tensor, "batch query heads value_dim"]:
     """Attention proper: as the cache holds its keys, else SDPA unless scores are changed."""
-    if _as_held(session, call):
+    if call.held:
         heads = call.cache_layer.attend(
-            call.q, scale=call.scaling, visible=_boolean(mask), sinks=call.sinks, chosen=call.chosen
+            call.q, scale=call.scaling, visible=boolean(mask), sinks=call.sinks, chosen=call.chosen
         )
         return heads.transpose(1, 2).contiguous()  # type: ignore[no-any-return]
-    if call.score_mod is None and call.sinks is None:
+    grouped = call.groups == 1 or hasattr(call.module, "num_key_value_groups")
+    if call.score_mod is None and call.sinks is None and grouped:
         heads, _ = sdpa_attention_forward(
             call.module, call.q, call.k, call.v, call.mask,
             dropout=dropout, scaling=call.scaling, is_causal=call.is_causal,
         )  # fmt: skip
         return heads  # type: ignore[no-any-return]
-    if dropout:
-        raise UserError(
-            "attach cannot honour dropout together with changed scores; call model.eval()"
-        )
+    _refuse_dropout(dropout)
     pattern: Tensor | masks.Mask | None = call.mask
     if pattern is None and call.is_causal and call.q.shape[2] > 1:
         pattern = masks.causal
     heads, lse = ops.attend(
-        call.q, call.k, call.v, mask=pattern, score_mod=_in_slots(call), scale=call.scaling,
+        call.q, call.k, call.v, mask=pattern, score_mod=in_slots(call), scale=call.scaling,
         return_lse=True, q_offset=0,
     )  # fmt: skip
     if call.sinks is not None:
@@ -282,25 +229,56 @@ def _heads(
     return heads.transpose(1, 2).contiguous()
 
 
-def _in_slots(call: Call) -> ScoreMod | None:
-    """The score change in terms of this call's query and slot numbers."""
-    mod, columns, first = call.score_mod, call.columns, call.step.offset
-    if mod is None or (columns is None and first == 0):
-        return mod
-    groups = call.groups
+def _weighed(
+    held: Attachment, call: Call, dropout: float
+) -> Float[Tensor, "batch query heads value_dim"]:
+    """Attention from weights that parts change or differentiate, block by block of queries."""
+    _refuse_dropout(dropout)
+    pieces = []
+    for weights, queries, keys in weight_blocks(call):
+        values = call.v[:, :, : weights.shape[-1]]
+        pieces.append(ops.grouped_product(weights.to(values.dtype), values))
+        for recorder in held.recorders_of(call.layer):
+            with torch.set_grad_enabled(recorder.wants_gradients and torch.is_grad_enabled()):
+                show(recorder, call, weights, queries, keys)
+    return torch.cat(pieces, dim=2).transpose(1, 2).contiguous()
 
-    def slots(s: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return mod(s, b, h, q + first, k if columns is None else columns[b, h // groups, k])
 
-    return slots
+def _refuse_dropout(dropout: float) -> None:
+    if dropout:
+        raise UserError(
+            "attach cannot honour dropout together with changed scores; call model.eval()"
+        )
 
 
-def _look(session: Session, call: Call) -> None:
-    if session.recorders:
-        for weights, queries, keys in weight_blocks(call):
-            for recorder in session.recorders:
-                recorder.update(call, weights, queries, keys)
-    for part in session.observers:
-        part.observe(call)
+def _look(held: Attachment, call: Call, recorded: bool) -> None:
+    """Show the call to recorders, unless they have seen its weights, and to observers."""
+    recorders = [] if recorded else held.recorders_of(call.layer)
+    with torch.no_grad():
+        if recorders:
+            chosen = [recorder.where.heads_of(call.layer) for recorder in recorders]
+            union = sorted({head for heads in chosen for head in heads or ()})
+            some = None if any(heads is None for heads in chosen) or call.changers else union
+            for weights, queries, keys in weight_blocks(call, heads=some):
+                for recorder in recorders:
+                    show(recorder, call, weights, queries, keys, some)
+    for part in held.with_hook("observe", call.layer):
+        with torch.set_grad_enabled(part.wants_gradients and torch.is_grad_enabled()):
+            part.observe(call)
     if isinstance(call.cache_layer, StoredLayer) and not call.step.chunked:
         call.cache_layer.settled = True
+
+
+def show(
+    recorder: Any, call: Call, weights: Tensor, queries: Tensor, keys: Tensor,
+    among: list[int] | None = None,
+) -> None:  # fmt: skip
+    """A block of weights, those of the heads that a recorder looks at; `among` says which are there."""
+    wanted = recorder.where.heads_of(call.layer)
+    if wanted is not None:
+        at = [head if among is None else among.index(head) for head in wanted]
+        weights = weights[:, at]
+        keys = keys if keys.ndim == 1 else keys[:, at]
+    recorder.update(call, weights, queries, keys)
+
+

@@ -8,12 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from attlas.attach.call import Part, Recorder, Step
-from attlas.errors import UserError
+from attlas.attach import wiring
+from attlas.attach.part import Part, Recorder
+from attlas.attach.state import Attachment
+from attlas.catalog import registry
 from attlas.storage.layer import StoredLayer
-
-#: The name under which attlas stands in Transformers' registries while a session is open.
-NAME = "attlas"
 
 
 def attach(
@@ -22,15 +21,16 @@ def attach(
     record: Iterable[str | Recorder] = (),
     chunked: bool = False,
 ) -> Session:
-    """Attach parts to a Transformers model for the length of a `with` block.
+    """Attach parts to a model for the length of a `with` block.
 
     Parts compose in the order given: masks are combined, score changes and changes of the heads'
     outputs follow one another. Of the parts that deal with the cache one may evict, one quantize and one
     select, in this order, each working on what those before it left.
 
     Args:
-        model: any Transformers model that calls its attention through `AttentionInterface`.
-        parts: cache policies, selections, steerers, recorders.
+        model: any Transformers model that calls its attention through `AttentionInterface`, or one of
+            attlas's own; of an encoder-decoder of ours the decoder's attention to its own tokens.
+        parts: cache policies, selections, steerers, patches, recorders.
         record: recorders, or names under which recorders are registered; what they found is
             `session[name]`.
         chunked: the prompt comes in several calls (`generate(prefill_chunk_size=...)`) and ends
@@ -45,7 +45,7 @@ def attach(
     return Session(model, parts, record, chunked)
 
 
-class Session:
+class Session(Attachment):
     """An attached model; a context manager made by `attach`.
 
     Attributes:
@@ -60,35 +60,16 @@ class Session:
         record: Iterable[str | Recorder],
         chunked: bool,
     ) -> None:
-        self.model = _checked_model(model)
-        self.chunked = chunked
-        self.cache: Any = None
-        self.step: Step | None = None
         self.records = _recorders(record)
-        self.parts = tuple(_checked_part(part) for part in parts)
-        for part in (part for part in self.parts if isinstance(part, Recorder)):
-            self.records[_free_name(part, self.records)] = part
-        self.parts += tuple(r for r in self.records.values() if r not in self.parts)
-        self.recorders = [p for p in self.parts if isinstance(p, Recorder)]
-        self.modders = self._overriding("score_mod")
-        self.maskers = self._overriding("mask")
-        self.editors = self._overriding("output")
-        self.observers = self._overriding("observe")
-        self.selectors = self._overriding("select")
-        self.attenders = self._overriding("attend")
-        self.keepers = self._overriding("cache_layers")
-        _check_keepers(self.keepers)
-        self.plain = not self.parts
-        self.direct = self.plain
-        self.layers: dict[nn.Module, int] = {}
-        self.undo: list[Any] = []
-
-    def _overriding(self, hook: str) -> list[Part]:
-        return [p for p in self.parts if getattr(type(p), hook) is not getattr(Part, hook)]
+        given = tuple(_checked_part(part) for part in parts)
+        for recorder in (part for part in given if isinstance(part, Recorder)):
+            self.records[_free_name(recorder, self.records)] = recorder
+        given += tuple(r for r in self.records.values() if r not in given)
+        super().__init__(_checked_model(model), given, chunked)
+        for keeper in self.keepers:
+            keeper.check_beside(self.keepers)
 
     def __enter__(self) -> Session:
-        from attlas.attach import wiring
-
         for part in self.parts:
             part.check(self.model)
         wiring.connect(self)
@@ -100,8 +81,6 @@ class Session:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        from attlas.attach import wiring
-
         wiring.disconnect(self)
 
     def __getitem__(self, name: str) -> Any:
@@ -124,28 +103,6 @@ class Session:
         """Bytes of the cache that the last call read, summaries that it chose by included."""
         return 0 if self.cache is None else bytes_read(self.cache)
 
-    def before(self, step: Step) -> None:
-        """A forward call begins: the cache is made ready and every part is told."""
-        self.step, self.cache = step, step.cache
-        layers = step.cache.layers if step.cache is not None else ()
-        self.direct = self.plain and not any(hasattr(layer, "columns") for layer in layers)
-        for part in self.parts:
-            part.begin(step)
-        ended = step.chunked and step.length == 1 and step.offset > 0
-        for layer in layers:
-            if isinstance(layer, StoredLayer):
-                layer.attached = True
-                layer.settled = layer.settled or ended
-
-    def after(self, cache: Any) -> None:
-        """A forward call has ended."""
-        for layer in self.cache.layers if self.cache is not None else ():
-            if isinstance(layer, StoredLayer):
-                layer.attached = False
-        self.step = None
-        if cache is not None:
-            self.cache = cache
-
 
 def cache_bytes(cache: Any) -> int:
     """Bytes of keys, values, slot indices and remembered states that a cache holds."""
@@ -156,26 +113,13 @@ def layer_bytes(layer: Any) -> int:
     """Bytes that one layer of a cache holds."""
     if isinstance(layer, StoredLayer):
         return layer.nbytes
-    held = [
-        *(getattr(layer, name, None) for name in ("keys", "values")),
-        *getattr(layer, "states", {}).values(),
-    ]
+    held = [getattr(layer, name, None) for name in ("keys", "values")]
     return sum(t.nbytes for t in held if isinstance(t, Tensor))
 
 
 def bytes_read(cache: Any) -> int:
     """Bytes of a cache that its last step read; of a layer that does not count, all it holds."""
     return sum(getattr(layer, "read_bytes", 0) or layer_bytes(layer) for layer in cache.layers)
-
-
-def _check_keepers(keepers: list[Part]) -> None:
-    from attlas.cache.part import CachePart, check_together
-
-    others = [part for part in keepers if not isinstance(part, CachePart)]
-    if others and len(keepers) > 1:
-        names = " and ".join(type(p).__name__ for p in keepers)
-        raise UserError(f"only one part can own the cache, got {names}")
-    check_together([part for part in keepers if isinstance(part, CachePart)])
 
 
 def _checked_model(model: nn.Module) -> nn.Module:
@@ -195,8 +139,6 @@ def _checked_part(part: Any) -> Part:
 
 
 def _recorders(record: Iterable[str | Recorder]) -> dict[str, Recorder]:
-    from attlas.catalog import registry
-
     if isinstance(record, (str, Recorder)):
         raise TypeError(f"record takes a list of recorders, got {record!r}; write [{record!r}]")
     found: dict[str, Recorder] = {}
@@ -210,9 +152,9 @@ def _recorders(record: Iterable[str | Recorder]) -> dict[str, Recorder]:
 
 def _free_name(recorder: Recorder, taken: dict[str, Recorder]) -> str:
     """The name it is registered under, else its class's; numbered when taken."""
-    from attlas.catalog import registry
-
     entry = registry.entry_of(type(recorder))
     name = type(recorder).__name__ if entry is None else entry.name
     number = sum(known == name or known.startswith(f"{name}#") for known in taken)
     return f"{name}#{number + 1}" if number else name
+
+

@@ -1,85 +1,101 @@
-"""How a session takes hold of a model, and lets go: registries, configurations and hooks."""
+"""How an attachment takes hold of a model, and lets go: registries, configurations and hooks."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import sdpa_mask
-from transformers.modeling_utils import PreTrainedModel
 
-from attlas.attach.call import Step
-from attlas.attach.forward import SESSIONS, attention
-from attlas.attach.session import NAME, Session
+from attlas.attach import calls, own, stream
+from attlas.attach.forward import attention
+from attlas.attach.state import ATTACHED, Attachment
 from attlas.errors import UserError
+from attlas.hf import interface
+
+#: The name under which attlas stands in Transformers' registries while a model is attached.
+NAME = "attlas"
 
 
-def connect(session: Session) -> None:
-    """Intercept the session's model.
-
-    The attention function and its mask function are registered together: with one alone
-    Transformers would give no mask at all, and padding and causality would be lost silently.
+def connect(held: Attachment) -> None:
+    """Intercept the model.
 
     Raises:
         ValueError: the model is attached already or cannot be intercepted.
     """
-    model = session.model
-    if any(module in SESSIONS for module in model.modules()):
+    model = held.model
+    if any(module in ATTACHED for module in model.modules()):
         raise UserError(
             f"this {type(model).__name__} is attached already; give all parts to one attach()"
         )
-    if session.parts and getattr(model.config, "is_encoder_decoder", False):
+    ours = own.own_layers(model)
+    if held.parts and getattr(model.config, "is_encoder_decoder", False) and not ours:
         raise UserError(
             f"attach takes no parts on encoder-decoder models such as {type(model).__name__}; "
             "attach to its encoder or decoder alone"
         )
-    before = [(config, config._attn_implementation) for config in _configs(model)]
-    session.undo = [lambda: _forget(session), lambda: _restore(before)]
+    _resolve(held)
+    own.check(ours, held.parts)
+    before = [(config, interface.implementation(config)) for config in _configs(model)]
+    held.undo = [lambda: _forget(held), lambda: _restore(before)]
     try:
-        AttentionInterface.register(NAME, attention)
-        AttentionMaskInterface.register(NAME, sdpa_mask)
+        interface.register(NAME, attention)
         for name, module in model.named_modules():
-            SESSIONS[module] = session
-            session.layers[module] = _layer_number(module, name)
-        _switch(model)
-        session.undo += _hook(session)
-        if any(part.wants_hidden for part in session.parts):
-            session.undo += _watch_hidden(session)
+            ATTACHED[module] = held
+            held.layers[module] = _layer_number(module, name)
+        if ours:
+            held.undo += _open(ours)
+        else:
+            _switch(model)
+        held.undo += calls.hook(held)
+        held.undo += stream.watch(held)
+        if any(part.wants_hidden for part in held.parts):
+            held.undo += _watch_hidden(held)
     except BaseException:
-        disconnect(session)
+        disconnect(held)
         raise
 
 
-def disconnect(session: Session) -> None:
+def disconnect(held: Attachment) -> None:
     """Undo all that `connect` did."""
-    while session.undo:
-        session.undo.pop()()
+    while held.undo:
+        held.undo.pop()()
 
 
-def _forget(session: Session) -> None:
-    for module in session.layers:
-        del SESSIONS[module]
-    session.layers.clear()
-    if not SESSIONS:
-        # The interfaces have a public register() and nothing to take an entry back; what is set on
-        # their shared instances, which `del` would take back, the making of masks does not look at.
-        for interface in (AttentionInterface, AttentionMaskInterface):
-            interface._global_mapping.pop(NAME, None)
+def _resolve(held: Attachment) -> None:
+    """Numbers of layers and heads, of this model."""
+    config: Any = held.model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
+    layers = getattr(config, "num_hidden_layers", None)
+    heads = getattr(config, "num_attention_heads", None)
+    for part in held.parts:
+        if part.where.given:
+            part.where.resolve(int(layers or 0), int(heads or 0), type(part).__name__)
+
+
+def _open(layers: list[Any]) -> list[Any]:
+    """A door before each layer of ours."""
+    for layer in layers:
+        layer.door = own.Door()
+    return [lambda: [vars(layer).pop("door") for layer in layers]]
+
+
+def _forget(held: Attachment) -> None:
+    for module in held.layers:
+        del ATTACHED[module]
+    held.layers.clear()
+    if not ATTACHED:
+        interface.forget(NAME)
 
 
 def _restore(implementations: list[tuple[Any, Any]]) -> None:
     for config, implementation in implementations:
-        config._attn_implementation = implementation
+        interface.restore(config, implementation)
 
 
 def _switch(model: Any) -> None:
     model.set_attn_implementation(NAME)
     config = model.config.get_text_config(decoder=True)
-    if config._attn_implementation != NAME:
+    if interface.implementation(config) != NAME:
         raise UserError(
             f"the attention of {type(model).__name__} cannot be intercepted: its code does not "
             "call Transformers' AttentionInterface"
@@ -92,7 +108,7 @@ def _configs(model: nn.Module) -> Iterator[Any]:
     Setting a parent's implementation sets its children's too, so children come later.
     """
     seen: set[int] = set()
-    queue = [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]
+    queue = [m.config for m in model.modules() if isinstance(m, interface.PreTrainedModel)]
     while queue:
         config = queue.pop(0)
         if id(config) in seen:
@@ -112,104 +128,13 @@ def _layer_number(module: nn.Module, name: str) -> int:
     return digits[-1] if digits else 0
 
 
-def _hook(session: Session) -> list[Any]:
-    """Hooks on the base model, which runs whether the user calls it or the model around it."""
-    base = session.model.base_model
-    assert isinstance(base, nn.Module)
-    names = [name for name in inspect.signature(base.forward).parameters if name != "self"]
-
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        arguments = dict(zip(names, args, strict=False)) | kwargs
-        if arguments.get("output_attentions") or getattr(base.config, "output_attentions", False):
-            raise UserError(
-                "attach cannot honour output_attentions: it would hold a length x length matrix "
-                "for each layer; use record=['weights']"
-            )
-        cache = arguments.get("past_key_values")
-        if session.keepers:
-            cache = _owned(session, cache, arguments)
-        session.before(_step(session, cache, arguments))
-        if cache is arguments.get("past_key_values"):
-            return None
-        return (), arguments | {"past_key_values": cache}
-
-    def after(_: nn.Module, __: Any, output: Any) -> None:
-        session.after(getattr(output, "past_key_values", None))
-
-    return [
-        base.register_forward_pre_hook(before, with_kwargs=True).remove,
-        base.register_forward_hook(after, always_call=True).remove,
-    ]
-
-
-def _watch_hidden(session: Session) -> list[Any]:
+def _watch_hidden(held: Attachment) -> list[Any]:
     """Hooks that show a layer's attention what its module was given, of one module at a time."""
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         states = kwargs.get("hidden_states", args[0] if args else None)
-        if session.step is not None and isinstance(states, Tensor):
-            session.step.hidden = {module: states}
+        if held.step is not None and isinstance(states, Tensor):
+            held.step.hidden = {module: states}
 
-    layers = (m for m in session.layers if isinstance(getattr(m, "layer_idx", None), int))
+    layers = (m for m in held.layers if isinstance(getattr(m, "layer_idx", None), int))
     return [m.register_forward_pre_hook(before, with_kwargs=True).remove for m in layers]
-
-
-def _step(session: Session, cache: Any, arguments: dict[str, Any]) -> Step:
-    step = Step(cache=cache if isinstance(cache, Cache) else None, chunked=session.chunked)
-    if session.plain:
-        return step
-    tokens = next(
-        (t for n in ("input_ids", "inputs_embeds") if (t := arguments.get(n)) is not None), None
-    )
-    mask = arguments.get("attention_mask")
-    step.length = 0 if tokens is None else tokens.shape[1]
-    step.offset = 0 if step.cache is None else int(step.cache.get_seq_length())
-    step.positions = arguments.get("position_ids")
-    step.ids = arguments.get("input_ids")
-    if isinstance(mask, Tensor) and mask.ndim == 2 and not mask.all():
-        step.real = mask.bool()
-    elif session.keepers and mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
-        raise UserError(
-            "a cache policy takes a 2-D attention_mask, which tells it the padding; got one of "
-            + (f"{mask.ndim} dimensions" if isinstance(mask, Tensor) else type(mask).__name__)
-        )
-    return step
-
-
-def _owned(session: Session, cache: Any, arguments: dict[str, Any]) -> DynamicCache:
-    """The cache to use: a new one, or the given one with its empty layers replaced in place.
-
-    A cache that was made before, by a fork or from a file, is gone on with as it is.
-    """
-    model: Any = session.model
-    config = model.config.get_text_config(decoder=True)
-    keeper = session.keepers[0]
-    if cache is None:
-        use = arguments.get("use_cache")
-        if not (getattr(config, "use_cache", False) if use is None else use):
-            raise UserError(f"{type(keeper).__name__} needs the cache; call with use_cache=True")
-        cache = DynamicCache(config=config)
-    if type(cache) is not DynamicCache or cache.offloading:
-        kind = "an offloaded cache" if getattr(cache, "offloading", False) else type(cache).__name__
-        raise UserError(
-            f"{type(keeper).__name__} cannot work on {kind}; give a DynamicCache or no cache"
-        )
-    if any(hasattr(layer, "columns") for layer in cache.layers):
-        if cache is not session.cache:
-            for part in session.keepers:
-                getattr(part, "resume", _as_it_is)(cache.layers, session.model)
-        return cache
-    if cache.get_seq_length() > 0:
-        raise UserError(
-            f"{type(keeper).__name__} cannot take over a cache that holds "
-            f"{cache.get_seq_length()} tokens already; run the prompt inside attach()"
-        )
-    layers = cache.layers or DynamicCache(config=config).layers
-    for part in session.keepers:
-        layers = part.cache_layers(layers, session.model)
-    cache.layers = layers
-    return cache
-
-
-def _as_it_is(layers: list[Any], model: nn.Module) -> None:
-    """For parts that have nothing to do with a cache that is there already."""

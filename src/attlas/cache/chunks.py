@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from attlas import ops
 from attlas.attach.call import Call
-from attlas.cache.policy import real_ranks
 from attlas.storage.layer import LayerState, StoredLayer
 from attlas.storage.rotary import Rotary
+from attlas.storage.rows import left_aligned
 
 
 class ChunkKeys:
@@ -30,7 +28,7 @@ class ChunkKeys:
     def grow(self, call: Call) -> None:
         """Take in the tokens of a call."""
         size, tensors = self.size, self.state.tensors
-        before, after = real_counts(call)
+        before, after = call.counts
         done, full = ([count // size for count in counts] for counts in (before, after))
         queries = self._queries(call, before)
         if done == full:
@@ -38,7 +36,7 @@ class ChunkKeys:
             tensors.setdefault("chunks", queries[:, :, :0])
             return
         k, v, starts = self._tail(call, done)
-        first = first_positions(call)
+        first = call.row_starts
         spans = list(zip(done, full, starts, strict=True))
         rows = (
             [slice(None)] if len(set(spans)) == 1 else [slice(r, r + 1) for r in range(len(spans))]
@@ -66,23 +64,23 @@ class ChunkKeys:
         """The queries that no complete chunk holds yet, each row's first ones."""
         pending = self.state.tensors.get("pending", call.q[:, :, :0])
         queries = torch.cat([pending, call.q], dim=2)
-        if call.step.real is None:
+        if call.rows.real is None:
             return queries
         number = torch.arange(pending.shape[2], device=queries.device)
         held = torch.tensor([count % self.size for count in before], device=queries.device)
-        there = torch.cat([number < held[:, None], real_ranks(call)[1]], dim=1)
+        there = torch.cat([number < held[:, None], call.ranks[1]], dim=1)
         return left_aligned(queries, there)
 
     def _tail(self, call: Call, done: list[int]) -> tuple[Tensor, Tensor, list[int]]:
         """(keys, values, where each row's first incomplete chunk begins) of what is not packed."""
         layer = call.cache_layer
         if not isinstance(layer, StoredLayer):
-            k, v = by_rank(call.k, call.v, None, call.step.real)
+            k, v = (call.rows.aligned(x) for x in (call.k, call.v))
             return k, v, [n * self.size for n in done]
         assert layer.keys is not None
         assert layer.values is not None
         columns = layer.dense_columns() if layer.bodies or layer.index is not None else None
-        k, v = by_rank(layer.keys, layer.values, columns, call.step.real)
+        k, v = (call.rows.aligned(x, columns) for x in (layer.keys, layer.values))
         # Whole chunks are packed as soon as they are complete, once the prompt is over.
         return k, v, [0 if layer.settled else n * self.size for n in done]
 
@@ -124,51 +122,6 @@ def gathered(
     head = torch.arange(heads, device=x.device)[:, None, None] // (heads // x.shape[1])
     at = index.long()[..., None] * size + torch.arange(size, device=x.device)
     return x[row, head, at.clamp(0, x.shape[2] - 1)]
-
-
-def real_counts(call: Call) -> tuple[list[int], list[int]]:
-    """(real tokens of each row before a call, with it), worked out once for all layers."""
-    known: Any = call.step.shared.get("real_counts")
-    if known is None:
-        first, last = call.step.offset, call.step.offset + call.q.shape[2]
-        real, batch = call.step.real, call.q.shape[0]
-        if real is None:
-            known = [first] * batch, [last] * batch
-        else:
-            known = real[:, :first].sum(1).tolist(), real[:, :last].sum(1).tolist()
-        call.step.shared["real_counts"] = known
-    return known  # type: ignore[no-any-return]
-
-
-def by_rank(
-    k: Float[Tensor, "batch kv_heads slots dim"],
-    v: Float[Tensor, "batch kv_heads slots v_dim"],
-    columns: Int[Tensor, "batch kv_heads slots"] | None,
-    real: Bool[Tensor, "batch seen"] | None,
-) -> tuple[Float[Tensor, "b h slots dim"], Float[Tensor, "b h slots v_dim"]]:
-    """Keys and values with each row's real tokens first, in their order; all heads hold the same."""
-    if columns is None:
-        if real is None:
-            return k, v
-        there = real[:, : k.shape[2]].to(k.device)
-    else:
-        at = columns[:, 0]
-        there = at >= 0
-        if real is not None:
-            there = there & real.to(at.device).gather(1, at.clamp(min=0).long())
-    return left_aligned(k, there), left_aligned(v, there)
-
-
-def left_aligned(x: Tensor, there: Bool[Tensor, "batch n"]) -> Tensor:
-    """x [batch, heads, n, dim] with what is there first in each row, in its order."""
-    order = (~there).long().sort(dim=1, stable=True).indices
-    return x.gather(2, order[:, None, :, None].expand_as(x))
-
-
-def first_positions(call: Call) -> Int[Tensor, " batch"]:
-    """Position of each row's first token, from any of this call; a row without one is not asked."""
-    rank, real = real_ranks(call)
-    return (call.positions - rank).masked_fill(~real, 0).sum(1) // real.sum(1).clamp(min=1)
 
 
 def _by_chunk(x: Float[Tensor, "batch heads tokens dim"], size: int) -> Tensor:

@@ -30,7 +30,8 @@ from torch import Tensor, nn
 
 from attlas import masks, ops
 from attlas.attach import attach
-from attlas.attach.call import Call, Part
+from attlas.attach.call import Call
+from attlas.attach.part import Part
 from attlas.calibration.statistics import Calibration
 from attlas.errors import UserError
 from attlas.masks import Mask

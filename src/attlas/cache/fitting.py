@@ -9,28 +9,40 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from attlas.attach import attach
-from attlas.attach.call import Call, Part
+from attlas.attach.call import Call
+from attlas.attach.part import Part
 from attlas.calibration import Calibration
 from attlas.errors import UserError
 from attlas.storage.files import fingerprint
-
-if TYPE_CHECKING:
-    from attlas.parts.quantize.wkvquant import WKVQuant
 
 Constants = dict[str, Tensor]
 #: What the clipping's parameter begins with: σ(4) = 0.98 of the range.
 OPEN = 4.0
 
 
+@runtime_checkable
+class Rounding(Protocol):
+    """What a fit needs to know of the part whose constants it finds: its bits, groups, steps and rate."""
+
+    bits: int
+    channel_group: int | None
+    steps: int
+    rate: float
+
+    @property
+    def calibration_key(self) -> str:
+        """Under which the constants are kept."""
+
+
 def fitted(
-    part: WKVQuant,
+    part: Rounding,
     model: nn.Module,
     texts: Sequence[Tensor],
     tick: Callable[[int, int], None],
@@ -108,7 +120,7 @@ class Rounded(Part):
         constants: as the part uses them.
     """
 
-    def __init__(self, part: WKVQuant | None, constants: Constants) -> None:
+    def __init__(self, part: Rounding | None, constants: Constants) -> None:
         self.part, self.constants = part, constants
         self.outputs: dict[int, Tensor] = {}
 
@@ -177,7 +189,7 @@ def rounded(
     return found
 
 
-def loss(part: WKVQuant, model: nn.Module, text: Tensor, constants: Constants) -> Tensor:
+def loss(part: Rounding, model: nn.Module, text: Tensor, constants: Constants) -> Tensor:
     """Sum over layers of the relative mean absolute error of the heads' outputs."""
     plain = Rounded(None, {})
     with torch.no_grad(), attach(model, plain):
@@ -192,7 +204,7 @@ def loss(part: WKVQuant, model: nn.Module, text: Tensor, constants: Constants) -
     return torch.stack(errors).sum()
 
 
-def _follow(part: WKVQuant, model: nn.Module, text: Tensor, state: Constants, step: int) -> None:
+def _follow(part: Rounding, model: nn.Module, text: Tensor, state: Constants, step: int) -> None:
     """One step of Adam; the model's own weights get no gradients."""
     raw = {n: t for n, t in state.items() if not n.endswith(("first", "second"))}
     with torch.enable_grad(), _frozen(model):

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from attlas import ops
 from attlas.attach.call import Call
-from attlas.cache.policy import real_ranks
 from attlas.storage.layer import LayerState, StoredLayer, Taken
+from attlas.storage.rows import Rows
 
 #: Probes that are asked at once.
 AT_ONCE = 64
@@ -44,13 +44,13 @@ def remember(state: LayerState, call: Call, rule: Rule) -> None:
         call: whose queries are new.
         rule: which stay.
     """
-    rank, real = real_ranks(call)
+    rank, real = call.ranks
     queries, columns = call.q, torch.where(real, call.queries, -1)
     count = rank[:, -1:] + 1
     before = count - real.sum(dim=-1, keepdim=True)
     if "queries" in state.tensors:
         queries = torch.cat([state.tensors["queries"], queries], dim=2)
-        rank = torch.cat([_ranks(call, state.tensors["columns"]), rank], dim=1)
+        rank = torch.cat([call.rows.at(state.tensors["columns"])[1], rank], dim=1)
         columns = torch.cat([state.tensors["columns"], columns], dim=1)
     kept = (columns >= 0) & rule(rank, count, before)
     width = int(kept.sum(dim=-1).max())
@@ -59,13 +59,6 @@ def remember(state: LayerState, call: Call, rule: Rule) -> None:
     columns = torch.where(kept, columns, -1).gather(1, order)
     # Gathered, so that a few probes do not hold on to the queries of a whole prompt.
     state.tensors |= {"queries": queries.gather(2, at), "columns": columns}
-
-
-def _ranks(call: Call, columns: Int[Tensor, "batch probes"]) -> Int[Tensor, "batch probes"]:
-    if call.step.real is None:
-        return columns
-    rank: Tensor = call.step.real.to(columns.device).long().cumsum(dim=-1) - 1
-    return rank.gather(1, columns.clamp(min=0).long())
 
 
 def drawn(rank: Int[Tensor, "batch n"], seed: int) -> Float[Tensor, "batch n"]:
@@ -77,13 +70,13 @@ def drawn(rank: Int[Tensor, "batch n"], seed: int) -> Float[Tensor, "batch n"]:
 
 
 def attention_paid(
-    layer: StoredLayer, state: LayerState, real: Bool[Tensor, "batch seen"] | None
+    layer: StoredLayer, state: LayerState, rows: Rows
 ) -> Iterator[Float[Tensor, "batch kv_heads group probes slots"]]:
     """What the probes pay to the dense slots, some probes at a time; an empty probe pays nothing."""
     keys = layer.keys
     assert keys is not None
     heads, columns = keys.shape[1], layer.dense_columns()
-    there = layer.there(real)
+    there = layer.there(rows)
     bodies = [body.segment() for body in layer.bodies.values()]
     for start in range(0, state.tensors["columns"].shape[1], AT_ONCE):
         queries = state.tensors["queries"][:, :, start : start + AT_ONCE]
@@ -98,28 +91,6 @@ def attention_paid(
             other = ops.decode(queries.float(), bodies, scale=state.scaling)[1]
             lse = torch.logaddexp(lse, rearrange(other, "b (h g) w -> b h g w", h=heads))
         yield (logits - lse[..., None]).exp().nan_to_num(0.0)
-
-
-def column_ranks(
-    layer: StoredLayer, real: Bool[Tensor, "batch seen"] | None
-) -> Int[Tensor, "batch kv_heads slots"]:
-    """How many real tokens stand before each dense slot's."""
-    columns = layer.dense_columns().clamp(min=0).long()
-    if real is None:
-        return columns
-    real = real[:, : layer.seen]  # a call that only begins is told of already
-    before = real.to(columns.device).long().cumsum(dim=-1)[:, None] - 1
-    return before.expand(-1, columns.shape[1], -1).gather(-1, columns)
-
-
-def tokens_seen(
-    layer: StoredLayer, real: Bool[Tensor, "batch seen"] | None
-) -> Int[Tensor, " batch"]:
-    """Real tokens that a layer has seen, by row."""
-    assert layer.keys is not None
-    if real is None:
-        return torch.full((layer.keys.shape[0],), layer.seen, device=layer.device)
-    return real[:, : layer.seen].sum(dim=-1).to(layer.device)
 
 
 def spread(

@@ -11,16 +11,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
-from jaxtyping import Bool
-from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from torch import nn
 
-from attlas.attach.call import Call, Part, Step
+from attlas.attach.call import Call, Step
+from attlas.attach.part import Part
 from attlas.catalog.kinds import CACHE, Kind
 from attlas.errors import UserError
+from attlas.hf.caches import DynamicLayer, fresh_layers, windows
 from attlas.storage.body import Body
 from attlas.storage.layer import LayerState, StoredLayer, Taken
 from attlas.storage.rotary import Rotary
+from attlas.storage.rows import Rows
 
 #: What a part does with a cache; at most one part of each role works on one, in this order.
 Role = Literal["evict", "quantize", "select"]
@@ -53,14 +54,14 @@ class CachePart(Part):
         """Gather statistics from a call of the layer, prompt or later."""
 
     def settle(
-        self, layer: StoredLayer, state: LayerState, real: Bool[Tensor, "batch seen"] | None
+        self, layer: StoredLayer, state: LayerState, rows: Rows
     ) -> None:
         """The prompt is over: do with the layer what the part is for.
 
         Args:
             layer: what the parts before this one left.
             state: what was learned.
-            real: which of the tokens seen are no padding; None when all are.
+            rows: which of the tokens seen are real.
         """
         raise NotImplementedError
 
@@ -68,6 +69,13 @@ class CachePart(Part):
         """A call after the prompt has been attended to."""
 
     # How attach uses it.
+
+    def check_beside(self, others: list[Part]) -> None:
+        """Refuse parts that cannot work on one cache with this one."""
+        if all(isinstance(part, CachePart) for part in others):
+            check_together([part for part in others if isinstance(part, CachePart)])
+        else:
+            super().check_beside(others)
 
     def check(self, model: nn.Module) -> None:
         """Refuse models without full attention, or with a rotation that is not understood."""
@@ -84,17 +92,13 @@ class CachePart(Part):
     @staticmethod
     def fresh_layers(model: Any) -> list[Any]:
         """The layers that an empty cache of this model comes with."""
-        layers: list[Any] = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
-        return layers
+        return fresh_layers(model)
 
     def states(self, layers: list[Any], model: nn.Module) -> dict[int, LayerState]:
         """An empty state for each full-attention layer among an empty cache's layers."""
         full = tuple(i for i, layer in enumerate(layers) if _is_full(layer))
-        windows = tuple(
-            layer.sliding_window for layer in layers if getattr(layer, "is_sliding", False)
-        )
         rotary = Rotary.of(model, full[0]) if self.rotates else None
-        return {i: LayerState(i, full, windows, rotary) for i in full}
+        return {i: LayerState(i, full, windows(layers), rotary) for i in full}
 
     def cache_layers(self, layers: list[Any], model: nn.Module) -> list[Any]:
         """Stored layers in place of the full-attention ones; sliding windows stay."""
@@ -132,7 +136,7 @@ class CachePart(Part):
             return
         for layer in step.cache.layers:
             if isinstance(layer, StoredLayer) and not layer.settled:
-                self.settle(layer, layer.learned[self.name], step.real)
+                self.settle(layer, layer.learned[self.name], layer.rows(step.real))
 
     def observe(self, call: Call) -> None:
         """Learn from a call, and settle when it is the prompt's."""
@@ -146,12 +150,12 @@ class CachePart(Part):
         state.scaling = call.scaling
         self.learn(state, call)
         if not call.step.chunked:
-            self.settle(layer, state, call.step.real)
+            self.settle(layer, state, call.rows)
 
 
 def absorb(
     layer: StoredLayer,
-    real: Bool[Tensor, "batch seen"] | None,
+    rows: Rows,
     encode: Callable[[Taken], dict[str, Body]],
     *,
     recent: int,
@@ -163,16 +167,16 @@ def absorb(
 
     Args:
         layer: whose dense slots are taken.
-        real: which of the tokens seen are no padding; None when all are.
+        rows: which of the tokens seen are real.
         encode: makes bodies, by name, of what was taken.
         recent: newest tokens that stay dense.
         block: tokens of a block.
     """
     if layer.dense_slots - recent < block:
         return
-    counts = [max(0, held - recent) // block * block for held in layer.lengths(real)]
+    counts = [max(0, held - recent) // block * block for held in layer.lengths(rows)]
     if max(counts, default=0):
-        for name, body in encode(layer.take(counts, real)).items():
+        for name, body in encode(layer.take(counts, rows)).items():
             layer.put(name, body)
 
 

@@ -18,6 +18,7 @@ from attlas.cache.budget import Budget
 from attlas.cache.part import CachePart, Role
 from attlas.errors import UserError
 from attlas.storage.layer import INDEX_BYTES, LayerState, StoredLayer
+from attlas.storage.rows import Rows
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class CachePolicy(CachePart):
             )
 
     def settle(
-        self, layer: StoredLayer, state: LayerState, real: Bool[Tensor, "batch seen"] | None
+        self, layer: StoredLayer, state: LayerState, rows: Rows
     ) -> None:
         """Keep the best slots of a layer and free the rest.
 
@@ -125,7 +126,7 @@ class CachePolicy(CachePart):
             ValueError: the budget is smaller than what the method must hold.
         """
         if state.layer not in self.skipped:
-            self._compress(layer, state, real)
+            self._compress(layer, state, rows)
         if not self.while_decoding:
             state.tensors.clear()
 
@@ -133,12 +134,12 @@ class CachePolicy(CachePart):
         """Enforce the budget again, where that was asked for."""
         if self.while_decoding:
             self.learn(state, call)
-            self.settle(layer, state, call.step.real)
+            self.settle(layer, state, call.rows)
 
     def _compress(
-        self, layer: StoredLayer, state: LayerState, real: Bool[Tensor, "batch seen"] | None
+        self, layer: StoredLayer, state: LayerState, rows: Rows
     ) -> None:
-        slots = self.slots(layer, state, real)
+        slots = self.slots(layer, state, rows)
         held = slots.valid[:, 0].sum(dim=-1).tolist()  # as many in every head
         short = [n for n, m in zip(slots.budget.tolist(), held, strict=True) if n < m]
         if not short:
@@ -155,7 +156,7 @@ class CachePolicy(CachePart):
         self.placed(layer, state, slots.real)
 
     def slots(
-        self, layer: StoredLayer, state: LayerState, real: Bool[Tensor, "batch seen"] | None
+        self, layer: StoredLayer, state: LayerState, rows: Rows
     ) -> Slots:
         """The slots of a layer as `scores` takes them."""
         keys, values = layer.keys, layer.values
@@ -166,14 +167,8 @@ class CachePolicy(CachePart):
         if columns is None:
             columns = torch.arange(count, device=keys.device).expand(batch, heads, count)
         at = columns.clamp(min=0).long() if layer.index is not None else columns
-        if real is None:
-            total = torch.full((batch,), layer.seen, device=keys.device)
-            valid, rank = columns >= 0, at
-        else:
-            real = real[:, : layer.seen].to(keys.device)
-            total = real.sum(dim=-1)
-            valid = real[:, None].expand(-1, heads, -1).gather(-1, at) & (columns >= 0)
-            rank = (real.cumsum(dim=-1) - 1)[:, None].expand(-1, heads, -1).gather(-1, at)
+        valid, rank = rows.at(columns)
+        total = rows.totals(batch, keys.device)
         budget = self.budget.slots(
             total,
             slot_bytes=heads * (keys.shape[-1] + values.shape[-1]) * keys.element_size(),
@@ -208,15 +203,3 @@ def best(
         chosen[row, :, :count] = there[top]
     place = torch.arange(width, device=scores.device)
     return chosen, (place < budget[:, None, None]).expand_as(chosen)
-
-
-def real_ranks(
-    call: Call,
-) -> tuple[Int[Tensor, "batch query"], Bool[Tensor, "batch query"]]:
-    """(rank among the row's real tokens, whether it is one) of each query of a call."""
-    first, batch = call.step.offset, call.q.shape[0]
-    if call.step.real is None:
-        rank = call.queries.expand(batch, -1)
-        return rank, torch.ones_like(rank, dtype=torch.bool)
-    real = call.step.real[:, : first + call.q.shape[2]].to(call.q.device)
-    return (real.cumsum(dim=-1) - 1)[:, first:], real[:, first:]

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from attlas.attach import Call, Part, attach
 from attlas.cache.part import CachePart, check_together
 from attlas.errors import UserError
+from attlas.hf.caches import DynamicCache, DynamicLayer, with_cache
 from attlas.storage.layer import LayerState, StoredLayer
+from attlas.storage.rows import Rows
 
 Method = CachePart | Sequence[CachePart]
 
@@ -106,12 +107,13 @@ class Prompt:
         fork = DynamicCache()
         learned = {part.name: self._watch.of(part) for part in parts}
         real = None if self.attention_mask is None else self.attention_mask.bool()
+        rows = Rows(real, self.tokens)
         for number, layer in enumerate(self.cache.layers):
             states = {name: known[number] for name, known in learned.items() if number in known}
             if states:
                 layer = _stored(layer, states)
                 for part in parts:
-                    part.settle(layer, layer.learned[part.name], real)
+                    part.settle(layer, layer.learned[part.name], rows)
                 layer.settled = True
             else:
                 layer = _copy(layer)
@@ -183,8 +185,8 @@ def _read(
             stop = min(start + (chunk or tokens), tokens)
             options = {} if mask is None else _padded(mask, seen + start, seen + stop)
             logits: Tensor = model(
-                input_ids[:, start:stop], past_key_values=cache, use_cache=True,
-                logits_to_keep=1, **options,
+                input_ids[:, start:stop], use_cache=True, logits_to_keep=1,
+                **with_cache(model, cache), **options,
             ).logits[:, -1]  # fmt: skip
     return logits
 
@@ -204,6 +206,8 @@ def _copies(cache: DynamicCache) -> DynamicCache:
 
 def _copy(layer: DynamicLayer) -> DynamicLayer:
     """A layer that shares the tensors: updates make new ones and leave these alone."""
+    if isinstance(layer, StoredLayer):
+        return layer.fork()
     other = object.__new__(type(layer))
     other.__dict__.update(layer.__dict__)
     return other
@@ -212,6 +216,5 @@ def _copy(layer: DynamicLayer) -> DynamicLayer:
 def _stored(layer: DynamicLayer, states: dict[str, LayerState]) -> StoredLayer:
     """A stored layer that shares the tensors of a prompt's."""
     other = StoredLayer(states)
-    other.dtype, other.device, other.is_initialized = layer.dtype, layer.device, True
-    other.keys, other.values, other.seen = layer.keys, layer.values, layer.get_seq_length()
+    other.take_over(layer)
     return other

@@ -5,8 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import ClassVar
 
-from jaxtyping import Bool
-from torch import Tensor, nn
+from torch import nn
 
 from attlas.attach.call import Call
 from attlas.cache.part import CachePart, Role, absorb
@@ -14,6 +13,7 @@ from attlas.errors import UserError
 from attlas.ops.quantize import PLANES
 from attlas.storage.body import Body
 from attlas.storage.layer import LayerState, StoredLayer, Taken
+from attlas.storage.rows import Rows
 
 
 def offered(**bits: int) -> None:
@@ -63,11 +63,11 @@ class Quantizer(CachePart):
         self.formats(model)
 
     def settle(
-        self, layer: StoredLayer, state: LayerState, real: Bool[Tensor, "batch seen"] | None
+        self, layer: StoredLayer, state: LayerState, rows: Rows
     ) -> None:
         """Encode all but the newest tokens."""
-        absorb(layer, real, partial(self.encode, state), recent=self.recent, block=self.block)
+        absorb(layer, rows, partial(self.encode, state), recent=self.recent, block=self.block)
 
     def later(self, layer: StoredLayer, state: LayerState, call: Call) -> None:
         """Encode what is no longer new, a block at a time."""
-        self.settle(layer, state, call.step.real)
+        self.settle(layer, state, call.rows)

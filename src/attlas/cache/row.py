@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from attlas import ops
@@ -18,6 +18,7 @@ from attlas.cache.selection import keys_of, lengths_of
 from attlas.ops.reference import grouped_product
 from attlas.storage.body import Body
 from attlas.storage.layer import StoredLayer
+from attlas.storage.rows import Rows
 
 
 def scores_over(
@@ -41,10 +42,11 @@ def mass_behind(
     layer: StoredLayer,
     q: Float[Tensor, "batch heads 1 dim"],
     scaling: float,
-    real: Bool[Tensor, "batch seen"] | None,
+    rows: Rows,
 ) -> Float[Tensor, "batch heads"]:
     """log Σ exp(q·k) over all that a layer holds behind its first body; −∞ when that is nothing."""
-    visible = None if real is None else real[:, None, None, : layer.seen].to(q.device)
+    real = rows.real
+    visible = None if real is None else real[:, None, None].to(q.device)
     behind = layer.segments(1, visible)[1:]
     if not behind:
         return torch.full(q.shape[:2], -torch.inf, device=q.device)
@@ -56,11 +58,11 @@ def weights_over(
     body: Body,
     q: Float[Tensor, "batch heads 1 dim"],
     scaling: float,
-    real: Bool[Tensor, "batch seen"] | None,
+    rows: Rows,
 ) -> Float[Tensor, "batch heads slots"]:
     """Attention weights of a query, which sees all that the layer holds, on the first body's slots."""
     scores = scores_over(body, q, scaling)
-    total = torch.logaddexp(scores.logsumexp(-1), mass_behind(layer, q, scaling, real))
+    total = torch.logaddexp(scores.logsumexp(-1), mass_behind(layer, q, scaling, rows))
     return (scores - total[..., None]).exp()
 
 

@@ -13,10 +13,11 @@ from functools import partial
 from typing import ClassVar
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from attlas.attach.call import Call, Selector
+from attlas.attach.call import Call
+from attlas.attach.part import Selector
 from attlas.cache.part import CachePart, Role, absorb
 from attlas.catalog.kinds import SELECT, Kind
 from attlas.errors import UserError, at_least_one
@@ -24,6 +25,7 @@ from attlas.storage.body import Body, GrownBody
 from attlas.storage.coded import CodedBody
 from attlas.storage.layer import Chosen, LayerState, StoredLayer, Taken
 from attlas.storage.packed import PackedBody
+from attlas.storage.rows import Rows
 from attlas.storage.tiered import TieredBody
 
 #: Bodies that a selection packs itself, by the name under which it puts them.
@@ -98,7 +100,7 @@ class Selection(CachePart, Selector):
             )
 
     def settle(
-        self, layer: StoredLayer, state: LayerState, real: Bool[Tensor, "batch seen"] | None
+        self, layer: StoredLayer, state: LayerState, rows: Rows
     ) -> None:
         """Pack all but the newest tokens, unless a quantiser does, and summarise what is packed.
 
@@ -108,7 +110,7 @@ class Selection(CachePart, Selector):
         offload = self.offload and state.layer not in self.dense_layers
         if not layer.bodies or any(name in PACKED for name in layer.bodies):
             pack = partial(_tiered, capacity=self.capacity) if offload else _packed
-            absorb(layer, real, pack, recent=self.recent, block=self.block)
+            absorb(layer, rows, pack, recent=self.recent, block=self.block)
         elif offload:
             raise UserError(
                 f"offload moves keys and values as they came; this cache holds them as "
@@ -120,7 +122,7 @@ class Selection(CachePart, Selector):
 
     def later(self, layer: StoredLayer, state: LayerState, call: Call) -> None:
         """Pack what is no longer new, a page at a time."""
-        self.settle(layer, state, call.step.real)
+        self.settle(layer, state, call.rows)
 
     def select(self, call: Call) -> Chosen | None:
         """The choice for a single token behind a settled context."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from attlas.attach.call import Part
+from attlas.attach.part import Part
 from attlas.calibration.statistics import Calibration, default_path
 from attlas.errors import UserError
 

@@ -39,7 +39,8 @@ class Kind:
 def _part(name: str, *rooms: str, run: str = "attlas.attach(model, attlas.make('NAME', ...))") -> Kind:
     """A kind of the second door: every part signs the checks of parts, and those of its own kind."""
     places = tuple(f"attlas.parts.{room}" for room in rooms)
-    return Kind(name, places, ("attlas.contract.parts",), ("part", name), run)
+    checks = ("attlas.contract.parts", "attlas.contract.steering")
+    return Kind(name, places, checks, ("part", name), run)
 
 
 def _alone(name: str, room: str, run: str) -> Kind:
@@ -47,7 +48,8 @@ def _alone(name: str, room: str, run: str) -> Kind:
 
 
 LAYER = Kind(
-    "layer", ("attlas.attention", "attlas.layers"), ("attlas.contract.layers",), ("layer",),
+    "layer", ("attlas.attention", "attlas.layers"),
+    ("attlas.contract.networks", "attlas.contract.layers"), ("network", "layer"),
     "attlas.make('NAME', dim=..., heads=...); attlas train --mechanisms NAME",
     {"dim": 16, "heads": 2},
 )  # fmt: skip
@@ -68,9 +70,11 @@ SELECT = _part("select", "select")
 RECORD = _part("record", "record", run="attlas.attach(model, record=['NAME'])")
 STEER = _part("steer", "steer")
 PATCH = _part("patch", "patch")
-MODULE = _alone(
-    "module", "attlas.modules",
+MODULE = Kind(
+    "module", ("attlas.modules",),
+    ("attlas.contract.networks", "attlas.contract.modules"), ("network", "module"),
     "attlas.make('NAME', channels=...); attlas train --task digits-shifted --mechanisms NAME",
+    {"channels": 8},
 )  # fmt: skip
 ADAPTER = _alone("adapter", "attlas.adapt", "attlas adapt MODEL --with NAME")
 STUDY = Kind(

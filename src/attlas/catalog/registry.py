@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from attlas.catalog.kinds import Kind, kind_of, kind_of_module
+from attlas.catalog.kinds import PARTS, Kind, kind_of, kind_of_module
 from attlas.errors import UnknownName
 
 T = TypeVar("T", bound=Callable[..., Any])
@@ -158,10 +158,11 @@ def mechanism(
             _discover()  # a user's object may take no name of ours
         found = kind_of(obj, kind)
         room = kind_of_module(obj.__module__)
-        if room not in (None, found):
+        # A paper may record with one part and steer with another, in one file.
+        if room not in (None, found) and not {room, found} <= set(PARTS):
             raise TypeError(
-                f"{obj.__qualname__} is a {found.name}, but {obj.__module__} is a room of "
-                f"{room.name}s; move it to {' or '.join(found.rooms)}"
+                f"{obj.__qualname__} is a {found.name}, and {obj.__module__} is no room for it; move "
+                f"it to {' or '.join(found.rooms)}"
             )
         entry = _entry_of(obj, name, name if paper is None else paper, aliases, found)
         _add(entry)

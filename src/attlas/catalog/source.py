@@ -11,13 +11,18 @@ object itself can tell (its options, its special case) is asked of the object wh
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import attlas
-from attlas.catalog.kinds import KINDS, TASK, Kind, kind_of_module
+from attlas.catalog import kinds
+from attlas.catalog.kinds import KINDS, TASK, Kind
+from attlas.catalog.stages import overridden
+
+#: The kinds by the names under which sources import them.
+_KINDS = {name: kind for name, kind in vars(kinds).items() if isinstance(kind, Kind)}
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,7 @@ class Declared:
         name: under which it is registered.
         paper: slug of its catalogue row; empty for building blocks that no row names.
         aliases: other names.
-        kind: of the room that holds it.
+        kind: that its class's nearest base carries, or its decorator names.
         module: that defines it.
         qualname: its name there.
         doc: the docstring that tells of it: its module's, or its own when the module has none.
@@ -54,32 +59,53 @@ def declared() -> tuple[Declared, ...]:
 
 
 def _declared_in(module: str) -> Iterator[Declared]:
-    tree, kind = _tree(module), kind_of_module(module)
-    assert kind is not None
+    tree = _tree(module)
     doc = ast.get_docstring(tree) or ""
     for node in tree.body:
         if not isinstance(node, ast.ClassDef | ast.FunctionDef):
             continue
         for call in node.decorator_list:
             if isinstance(call, ast.Call) and _called(call) in ("mechanism", "task"):
-                yield _read(node, call, module, kind, doc)
+                yield _read(node, call, module, doc)
 
 
 def _read(
-    node: ast.ClassDef | ast.FunctionDef, call: ast.Call, module: str, kind: Kind, doc: str
+    node: ast.ClassDef | ast.FunctionDef, call: ast.Call, module: str, doc: str
 ) -> Declared:
     given = {k.arg: k.value for k in call.keywords}
+    line = list(_line(node, module)) if isinstance(node, ast.ClassDef) else []
+    kind = _kind(line, given)
     try:
+        if kind is None:
+            raise ValueError("of no kind")
         name = ast.literal_eval(call.args[0])
         unless_given = "" if kind is TASK else name
         paper = ast.literal_eval(given["paper"]) if "paper" in given else unless_given
         aliases = tuple(ast.literal_eval(given["aliases"])) if "aliases" in given else ()
     except (ValueError, IndexError) as error:
-        where = f"{module}, line {call.lineno}"
-        raise ValueError(f"{where}: name, paper and aliases must be plain strings") from error
+        raise ValueError(
+            f"{module}, line {call.lineno}: what is registered derives from the base of a kind or names "
+            f"its kind, and has its name, paper and aliases as plain strings ({error})"
+        ) from error
     own = ast.get_docstring(node) or ""
-    told = doc or own if kind.constructed and isinstance(node, ast.ClassDef) else own
-    return Declared(name, paper, aliases, kind, module, node.name, told, _stages(node, module, kind))
+    told = doc or own if line else own
+    stages = _stages(line, kind)
+    return Declared(name, paper, aliases, kind, module, node.name, told, stages)
+
+
+def _kind(line: list[ast.ClassDef], given: dict[str | None, ast.expr]) -> Kind | None:
+    """The kind that the nearest class carries, or that the decorator was given."""
+    found = given.get("kind")
+    for each in line:
+        carried = [
+            i.value for i in each.body
+            if isinstance(i, ast.AnnAssign | ast.Assign) and "kind" in _targets(i)
+        ]  # fmt: skip
+        if carried:
+            found = carried[0]
+            break
+    named = found.id if isinstance(found, ast.Name) else getattr(found, "attr", "")
+    return _KINDS.get(named)
 
 
 def _called(call: ast.Call) -> str:
@@ -89,13 +115,9 @@ def _called(call: ast.Call) -> str:
 # Stages ----------------------------------------------------------------------------------------------
 
 
-def _stages(node: ast.ClassDef | ast.FunctionDef, module: str, kind: Kind) -> tuple[str, ...]:
-    from attlas.catalog.stages import overridden
-
-    if isinstance(node, ast.FunctionDef):
-        return overridden(kind, None, set())
+def _stages(line: list[ast.ClassDef], kind: Kind) -> tuple[str, ...]:
     defined: set[str] = set()
-    for each in _line(node, module):
+    for each in line:
         names, stages = _members(each)
         if stages is not None:
             return stages
@@ -120,20 +142,26 @@ def _members(node: ast.ClassDef) -> tuple[set[str], tuple[str, ...] | None]:
     for item in node.body:
         if isinstance(item, ast.FunctionDef):
             names.add(item.name)
-        targets = item.targets if isinstance(item, ast.Assign) else [getattr(item, "target", None)]
-        for target in targets:
-            if isinstance(target, ast.Name):
-                names.add(target.id)
-                if target.id == "stages" and isinstance(item, ast.Assign | ast.AnnAssign):
-                    stages = tuple(ast.literal_eval(item.value)) if item.value else None
+        names |= _targets(item)
+        if "stages" in _targets(item) and isinstance(item, ast.Assign | ast.AnnAssign):
+            stages = tuple(ast.literal_eval(item.value)) if item.value else None
     return names, stages
+
+
+def _targets(item: ast.stmt) -> set[str]:
+    """Names that a statement assigns to."""
+    targets = item.targets if isinstance(item, ast.Assign) else [getattr(item, "target", None)]
+    return {target.id for target in targets if isinstance(target, ast.Name)}
 
 
 def _resolved(base: ast.expr, module: str) -> tuple[ast.ClassDef, str] | None:
     """The class that a base's name means in a module, and its home; None outside the package."""
+    if isinstance(base, ast.Attribute):  # attlas.Attention
+        whole = isinstance(base.value, ast.Name) and base.value.id == "attlas"
+        return _resolved(ast.Name(base.attr), "attlas") if whole else None
     if not isinstance(base, ast.Name):
         return None
-    for item in _tree(module).body:
+    for item in ast.walk(_tree(module)):
         if isinstance(item, ast.ClassDef) and item.name == base.id:
             return item, module
         if isinstance(item, ast.ImportFrom) and (item.module or "").startswith("attlas"):
@@ -145,10 +173,13 @@ def _resolved(base: ast.expr, module: str) -> tuple[ast.ClassDef, str] | None:
 
 # Files -----------------------------------------------------------------------------------------------
 
+#: `@mechanism(` or `@attlas.mechanism(`, at the margin.
+_DECORATED = re.compile(r"^@(\w+\.)*(mechanism|task)\(", re.MULTILINE)
+
 
 def path_of(module: str) -> Path | None:
     """The source file of one of the package's modules; None where there is none."""
-    stem = Path(next(iter(attlas.__path__))).joinpath(*module.split(".")[1:])
+    stem = Path(__file__).parents[1].joinpath(*module.split(".")[1:])
     return next((p for p in (stem.with_suffix(".py"), stem / "__init__.py") if p.is_file()), None)
 
 
@@ -160,7 +191,7 @@ def _modules(room: str) -> Iterator[str]:
     files = sorted(path.parent.rglob("*.py")) if path.name == "__init__.py" else [path]
     for file in files:
         text = file.read_text(encoding="utf-8")
-        if "\n@mechanism(" in text or "\n@task(" in text:
+        if _DECORATED.search(text):
             inner = file.relative_to(path.parent).with_suffix("").parts if file != path else ()
             yield ".".join((room, *inner))
 

@@ -136,11 +136,10 @@ def _load(name: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any
     Raises:
         UserError: nothing can be loaded, or it is no language model.
     """
-    from transformers.utils import logging
-
+    from attlas.hf.models import quiet
     from attlas.models.load import load, load_tokenizer
 
-    logging.disable_progress_bar()
+    quiet()
     model, tokenizer = load(name), load_tokenizer(name)
     if model.get_output_embeddings() is None:
         raise UserError(f"model {name!r} predicts no next tokens; compare needs a language model")

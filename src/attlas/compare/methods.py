@@ -1,7 +1,8 @@
 """The grammar of `--methods`: `full`, `snapkv(keep=0.25)`, `snapkv(keep=0.5)+zipcache(recent=64)`, ...
 
 A method is a name of the registry and options of its constructor, written as Python literals and
-read as such: nothing that the user writes is ever evaluated. `+` joins parts that work together.
+read as such: nothing that the user writes is ever evaluated. `+` joins parts that work together. A
+bare name of a part that needs a budget, `snapkv`, is read as `snapkv(keep=0.5)`, and so labelled.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ FULL = "full"
 
 _WRITTEN = re.compile(r"\s*([A-Za-z][\w-]*)\s*(\(.*\))?\s*", re.DOTALL)
 
+
+#: The budget of a part that needs one and is named alone.
+KEEP = 0.5
 
 #: A part of a method: its name and its options.
 Named = tuple[str, tuple[tuple[str, Any], ...]]
@@ -100,10 +104,20 @@ def _named(text: str) -> Named:
     name, options = parse_call("method", text)
     entry = _part(name)
     order = list(registry.signature(entry.object))
+    if "(" not in text and "keep" in order and not _made_alone(entry):
+        options = {"keep": KEEP}
     given = tuple(
         sorted(options.items(), key=lambda o: order.index(o[0]) if o[0] in order else len(order))
     )
     return entry.name, given
+
+
+def _made_alone(entry: registry.Entry) -> bool:
+    try:
+        registry.make(entry.name)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def split(text: str, between: str = ",") -> Iterator[str]:

@@ -22,6 +22,7 @@ from attlas.compare.methods import Method
 from attlas.compare.results import Line, Results
 from attlas.compare.shared import forward
 from attlas.compare.units import Outcome, run_unit
+from attlas.hf.caches import cache_of
 from attlas.tasks.compare.base import Bench
 from attlas.tasks.record import Measure
 from attlas.tasks.roof import measure_roof
@@ -111,7 +112,7 @@ def _finite(value: float | None) -> float | None:
 def _warm_up(model: Any) -> None:
     """First calls pay for threads, kernels and allocations that later ones find ready."""
     ids = torch.zeros(1, WARM_UP_TOKENS, dtype=torch.long, device=model.device)
-    cache = forward(model, ids, None).past_key_values
+    cache = cache_of(forward(model, ids, None))
     forward(model, ids[:, :1], cache)
 
 

@@ -19,6 +19,7 @@ from attlas.cache.part import CachePart
 from attlas.cache.policy import CachePolicy
 from attlas.cache.prompt import Prompt, prefill
 from attlas.compare.methods import Method
+from attlas.hf.caches import cache_of, with_cache
 
 
 class Reading:
@@ -61,7 +62,7 @@ class Reading:
             return self.prompt.fork(cache_parts(parts)), self.prompt.logits
         if method.label not in self.own:
             output = forward(self.model, self.ids, None)
-            self.own[method.label] = output.past_key_values, output.logits[:, -1]
+            self.own[method.label] = cache_of(output), output.logits[:, -1]
         cache, logits = self.own[method.label]
         return copy.deepcopy(cache), logits
 
@@ -94,4 +95,4 @@ def attached(model: Any, parts: Sequence[Part]) -> AbstractContextManager[Any]:
 
 def forward(model: Any, ids: Tensor, cache: Any, logits: int = 1) -> Any:
     """One call of the model: logits of the last `logits` tokens (0: of all) and its cache."""
-    return model(ids, past_key_values=cache, use_cache=True, logits_to_keep=logits)
+    return model(ids, **with_cache(model, cache), use_cache=True, logits_to_keep=logits)

@@ -9,8 +9,9 @@ builds our mechanism from the config, maps the published state dict to ours and 
         layer = ...                                       # from case.config and case.params
         yield case.compare("out.y", layer(case.inputs["x"]))
 
-Adapters live beside the tests of their family, in `tests/**/adapters.py` or `tests/**/adapters/*.py`
-of a checkout.
+Cases and their adapter live in one folder of a checkout: `tests/papers/SLUG/golden/folder/x.json` and
+`tests/papers/SLUG/adapters.py`. What adapters share they import from `tests`: `from reference.model
+import answered`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.util import module_from_spec, spec_from_file_location
@@ -115,10 +117,17 @@ _ADAPTERS: dict[str, tuple[Adapter, str]] = {}
 
 
 def adapter(*folders: str, mechanism: str) -> Callable[[Adapter], Adapter]:
-    """Register a function that runs the cases of these folders through a mechanism of ours."""
+    """Register a function that runs the cases of these folders through a mechanism of ours.
+
+    Raises:
+        ValueError: a folder that another function runs already.
+    """
 
     def register(function: Adapter) -> Adapter:
         for folder in folders:
+            taken = _ADAPTERS.get(folder)
+            if taken is not None:
+                raise ValueError(f"cases {folder!r} have an adapter already, in {taken[0].__module__}")
             _ADAPTERS[folder] = (function, mechanism)
         return function
 
@@ -143,18 +152,40 @@ def _import_checkout() -> None:
     if root is None:
         return
     tests = root / "tests"
-    for path in sorted([*tests.rglob("adapters.py"), *tests.rglob("adapters/*.py")]):
-        name = "attlas_adapters_" + "_".join(path.relative_to(tests).with_suffix("").parts)
-        spec = spec_from_file_location(name, path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = module_from_spec(spec)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
+    with _first_on_path(tests):
+        for path in sorted(tests.glob("papers/*/adapters.py")):
+            name = f"attlas_adapters_{path.parent.name}"
+            spec = spec_from_file_location(name, path)
+            assert spec is not None
+            assert spec.loader is not None
+            module = module_from_spec(spec)
+            sys.modules[name] = module
+            spec.loader.exec_module(module)
+
+
+@contextmanager
+def _first_on_path(folder: Path) -> Iterator[None]:
+    """Modules of `folder` are found by their plain names meanwhile, from wherever the process runs."""
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+
+
+def checkout_cases() -> list[Case]:
+    """The cases of the checkout that this package runs from; none outside one."""
+    root = checkout()
+    papers = root / "tests" / "papers" if root else None
+    return load_cases(papers) if papers is not None and papers.is_dir() else []
+
+
+#: Where cases are in a folder: of all papers, of one paper, of all mechanisms, of one mechanism.
+PLACES = ("*/golden/*/*.json", "golden/*/*.json", "*/*.json", "*.json")
 
 
 def load_cases(folder: str | Path) -> list[Case]:
-    """Every case under `folder`, which holds a folder of cases for each mechanism.
+    """Every case under `folder`: NAME/x.json, or SLUG/golden/NAME/x.json as papers keep theirs.
 
     Raises:
         UserError: no such folder, or no case in it.
@@ -162,7 +193,7 @@ def load_cases(folder: str | Path) -> list[Case]:
     root = Path(folder)
     if not root.is_dir():
         raise UserError(f"cases must be a folder of reference cases; {root} is not a folder")
-    files = sorted(root.glob("*/*.json")) or sorted(root.glob("*.json"))
+    files = next((found for place in PLACES if (found := sorted(root.glob(place)))), [])
     cases = [_load(path) for path in files]
     if not cases:
         raise UserError(

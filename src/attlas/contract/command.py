@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from attlas.catalog import registry
-from attlas.contract.cases import Case, adapters, checkout, load_cases, run_case
+from attlas.contract.cases import Case, adapters, checkout_cases, load_cases, run_case
 from attlas.contract.machine import machine, routes
 from attlas.contract.measure import Subject, subject_of
 from attlas.contract.result import Result
@@ -39,7 +39,7 @@ def verify(
 
     Exit code 1 when anything misses its bound; a case without an adapter is listed and is no miss.
     """
-    found = _cases(cases)
+    found = checkout_cases() if cases is None else load_cases(cases)
     subjects, found = _chosen(names or [], found)
     out, err = Console(), Console(stderr=True)
     if not as_json:
@@ -53,14 +53,6 @@ def verify(
         _print_results(out, results, each=bool(names))
     if any(result.status == "failed" for result in results):
         raise typer.Exit(1)
-
-
-def _cases(folder: Path | None) -> list[Case]:
-    if folder is not None:
-        return load_cases(folder)
-    root = checkout()
-    golden = root / "tests" / "golden" if root else None
-    return load_cases(golden) if golden is not None and golden.is_dir() else []
 
 
 def _chosen(names: list[str], cases: list[Case]) -> tuple[list[Subject], list[Case]]:

@@ -6,6 +6,7 @@ import os
 import platform
 import warnings
 from dataclasses import dataclass
+from importlib.metadata import version
 
 import torch
 
@@ -25,8 +26,6 @@ class RouteReport:
 
 def machine() -> dict[str, str]:
     """Processor, cores, accelerator and the versions that matter."""
-    import transformers
-
     import attlas
 
     threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
@@ -37,7 +36,7 @@ def machine() -> dict[str, str]:
         "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
         "versions": (
             f"attlas {attlas.__version__}, torch {torch.__version__}, "
-            f"transformers {transformers.__version__}"
+            f"transformers {version('transformers')}"
         ),
     }
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from attlas.catalog import registry
-from attlas.catalog.kinds import Kind, kind_of
+from attlas.catalog.kinds import LAYER, MODULE, Kind, kind_of
 from attlas.catalog.registry import Reduction
 
 #: Two ways to the same number differ by the order of their sums: 4096 units in the last place.
@@ -71,6 +71,13 @@ def refuses(case: str, call: Callable[[], object], *names: str) -> Measure:
     return holds(case, False, "was accepted")
 
 
+def rows(given: list[Any], chosen: Tensor) -> list[Any]:
+    """These rows of what a forward pass takes: a tensor, and lists of tensors."""
+    return [
+        each[chosen] if isinstance(each, Tensor) else [t[chosen] for t in each] for each in given
+    ]
+
+
 @dataclass(frozen=True)
 class Subject:
     """What the contract is held against.
@@ -124,8 +131,24 @@ class Subject:
         yield "plain", {}
         if self.causal_form:
             yield "causal", {"causal": True}
-        if self.takes(position="rope"):
+        if self.kind is LAYER and self.takes(position="rope"):
             yield "rope", {"position": "rope", "causal": self.causal_form}
+
+    def inputs(
+        self, made: Any, batch: int = 2, *, tokens: int = 9, dtype: torch.dtype = torch.float64
+    ) -> list[Any]:
+        """What the forward pass of an instance takes: `tokens`, or a feature map and earlier ones."""
+        if self.kind is not MODULE:
+            return [torch.randn(batch, tokens, made.dim, dtype=dtype)]
+        height, width = made.side(5), made.side(5) + made.multiple
+        x = torch.randn(batch, made.channels, height, width, dtype=dtype)
+        earlier = [torch.randn(batch, c, height, width, dtype=dtype) for c in made.previous]
+        return [x, earlier] if earlier else [x]
+
+    @property
+    def causal_options(self) -> dict[str, Any]:
+        """Constructor options of the causal form, where there is one."""
+        return {"causal": True} if self.causal_form else {}
 
     @property
     def causal_form(self) -> bool:
@@ -157,7 +180,8 @@ def check(
     """Register a function as a check of all subjects that sign `family`, for which `when` holds.
 
     Args:
-        family: a name that a kind signs: its own, or "part" for all that attaches to a model.
+        family: a name that a kind signs: its own, "part" for all that attaches to a model, or "network"
+            for every `nn.Module`.
         when: whether the check applies to a subject at all.
         poisoned: whether memory that nothing wrote reads as NaN meanwhile.
     """

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attlas.contract.layers.state import surroundings
+from attlas.contract.families import find
 from attlas.contract.measure import Measure, Subject, check, distance, finite, holds, refuses, same
+from attlas.contract.networks.state import surroundings
 
 #: Options that say how large a budget is; checks that set one leave the example's out.
 BUDGETS = ("keep", "tokens", "bytes")
@@ -70,10 +71,10 @@ def calibrated(part: Any) -> Any:
 
 def small_llama(dtype: torch.dtype = torch.float64) -> Any:
     """A Llama with random weights: 6 layers, 4 query heads over 2 key heads of width 8."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from attlas.hf.models import LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config = find("llama").config(
         vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=6,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
         initializer_range=0.3, pad_token_id=0, bos_token_id=1, eos_token_id=None,
@@ -122,8 +123,10 @@ def no_trace(subject: Subject) -> Iterator[Measure]:
 
 
 def _model_state(model: nn.Module) -> dict[str, Any]:
+    from attlas.hf.interface import implementation
+
     return {
-        "implementation": model.config._attn_implementation,  # type: ignore[union-attr]
+        "implementation": implementation(model.config),
         "hooks": sum(
             len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks)
             for m in model.modules()
@@ -184,6 +187,7 @@ def stored(subject: Subject) -> Iterator[Measure]:
     from tempfile import TemporaryDirectory
 
     from attlas.attach import attach
+    from attlas.hf.caches import with_cache
     from attlas.storage import load_cache, save_cache
 
     model, ids = small_llama(), prompt(24, 2)
@@ -193,9 +197,9 @@ def stored(subject: Subject) -> Iterator[Measure]:
         path = Path(folder) / "cache.safetensors"
         save_cache(session.cache, path, model)
         held = session.kv_bytes
-        here = model(more, past_key_values=session.cache).logits
+        here = model(more, **with_cache(model, session.cache)).logits
         cache = load_cache(path, model)
-        there = model(more, past_key_values=cache).logits
+        there = model(more, **with_cache(model, cache)).logits
         yield Measure("logits", distance(there, here), 0.0)
         yield holds("bytes", path.stat().st_size >= held, f"{path.stat().st_size} for {held}")
 

@@ -150,7 +150,7 @@ def _grid(name: str) -> Grid:
 @cache
 def _model() -> Any:
     """A Llama with random weights that reads bytes."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from attlas.hf.models import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(

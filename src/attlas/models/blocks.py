@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
-from transformers import Cache, PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from attlas.attention import Attention
-from attlas.models.config import AttlasConfig
+from attlas.hf.caches import Cache
+from attlas.hf.models import GradientCheckpointingLayer, PreTrainedModel, is_initialized
+from attlas.kinds.feature_map import FeatureMap
+from attlas.models.config import AttlasConfig, TypedConfig
 
 
 class MLP(nn.Module):
@@ -31,7 +33,44 @@ class MLP(nn.Module):
         return y
 
 
-class Block(GradientCheckpointingLayer):  # type: ignore[misc]
+class MechanismBlock(GradientCheckpointingLayer):  # type: ignore[misc]
+    """A block that holds mechanisms, and makes them anew around what a checkpoint gave.
+
+    Attributes:
+        makers: how to make its mechanisms, by their names.
+        on_meta: whether it was made on the meta device, where constants have no values.
+    """
+
+    makers: dict[str, Callable[[], nn.Module]]
+    on_meta: bool
+
+    @torch.no_grad()
+    def make_real(self) -> None:
+        """Make the mechanisms anew after a start on the meta device, around what was loaded.
+
+        Only their constructors know how constants begin that no checkpoint holds, and parameters that
+        this one lacks.
+        """
+        device = next(self.parameters()).device
+        for name, maker in self.makers.items():
+            loaded: nn.Module = getattr(self, name)
+            weights = dict(loaded.named_parameters())
+            made = maker()
+            for path, parameter in made.named_parameters():
+                found = weights[path]
+                if not is_initialized(found):
+                    found.copy_(parameter)
+            kept = dict(loaded.named_buffers())
+            persistent = set(loaded.state_dict()) & set(kept)
+            made.to(device=device)
+            for path in weights | {path: kept[path] for path in persistent}:
+                owner, _, leaf = path.rpartition(".")
+                setattr(made.get_submodule(owner), leaf, weights.get(path, kept.get(path)))
+            setattr(self, name, made.train(loaded.training))
+        self.on_meta = False
+
+
+class Block(MechanismBlock):
     """h += attention(norm h);  h += cross-attention(norm h, context);  h += MLP(norm h)."""
 
     def __init__(
@@ -40,7 +79,6 @@ class Block(GradientCheckpointingLayer):  # type: ignore[misc]
     ) -> None:  # fmt: skip
         super().__init__()
         width, eps = config.hidden_size, config.rms_norm_eps
-        #: How to make the layers of attention anew, by their names.
         self.makers = {"attention": partial(config.make_attention, layer, where, causal=causal)}
         if cross:
             self.makers["cross_attention"] = partial(
@@ -56,12 +94,12 @@ class Block(GradientCheckpointingLayer):  # type: ignore[misc]
 
     def forward(
         self, h: Tensor, mask: Tensor | None = None, position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None, context: Tensor | None = None,
+        cache: Cache | None = None, context: Tensor | None = None,
         context_mask: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """One step of the residual stream."""
         h = h + self.attention(
-            self.attention_norm(h), mask=mask, positions=position_ids, cache=past_key_values
+            self.attention_norm(h), mask=mask, positions=position_ids, cache=cache
         )
         if self.cross_attention is not None and self.cross_norm is not None:
             h = h + self.cross_attention(
@@ -70,44 +108,20 @@ class Block(GradientCheckpointingLayer):  # type: ignore[misc]
         out: Tensor = h + self.mlp(self.mlp_norm(h))
         return out
 
-    @torch.no_grad()
-    def make_real(self) -> None:
-        """Make the attention anew after a start on the meta device, around what was loaded.
-
-        Only its constructor knows how constants begin that no checkpoint holds, and parameters that
-        this one lacks.
-        """
-        for name, maker in self.makers.items():
-            loaded: Attention = getattr(self, name)
-            weights = dict(loaded.named_parameters())
-            made = maker()
-            for path, parameter in made.named_parameters():
-                found = weights[path]
-                if not getattr(found, "_is_hf_initialized", False):
-                    found.copy_(parameter)
-            kept = dict(loaded.named_buffers())
-            persistent = set(loaded.state_dict()) & set(kept)
-            made.to(device=self.mlp_norm.weight.device)
-            for path in weights | {path: kept[path] for path in persistent}:
-                owner, _, leaf = path.rpartition(".")
-                setattr(made.get_submodule(owner), leaf, weights.get(path, kept.get(path)))
-            setattr(self, name, made.train(loaded.training))
-        self.on_meta = False
-
 
 class AttlasModel(PreTrainedModel):  # type: ignore[misc]
     """What all models do with their weights."""
 
-    config_class = AttlasConfig
+    config_class: ClassVar[type[TypedConfig]] = AttlasConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar[list[str]] = ["Block"]
+    _no_split_modules: ClassVar[list[str]] = ["Block", "ConvBlock"]
 
     def initialize_weights(self, *args: Any, **kwargs: Any) -> None:
         """Transformers' initialisation outside attention; attention has its mechanism's own."""
         super().initialize_weights(*args, **kwargs)
         for module in self.modules():
-            if isinstance(module, Block) and module.on_meta:
+            if isinstance(module, MechanismBlock) and module.on_meta:
                 module.make_real()
 
     @classmethod
@@ -118,7 +132,7 @@ class AttlasModel(PreTrainedModel):  # type: ignore[misc]
             ValueError: a model of another type, or a configuration that names another mechanism.
         """
         asked = kwargs.get("config")
-        wanted = asked.attention if isinstance(asked, AttlasConfig) else kwargs.get("attention")
+        wanted = asked.attention if isinstance(asked, TypedConfig) else kwargs.get("attention")
         if path is not None and wanted is not None:
             stored = cls.config_class.from_pretrained(path).attention
             if stored != wanted:
@@ -130,7 +144,7 @@ class AttlasModel(PreTrainedModel):  # type: ignore[misc]
 
 def auxiliary_loss(model: nn.Module) -> Tensor | None:
     """What the layers add to the loss: the sum of their last pass's."""
-    found = (m.auxiliary_loss for m in model.modules() if isinstance(m, Attention))
+    found = (m.auxiliary_loss for m in model.modules() if isinstance(m, (Attention, FeatureMap)))
     losses = [loss for loss in found if loss is not None]
     return torch.stack([loss.to(losses[0].device) for loss in losses]).sum() if losses else None
 

@@ -8,13 +8,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig
 
 from attlas import masks
 from attlas.attention import Attention
 from attlas.catalog import registry
 from attlas.catalog.kinds import LAYER
 from attlas.errors import at_least_one
+from attlas.hf.models import PretrainedConfig, mark_initialized
 from attlas.positions import Learned, RoPE, T5Bias
 
 #: Masks that stand for softmax attention with them.
@@ -24,7 +24,30 @@ MASKS: dict[str, Any] = {
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
 
 
-class AttlasConfig(PretrainedConfig):  # type: ignore[misc]
+class TypedConfig(PretrainedConfig):  # type: ignore[misc]
+    """A configuration that no other type of model's checkpoint is read as; its `attention` is named."""
+
+    attention: Any
+
+    def __init_subclass__(cls, *args: Any, **kwargs: Any) -> None:
+        super().__init_subclass__(*args, **kwargs)
+        # Transformers' __init__ takes more keywords than the one it wraps: its own signature says so.
+        vars(cls)["__init__"].__dict__.pop("__wrapped__", None)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The configuration that a checkpoint holds.
+
+        Raises:
+            ValueError: it is of another type of model.
+        """
+        found = config_dict.get("model_type")
+        if found not in (None, cls.model_type):
+            raise ValueError(f"model_type of the checkpoint is {found!r}, not {cls.model_type!r}")
+        return super().from_dict(config_dict, **kwargs)
+
+
+class AttlasConfig(TypedConfig):
     """Sizes and attention.
 
     Args:
@@ -71,11 +94,6 @@ class AttlasConfig(PretrainedConfig):  # type: ignore[misc]
     attention_dropout: float = 0.0
     initializer_range: float = 0.02
     layer_types: list[str] | None = None
-
-    def __init_subclass__(cls, *args: Any, **kwargs: Any) -> None:
-        super().__init_subclass__(*args, **kwargs)
-        # Transformers' __init__ takes more keywords than the one it wraps: its own signature says so.
-        vars(cls)["__init__"].__dict__.pop("__wrapped__", None)
 
     def __post_init__(self, **kwargs: Any) -> None:
         for name in SIZES:
@@ -159,14 +177,14 @@ class AttlasConfig(PretrainedConfig):  # type: ignore[misc]
             "layer_idx": layer, **{k: v for k, v in sizes.items() if v is not None}, **options,
         }  # fmt: skip
         try:
-            made: Attention = _in_full_precision(name, given)
+            made: Attention = in_full_precision(name, given)
         except (ValueError, TypeError) as error:
             raise ValueError(f"attention {name!r} in layer {layer}: {error}") from error
         rope = made.position_encoding
         if isinstance(rope, RoPE) and given.get("position") == "rope" and self.rope_theta != 10000.0:
             made.position_encoding = RoPE(2 * rope.frequencies.shape[-1], self.rope_theta)
         for module in made.modules():  # a mechanism initialises itself; Transformers shall not
-            module._is_hf_initialized = True  # type: ignore[assignment]
+            mark_initialized(module)
         return made
 
     def _position(self, cls: Any, causal: bool) -> Any:
@@ -183,25 +201,13 @@ class AttlasConfig(PretrainedConfig):  # type: ignore[misc]
         slides = mask == "window" and options["size"] == self.sliding_window
         return "sliding_attention" if slides else "full_attention"
 
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """The configuration that a checkpoint holds.
-
-        Raises:
-            ValueError: it is of another type of model.
-        """
-        found = config_dict.get("model_type")
-        if found not in (None, cls.model_type):
-            raise ValueError(f"model_type of the checkpoint is {found!r}, not {cls.model_type!r}")
-        return super().from_dict(config_dict, **kwargs)
-
 
 def _takes(name: str, mask: str | None = None) -> Mapping[str, Any]:
     """Options of a layer, or of the mask that stands for one."""
     return registry.signature(MASKS[mask] if mask else registry.find(name).object)
 
 
-def _in_full_precision(name: str, options: dict[str, Any]) -> Any:
+def in_full_precision(name: str, options: dict[str, Any]) -> Any:
     """Made in float32 where the default is less, since constants would be rounded otherwise."""
     wanted = torch.get_default_dtype()
     try:

@@ -11,17 +11,17 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import (
+
+from attlas.hf.caches import NAME, Cache, DynamicCache, the_cache
+from attlas.hf.models import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
-    Cache,
-    DynamicCache,
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
     GenerationMixin,
+    can_return_tuple,
 )
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.utils import can_return_tuple
-
 from attlas.models.blocks import AttlasModel, Block, add_auxiliary, only_padding
 from attlas.models.config import AttlasConfig
 
@@ -36,7 +36,7 @@ class DecoderConfig(AttlasConfig):
     """
 
     model_type = "attlas-decoder"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [NAME]
 
     vocab_size: int = 32000
     tie_word_embeddings: bool = True
@@ -64,9 +64,10 @@ class DecoderModel(AttlasModel):
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None, past_key_values: Cache | None = None,
+        position_ids: Tensor | None = None, cache: Cache | None = None,
         inputs_embeds: Tensor | None = None, use_cache: bool | None = None,
-        output_hidden_states: bool | None = None, **kwargs: Any,
+        output_hidden_states: bool | None = None, past_key_values: Cache | None = None,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPast:  # fmt: skip
         """Hidden states of the tokens.
 
@@ -74,14 +75,15 @@ class DecoderModel(AttlasModel):
             input_ids: [batch, tokens]; or `inputs_embeds`, [batch, tokens, hidden_size].
             attention_mask: 1 at real tokens, [batch, keys, cached ones included].
             position_ids: of the tokens; from the cache and the padding unless given.
-            past_key_values: what earlier steps have kept.
+            cache: what earlier steps have kept.
             inputs_embeds: instead of `input_ids`.
             use_cache: whether to keep keys and values; as the configuration says unless given.
             output_hidden_states: whether to give those between the blocks too.
+            past_key_values: the name of `cache` before Transformers 5.24.
             kwargs: whatever Transformers passes on besides.
 
         Raises:
-            ValueError: neither or both of `input_ids` and `inputs_embeds`.
+            ValueError: neither or both of `input_ids` and `inputs_embeds`; two caches.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give one of input_ids and inputs_embeds")
@@ -89,22 +91,20 @@ class DecoderModel(AttlasModel):
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if self.training and self.gradient_checkpointing:
             use_cache = False
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        cache = the_cache(cache, past_key_values)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         mask, states = only_padding(attention_mask), [h]
         for layer in self.layers:
-            h = layer(
-                h, mask=mask, position_ids=position_ids,
-                past_key_values=past_key_values if use_cache else None,
-            )  # fmt: skip
+            h = layer(h, mask=mask, position_ids=position_ids, cache=cache if use_cache else None)
             states.append(h)
         h = self.norm(h)
         return BaseModelOutputWithPast(
             last_hidden_state=h,
-            past_key_values=past_key_values,
             hidden_states=(*states[:-1], h) if output_hidden_states else None,
+            **{NAME: cache},
         )
 
 
@@ -125,10 +125,11 @@ class Decoder(AttlasModel, GenerationMixin):  # type: ignore[misc]
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None, past_key_values: Cache | None = None,
+        position_ids: Tensor | None = None, cache: Cache | None = None,
         inputs_embeds: Tensor | None = None, labels: Tensor | None = None,
         use_cache: bool | None = None, logits_to_keep: int | Tensor = 0,
-        output_hidden_states: bool | None = None, **kwargs: Any,
+        output_hidden_states: bool | None = None, past_key_values: Cache | None = None,
+        **kwargs: Any,
     ) -> CausalLMOutputWithPast:  # fmt: skip
         """Logits of the next tokens; arguments as in `DecoderModel.forward`, and:
 
@@ -139,8 +140,8 @@ class Decoder(AttlasModel, GenerationMixin):  # type: ignore[misc]
         """
         out = self.model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-            past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache,
-            output_hidden_states=output_hidden_states,
+            cache=the_cache(cache, past_key_values), inputs_embeds=inputs_embeds,
+            use_cache=use_cache, output_hidden_states=output_hidden_states,
         )  # fmt: skip
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(out.last_hidden_state[:, kept])
@@ -151,8 +152,8 @@ class Decoder(AttlasModel, GenerationMixin):  # type: ignore[misc]
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=out.past_key_values,
             hidden_states=out.hidden_states,
+            **{NAME: out.get(NAME)},
         )
 
     @staticmethod

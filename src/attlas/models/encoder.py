@@ -11,19 +11,17 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
-from transformers import (
+
+from attlas.hf.models import (
     AutoConfig,
     AutoModel,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
-)
-from transformers.modeling_outputs import (
     BaseModelOutput,
     MaskedLMOutput,
     SequenceClassifierOutput,
+    can_return_tuple,
 )
-from transformers.utils import can_return_tuple
-
 from attlas.models.blocks import AttlasModel, Block, add_auxiliary, only_padding
 from attlas.models.config import AttlasConfig
 

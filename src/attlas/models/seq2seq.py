@@ -14,17 +14,16 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import (
+
+from attlas.hf.caches import NAME, Cache, DynamicCache, EncoderDecoderCache, the_cache
+from attlas.hf.models import (
     AutoConfig,
     AutoModelForSeq2SeqLM,
-    Cache,
-    DynamicCache,
-    EncoderDecoderCache,
+    BaseModelOutput,
     GenerationMixin,
+    Seq2SeqLMOutput,
+    can_return_tuple,
 )
-from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
-from transformers.utils import can_return_tuple
-
 from attlas.models.blocks import AttlasModel, Block, add_auxiliary, only_padding
 from attlas.models.config import AttlasConfig
 
@@ -41,7 +40,7 @@ class Seq2SeqConfig(AttlasConfig):
     """
 
     model_type = "attlas-seq2seq"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [NAME]
     places = ("encoder_attention", "cross_attention")
 
     vocab_size: int = 32000
@@ -121,8 +120,8 @@ class Seq2Seq(AttlasModel, GenerationMixin):  # type: ignore[misc]
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
         decoder_input_ids: Tensor | None = None, decoder_attention_mask: Tensor | None = None,
         encoder_outputs: BaseModelOutput | tuple[Tensor, ...] | None = None,
-        past_key_values: Cache | None = None, labels: Tensor | None = None,
-        use_cache: bool | None = None, **kwargs: Any,
+        cache: Cache | None = None, labels: Tensor | None = None,
+        use_cache: bool | None = None, past_key_values: Cache | None = None, **kwargs: Any,
     ) -> Seq2SeqLMOutput:  # fmt: skip
         """Logits of the target's tokens.
 
@@ -133,16 +132,18 @@ class Seq2Seq(AttlasModel, GenerationMixin):  # type: ignore[misc]
                 by one unless given.
             decoder_attention_mask: 1 at the target's real tokens, cached ones included.
             encoder_outputs: what the encoder made of the source, instead of `input_ids`.
-            past_key_values: what earlier steps have kept.
+            cache: what earlier steps have kept.
             labels: target tokens to predict, −100 where none is.
             use_cache: whether to keep keys and values.
+            past_key_values: the name of `cache` before Transformers 5.24.
             kwargs: whatever Transformers passes on besides.
 
         Raises:
             ValueError: no target, or a cache where cross-attention needs the earlier queries.
         """
-        if past_key_values is not None and not self.keeps:
-            raise ValueError("past_key_values: this cross-attention needs the whole target each time")
+        cache = the_cache(cache, past_key_values)
+        if cache is not None and not self.keeps:
+            raise ValueError("cache: this cross-attention needs the whole target each time")
         if encoder_outputs is None:
             encoder_outputs = self.encoder(input_ids=input_ids, attention_mask=attention_mask)
         if decoder_input_ids is None:
@@ -152,9 +153,9 @@ class Seq2Seq(AttlasModel, GenerationMixin):  # type: ignore[misc]
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if (self.training and self.gradient_checkpointing) or not self.keeps:
             use_cache = False
-        if use_cache and past_key_values is None:
-            past_key_values = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache())
-        own = getattr(past_key_values, "self_attention_cache", past_key_values)
+        if use_cache and cache is None:
+            cache = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache())
+        own = getattr(cache, "self_attention_cache", cache)
         h, mask = self.shared(decoder_input_ids), only_padding(decoder_attention_mask)
         context, context_mask = encoder_outputs[0], only_padding(attention_mask)
         own = own if use_cache else None
@@ -165,7 +166,7 @@ class Seq2Seq(AttlasModel, GenerationMixin):  # type: ignore[misc]
             positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -count:]
         for layer in self.layers:
             h = layer(
-                h, mask=mask, position_ids=positions, past_key_values=own, context=context,
+                h, mask=mask, position_ids=positions, cache=own, context=context,
                 context_mask=context_mask,
             )  # fmt: skip
         logits, loss = self.lm_head(self.norm(h)), None
@@ -175,8 +176,8 @@ class Seq2Seq(AttlasModel, GenerationMixin):  # type: ignore[misc]
         return Seq2SeqLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=past_key_values,
             encoder_last_hidden_state=context,
+            **{NAME: cache},
         )
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:

@@ -16,13 +16,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from attlas import masks
 from attlas.attention import Attention
 from attlas.catalog import registry
 from attlas.catalog.kinds import LAYER
+from attlas.hf.models import (
+    ROPE_INIT_FUNCTIONS,
+    PreTrainedModel,
+)
 from attlas.models.swapped import NormedLinear, Swapped, pass_padding
 from attlas.positions import RoPE
 

@@ -7,9 +7,9 @@ from typing import Any
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from transformers import Cache
 
 from attlas.attention import Attention
+from attlas.hf.caches import Cache, the_cache
 from attlas.models.blocks import only_padding
 
 
@@ -23,14 +23,14 @@ class Swapped(nn.Module):
 
     def forward(
         self, hidden_states: Tensor, padding: Tensor | None = None,
-        position_ids: Tensor | None = None, past_key_values: Cache | None = None, **kwargs: Any,
+        position_ids: Tensor | None = None, cache: Cache | None = None,
+        past_key_values: Cache | None = None, **kwargs: Any,
     ) -> tuple[Tensor, None]:  # fmt: skip
         """The layer's output, and no weights."""
         # With padding, positions are counted from the first real token, as masks count them.
         positions = position_ids if padding is None else None
-        return self.attention(
-            hidden_states, mask=padding, positions=positions, cache=past_key_values
-        ), None
+        kept = the_cache(cache, past_key_values)
+        return self.attention(hidden_states, mask=padding, positions=positions, cache=kept), None
 
 
 class NormedLinear(nn.Linear):

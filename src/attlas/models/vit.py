@@ -12,11 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
-from transformers.modeling_outputs import BaseModelOutput, ImageClassifierOutput
-from transformers.utils import can_return_tuple
 
 from attlas.catalog import registry
+from attlas.hf.models import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageClassification,
+    BaseModelOutput,
+    ImageClassifierOutput,
+    can_return_tuple,
+)
 from attlas.models.blocks import AttlasModel, Block, add_auxiliary
 from attlas.models.config import AttlasConfig
 

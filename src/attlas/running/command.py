@@ -149,11 +149,10 @@ def _build(system: System) -> None:
     if system.needs is None:
         system.build()
         return
-    from transformers.utils import logging
-
+    from attlas.hf.models import quiet
     from attlas.models.load import load, load_tokenizer
 
-    logging.disable_progress_bar()
+    quiet()
     system.build(load(system.needs), load_tokenizer(system.needs))
 
 

@@ -15,9 +15,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from attlas.errors import UserError
+from attlas.hf.caches import DynamicCache, DynamicLayer, filled
 from attlas.storage.body import KINDS
 from attlas.storage.layer import LayerState, StoredLayer
 
@@ -117,8 +117,10 @@ def fingerprint(model: Any) -> dict[str, Any]:
 
 def _dtype(cache: DynamicCache) -> torch.dtype:
     for layer in cache.layers:
-        if isinstance(layer.keys, Tensor):
-            return layer.keys.dtype
+        held = [layer.keys, *getattr(layer, "states", {}).values()]
+        for tensor in held:
+            if isinstance(tensor, Tensor) and tensor.is_floating_point():
+                return tensor.dtype
     raise UserError("the cache is empty; there is nothing to store")
 
 
@@ -127,10 +129,12 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _layer_out(layer: DynamicLayer, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    if isinstance(layer.keys, Tensor):
+    keys = isinstance(layer.keys, Tensor)
+    if keys:
         tensors |= {f"{prefix}keys": layer.keys, f"{prefix}values": layer.values}
     if not isinstance(layer, StoredLayer):
-        return {"stored": False}
+        return {"stored": False, "keys": keys}
+    tensors |= {f"{prefix}state.{name}": state for name, state in layer.states.items()}
     if layer.index is not None:
         tensors[f"{prefix}index"] = layer.index
     bodies = {}
@@ -142,7 +146,7 @@ def _layer_out(layer: DynamicLayer, prefix: str, tensors: dict[str, Tensor]) -> 
         learned[name] = {"layer": state.layer, "scaling": state.scaling}
         tensors |= {f"{prefix}learned.{name}.{part}": t for part, t in state.tensors.items()}
     return {
-        "stored": True, "seen": layer.seen, "fixed": layer.fixed, "ragged": layer.ragged,
+        "stored": True, "keys": keys, "seen": layer.seen, "fixed": layer.fixed, "ragged": layer.ragged,
         "settled": layer.settled, "bodies": bodies, "learned": learned,
     }  # fmt: skip
 
@@ -152,14 +156,14 @@ def _layer_in(told: dict[str, Any], prefix: str, tensors: dict[str, Tensor]) -> 
         start = prefix + start
         return {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
 
-    keys, values = tensors[f"{prefix}keys"], tensors[f"{prefix}values"]
     layer = StoredLayer() if told["stored"] else DynamicLayer()
-    layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
-    layer.keys, layer.values = keys, values
+    if told["keys"]:
+        filled(layer, tensors[f"{prefix}keys"], tensors[f"{prefix}values"])
     if isinstance(layer, StoredLayer):
         for name in ("seen", "fixed", "ragged", "settled"):
             setattr(layer, name, told[name])
         layer.index = tensors.get(f"{prefix}index")
+        layer.states = under("state.")
         for name, body in told["bodies"].items():
             made = KINDS[body["kind"]].restored(under(f"body.{name}."), body["constants"])
             layer.bodies[name] = made

@@ -3,83 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
 
 from attlas import ops
 from attlas.errors import UserError
+from attlas.hf.caches import DynamicLayer
 from attlas.ops.segments import Dense, Segment
 from attlas.storage.body import Body, GrownBody, filled
-from attlas.storage.growing import Growing
-from attlas.storage.rotary import Rotary
+from attlas.storage.slots import INDEX_BYTES, DenseSlots, first_ones
+from attlas.storage.state import Chosen, LayerState, Taken
 
-#: A slot's original column is kept as int32 beside its key and value.
-INDEX_BYTES = 4
-
-
-@dataclass
-class LayerState:
-    """What a part knows of one layer of one cache.
-
-    Attributes:
-        layer: index of the layer.
-        full: the model's full-attention layers.
-        windows: lengths of the model's sliding-window layers.
-        rotary: how the model rotates, None when the part does not ask or it does not rotate.
-        scaling: factor of q·k, known after the first call.
-        tensors: what was gathered from the calls, batch first. It is held with the cache: what is not
-            needed once the prompt is over is taken out when the part settles.
-    """
-
-    layer: int
-    full: tuple[int, ...]
-    windows: tuple[int, ...] = ()
-    rotary: Rotary | None = None
-    scaling: float = 1.0
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-
-    def fork(self) -> LayerState:
-        """A copy that shares the tensors, which are never written to."""
-        return LayerState(
-            self.layer, self.full, self.windows, self.rotary, self.scaling, dict(self.tensors)
-        )
+__all__ = ["INDEX_BYTES", "Chosen", "LayerState", "StoredLayer", "Taken", "first_ones"]
 
 
-@dataclass(frozen=True)
-class Chosen:
-    """What a selection reads of a layer in one step.
-
-    Attributes:
-        index: numbers of pages, −1 for none; by key head, or by query head.
-        page: slots of a page.
-        slots: it chose among so many, those of the layer's first body; all others are read too.
-        scored: bytes that were read in order to choose.
-    """
-
-    index: Int[Tensor, "batch list_heads pages"]
-    page: int
-    slots: int
-    scored: int = 0
-
-
-class StoredLayer(DynamicLayer):  # type: ignore[misc]
-    """Bodies that hold a context in forms of their own, and dense slots behind them.
+class StoredLayer(DenseSlots):
+    """The stateful cache layer: bodies in forms of their own, dense slots behind them, named tensors.
 
     `get_seq_length` and `get_mask_sizes` speak of the tokens seen, so that Transformers counts
     positions and builds masks in original coordinates; attlas's attention function takes of a mask
-    the columns that the slots hold. Slots are numbered through: the bodies' first.
+    the columns that the slots hold. Slots are numbered through: the bodies' first. A mechanism that
+    remembers more than keys and values, or other things in their place, keeps them in `states`.
 
     Attributes:
         bodies: encoded parts of the context, by name.
-        index: int32 [batch, kv_heads, n], original columns of the first n dense slots, −1 for an empty
-            one; None while none was dropped. Dense slots behind them hold the last tokens in order.
-        seen: tokens seen, padding included.
-        ragged: some row has empty dense slots.
+        states: what a mechanism remembers, by name; the first axis is the batch.
         fixed: tokens seen when some were last dropped, behind which the cache can be cropped.
         settled: the prompt is over and what parts do with it has been done.
         learned: what each part knows of this layer, by the part's name.
@@ -88,43 +39,14 @@ class StoredLayer(DynamicLayer):  # type: ignore[misc]
     """
 
     def __init__(self, learned: dict[str, LayerState] | None = None) -> None:
-        self._keys: Growing | None = None
-        self._values: Growing | None = None
         super().__init__()
         self.learned = {} if learned is None else learned
         self.bodies: dict[str, Body] = {}
-        self.index: Tensor | None = None
-        self.seen = 0
+        self.states: dict[str, Tensor] = {}
         self.fixed = 0
-        self.ragged = False
         self.settled = False
         self.attached = False
         self.read_bytes = 0
-
-    # Keys and values grow in place; whoever sets them gives a whole.
-
-    @property
-    def keys(self) -> Tensor | None:
-        """Keys of the dense slots."""
-        return None if self._keys is None else self._keys.tensor
-
-    @keys.setter
-    def keys(self, given: Tensor | None) -> None:
-        self._keys = None if given is None else Growing(given)
-
-    @property
-    def values(self) -> Tensor | None:
-        """Values of the dense slots."""
-        return None if self._values is None else self._values.tensor
-
-    @values.setter
-    def values(self, given: Tensor | None) -> None:
-        self._values = None if given is None else Growing(given)
-
-    @property
-    def dense_slots(self) -> int:
-        """How many slots hold keys and values as they came."""
-        return 0 if self._keys is None else self._keys.tensor.shape[2]
 
     @property
     def context_slots(self) -> int:
@@ -132,11 +54,21 @@ class StoredLayer(DynamicLayer):  # type: ignore[misc]
         return sum(body.slots for body in self.bodies.values())
 
     @property
+    def managed(self) -> bool:
+        """Whether parts have a hand in it, so that the model has to read it through attlas."""
+        return bool(self.learned or self.bodies or self.index is not None)
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether tokens can be taken back: what a recurrence has taken in cannot."""
+        return not self.states and (self._keys is not None or not self.seen)
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of keys, values, slot indices and what parts remember."""
+        """Bytes of keys, values, slot indices and what mechanism and parts remember."""
         growing = [held.nbytes for held in (self._keys, self._values) if held is not None]
         tensors = [t for state in self.learned.values() for t in state.tensors.values()]
-        tensors += [] if self.index is None else [self.index]
+        tensors += [*self.states.values(), *([] if self.index is None else [self.index])]
         bodies = [body.nbytes for body in self.bodies.values()]
         return sum(growing) + sum(t.nbytes for t in tensors) + sum(bodies)
 
@@ -152,10 +84,7 @@ class StoredLayer(DynamicLayer):  # type: ignore[misc]
         """
         self.seen += key_states.shape[-2]
         if self._keys is None or self._values is None:
-            self.dtype, self.device, self.is_initialized = (
-                key_states.dtype, key_states.device, True,
-            )  # fmt: skip
-            self.keys, self.values = key_states, value_states
+            self.hold(key_states, value_states)
         else:
             beside = self.context_slots
             self._keys.append(key_states, beside)
@@ -183,8 +112,8 @@ class StoredLayer(DynamicLayer):  # type: ignore[misc]
     def reset(self) -> None:
         """Forget everything; the next call is a new prompt."""
         super().reset()
-        self.bodies, self.index, self.seen, self.fixed = {}, None, 0, 0
-        self.ragged, self.settled, self.read_bytes = False, False, 0
+        self.bodies, self.states = {}, {}
+        self.fixed, self.settled, self.read_bytes = 0, False, 0
         for state in self.learned.values():
             state.tensors.clear()
 
@@ -192,10 +121,13 @@ class StoredLayer(DynamicLayer):  # type: ignore[misc]
         """Take back the last tokens (a negative number), of those that came after the prompt.
 
         Raises:
-            ValueError: so many that what was dropped or encoded would be touched.
+            ValueError: a positive number, so many that what was dropped or encoded would be touched,
+                or a layer whose mechanism remembers more than keys and values.
         """
-        if tokens_to_remove >= 0 or self._keys is None:
-            super().crop(tokens_to_remove)
+        if tokens_to_remove > 0 or (tokens_to_remove and not self.is_croppable):
+            most = "a negative number" if self.is_croppable else "0 here"
+            raise UserError(f"tokens_to_remove must be {most}, got {tokens_to_remove}")
+        if tokens_to_remove == 0 or self._keys is None:
             return
         limit = self.seen + tokens_to_remove
         batch, heads = self._keys.tensor.shape[:2]
@@ -232,6 +164,7 @@ class StoredLayer(DynamicLayer):  # type: ignore[misc]
         if self.index is not None:
             self.index = change(self.index)
         self.bodies = {name: body.rows(change) for name, body in self.bodies.items()}
+        self.states = {name: change(x) for name, x in self.states.items()}
         for state in self.learned.values():
             state.tensors = {name: change(x) for name, x in state.tensors.items()}
 
@@ -241,8 +174,15 @@ class StoredLayer(DynamicLayer):  # type: ignore[misc]
         other.__dict__.update(self.__dict__)
         other._keys, other._values = (h and h.fork() for h in (self._keys, self._values))
         other.bodies = {name: body.fork() for name, body in self.bodies.items()}
+        other.states = dict(self.states)
         other.learned = {name: state.fork() for name, state in self.learned.items()}
         return other
+
+    def take_over(self, layer: DynamicLayer) -> None:
+        """Hold what a plain layer holds, sharing its tensors."""
+        if layer.get_seq_length():
+            self.hold(layer.keys, layer.values)
+            self.seen = layer.get_seq_length()
 
     # What parts do with it.
 
@@ -254,78 +194,6 @@ class StoredLayer(DynamicLayer):  # type: ignore[misc]
         batch, heads = self._keys.tensor.shape[:2]
         found = [body.columns(batch, heads, self.device) for body in self.bodies.values()]
         return torch.cat([*found, self.dense_columns()], dim=-1)
-
-    def dense_columns(self) -> Int[Tensor, "batch kv_heads slots"]:
-        """Original column of every dense slot."""
-        assert self._keys is not None
-        batch, heads = self._keys.tensor.shape[:2]
-        chosen = 0 if self.index is None else self.index.shape[-1]
-        first = self.seen - (self.dense_slots - chosen)
-        tail = torch.arange(first, self.seen, dtype=torch.int32, device=self.device)
-        tail = tail.expand(batch, heads, -1)
-        return tail if self.index is None else torch.cat([self.index, tail], dim=-1)
-
-    def keep(
-        self, slots: Int[Tensor, "batch kv_heads n"], real: Bool[Tensor, "batch kv_heads n"]
-    ) -> None:
-        """Hold the given dense slots alone; where not `real` the slot is empty. Frees the rest."""
-        keys, values = self.keys, self.values
-        assert keys is not None
-        assert values is not None
-        self.index = torch.where(real, self.dense_columns().gather(-1, slots), -1).to(torch.int32)
-        self.ragged = not bool(real.all())
-        self.keys, self.values = _at(keys, slots), _at(values, slots)
-
-    def lengths(self, real: Bool[Tensor, "batch seen"] | None) -> list[int]:
-        """Dense slots of each row that hold a token and no padding; as many in every head."""
-        if self.index is None and real is None:
-            return [self.dense_slots] * (0 if self._keys is None else self._keys.tensor.shape[0])
-        return self.there(real)[:, 0].sum(dim=-1).tolist()
-
-    def there(
-        self, real: Bool[Tensor, "batch seen"] | None
-    ) -> Bool[Tensor, "batch kv_heads slots"]:
-        """Which dense slots hold a token that is no padding."""
-        columns = self.dense_columns()
-        there = columns >= 0
-        if real is None:
-            return there
-        seen = real[:, None].expand(-1, columns.shape[1], -1).to(columns.device)
-        return there & seen.gather(-1, columns.clamp(min=0).long())
-
-    def take(self, counts: list[int], real: Bool[Tensor, "batch seen"] | None) -> Taken:
-        """The first tokens of each row, which lie in dense slots no more; padding is dropped.
-
-        Args:
-            counts: how many, by row; no more than `lengths`.
-            real: which of the tokens seen are no padding; None when all are.
-        """
-        keys, values = self.keys, self.values
-        assert keys is not None
-        assert values is not None
-        there = None if self.index is None and real is None else self.there(real)
-        if min(counts) == max(counts) and (there is None or (not self.ragged and there.all())):
-            count = counts[0]
-            first = self.seen - self.dense_slots
-            index = None if self.index is None else self.dense_columns()[..., :count].contiguous()
-            taken = Taken(keys[:, :, :count], values[:, :, :count], index, first)
-            # Copies, so that what was taken frees the memory that it lay in.
-            self.keys, self.values = keys[:, :, count:].clone(), values[:, :, count:].clone()
-            rest = None if self.index is None else self.index[..., count:]
-            self.index = None if rest is None or not rest.shape[-1] else rest
-            return taken
-        there = self.there(real)
-        order = (~there).long().sort(dim=-1, stable=True).indices
-        number = torch.arange(order.shape[-1], device=order.device)
-        wanted = torch.tensor(counts, device=order.device)[:, None, None]
-        columns = self.dense_columns().gather(-1, order)
-        goes = (number < wanted).expand_as(order)
-        index = torch.where(goes, columns, -1)[..., : max(counts)]
-        at = order[..., : max(counts)]
-        taken = Taken(_at(keys, at), _at(values, at), index, 0)
-        slots, stays = first_ones(there.gather(-1, order) & ~goes)
-        self.keep(order.gather(-1, slots), stays)
-        return taken
 
     def put(self, name: str, body: Body) -> None:
         """Hold a body, behind that of its name if there is one that it can follow, else beside it."""
@@ -418,26 +286,3 @@ class StoredLayer(DynamicLayer):  # type: ignore[misc]
             k, v = keys[:, :, start:], values[:, :, start:]
             found.append(Dense(k, v, visible=seen, causal=visible is None))
         return found
-
-
-def first_ones(
-    there: Bool[Tensor, "batch kv_heads slots"],
-) -> tuple[Int[Tensor, "batch kv_heads n"], Bool[Tensor, "batch kv_heads n"]]:
-    """(slots that are there, in their order, then others; which of them are there), by row and head."""
-    order = (~there).long().sort(dim=-1, stable=True).indices
-    order = order[..., : int(there.sum(dim=-1).max())]
-    return order, there.gather(-1, order)
-
-
-def _at(x: Tensor, slots: Tensor) -> Tensor:
-    return x.gather(2, slots[..., None].expand(-1, -1, -1, x.shape[-1]))
-
-
-@dataclass(frozen=True)
-class Taken:
-    """Slots that `StoredLayer.take` gave away: what a body is made of."""
-
-    k: Float[Tensor, "batch kv_heads slots dim"]
-    v: Float[Tensor, "batch kv_heads slots v_dim"]
-    index: Int[Tensor, "batch kv_heads slots"] | None
-    first: int

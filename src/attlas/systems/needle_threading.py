@@ -40,6 +40,7 @@ from torch import Tensor
 
 from attlas.catalog.registry import mechanism
 from attlas.errors import UnknownName, UserError
+from attlas.hf.caches import cache_of, with_cache
 from attlas.kinds.system import Example, System
 from attlas.tasks.chat import template, tokens
 from attlas.tasks.threads import (
@@ -224,7 +225,7 @@ class NeedleThreading(System):
         frame = template(self.tokenizer)
         context = tokens(self.tokenizer, frame.opening + questions[0].haystack)
         ids = torch.tensor([context], device=self.model.device)
-        read = self.model(ids, use_cache=True, logits_to_keep=1).past_key_values
+        read = cache_of(self.model(ids, use_cache=True, logits_to_keep=1))
         # Those of one number of tokens go together, so that nothing is padded.
         alike: dict[tuple[int, bool, int], list[tuple[Question, list[int]]]] = {}
         for q in questions:
@@ -250,7 +251,7 @@ class NeedleThreading(System):
         produced = torch.empty(len(rows), 0, dtype=torch.long)
         texts = [""] * len(rows)
         for _ in range((self.size + 6) * wanted):
-            out = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            out = self.model(ids, use_cache=True, logits_to_keep=1, **with_cache(self.model, cache))
             ids = out.logits[:, -1].argmax(-1, keepdim=True)
             produced = torch.cat([produced, ids.cpu()], dim=1)
             texts = [self.tokenizer.decode(row) for row in produced.tolist()]

@@ -25,16 +25,24 @@ class Template:
 
 
 def template(tokenizer: Any) -> Template:
-    """The tokenizer's chat template around a user's turn; empty strings where it has none."""
+    """The tokenizer's chat template around a user's turn; its `opening` where it has none."""
     if not getattr(tokenizer, "chat_template", None):
-        return Template("", "")
+        front = opening(tokenizer)
+        return Template("".join(tokenizer.convert_ids_to_tokens(front)) if front else "", "")
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": _MARK}], tokenize=False, add_generation_prompt=True
     )
-    opening, mark, closing = text.partition(_MARK)
+    before, mark, after = text.partition(_MARK)
     if not mark:
         return Template("", "")
-    return Template(opening, closing)
+    return Template(before, after)
+
+
+def opening(tokenizer: Any) -> list[int]:
+    """The tokens that the tokenizer puts in front of any text, such as Gemma's <bos>; often none."""
+    whole, piece = tokenizer("a", verbose=False)["input_ids"], tokens(tokenizer, "a")
+    starts = (n for n in range(len(whole)) if whole[n : n + len(piece)] == piece)
+    return list(whole[: next(starts, 0)])
 
 
 def tokens(tokenizer: Any, text: str) -> list[int]:

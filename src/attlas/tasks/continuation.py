@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-from attlas.tasks.chat import tokens
+from attlas.tasks.chat import opening, tokens
 from attlas.tasks.text import passage
 
 
@@ -20,7 +20,7 @@ class Continuation:
 
 
 def continuation(tokenizer: Any, length: int, count: int, seed: str) -> Continuation:
-    """A passage of `length` tokens and the `count` predictions that follow it."""
+    """A passage of `length` tokens, opened as the model expects, and the `count` predictions after it."""
     text = passage(random.Random(seed), 8 * (length + count + 1))
-    ids = tokens(tokenizer, text)[: length + count + 1]
+    ids = (opening(tokenizer) + tokens(tokenizer, text))[: length + count + 1]
     return Continuation(ids[:length], ids[length : length + count], ids[length + 1 :])

@@ -1,4 +1,4 @@
-"""The model of a run: the type that the task needs, built of the mechanism's layers."""
+"""The model of a run: the type that the task needs, built of the mechanism."""
 
 from __future__ import annotations
 
@@ -8,13 +8,22 @@ import torch
 from torch import Tensor, nn
 
 from attlas.attention import Attention
+from attlas.catalog.kinds import LAYER, MODULE
 from attlas.errors import UserError
+from attlas.kinds.feature_map import FeatureMap
 from attlas.tasks.train import Batch, Task
 from attlas.train.operator import Operator
-from attlas.train.plan import Mechanism, Plan
+from attlas.train.plan import NONE, Mechanism, Plan
 
 #: What all others are compared with; its model also gives the weights outside attention.
 PLAIN = Mechanism("softmax", "softmax")
+#: The same where the mechanisms are modules for feature maps: none.
+BARE = Mechanism(NONE, NONE)
+#: What tasks take that train mechanisms of a kind.
+TAKEN = {
+    LAYER: "layers of attention, such as softmax",
+    MODULE: "modules for feature maps, such as ela-efficient-local, or none",
+}
 
 
 class Net(nn.Module):
@@ -47,9 +56,9 @@ class Net(nn.Module):
         return output, torch.stack(extra).sum() if extra else output.new_zeros(())
 
 
-def attentions(model: nn.Module) -> list[Attention]:
-    """The layers of attention in a model."""
-    return [module for module in model.modules() if isinstance(module, Attention)]
+def attentions(model: nn.Module) -> list[Attention | FeatureMap]:
+    """The layers of attention, or modules for feature maps, in a model."""
+    return [m for m in model.modules() if isinstance(m, (Attention, FeatureMap))]
 
 
 def build(task: Task, mechanism: Mechanism, plan: Plan, seed: int) -> Net:
@@ -60,16 +69,17 @@ def build(task: Task, mechanism: Mechanism, plan: Plan, seed: int) -> Net:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = Net(task, mechanism, plan)
-        if mechanism.label != PLAIN.label:
+        plain = BARE if task.trains is MODULE else PLAIN
+        if mechanism.label != plain.label:
             torch.manual_seed(seed)
-            _share(Net(task, PLAIN, plan), net)
+            _share(Net(task, plain, plan), net)
     return net
 
 
 @torch.no_grad()
 def _share(plain: nn.Module, net: nn.Module) -> None:
     """Copy what has the same name and shape and lies in no layer of attention."""
-    inside = tuple(name for name, m in net.named_modules() if isinstance(m, Attention))
+    inside = tuple(name for name, m in net.named_modules() if isinstance(m, (Attention, FeatureMap)))
     weights = dict(plain.named_parameters())
     for name, parameter in net.named_parameters():
         outside = not name.startswith(tuple(f"{prefix}." for prefix in inside))
@@ -85,15 +95,19 @@ def check_fit(plan: Plan, task: Task) -> None:
     """
     for mechanism in plan.mechanisms:
         what = f"mechanism {mechanism.label!r} cannot be trained on task {task.name!r}"
-        layer: Any
-        for layer in (each.entry.object for each in mechanism.turns):
-            if not issubclass(layer, Attention):
-                raise UserError(f"{what}: it is no layer of attention")
+        kind = task.trains
+        for each in mechanism.turns:
+            if each.name == NONE and kind is MODULE:
+                continue
+            found = NONE if each.name == NONE else each.entry.kind.name
+            if found != kind.name:
+                raise UserError(f"{what}: it is of kind {found!r}; the task takes {TAKEN[kind]}")
+            layer: Any = each.entry.object
             if task.needs == "decoder" and not layer.has_causal_form:
                 raise UserError(f"{what}: the task needs a decoder and it has no causal form")
             if task.needs == "seq2seq" and not layer.has_cross_form:
                 raise UserError(f"{what}: the task needs cross-attention and it has no cross form")
-        if mechanism.others and task.needs in ("operator", "seq2seq"):
+        if mechanism.others and task.needs in ("operator", "seq2seq", "convnet"):
             raise UserError(f"{what}: its model has one mechanism for all layers")
         try:
             build(task, mechanism, plan, seed=0)
@@ -139,7 +153,23 @@ def _operator(task: Task, mechanism: Mechanism, plan: Plan) -> nn.Module:
     )  # fmt: skip
 
 
-_CORES = {"decoder": _decoder, "vit": _vit, "seq2seq": _seq2seq, "operator": _operator}
+def _convnet(task: Task, mechanism: Mechanism, plan: Plan) -> nn.Module:
+    from attlas.models.convnet import ConvNet, ConvNetConfig
+
+    (attention,) = mechanism.attention
+    halvings = 2 ** (plan.layers - 1)
+    if plan.dim % halvings:
+        raise ValueError(f"dim must be a multiple of {halvings} for layers={plan.layers}, got {plan.dim}")
+    return ConvNet(ConvNetConfig(
+        num_labels=task.sizes.outputs, num_channels=task.sizes.image[0], attention=attention,
+        hidden_sizes=[plan.dim * 2**stage // halvings for stage in range(plan.layers)],
+        depths=[1] * plan.layers,
+    ))  # fmt: skip
+
+
+_CORES = {
+    "decoder": _decoder, "vit": _vit, "seq2seq": _seq2seq, "operator": _operator, "convnet": _convnet,
+}  # fmt: skip
 
 
 def _sized(mechanism: Mechanism, plan: Plan) -> dict[str, Any]:

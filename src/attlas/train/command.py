@@ -11,13 +11,17 @@ import torch
 import typer
 from rich.console import Console
 
+from attlas.catalog.kinds import LAYER, MODULE
 from attlas.errors import UnknownName, UserError
 from attlas.journal import unwritable
 from attlas.tasks.train import Task
 from attlas.train.plan import Plan, parse_mechanisms, parse_task
 from attlas.train.results import Results
 
-DEFAULTS = ["softmax,differential-transformer,qk-norm"]
+#: What is compared unless mechanisms are given, by the kind that the task trains.
+DEFAULTS = {
+    LAYER: ["softmax,differential-transformer,qk-norm"], MODULE: ["none,ela-efficient-local"],
+}  # fmt: skip
 DTYPES = ("float32", "bfloat16")
 #: Widths up to which a CPU trains on one thread, unless OMP_NUM_THREADS says otherwise.
 SMALL = 128
@@ -27,7 +31,7 @@ def train(
     task: Annotated[str, typer.Option(help="recall, induction(half=24), ...")] = "recall",
     mechanisms: Annotated[
         list[str] | None,
-        typer.Option(help="softmax,differential-transformer(...),...; three unless given."),
+        typer.Option(help="softmax,qk-norm(...),... or, on pictures, none,ela-efficient-local,..."),
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Of the optimiser.")] = 300,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each mechanism.")] = 2,
@@ -35,7 +39,7 @@ def train(
     accumulate: Annotated[int, typer.Option(min=1, help="Parts to read these rows in.")] = 1,
     rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 3e-3,
     dim: Annotated[int, typer.Option(min=1, help="Width of the model.")] = 64,
-    layers: Annotated[int, typer.Option(min=1, help="Layers of the model.")] = 2,
+    layers: Annotated[int, typer.Option(min=1, help="Layers of the model, or stages.")] = 2,
     heads: Annotated[int, typer.Option(min=1, help="Heads of each layer.")] = 4,
     tested: Annotated[int, typer.Option(min=1, help="Rows of each test.")] = 512,
     save: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
@@ -55,9 +59,9 @@ def train(
     if not 0 < rate < float("inf"):
         raise UserError(f"rate must be a positive number, got {rate}")
     plan = Plan(
-        task=label, mechanisms=parse_mechanisms(mechanisms or DEFAULTS), seeds=seeds, steps=steps,
-        batch=batch, accumulate=accumulate, rate=rate, dim=dim, layers=layers, heads=heads,
-        tested=tested, save=save, device=kind, dtype=_dtype(dtype, kind),
+        task=label, mechanisms=parse_mechanisms(mechanisms or DEFAULTS[made.trains]),
+        seeds=seeds, steps=steps, batch=batch, accumulate=accumulate, rate=rate, dim=dim,
+        layers=layers, heads=heads, tested=tested, save=save, device=kind, dtype=_dtype(dtype, kind),
     )  # fmt: skip
     _run(plan, made, out or Path("attlas-train") / made.name, number)
 

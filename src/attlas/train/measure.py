@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from attlas.attach.session import cache_bytes
+from attlas.hf.caches import cache_of, with_cache
 from attlas.tasks.train import Task
 from attlas.train.build import Net
 from attlas.train.data import drawn
@@ -80,4 +81,4 @@ def cache_weight(net: Net, task: Task, accelerator: Accelerator) -> dict[str, fl
 
 def _read_on(net: Net, piece: torch.Tensor, cache: Any) -> Any:
     given = {"input_ids": piece} if net.read is None else {"inputs_embeds": net.read(piece)}
-    return net.core(**given, past_key_values=cache, use_cache=True).past_key_values
+    return cache_of(net.core(**given, **with_cache(net.core, cache), use_cache=True))

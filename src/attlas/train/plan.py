@@ -6,14 +6,19 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 from attlas.catalog import registry
-from attlas.catalog.kinds import LAYER
+from attlas.catalog.kinds import LAYER, MODULE
 from attlas.catalog.registry import Entry
 from attlas.compare.methods import parse_call, split, written
 from attlas.errors import UnknownName, UserError
 from attlas.tasks.train import Task, find
 
-#: Options that every layer takes and the model sets by itself.
-SET_BY_MODEL = ("dim", "heads", "head_dim", "causal", "mask", "layer_idx")
+#: Options of each kind that is trained which the model sets by itself.
+SET_BY_MODEL = {
+    LAYER: ("dim", "heads", "head_dim", "causal", "mask", "layer_idx"),
+    MODULE: ("channels", "previous"),
+}
+#: Stands for a network without a module.
+NONE = "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +146,7 @@ def parse_mechanisms(texts: list[str]) -> tuple[Mechanism, ...]:
     Several joined by + are one whose layers take turns.
 
     Raises:
-        UserError: one that cannot be read, is no layer, or takes no such option.
+        UserError: one that cannot be read, is no layer or module, or takes no such option.
     """
     found = {m.label: m for text in texts for m in map(_in_turns, split(text))}
     if not found:
@@ -157,20 +162,24 @@ def _in_turns(text: str) -> Mechanism:
 
 def _mechanism(text: str) -> Mechanism:
     name, options = parse_call("mechanism", text)
-    layers = registry.entries(LAYER)
+    if name == NONE:
+        if options:
+            raise UserError(f"mechanism none takes no options, got {options}")
+        return Mechanism(NONE, NONE)
     try:
         entry = registry.find(name)
     except UnknownName:
-        names = [known for layer in layers for known in layer.names]
+        names = [known for entry in registry.entries(*SET_BY_MODEL) for known in entry.names]
         raise UnknownName("mechanism", name, names) from None
-    if entry.kind is not LAYER:
+    if entry.kind not in SET_BY_MODEL:
         raise UserError(
             f"mechanism {name!r} is a {entry.kind.name}, which has no weights to train; `attlas compare` "
             "tries it on a pretrained model"
         )
-    taken = [o for o in registry.signature(entry.object) if o not in SET_BY_MODEL]
+    fixed = SET_BY_MODEL[entry.kind]
+    taken = [o for o in registry.signature(entry.object) if o not in fixed]
     for option in options:
-        if option in SET_BY_MODEL:
+        if option in fixed:
             raise UserError(f"mechanism {entry.name}: {option} is set by the model, see --help")
         if option not in taken:
             raise UserError(f"{entry.name} takes no option {option!r}; it takes {taken}")

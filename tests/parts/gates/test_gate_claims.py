@@ -6,6 +6,7 @@ from torch.nn.functional import cross_entropy
 
 from attlas.attach import Part, attach
 from attlas.calibration import calibrate, windows
+from attlas.hf.caches import cache_of, with_cache
 from attlas.parts.evict.balance_kv import BalanceKV
 from attlas.parts.evict.q_filters import QFilters
 from attlas.parts.evict.window import SinksWindow
@@ -72,10 +73,10 @@ def test_q_filters_stream_better_than_a_window(smollm2, filters):
         total = []
         with torch.no_grad(), attach(model, part):
             out = model(ids[:, :128], use_cache=True)
-            cache, last = out.past_key_values, out.logits[:, -1:]
+            cache, last = cache_of(out), out.logits[:, -1:]
             for start in range(128, 320, 16):
                 said = ids[:, start : start + 16]
-                logits = model(said, past_key_values=cache).logits
+                logits = model(said, **with_cache(model, cache)).logits
                 assert cache.layers[0].dense_slots == 32
                 total.append(cross_entropy(torch.cat([last, logits[:, :-1]], 1)[0], said[0]))
                 last = logits[:, -1:]

@@ -5,11 +5,14 @@ import torch
 from transformers import DynamicCache
 
 import tiny_models
-from attlas.attach import Part, attach, prefill
+from attlas.attach import Part, attach
 from attlas.cache.duo_gates import Gated, passkeys
+from attlas.cache.prompt import prefill
 from attlas.calibration import Calibration, calibrate
+from attlas.contract.families import distinct, find
 from attlas.contract.parts import small_llama
 from attlas.errors import UserError
+from attlas.hf.caches import cache_of, with_cache
 from attlas.ops.reference import reference
 from attlas.parts.evict.balance_kv import BalanceKV
 from attlas.parts.evict.duo_attention import DuoAttention
@@ -17,7 +20,7 @@ from attlas.parts.evict.q_filters import QFilters
 from attlas.storage import load_cache, save_cache
 from attlas.storage.files import fingerprint
 
-KINDS = ("llama", "gemma3", "gpt-oss", "gpt-neox")
+KINDS = distinct("windows", "sinks", "partial-rotary", having=["full", "rotary"])
 
 
 def texts(count=3, tokens=40):
@@ -77,13 +80,13 @@ def logits_after(model, part, ids, padding="none", length=None, steps=9, chunk=N
         for start in range(0, ids.shape[1], size):
             some = slice(start, start + size)
             model(
-                ids[:, some], past_key_values=cache, position_ids=positions[:, some],
+                ids[:, some], **with_cache(model, cache), position_ids=positions[:, some],
                 attention_mask=mask[:, : some.stop],
             )  # fmt: skip
         for token in later[0]:
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
             out = model(
-                token.expand(len(mask), 1), past_key_values=cache, attention_mask=mask,
+                token.expand(len(mask), 1), **with_cache(model, cache), attention_mask=mask,
                 position_ids=mask.sum(-1, keepdim=True) - 1,
             )  # fmt: skip
             found.append(out.logits[0, -1])
@@ -101,7 +104,7 @@ def test_padding_and_chunks_do_not_count(kind, make):
     part = make(model)
     alone = logits_after(model, part, ids)
     assert not torch.allclose(alone, logits_after(model, balance(model, keep=1.0), ids), atol=1e-3)
-    for side in ("left",) if kind in ("gemma3", "gpt-oss") else ("left", "right"):
+    for side in ("left",) if "windows" in find(kind).traits else ("left", "right"):
         close(logits_after(model, part, ids, side, length=31), alone)
     close(logits_after(model, part, ids, chunk=5), alone)
 
@@ -116,7 +119,7 @@ def test_short_rows_keep_their_own_time():
             close(logits_after(model, part, ids, "left", length=30, steps=20), alone)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+@pytest.mark.parametrize("kind", distinct("windows", having=["full"]))
 def test_everything_kept_is_full_attention(kind):
     model, ids = tiny_models.decoder(kind), tiny_models.prompt(2, 24)
     plain = tiny_models.greedy(model, ids)
@@ -145,14 +148,14 @@ def test_beams_rows_and_stored_caches(make, tmp_path):
     later = tiny_models.prompt(2, 12, seed=8)
     with torch.no_grad(), attach(model, part):
         once, again, direct = (
-            torch.cat([model(t, past_key_values=c).logits for t in later.split(1, dim=1)], dim=1)
-            for c in (cache, stored, model(ids).past_key_values)
+            torch.cat([model(t, **with_cache(model, c)).logits for t in later.split(1, dim=1)], dim=1)
+            for c in (cache, stored, cache_of(model(ids)))
         )
     close(once, again)
     close(once, direct)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt-oss"])
+@pytest.mark.parametrize("kind", distinct("soft-caps", "sinks"))
 def test_weights_count_however_the_cache_is_read(kind):
     """By a question at once, token by token, and with a recorder that looks at every weight."""
     model, ids = tiny_models.decoder(kind), tiny_models.prompt(2, 40)
@@ -161,9 +164,9 @@ def test_weights_count_however_the_cache_is_read(kind):
     with torch.no_grad():
         for size, record in ((36, []), (1, []), (6, []), (1, ["entropy"])):
             with attach(model, part, record=record):
-                cache = model(ids).past_key_values
+                cache = cache_of(model(ids))
                 found.append(torch.cat(
-                    [model(t, past_key_values=cache).logits for t in question.split(size, dim=1)],
+                    [model(t, **with_cache(model, cache)).logits for t in question.split(size, dim=1)],
                     dim=1,
                 ))  # fmt: skip
     for other in found[1:]:
@@ -172,7 +175,7 @@ def test_weights_count_however_the_cache_is_read(kind):
 
 def held_by(model, part, ids):
     with torch.no_grad(), attach(model, part) as session:
-        cache = model(ids).past_key_values
+        cache = cache_of(model(ids))
     return cache, session
 
 
@@ -229,9 +232,9 @@ def test_duo_attention_streaming_heads_stay_constant_while_decoding(streams):
     part = duo(model, pattern=pattern, sparsity=sparsity)
     held = []
     with torch.no_grad(), attach(model, part) as session:
-        cache = model(ids).past_key_values
+        cache = cache_of(model(ids))
         for token in tiny_models.prompt(2, 30, seed=7).split(1, dim=1):
-            model(token, past_key_values=cache)
+            model(token, **with_cache(model, cache))
             columns = cache.layers[2].columns()
             count = (columns >= 0).sum(-1)
             now = cache.get_seq_length()
@@ -265,11 +268,11 @@ def test_dropping_equals_hiding():
     question, part = tiny_models.prompt(2, 3, seed=5), duo(model)
     with torch.no_grad():
         with attach(model, part):
-            cache = model(ids).past_key_values
-            dropped = model(question, past_key_values=cache).logits
+            cache = cache_of(model(ids))
+            dropped = model(question, **with_cache(model, cache)).logits
         with attach(model, Hide(part, 24)):
-            whole = model(ids).past_key_values
-            close(dropped, model(question, past_key_values=whole).logits)
+            whole = cache_of(model(ids))
+            close(dropped, model(question, **with_cache(model, whole)).logits)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

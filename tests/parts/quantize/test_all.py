@@ -2,15 +2,17 @@
 
 import pytest
 import torch
-from tests.tiny_models import decoder, greedy, prompt
 
 import attlas
 from attlas.attach import attach
 from attlas.cache.prompt import prefill
 from attlas.calibration import calibrate
+from attlas.contract.families import distinct
 from attlas.errors import UserError
+from attlas.hf.caches import cache_of, with_cache
 from attlas.storage import load_cache, save_cache
 from attlas.storage.layer import StoredLayer
+from tiny_models import decoder, greedy, prompt
 
 #: Small blocks, so that a prompt of some 30 tokens is encoded.
 SMALL = {
@@ -49,16 +51,16 @@ def llama():
 
 
 @pytest.mark.parametrize("name", WHOLE)
-@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("kind", distinct("rotary", "soft-caps"))
 def test_sixteen_bits_are_the_model(name, kind):
     model, ids = decoder(kind), prompt(2, 30)
     fed = prompt(2, 24, seed=2)
     with torch.no_grad():
         expected = model(torch.cat([ids, fed], 1)).logits[:, 30:]
         with attach(model, made(name, model, **WHOLE[name])) as session:
-            cache = model(ids, use_cache=True).past_key_values
+            cache = cache_of(model(ids, use_cache=True))
             found = [
-                model(fed[:, i : i + 3], past_key_values=cache).logits for i in range(0, 24, 3)
+                model(fed[:, i : i + 3], **with_cache(model, cache)).logits for i in range(0, 24, 3)
             ]
             full = [c for c in session.cache.layers if isinstance(c, StoredLayer)]
             assert all(layer.bodies for layer in full)
@@ -87,13 +89,13 @@ def test_padding_on_the_right(name, llama):
     def read(ids, fed, mask):
         with torch.no_grad(), attach(llama, part):
             at = (mask.cumsum(-1) - 1).clamp(min=0)
-            cache = llama(ids, attention_mask=mask, position_ids=at, use_cache=True).past_key_values
+            cache = cache_of(llama(ids, attention_mask=mask, position_ids=at, use_cache=True))
             found = []
             for i in range(fed.shape[1]):
                 mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
                 at = mask.sum(-1, keepdim=True) - 1
                 found.append(
-                    llama(fed[:, i : i + 1], past_key_values=cache, attention_mask=mask,
+                    llama(fed[:, i : i + 1], **with_cache(llama, cache), attention_mask=mask,
                           position_ids=at).logits
                 )  # fmt: skip
         return torch.cat(found, 1)
@@ -110,14 +112,14 @@ def test_forks_and_chunks_agree(name):
     question = prompt(2, 12, seed=3)
     parent = prefill(llama, ids, [part], chunk=7)
     with torch.no_grad(), attach(llama, part):
-        cache = llama(ids, use_cache=True).past_key_values
-        whole = [llama(question[:, :5], past_key_values=cache).logits]
-        whole += [llama(question[:, i : i + 1], past_key_values=cache).logits for i in range(5, 12)]
+        cache = cache_of(llama(ids, use_cache=True))
+        whole = [llama(question[:, :5], **with_cache(llama, cache)).logits]
+        whole += [llama(question[:, i : i + 1], **with_cache(llama, cache)).logits for i in range(5, 12)]
         for _ in range(2):  # a fork leaves its prompt as it was
             fork = parent.fork(part)
-            found = [llama(question[:, :5], past_key_values=fork).logits]
+            found = [llama(question[:, :5], **with_cache(llama, fork)).logits]
             found += [
-                llama(question[:, i : i + 1], past_key_values=fork).logits for i in range(5, 12)
+                llama(question[:, i : i + 1], **with_cache(llama, fork)).logits for i in range(5, 12)
             ]
             assert torch.allclose(torch.cat(found, 1), torch.cat(whole, 1), atol=1e-4)
 
@@ -164,7 +166,7 @@ def test_rows_and_files(name, llama, tmp_path):
     mask = torch.ones_like(ids)
     mask[1, :5] = 0
     with torch.no_grad(), attach(llama, part):
-        cache = llama(ids, attention_mask=mask, use_cache=True).past_key_values
+        cache = cache_of(llama(ids, attention_mask=mask, use_cache=True))
         layer = cache.layers[1]
         save_cache(cache, tmp_path / "cache", llama)
         before = [t.clone() for t in layer.read()[:2]]
@@ -181,12 +183,12 @@ def test_with_an_evicting_part(name, llama):
     part, ids = made(name, llama), prompt(2, 60)
     policy = attlas.make("key-norm-eviction", keep=0.5, skip_layers=())
     with torch.no_grad(), attach(llama, policy, part) as session:
-        cache = llama(ids, use_cache=True).past_key_values
+        cache = cache_of(llama(ids, use_cache=True))
         layer = session.cache.layers[2]
         assert layer.bodies
         assert ((layer.columns() >= 0).sum(dim=-1) == 30).all()
         for i in range(12):
-            out = llama(ids[:, i : i + 1], past_key_values=cache)
+            out = llama(ids[:, i : i + 1], **with_cache(llama, cache))
         assert out.logits.isfinite().all()
 
 

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from tests.tiny_models import decoder, prompt
 from torch import nn
 
 import attlas
@@ -19,6 +18,7 @@ from attlas.storage.changed import turned
 from attlas.storage.layer import LayerState, StoredLayer, Taken
 from attlas.storage.shared import encode_rows
 from attlas.storage.varied import Varied
+from tiny_models import decoder, prompt
 
 
 def layer_of(k, v=None, **tensors):
@@ -37,20 +37,20 @@ def test_zipcache_all_rows_as_probes_give_the_exact_score():
     weights = scores.masked_fill(future, -torch.inf).softmax(dim=-1)
     expected = weights.sum(dim=2) / (30 - torch.arange(30))
     expected = expected.unflatten(1, (2, 2)).sum(dim=2)
-    assert torch.allclose(saliency(layer, state, None), expected, atol=1e-6)
+    assert torch.allclose(saliency(layer, state, layer.rows()), expected, atol=1e-6)
 
 
 def test_zipcache_probes_see_what_is_encoded_already():
     """After a block was encoded the probes' attention still sums to one over all tokens."""
     q, k = torch.randn(1, 2, 4, 8), torch.randn(1, 2, 40, 8)
     layer, state = layer_of(k, queries=q, columns=torch.arange(36, 40)[None])
-    whole = saliency(layer, state, None)
+    whole = saliency(layer, state, layer.rows())
     part = attlas.make(
         "zipcache", salient_bits=16, other_bits=16, block=16
     )  # fmt: skip
-    part._encode(layer, state, None)
+    part._encode(layer, state, layer.rows())
     assert layer.dense_slots == 8
-    assert torch.allclose(saliency(layer, state, None), whole[..., 32:], atol=1e-5)
+    assert torch.allclose(saliency(layer, state, layer.rows()), whole[..., 32:], atol=1e-5)
 
 
 def test_zipcache_divides_by_the_channels_and_shares_steps():
@@ -142,7 +142,7 @@ def test_akvq_parts_tokens_by_class():
     v[:, :, 5] *= 1000
     part = attlas.make("akvq-vl", images=[(10, 40)], early_layers=1, block=8, recent=0)
     layer, state = layer_of(k, v)
-    part.settle(layer, state, None)
+    part.settle(layer, state, layer.rows())
     assert far(v, torch.ones(1, 2, 64, dtype=torch.bool), 5.0)[:, :, 5].all()
     columns = {name: body.index[0, 0].tolist() for name, body in layer.bodies.items()}
     assert 5 in columns["pivots"]

@@ -7,6 +7,7 @@ from torch.nn.functional import cross_entropy
 import attlas
 from attlas.attach import attach
 from attlas.cache.prompt import prefill
+from attlas.hf.caches import with_cache
 from attlas.tasks.continuation import continuation
 
 
@@ -25,7 +26,7 @@ def read(smollm2):
             with torch.no_grad(), attach(model, *([part] if part else [])):
                 for start in range(0, 96, 32):
                     chunk = fed[None, start : start + 32]
-                    logits.append(model(chunk, past_key_values=cache).logits[0])
+                    logits.append(model(chunk, **with_cache(model, cache)).logits[0])
             found.append(float(cross_entropy(torch.cat(logits), targets)))
         return found
 

@@ -5,6 +5,7 @@ import random
 import torch
 
 from attlas import attach, prefill
+from attlas.hf.caches import with_cache
 from attlas.parts.evict.window import SinksWindow
 from attlas.parts.select.delta_layer_aware import DeltaLayerAware
 from attlas.parts.select.recycled_attention import RecycledAttention
@@ -29,6 +30,6 @@ def test_a_passage_that_comes_again(smollm2):
             cache, logits, loss[name] = read.fork(part), read.logits, 0.0
             for i in range(start, start + 12):
                 loss[name] -= float(logits.log_softmax(-1)[0, ids[0, i]]) / 12
-                logits = model(ids[:, i : i + 1], past_key_values=cache).logits[:, -1]
+                logits = model(ids[:, i : i + 1], **with_cache(model, cache)).logits[:, -1]
     assert loss["recycled"] < loss["window"] - 0.7
     assert loss["delta"] < loss["window"] - 0.7

@@ -6,6 +6,7 @@ import torch
 from attlas import attach
 from attlas.cache.prompt import prefill
 from attlas.contract.parts import continued, prompt, small_llama
+from attlas.hf.caches import cache_of, with_cache
 from attlas.parts.select.actqkv import ActQKV
 from attlas.parts.select.adaptive_long_context import AdaptiveLongContext
 from attlas.parts.select.delta_layer_aware import DeltaLayerAware
@@ -65,15 +66,15 @@ def steps(model, part, ids, mask=None, *, chunk=None, given=None):
         for start in range(0, length, chunk or length):
             stop = min(start + (chunk or length), length)
             positions = (mask[:, :stop].cumsum(1) - 1).clamp(min=0)[:, start:]
-            cache = model(
+            cache = cache_of(model(
                 ids[:, start:stop], attention_mask=mask[:, :stop], position_ids=positions,
-                past_key_values=cache, use_cache=True,
-            ).past_key_values  # fmt: skip
+                **with_cache(model, cache), use_cache=True,
+            ))  # fmt: skip
         for tokens in given:
             mask = torch.cat([mask, mask.new_ones(batch, 1)], 1)
             out = model(
                 tokens[:, None], attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1,
-                past_key_values=cache,
+                **with_cache(model, cache),
             )  # fmt: skip
             found.append(out.logits[:, -1])
     return torch.stack(found)
@@ -124,7 +125,7 @@ def test_forks(llama, name):
         with torch.no_grad(), attach(llama, part):
             cache = read.fork(part)
             for tokens, logits in zip(torch.arange(12).reshape(6, 2) % 40 + 3, whole, strict=True):
-                out = llama(tokens[:, None], past_key_values=cache).logits[:, -1]
+                out = llama(tokens[:, None], **with_cache(llama, cache)).logits[:, -1]
                 torch.testing.assert_close(out, logits)
 
 
@@ -134,12 +135,12 @@ def test_beams_follow_their_rows(llama, name):
     ids, given = prompt(40, 2), torch.arange(12).reshape(6, 2) + 3
     straight = steps(llama, PARTS[name](), ids, given=given)
     with torch.no_grad(), attach(llama, PARTS[name]()):
-        cache = llama(ids, use_cache=True).past_key_values
+        cache = cache_of(llama(ids, use_cache=True))
         for tokens in given[:4]:
-            llama(tokens[:, None], past_key_values=cache)
+            llama(tokens[:, None], **with_cache(llama, cache))
         cache.reorder_cache(torch.tensor([1, 0]))
         for tokens, logits in zip(given[4:].flip(1), straight[4:].flip(1), strict=True):
-            out = llama(tokens[:, None], past_key_values=cache).logits[:, -1]
+            out = llama(tokens[:, None], **with_cache(llama, cache)).logits[:, -1]
             torch.testing.assert_close(out, logits)
 
 
@@ -148,14 +149,14 @@ def test_stored(llama, name, tmp_path):
     ids, given = prompt(40, 2), torch.arange(12).reshape(6, 2) + 3
     straight = steps(llama, PARTS[name](), ids, given=given)
     with torch.no_grad(), attach(llama, PARTS[name]()):
-        cache = llama(ids, use_cache=True).past_key_values
+        cache = cache_of(llama(ids, use_cache=True))
         for tokens in given[:4]:
-            llama(tokens[:, None], past_key_values=cache)
+            llama(tokens[:, None], **with_cache(llama, cache))
     save_cache(cache, tmp_path / "cache.safetensors", llama)
     with torch.no_grad(), attach(llama, PARTS[name]()):
         cache = load_cache(tmp_path / "cache.safetensors", llama)
         for tokens, logits in zip(given[4:], straight[4:], strict=True):
-            out = llama(tokens[:, None], past_key_values=cache).logits[:, -1]
+            out = llama(tokens[:, None], **with_cache(llama, cache)).logits[:, -1]
             torch.testing.assert_close(out, logits)
 
 
@@ -165,25 +166,25 @@ def test_question_of_several_tokens(llama, name):
     ids = prompt(40, 2)
     part = PARTS[name]()
     with torch.no_grad(), attach(llama, part) as session:
-        cache = llama(ids, use_cache=True).past_key_values
-        question = llama(ids[:, :5], past_key_values=cache).logits
+        cache = cache_of(llama(ids, use_cache=True))
+        question = llama(ids[:, :5], **with_cache(llama, cache)).logits
         torch.testing.assert_close(
             question, llama_alone(llama, torch.cat([ids, ids[:, :5]], 1))[:, 40:]
         )
-        llama(ids[:, :1], past_key_values=cache)
+        llama(ids[:, :1], **with_cache(llama, cache))
         assert session.read_bytes > 0
 
 
 def llama_alone(model, ids):
-    from attlas.attach.forward import SESSIONS
+    from attlas.attach.state import ATTACHED
 
-    held = dict(SESSIONS)
+    held = dict(ATTACHED)
     model.set_attn_implementation("sdpa")
-    SESSIONS.clear()
+    ATTACHED.clear()
     try:
         return model(ids).logits
     finally:
-        SESSIONS.update(held)
+        ATTACHED.update(held)
         model.set_attn_implementation("attlas")
 
 

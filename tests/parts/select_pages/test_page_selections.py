@@ -5,10 +5,13 @@ import torch
 from transformers import DynamicCache
 
 import tiny_models
-from attlas.attach import attach, prefill
+from attlas.attach import attach
+from attlas.cache.prompt import prefill
 from attlas.cache.quantizer import Quantizer
 from attlas.calibration import calibrate
+from attlas.contract.families import distinct, find
 from attlas.errors import UserError
+from attlas.hf.caches import with_cache
 from attlas.ops.quantize import encode
 from attlas.parts.evict.snapkv import SnapKV
 from attlas.parts.select.loki import Loki
@@ -53,20 +56,22 @@ def logits_after(model, part, ids, padding="none", length=None, chunked=False, q
         for start in range(0, ids.shape[1], size):
             piece = slice(start, start + size)
             model(
-                ids[:, piece], past_key_values=cache, position_ids=positions[:, piece],
+                ids[:, piece], **with_cache(model, cache), position_ids=positions[:, piece],
                 attention_mask=mask[:, : piece.stop],
             )  # fmt: skip
         for tokens in later:
             mask = torch.cat([mask, mask.new_ones(len(mask), len(tokens))], dim=1)
             out = model(
-                tokens.expand(len(mask), -1), past_key_values=cache, attention_mask=mask,
+                tokens.expand(len(mask), -1), **with_cache(model, cache), attention_mask=mask,
                 position_ids=(mask.cumsum(-1) - 1)[:, -len(tokens) :],
             )  # fmt: skip
             found.append(out.logits[0, -1])
     return torch.stack(found), cache
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3", "gpt-oss", "gpt2"])
+@pytest.mark.parametrize(
+    "kind", distinct("rotary", "key-norm", "windows", "sinks", having=["full"], lacking=["soft-caps"])
+)
 @every_part
 def test_everything_read_is_full_attention(name, kind):
     model, ids = tiny_models.decoder(kind), tiny_models.prompt(2, 27)
@@ -78,7 +83,7 @@ def test_everything_read_is_full_attention(name, kind):
         assert tiny_models.greedy(model, ids, 12) == plain
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+@pytest.mark.parametrize("kind", distinct("windows", having=["full"]))
 @every_part
 def test_padding_does_not_count(name, kind):
     model, ids = tiny_models.decoder(kind).double(), tiny_models.prompt(1, 22)
@@ -88,7 +93,7 @@ def test_padding_does_not_count(name, kind):
     full, _ = logits_after(model, make(name, model, keep=1.0), ids, question=question)
     assert (alone - full).abs().max() > 1e-3  # something was not read
     # Padding on the right stands inside the model's own sliding windows, attlas or not.
-    for side in ("left",) if kind == "gemma3" else ("left", "right"):
+    for side in ("left",) if "windows" in find(kind).traits else ("left", "right"):
         padded, _ = logits_after(model, part, ids, side, length=31, question=question)
         torch.testing.assert_close(padded, alone, atol=1e-5, rtol=1e-5)
 
@@ -106,7 +111,7 @@ def test_chunked_prompts_and_forks(name, padding):
         cache, found = prefill(model, ids, [part], chunk=9).fork(part), []
         with torch.no_grad(), attach(model, part):
             for token in tiny_models.prompt(1, 9, seed=9)[0].split(1):
-                found.append(model(token[None], past_key_values=cache).logits[0, -1])
+                found.append(model(token[None], **with_cache(model, cache)).logits[0, -1])
         torch.testing.assert_close(torch.stack(found), whole, atol=1e-5, rtol=1e-5)
 
 
@@ -153,7 +158,7 @@ def test_stored_and_read_again(name, tmp_path):
     for each in (cache, load_cache(tmp_path / "cache", model)):
         with torch.no_grad(), attach(model, part):
             for token in tiny_models.prompt(1, 5, seed=9)[0].split(1):
-                found.append(model(token[None], past_key_values=each).logits[0, -1])
+                found.append(model(token[None], **with_cache(model, each)).logits[0, -1])
     assert torch.equal(torch.stack(found[:5]), torch.stack(found[5:]))
 
 

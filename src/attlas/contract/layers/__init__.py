@@ -1,5 +1,5 @@
-"""The checks of layers: what every subclass of `attlas.Attention` is held to."""
+"""The checks of layers: what every subclass of `attlas.Attention` is held to, beside networks'."""
 
-from attlas.contract.layers import arguments, numbers, sequence, shapes, state, training
+from attlas.contract.layers import arguments, numbers, sequence, shapes
 
-__all__ = ["arguments", "numbers", "sequence", "shapes", "state", "training"]
+__all__ = ["arguments", "numbers", "sequence", "shapes"]

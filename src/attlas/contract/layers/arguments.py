@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from attlas.contract.measure import Measure, Subject, check, holds, refuses
+from attlas.contract.measure import Measure, Subject, check, refuses
 
 
 @check("layer")
@@ -17,15 +17,6 @@ def wrong_sizes(subject: Subject) -> Iterator[Measure]:
     yield refuses("10 by 3", lambda: subject.layer(dim=10, heads=3), "heads", "dim")
     yield refuses("kv_heads=3 of 4", lambda: subject.layer(heads=4, kv_heads=3), "kv_heads")
     yield refuses("dropout=1.5", lambda: subject.layer(dropout=1.5), "dropout")
-
-
-@check("layer", when=lambda subject: subject.registered)
-def unknown_options(subject: Subject) -> Iterator[Measure]:
-    """An option that it does not take is a ValueError that names it."""
-    from attlas.catalog.registry import make
-
-    options = {"dim": 16, "heads": 2, **subject.example, "no_such_option": 1}
-    yield refuses("no_such_option=1", lambda: make(subject.name, **options), "no_such_option")
 
 
 @check("layer")
@@ -57,19 +48,6 @@ def forms_refused(subject: Subject) -> Iterator[Measure]:
     if not subject.object.has_two_sided_form:
         yield refuses("causal=False", lambda: subject.layer(causal=False), "causal")
     if not subject.causal_form:
-        from transformers import DynamicCache
+        from attlas.hf.caches import DynamicCache
 
         yield refuses("cache", lambda: layer(x, cache=DynamicCache()), "cache")
-
-
-@check("layer")
-def described(subject: Subject) -> Iterator[Measure]:
-    """The docstring of the module or the class tells the equations, the cost and the source."""
-    import inspect
-
-    docs = f"{inspect.getdoc(inspect.getmodule(subject.object))}\n{inspect.getdoc(subject.object)}"
-    if not subject.registered:
-        yield holds("docstring", bool(inspect.getdoc(subject.object)), "no docstring")
-        return
-    for word in ("Cost:", "Reduces to", "Source"):
-        yield holds(word, word in docs, f"the docstring says no {word!r}")

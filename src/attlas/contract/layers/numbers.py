@@ -70,14 +70,6 @@ def extreme_inputs(subject: Subject) -> Iterator[Measure]:
             yield finite(f"{what} {dtype}", y, quiet.grad)
 
 
-@check("layer")
-def deterministic(subject: Subject) -> Iterator[Measure]:
-    """Twice the same input gives twice the same output, to the bit."""
-    layer = subject.layer(dtype=torch.float32)
-    x = torch.randn(2, 33, layer.dim)
-    yield Measure("twice", distance(layer(x), layer(x)), 0.0)
-
-
 class LargestTensor(TorchDispatchMode):
     """Records the number of elements of the largest tensor that any operation made."""
 

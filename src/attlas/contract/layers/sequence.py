@@ -58,18 +58,6 @@ def padding(subject: Subject) -> Iterator[Measure]:
 
 
 @check("layer")
-def batches(subject: Subject) -> Iterator[Measure]:
-    """The order of a batch, and splitting it, change nothing."""
-    for case, options in subject.forms():
-        layer = subject.layer(**options)
-        x = _inputs(layer, batch=4)
-        y = layer(x)
-        order = torch.tensor([2, 0, 3, 1])
-        yield same(f"{case} order", layer(x[order]), y[order])
-        yield same(f"{case} split", torch.cat([layer(row) for row in x.split(1)]), y)
-
-
-@check("layer")
 def masks(subject: Subject) -> Iterator[Measure]:
     """Hidden pairs get no weight, whether a pattern or a tensor hides them."""
     from attlas.masks import causal, dense, window
@@ -134,7 +122,8 @@ def decoding_padded(subject: Subject) -> Iterator[Measure]:
 @check("layer", when=lambda subject: subject.causal_form)
 def static_cache(subject: Subject) -> Iterator[Measure]:
     """Transformers' StaticCache, whose slots are there before they are filled, gives the same."""
-    from transformers import LlamaConfig, StaticCache
+    from attlas.hf.caches import StaticCache
+    from attlas.hf.models import LlamaConfig
 
     layer = subject.layer(causal=True)
     x = _inputs(layer)

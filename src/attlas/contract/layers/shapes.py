@@ -28,16 +28,6 @@ def shapes(subject: Subject) -> Iterator[Measure]:
                 yield finite(case, y)
 
 
-@check("layer")
-def precisions(subject: Subject) -> Iterator[Measure]:
-    """The precision that goes in comes out."""
-    for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        layer = subject.layer(dtype=dtype)
-        y = layer(torch.randn(2, 9, layer.dim, dtype=dtype))
-        yield holds(str(dtype), y.dtype == dtype, f"gives {y.dtype}")
-        yield finite(str(dtype), y)
-
-
 @check("layer", when=lambda subject: subject.takes(heads=4, kv_heads=2))
 def grouped_heads(subject: Subject) -> Iterator[Measure]:
     """Grouped key and value heads give what the stages give, and shrink what a cache holds."""
@@ -80,17 +70,3 @@ def cross_attention(subject: Subject) -> Iterator[Measure]:
     real = torch.ones(2, 8, dtype=torch.bool)
     real[:, 6:] = False
     yield same("padded context", layer(x, context, mask=real), layer(x, context[:, :6]))
-
-
-@check("layer", when=lambda subject: torch.cuda.is_available(), poisoned=False)
-def devices(subject: Subject) -> Iterator[Measure]:
-    """On an accelerator it gives what it gives here, forward and backward."""
-    for case, options in subject.forms():
-        layer = subject.layer(**options)
-        x = torch.randn(2, 33, layer.dim, dtype=torch.float64)
-        there = subject.layer(**options).to("cuda")
-        inputs = x.cuda().requires_grad_()
-        y = there(inputs)
-        yield same(case, y.cpu(), layer(x))
-        y.sum().backward()
-        yield finite(f"{case} gradient", inputs.grad)

@@ -31,6 +31,7 @@ from attlas.attention import Attention
 from attlas.catalog.registry import Reduction, mechanism
 from attlas.errors import at_least_one
 from attlas.inputs import Inputs
+from attlas.kinds.claim import Claim
 from attlas.masks import Mask
 
 #: Queries at a time.
@@ -50,6 +51,13 @@ class CastleLookaheadKeys(Attention):
     Args:
         window: tokens after its own that may update a key; all of them unless given.
     """
+
+    claims = (
+        Claim(
+            "keys that learn from later tokens predict better than causal keys",
+            task="shakespeare-bytes", better="lower", steps=500, batch=16,
+        ),
+    )
 
     has_cross_form = False
     expected_failures: ClassVar[dict[str, str]] = {"static-cache": "tokens change earlier keys"}

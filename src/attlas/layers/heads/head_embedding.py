@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from attlas.attention import Attention
 from attlas.catalog.registry import Reduction, mechanism
 from attlas.inputs import Inputs
+from attlas.kinds.claim import Claim
 
 
 def _products(mhe: HeadEmbedding, plain: Attention) -> None:
@@ -42,6 +43,13 @@ class HeadEmbedding(Attention):
     Args:
         mode: how an embedding enters, "multiplicative" or "additive".
     """
+
+    claims = (
+        Claim(
+            "one head's projections and an embedding a head keep nearly all of the quality",
+            task="shakespeare-bytes", better="lower", margin=0.05, steps=500, batch=16,
+        ),
+    )
 
     def __init__(
         self, dim: int, heads: int = 8, *args: Any,

@@ -24,6 +24,7 @@ from torch.nn.functional import pad
 from attlas.attention import Attention
 from attlas.catalog.registry import Reduction, mechanism
 from attlas.inputs import Inputs
+from attlas.kinds.claim import Claim
 
 
 def _keys_as_queries(layer: Attention, plain: Attention) -> None:
@@ -40,6 +41,13 @@ class KeyValue(Attention):
     Args:
         position_dim: m, features of a pair of positions; 0 for the plain form.
     """
+
+    claims = (
+        Claim(
+            "queries that are the keys still sort as well",
+            task="sorting", margin=0.02,
+        ),
+    )
 
     def __init__(
         self, dim: int, heads: int = 8, *args: Any, position_dim: int = 0, **options: Any

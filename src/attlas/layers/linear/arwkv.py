@@ -34,6 +34,7 @@ from attlas.bases.packing import token_before
 from attlas.catalog.registry import mechanism
 from attlas.errors import at_least_one
 from attlas.inputs import Inputs
+from attlas.kinds.claim import Claim
 from attlas.layers.linear.base import Gates, LinearAttention
 from attlas.masks import Mask
 
@@ -83,6 +84,14 @@ class ARWKV(LinearAttention):
         ValueError: an unknown gate, a rank below 1, a layer that is none of `layers`, or a missing
             `v_first`.
     """
+
+    claims = (
+        Claim(
+            "its state follows swaps and permutations, which an additive state cannot",
+            against=("linear-attention", "gated-linear-attention"),
+            task="swaps(items=3, length=12)", steps=800, seeds=2,
+        ),
+    )
 
     normalized = False
     has_two_sided_form = False

@@ -29,6 +29,7 @@ from torch.nn.functional import elu, relu
 from attlas.catalog.registry import Reduction, mechanism
 from attlas.errors import at_least_one
 from attlas.inputs import Inputs
+from attlas.kinds.claim import Claim
 from attlas.layers.linear.base import Gates, LinearAttention
 from attlas.masks import Mask
 
@@ -57,6 +58,15 @@ class FastWeightDeltaRule(LinearAttention):
         ValueError: an unknown feature, norm or update; a ν below 1; the sum of features that can
             cancel; an ε below 0.
     """
+
+    claims = (
+        Claim(
+            "a state that replaces what stood under a key recalls what was written last, "
+            "where a sum cannot",
+            against=("fast-weight-delta-rule(update='additive')", "linear-attention"),
+            task="rewriting(pairs=3, writes=8, length=20)", steps=800, seeds=2,
+        ),
+    )
 
     normalized = False
     has_two_sided_form = False

@@ -26,6 +26,7 @@ from attlas import ops
 from attlas.attention import Attention
 from attlas.catalog.registry import Reduction, mechanism
 from attlas.inputs import Inputs
+from attlas.kinds.claim import Claim
 from attlas.masks import Mask
 from attlas.positions import ALiBi, Position, additive
 
@@ -95,6 +96,14 @@ class Bayesian(Attention):
         train_loc: whether the prior's location is trained, as its scale and shape are.
         eps: added to the distance.
     """
+
+    claims = (
+        Claim(
+            "a learned prior over distances goes on working far beyond the trained length",
+            against=("softmax", "softmax(position='sinusoidal')"), task="extrapolation",
+            split="64 tokens", steps=600,
+        ),
+    )
 
     has_cross_form = False
     has_own_position = True

@@ -25,6 +25,7 @@ from torch import Tensor
 from attlas.attention import Attention
 from attlas.catalog.registry import mechanism
 from attlas.inputs import Inputs
+from attlas.kinds.claim import Claim
 from attlas.ops.fused import fused
 from attlas.positions import Position, RoPE
 
@@ -37,6 +38,13 @@ class CollinearConstrained(Attention):
         form: the paper's product or the released code's.
         position: a RoPE of another base or scaling, pairing channels (i, i + d/2).
     """
+
+    claims = (
+        Claim(
+            "collinear keys keep rotary attention working beyond the trained length",
+            task="extrapolation", split="64 tokens", steps=600,
+        ),
+    )
 
     def __init__(
         self, dim: int, heads: int = 8, *args: Any, form: Literal["paper", "released"] = "paper",

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from attlas.attention import Attention
 from attlas.catalog.registry import Reduction, mechanism
 from attlas.inputs import Inputs
+from attlas.kinds.claim import Claim
 from attlas.masks import Mask
 from attlas.ops import as_dense
 
@@ -37,6 +38,14 @@ class ContextualPosition(Attention):
         value_gates: gates from q·v instead of q·k ("val-gates").
         undivided: z is not divided by √d ("no-div").
     """
+
+    claims = (
+        Claim(
+            "counts what matters, also at distances that training did not show",
+            ours="contextual-position-encoding(position='none')",
+            against=("softmax", "softmax(position='none')"), task="counting", split="more passes",
+        ),
+    )
 
     memory_law = "quadratic"
 

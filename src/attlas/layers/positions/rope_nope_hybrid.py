@@ -32,11 +32,12 @@ from attlas.attention import Attention
 from attlas.catalog.registry import Reduction, mechanism
 from attlas.errors import at_least_one
 from attlas.inputs import Inputs
+from attlas.kinds.claim import Claim
 from attlas.masks import Mask
 from attlas.positions import RoPE
 
 if TYPE_CHECKING:
-    from transformers import Cache
+    from attlas.hf.caches import Cache
 
 
 @mechanism("rope-nope-hybrid", aliases=("rnope-swa",), reduces_to=Reduction(
@@ -52,6 +53,14 @@ class RopeNopeHybrid(Attention):
         interleaved: rotary pairs are channels (0, 1), (2, 3), … as in Cohere's models.
         qk_norm: queries and keys of every head go through a layer norm before they are turned.
     """
+
+    claims = (
+        Claim(
+            "windowed rotary layers among layers without positions retrieve beyond the trained length",
+            ours="rope-nope-hybrid(window=16, period=2)", task="extrapolation", split="64 tokens",
+            steps=600,
+        ),
+    )
 
     has_cross_form = False
     has_own_position = True
@@ -97,7 +106,7 @@ class RopeNopeHybrid(Attention):
 
     def init_cache(self) -> Cache:
         """An empty cache whose windowed layers hold what the window can still see."""
-        from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+        from attlas.hf.caches import DynamicLayer, DynamicSlidingWindowLayer
 
         cache = super().init_cache()
         cache.layers = [

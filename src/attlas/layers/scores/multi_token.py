@@ -29,6 +29,7 @@ from attlas.attention import Attention
 from attlas.catalog.registry import Reduction, mechanism
 from attlas.errors import at_least_one
 from attlas.inputs import Inputs
+from attlas.kinds.claim import Claim
 from attlas.masks import Mask
 
 
@@ -49,6 +50,14 @@ class MultiToken(Attention):
         gate: a gate on each head's output, one number or one for each channel.
         depth: layers below this one; `layer_idx` unless given.
     """
+
+    claims = (
+        Claim(
+            "finds what only several tokens together identify",
+            ours="multi-token-attention(kernel=[2,7], norm=False, head_kernel=1)",
+            task="blocks(blocks=5, size=4, letters=12)", steps=800, layers=1,
+        ),
+    )
 
     memory_law = "quadratic"
     expected_failures: ClassVar[dict[str, str]] = {"static-cache": "no room for rows of scores"}

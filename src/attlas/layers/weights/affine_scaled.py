@@ -25,6 +25,7 @@ from attlas import masks, ops
 from attlas.attention import Attention
 from attlas.catalog.registry import Reduction, mechanism
 from attlas.inputs import Inputs
+from attlas.kinds.claim import Claim
 from attlas.masks import Mask
 
 
@@ -50,6 +51,13 @@ class AffineScaled(Attention):
         activation: from W x to α: "clip", linear between −5 and 5, or "sigmoid".
         momentum: ρ, the share of ᾱ that a training step keeps.
     """
+
+    claims = (
+        Claim(
+            "scaled and shifted weights train to no higher a loss",
+            task="shakespeare-bytes", better="lower", margin=0.0, steps=500, batch=16,
+        ),
+    )
 
     mean_alpha: Tensor
 

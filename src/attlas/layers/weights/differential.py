@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from attlas.attention import Attention
 from attlas.catalog.registry import mechanism
 from attlas.inputs import Inputs
+from attlas.kinds.claim import Claim
 from attlas.masks import Mask
 
 
@@ -34,6 +35,13 @@ class Differential(Attention):
         depth: layers below this one, which sets λ_init; `layer_idx` unless given.
         pairing: which key heads a pair of maps reads when keys are grouped.
     """
+
+    claims = (
+        Claim(
+            "gives less weight to context that does not matter, and so retrieves better from noise",
+            task="noise(needles=2, pairs=8, keys=8)", split="32 pairs",
+        ),
+    )
 
     def __init__(
         self, dim: int, heads: int = 8, *args: Any, depth: int | None = None,

@@ -24,6 +24,7 @@ from torch import Tensor
 from attlas import masks, ops
 from attlas.catalog.registry import mechanism
 from attlas.inputs import Inputs
+from attlas.kinds.claim import Claim
 from attlas.layers.weights.differential import Differential
 from attlas.masks import Mask
 
@@ -31,6 +32,15 @@ from attlas.masks import Mask
 @mechanism("dint-transformer", aliases=("dint",))
 class Dint(Differential):
     """Differential attention with an integral term, which takes no options of its own."""
+
+    claims = (
+        Claim(
+            "adds to the differential map what the whole sequence attends to, and retrieves "
+            "better than it",
+            also="noise", against=("differential-transformer", "softmax"),
+            task="noise(needles=2, pairs=8, keys=8)", split="32 pairs",
+        ),
+    )
 
     expected_failures: ClassVar[dict[str, str]] = {
         "static-cache": "the running sum of G is more than the keys and values that it holds"

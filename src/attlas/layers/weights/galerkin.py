@@ -28,6 +28,7 @@ from attlas import ops
 from attlas.attention import Attention
 from attlas.catalog.registry import mechanism
 from attlas.inputs import Inputs
+from attlas.kinds.claim import Claim
 from attlas.masks import Mask
 
 
@@ -125,6 +126,13 @@ class _Integral(Attention):
 @mechanism("galerkin-attention", aliases=("galerkin",))
 class Galerkin(_Integral):
     """Galerkin-type attention: keys and values are normed."""
+
+    claims = (
+        Claim(
+            "attention without softmax learns solution operators as well or better",
+            task="burgers", better="lower", steps=500, batch=16,
+        ),
+    )
 
     normed = "kv"
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from attlas.catalog.registry import Reduction, mechanism
 from attlas.errors import at_least_one
 from attlas.inputs import Inputs
+from attlas.kinds.claim import Claim
 from attlas.layers.weights.differential import Differential
 
 
@@ -70,6 +71,14 @@ class SharedDiff(Differential):
     Args:
         rank: of the updates; a head's width unless given.
     """
+
+    claims = (
+        Claim(
+            "keeps the differential map's gain with fewer parameters",
+            against=("differential-transformer",), task="noise(needles=2, pairs=8, keys=8)",
+            split="32 pairs", margin=0.02,
+        ),
+    )
 
     q_proj: SharedProjection  # type: ignore[assignment]
     k_proj: SharedProjection  # type: ignore[assignment]

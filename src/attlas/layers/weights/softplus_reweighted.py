@@ -26,11 +26,12 @@ from attlas.attention import Attention, Prepared
 from attlas.catalog.registry import Reduction, mechanism
 from attlas.errors import at_least_one
 from attlas.inputs import Inputs, MaskLike
+from attlas.kinds.claim import Claim
 from attlas.masks import Mask
 from attlas.positions import ScoreMod
 
 if TYPE_CHECKING:
-    from transformers import Cache
+    from attlas.hf.caches import Cache
 
 
 @mechanism(
@@ -107,6 +108,13 @@ class SoftplusReweighted(Softplus):
         power: p.
         spared: rows that see at most so many keys are not cut.
     """
+
+    claims = (
+        Claim(
+            "length-scaled, re-weighted scores go on working beyond the trained length",
+            task="extrapolation", split="64 tokens", steps=600,
+        ),
+    )
 
     memory_law = "quadratic"
 

@@ -30,7 +30,7 @@ from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -40,6 +40,7 @@ from attlas.catalog.registry import mechanism
 from attlas.errors import UserError
 from attlas.storage.layer import LayerState, StoredLayer, Taken
 from attlas.storage.packed import PackedBody
+from attlas.storage.rows import Rows
 
 #: Added to the products of values, so that K stays positive where values are nearly orthogonal.
 FLOOR = 0.025 + 1e-8
@@ -103,23 +104,23 @@ class BalanceKV(CachePart):
         self.use_values, self.seed, self.while_decoding = use_values, seed, while_decoding
 
     def settle(
-        self, layer: StoredLayer, state: LayerState, real: Bool[Tensor, "batch seen"] | None
+        self, layer: StoredLayer, state: LayerState, rows: Rows
     ) -> None:
         """Reduce all between the sinks and the window."""
-        self._reduce(layer, state, real, span=1)
+        self._reduce(layer, state, rows, span=1)
 
     def later(self, layer: StoredLayer, state: LayerState, call: Call) -> None:
         """Reduce what has left the window, whole blocks of what will be kept at a time."""
         if self.while_decoding:
-            self._reduce(layer, state, call.step.real, span=self.block << self.halvings)
+            self._reduce(layer, state, call.rows, span=self.block << self.halvings)
 
     def _reduce(
-        self, layer: StoredLayer, state: LayerState, real: Tensor | None, span: int
+        self, layer: StoredLayer, state: LayerState, rows: Rows, span: int
     ) -> None:
         """Turn the oldest dense tokens of each row into weighted ones, a multiple of `span`."""
         if not self.halvings:
             return
-        held = layer.lengths(real)
+        held = layer.lengths(rows)
         before: list[int] = state.tensors["reduced"].tolist() if state.tensors else [0] * len(held)
         first = [0 if times else self.sinks for times in before]
         counts = [
@@ -130,7 +131,7 @@ class BalanceKV(CachePart):
         if not max(counts):
             return
         first = [sinks if n else 0 for sinks, n in zip(first, counts, strict=True)]
-        taken = layer.take([a + n for a, n in zip(first, counts, strict=True)], real)
+        taken = layer.take([a + n for a, n in zip(first, counts, strict=True)], rows)
         numbers = self._numbers(state.layer, before, taken.k)
         layer.put("balanced", self._balanced(taken, first, counts, numbers))
         if self.while_decoding:

@@ -39,6 +39,7 @@ from attlas.catalog.registry import mechanism
 from attlas.errors import UserError
 from attlas.storage.layer import LayerState, StoredLayer, Taken
 from attlas.storage.ragged import RaggedBody
+from attlas.storage.rows import Rows
 
 NAME = "heads"
 
@@ -133,17 +134,17 @@ class DuoAttention(Calibrated, CachePart):
         self.retrieves = dict(zip(layers, chosen.to(device), strict=True))
 
     def settle(
-        self, layer: StoredLayer, state: LayerState, real: Bool[Tensor, "batch seen"] | None
+        self, layer: StoredLayer, state: LayerState, rows: Rows
     ) -> None:
         """Free what streaming heads do not hold."""
-        self._leave(layer, state, real, block=1)
+        self._leave(layer, state, rows, block=1)
 
     def later(self, layer: StoredLayer, state: LayerState, call: Call) -> None:
         """The same with what has left the window, a block at a time."""
-        self._leave(layer, state, call.step.real, block=self.block)
+        self._leave(layer, state, call.rows, block=self.block)
 
     def _leave(
-        self, layer: StoredLayer, state: LayerState, real: Tensor | None, block: int
+        self, layer: StoredLayer, state: LayerState, rows: Rows, block: int
     ) -> None:
         """Take what is no longer recent out of the dense slots, in whole blocks."""
         retrieves = self.retrieves[state.layer]
@@ -151,15 +152,14 @@ class DuoAttention(Calibrated, CachePart):
             return
         held = layer.bodies.get(NAME)
         assert held is None or isinstance(held, RaggedBody)
-        rows = layer.lengths(real)
-        counts = [max(0, n - self.recent) // block * block for n in rows]
+        counts = [max(0, n - self.recent) // block * block for n in layer.lengths(rows)]
         # A row of whose tokens none would be forgotten yet stays as it is.
-        sunk = [0] * len(rows) if held is None else held.lengths.amin(dim=-1).tolist()
+        sunk = [0] * len(counts) if held is None else held.lengths.amin(dim=-1).tolist()
         counts = [n if n + min(m, self.sinks) > self.sinks else 0
                   for n, m in zip(counts, sunk, strict=True)]  # fmt: skip
         if not max(counts):
             return
-        taken = layer.take(counts, real)
+        taken = layer.take(counts, rows)
         fresh = self._kept(taken, retrieves, held)
         layer.bodies[NAME] = fresh if held is None else joined(held, fresh)
 

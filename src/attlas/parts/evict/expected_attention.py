@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from attlas.attach.call import Call
-from attlas.cache.policy import CachePolicy, Slots, real_ranks
+from attlas.cache.policy import CachePolicy, Slots
 from attlas.catalog.registry import mechanism
 from attlas.errors import UserError
 from attlas.storage.layer import LayerState
@@ -112,7 +112,7 @@ class ExpectedAttention(CachePolicy):
         """(1 for the queries that count, positions with -1 for padding), once for all layers."""
         shared = call.step.shared
         if (key := ("asked", self.sinks)) not in shared:
-            rank, real = real_ranks(call)
+            rank, real = call.ranks
             weight = (real & (rank >= self.sinks)).float()
             shared[key] = weight, call.positions.masked_fill(~real, -1)
         found: tuple[Tensor, Tensor] = shared[key]

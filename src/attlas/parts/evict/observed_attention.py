@@ -21,7 +21,7 @@ from typing import ClassVar
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -31,6 +31,7 @@ from attlas.cache.policy import CachePolicy, Slots
 from attlas.catalog.registry import mechanism
 from attlas.errors import UserError
 from attlas.storage.layer import LayerState, StoredLayer
+from attlas.storage.rows import Rows
 
 
 @mechanism("observed-attention", paper="", aliases=("h2o",), example={"keep": 0.5})
@@ -89,18 +90,18 @@ class ObservedAttention(CachePolicy):
         columns, keys, values = layer.dense_columns(), layer.keys, layer.values
         assert keys is not None
         assert values is not None
-        there = layer.there(call.step.real)
+        there = layer.there(call.rows)
         seen = there[:, :, None] & (columns[:, :, None] <= call.queries[:, None])
         seen = seen.repeat_interleave(call.groups, dim=1)
         self.learn(state, replace(call, k=keys, v=values, columns=columns, mask=seen))
-        self.settle(layer, state, call.step.real)
+        self.settle(layer, state, call.rows)
 
     def settle(
-        self, layer: StoredLayer, state: LayerState, real: Bool[Tensor, "batch seen"] | None
+        self, layer: StoredLayer, state: LayerState, rows: Rows
     ) -> None:
         """Keep the best slots, and their sums where these will be counted on."""
         before = layer.dense_columns()
-        super().settle(layer, state, real)
+        super().settle(layer, state, rows)
         if self.while_decoding:
             # A hole takes the column before it, so that columns stay in order.
             order = before.cummax(dim=-1).values.contiguous()

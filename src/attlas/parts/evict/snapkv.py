@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from attlas.attach.call import Call
-from attlas.cache.policy import CachePolicy, Slots, real_ranks
+from attlas.cache.policy import CachePolicy, Slots
 from attlas.catalog.registry import mechanism
 from attlas.errors import UserError
 from attlas.storage.layer import LayerState
@@ -77,13 +77,13 @@ class SnapKV(CachePolicy):
 
     def learn(self, state: LayerState, call: Call) -> None:
         """The last w real queries so far, with their columns (-1 where a row has fewer)."""
-        _, real = real_ranks(call)
+        _, real = call.ranks
         columns = torch.where(real, call.queries, -1)
         queries = call.q
         if "queries" in state.tensors:
             queries = torch.cat([state.tensors["queries"], queries], dim=2)
             columns = torch.cat([state.tensors["columns"], columns], dim=1)
-        if call.step.real is None:
+        if call.rows.real is None:
             queries, columns = queries[:, :, -self.window :], columns[:, -self.window :]
         else:
             last = columns.topk(min(self.window, columns.shape[1]), dim=1).indices.flip(1)

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from attlas.attach.call import Call
-from attlas.cache.policy import CachePolicy, Slots, real_ranks
+from attlas.cache.policy import CachePolicy, Slots
 from attlas.catalog.registry import mechanism
 from attlas.errors import UserError
 from attlas.storage.layer import LayerState, StoredLayer
@@ -76,7 +76,7 @@ class SinksWindow(CachePolicy):
         """The positions of the first token and of the next one, for `rerotate`."""
         if not self.rotates:
             return
-        rank, real = real_ranks(call)
+        rank, real = call.ranks
         latest = call.positions.masked_fill(~real, -1).amax(dim=-1) + 1
         first = (call.positions - rank).masked_fill(~real, torch.iinfo(torch.int64).max).amin(-1)
         tensors = state.tensors

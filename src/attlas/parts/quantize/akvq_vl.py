@@ -33,7 +33,6 @@ from torch import Tensor, nn
 from attlas.attach.call import Call
 from attlas.cache.mixed import (
     attention_paid,
-    column_ranks,
     greatest,
     parted,
     remember,
@@ -49,6 +48,7 @@ from attlas.storage.body import Body
 from attlas.storage.changed import TurnedBody, turned
 from attlas.storage.layer import LayerState, StoredLayer, Taken
 from attlas.storage.packed import PackedBody
+from attlas.storage.rows import Rows
 
 
 @mechanism("akvq-vl", example={"block": 8, "recent": 4, "last": 4, "early_layers": 1})
@@ -118,28 +118,28 @@ class AKVQ(Quantizer):
     def later(self, layer: StoredLayer, state: LayerState, call: Call) -> None:
         """Keep the last queries, and encode a block at a time."""
         self.learn(state, call)
-        self.settle(layer, state, call.step.real)
+        self.settle(layer, state, call.rows)
 
     def _early(self, state: LayerState) -> bool:
         return state.layer in state.full[: self.early_layers]
 
     def settle(
-        self, layer: StoredLayer, state: LayerState, real: Bool[Tensor, "batch seen"] | None
+        self, layer: StoredLayer, state: LayerState, rows: Rows
     ) -> None:
         """Say who is salient, and encode all but the newest tokens."""
-        if max(layer.lengths(real), default=0) - self.recent < self.block:
+        if max(layer.lengths(rows), default=0) - self.recent < self.block:
             return
         if self._early(state):
-            rank = column_ranks(layer, real)
+            rank = rows.at(layer.dense_columns())[1]
             worth = torch.ones_like(rank, dtype=torch.float32)
             for start, stop in self.images:
                 worth.masked_fill_((rank >= start) & (rank < stop), 0.0)
         else:
             worth = torch.stack(
-                [w.sum(dim=(2, 3)) for w in attention_paid(layer, state, real)]
+                [w.sum(dim=(2, 3)) for w in attention_paid(layer, state, rows)]
             ).sum(dim=0)
         state.tensors["worth"] = spread(layer, worth)
-        super().settle(layer, state, real)
+        super().settle(layer, state, rows)
         del state.tensors["worth"]
 
     def encode(self, state: LayerState, taken: Taken) -> dict[str, Body]:

@@ -33,7 +33,6 @@ from typing import Any, ClassVar
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicLayer
 
 from attlas import masks, ops
 from attlas.attach.call import Call
@@ -42,6 +41,7 @@ from attlas.cache.quantizer import Quantizer
 from attlas.calibration import Calibrated, Calibration, Calibrator
 from attlas.catalog.registry import mechanism
 from attlas.errors import UserError, at_least_one, exactly_one
+from attlas.hf.caches import DynamicLayer
 from attlas.storage.body import Body
 from attlas.storage.layer import LayerState, StoredLayer, Taken
 from attlas.storage.low_rank import Bases, LowRankBody, turned

@@ -32,13 +32,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from attlas.attach.call import Call
-from attlas.cache.mixed import attention_paid, remember, spread, taken_columns, tokens_seen
+from attlas.cache.mixed import attention_paid, remember, spread, taken_columns
 from attlas.cache.part import Role
 from attlas.cache.quantizer import Quantizer
 from attlas.catalog.registry import mechanism
 from attlas.errors import UserError
 from attlas.storage.body import Body
 from attlas.storage.layer import LayerState, StoredLayer, Taken
+from attlas.storage.rows import Rows
 from attlas.storage.varied import HOLE, Varied, VariedBody
 
 Grouped = Float[Tensor, "tokens batch groups width"]
@@ -120,13 +121,13 @@ class QAQ(Quantizer):
     def later(self, layer: StoredLayer, state: LayerState, call: Call) -> None:
         """Keep the last queries, and encode a block at a time."""
         self.learn(state, call)
-        self.settle(layer, state, call.step.real)
+        self.settle(layer, state, call.rows)
 
     def settle(
-        self, layer: StoredLayer, state: LayerState, real: Bool[Tensor, "batch seen"] | None
+        self, layer: StoredLayer, state: LayerState, rows: Rows
     ) -> None:
         """Find what attention tokens get, and encode all but the newest."""
-        counts = [max(0, n - self.recent) // self.block * self.block for n in layer.lengths(real)]
+        counts = [max(0, n - self.recent) // self.block * self.block for n in layer.lengths(rows)]
         if not max(counts, default=0):
             return
         if state.layer == state.full[0]:
@@ -135,11 +136,11 @@ class QAQ(Quantizer):
         if self.level == "token" and state.layer != state.full[-1]:
             return
         waiting, self.waiting = self.waiting, []
-        paid = [largest_paid(of, known, real) for of, known in waiting]
-        taken = [of.take(counts, real) for of, _ in waiting]
+        paid = [largest_paid(of, known, rows) for of, known in waiting]
+        taken = [of.take(counts, rows) for of, _ in waiting]
         columns = [taken_columns(t).clamp(min=0).long() for t in taken]
         attention = [p.gather(-1, at) for p, at in zip(paid, columns, strict=True)]
-        tokens = tokens_seen(layer, real)
+        tokens = rows.totals(len(counts), layer.device)
         for (of, _), body in zip(waiting, self._bodies(taken, attention, tokens), strict=True):
             of.put("context", body)
 
@@ -182,10 +183,10 @@ class QAQ(Quantizer):
 
 
 def largest_paid(
-    layer: StoredLayer, state: LayerState, real: Bool[Tensor, "batch seen"] | None
+    layer: StoredLayer, state: LayerState, rows: Rows
 ) -> Float[Tensor, "batch kv_heads seen"]:
     """The most that a remembered query attends to each token, by original column."""
-    found = [w.amax(dim=(2, 3)) for w in attention_paid(layer, state, real)]
+    found = [w.amax(dim=(2, 3)) for w in attention_paid(layer, state, rows)]
     return spread(layer, torch.stack(found).amax(dim=0))
 
 

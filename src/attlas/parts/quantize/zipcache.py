@@ -29,14 +29,12 @@ from torch import Tensor, nn
 from attlas.attach.call import Call
 from attlas.cache.mixed import (
     attention_paid,
-    column_ranks,
     drawn,
     greatest,
     parted,
     remember,
     spread,
     taken_columns,
-    tokens_seen,
     widths,
 )
 from attlas.cache.quantizer import Quantizer, offered
@@ -46,6 +44,7 @@ from attlas.ops.quantize import check, encode
 from attlas.storage.body import Body
 from attlas.storage.layer import LayerState, StoredLayer, Taken
 from attlas.storage.packed import PackedBody
+from attlas.storage.rows import Rows
 from attlas.storage.shared import SharedBody, encode_rows
 
 
@@ -112,7 +111,7 @@ class ZipCache(Quantizer):
             return (rank >= encoded) & self._probes(rank, count, torch.full_like(count, self.block))
 
         remember(state, call, rule)
-        self._encode(layer, state, call.step.real)
+        self._encode(layer, state, call.rows)
 
     def _probes(self, rank: Tensor, count: Tensor, span: Tensor) -> Tensor:
         """The newest of `span` queries, and drawn ones."""
@@ -120,18 +119,18 @@ class ZipCache(Quantizer):
         return newest | (drawn(rank, self.seed) < self.probes)
 
     def settle(
-        self, layer: StoredLayer, state: LayerState, real: Bool[Tensor, "batch seen"] | None
+        self, layer: StoredLayer, state: LayerState, rows: Rows
     ) -> None:
         """Measure who gets attention, and encode all but the newest tokens."""
-        self._encode(layer, state, real)
+        self._encode(layer, state, rows)
         for name in ("queries", "columns"):
             state.tensors.pop(name, None)
 
-    def _encode(self, layer: StoredLayer, state: LayerState, real: Tensor | None) -> None:
-        if max(layer.lengths(real)) - self.recent < self.block:
+    def _encode(self, layer: StoredLayer, state: LayerState, rows: Rows) -> None:
+        if max(layer.lengths(rows)) - self.recent < self.block:
             return
-        state.tensors["saliency"] = spread(layer, saliency(layer, state, real))
-        super().settle(layer, state, real)
+        state.tensors["saliency"] = spread(layer, saliency(layer, state, rows))
+        super().settle(layer, state, rows)
         del state.tensors["saliency"]
 
     def encode(self, state: LayerState, taken: Taken) -> dict[str, Body]:
@@ -166,14 +165,14 @@ class ZipCache(Quantizer):
 
 
 def saliency(
-    layer: StoredLayer, state: LayerState, real: Bool[Tensor, "batch seen"] | None
+    layer: StoredLayer, state: LayerState, rows: Rows
 ) -> Float[Tensor, "batch kv_heads slots"]:
     """Attention that the probes pay to each dense slot, by the number of queries that can see it."""
-    rank = column_ranks(layer, real)
+    rank = rows.at(layer.dense_columns())[1]
     paid = torch.zeros(rank.shape, device=rank.device)
-    for weights in attention_paid(layer, state, real):
+    for weights in attention_paid(layer, state, rows):
         paid += weights.sum(dim=(2, 3))
-    return paid / (tokens_seen(layer, real)[:, None, None] - rank).clamp(min=1)
+    return paid / (rows.totals(paid.shape[0], paid.device)[:, None, None] - rank).clamp(min=1)
 
 
 def least(

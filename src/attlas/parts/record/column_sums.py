@@ -14,7 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attlas.attach.call import Call, Recorder, Step
+from attlas.attach.call import Call, Step
+from attlas.attach.part import Recorder
+from attlas.attach.where import Heads, Layers
 from attlas.catalog.registry import mechanism
 from attlas.errors import UserError
 
@@ -24,9 +26,14 @@ class ColumnSums(Recorder):
     """Records the attention that each token receives, [layers, batch, heads, tokens].
 
     The record is of one sequence and grows while a cache carries it on.
+
+    Args:
+        layers: numbers of layers that are looked at; all unless given.
+        heads: query heads that are looked at; all unless given.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, layers: Layers = None, heads: Heads = None) -> None:
+        super().__init__(layers=layers, heads=heads)
         self._sums: dict[int, Tensor] = {}
 
     def begin(self, step: Step) -> None:

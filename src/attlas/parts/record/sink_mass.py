@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attlas.attach.call import Call
+from attlas.attach.where import Heads, Layers
 from attlas.catalog.registry import mechanism
 from attlas.errors import UserError
 from attlas.parts.record.rows import RowRecorder
@@ -23,27 +24,26 @@ class SinkMass(RowRecorder):
 
     Args:
         sinks: how many first tokens count.
+        layers: numbers of layers that are looked at; all unless given.
+        heads: query heads that are looked at; all unless given.
 
     Raises:
         ValueError: sinks below 1.
     """
 
-    def __init__(self, sinks: int = 1) -> None:
+    def __init__(
+        self, sinks: int = 1, *, layers: Layers = None, heads: Heads = None
+    ) -> None:
         if sinks < 1:
             raise UserError(f"sinks must be at least 1, got {sinks}")
-        super().__init__()
+        super().__init__(layers=layers, heads=heads)
         self.sinks = sinks
 
     def measure(
         self, call: Call, weights: Tensor, queries: Tensor, keys: Tensor
     ) -> Float[Tensor, "batch heads query"]:
         """Σ A over the first real tokens."""
-        if call.step.real is None:
-            first = (keys >= 0) & (keys < self.sinks)
-            first = first if first.ndim == 3 else first[None, None]
-        else:
-            real = call.step.real.to(weights.device)
-            early = (real.cumsum(dim=-1) <= self.sinks) & real
-            at = keys.clamp(min=0).long().expand(*weights.shape[:2], -1)
-            first = early[:, None].expand(-1, weights.shape[1], -1).gather(-1, at) & (keys >= 0)
+        there, rank = call.rows.at(keys.expand(weights.shape[0], -1) if keys.ndim == 1 else keys)
+        first = there & (rank < self.sinks)
+        first = first[:, None] if first.ndim == 2 else first
         return (weights * first[:, :, None]).sum(dim=-1)

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from attlas.attach.call import Call
+from attlas.attach.where import Heads, Layers
 from attlas.catalog.registry import mechanism
 from attlas.errors import UserError
 from attlas.parts.record.rows import RowRecorder
@@ -26,15 +27,19 @@ class TopLinks(RowRecorder):
 
     Args:
         k: links per query.
+        layers: numbers of layers that are looked at; all unless given.
+        heads: query heads that are looked at; all unless given.
 
     Raises:
         ValueError: k below 1.
     """
 
-    def __init__(self, k: int = 8) -> None:
+    def __init__(
+        self, k: int = 8, *, layers: Layers = None, heads: Heads = None
+    ) -> None:
         if k < 1:
             raise UserError(f"k must be at least 1, got {k}")
-        super().__init__()
+        super().__init__(layers=layers, heads=heads)
         self.k = k
 
     def measure(

@@ -37,9 +37,7 @@ from torch import Tensor
 
 from attlas import ops
 from attlas.attach.call import Call
-from attlas.cache.chunks import by_rank, first_positions, left_aligned, real_counts
 from attlas.cache.part import Role
-from attlas.cache.policy import real_ranks
 from attlas.cache.probes import Running, page_cosines, probe
 from attlas.cache.selection import Selection, keys_of, lengths_of
 from attlas.cache.summaries import Portion, extend, first_best
@@ -47,6 +45,7 @@ from attlas.catalog.registry import mechanism
 from attlas.errors import UserError, at_least_one
 from attlas.storage.body import Body
 from attlas.storage.layer import Chosen, LayerState, StoredLayer
+from attlas.storage.rows import Rows, left_aligned
 
 #: A layer reads at least and at most this many times the average: 32 and 92 of 46 pages with the authors.
 LEAST, MOST = 0.7, 2
@@ -117,15 +116,15 @@ class ActQKV(Selection):
             return None
         if call.score_mod is not None or call.sinks is not None:
             raise UserError("ActQKV reads a prompt by windows, and cannot honour changed scores")
-        before, after = real_counts(call)
+        before, after = call.counts
         new = [b - a for a, b in zip(before, after, strict=True)]
         far = max(after) - self.local > self.sinks + self.page
-        rank, real = real_ranks(call)
-        q = call.q if call.step.real is None else left_aligned(call.q, real)
+        rank, real = call.ranks
+        q = call.q if call.rows.real is None else left_aligned(call.q, real)
         positions = left_aligned(call.positions[:, None, :, None], real)[:, 0, :, 0]
         asked = self._at_the_edge(state, q, positions)
-        k, v = by_rank(call.k, call.v, None, call.step.real)
-        pages = self._page_keys(state, k, first_positions(call)) if far else None
+        k, v = (call.rows.aligned(x) for x in (call.k, call.v))
+        pages = self._page_keys(state, k, call.row_starts) if far else None
         starts, counts = (torch.tensor(n, device=q.device) for n in (before, new))
         heads = q.new_zeros(*q.shape[:3], v.shape[-1]) if far else None
         for start in range(0, max(new), size):
@@ -184,19 +183,19 @@ class ActQKV(Selection):
 
     def learn(self, state: LayerState, call: Call) -> None:
         """Where each row's positions begin."""
-        first = first_positions(call)
-        if call.step.real is not None and "first" in state.tensors:
-            some = real_ranks(call)[1].any(1)
+        first = call.row_starts
+        if call.rows.real is not None and "first" in state.tensors:
+            some = call.ranks[1].any(1)
             first = torch.where(some, first, state.tensors["first"])
         state.tensors["first"] = first
 
     def settle(
-        self, layer: StoredLayer, state: LayerState, real: Bool[Tensor, "batch seen"] | None
+        self, layer: StoredLayer, state: LayerState, rows: Rows
     ) -> None:
         """Pack pages; the statistics of the prompt's queries are not needed any more."""
         for name in Running._fields:
             state.tensors.pop(name, None)
-        super().settle(layer, state, real)
+        super().settle(layer, state, rows)
 
     def summarize(self, state: LayerState, body: Body) -> None:
         """The mean key of every page."""

@@ -98,7 +98,7 @@ class AdaptiveLongContext(Selection):
         self, layer: StoredLayer, body: Body, call: Call
     ) -> Float[Tensor, "batch heads"]:  # fmt: skip
         """A query's mass on the sinks and on all that is not packed."""
-        behind = mass_behind(layer, call.q, call.scaling, call.step.real)
+        behind = mass_behind(layer, call.q, call.scaling, call.rows)
         if not self.sinks:
             return behind
         sinks = scores_over(body, call.q, call.scaling, self.sinks)

@@ -22,7 +22,8 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
-from attlas.attach.call import Call, Selector
+from attlas.attach.call import Call
+from attlas.attach.part import Selector
 from attlas.catalog.registry import mechanism
 from attlas.errors import at_least_one
 from attlas.ops.delta import delta_correction

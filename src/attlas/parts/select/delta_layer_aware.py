@@ -135,7 +135,7 @@ class DeltaLayerAware(Selection):
 
     def published(self, layer: StoredLayer, body: Body, call: Call) -> Chosen:
         """The pages that all heads together read most."""
-        weights = weights_over(layer, body, call.q, call.scaling, call.step.real)
+        weights = weights_over(layer, body, call.q, call.scaling, call.rows)
         scores = weights.sum(dim=1, keepdim=True)
         if self.page > 1:
             scores = scores.unflatten(-1, (-1, self.page)).sum(dim=-1)

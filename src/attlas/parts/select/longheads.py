@@ -30,9 +30,8 @@ from torch import Tensor, nn
 
 from attlas import masks, ops
 from attlas.attach.call import Call
-from attlas.cache.chunks import ChunkKeys, by_rank, gathered, real_counts
+from attlas.cache.chunks import ChunkKeys, gathered
 from attlas.cache.part import Role
-from attlas.cache.policy import real_ranks
 from attlas.cache.selection import Selection, first_body
 from attlas.catalog.registry import mechanism
 from attlas.errors import UserError, at_least_one
@@ -128,7 +127,7 @@ class LongHeads(Selection):
             raise UserError("LongHeads moves queries, and cannot honour changed scores or sinks")
         with torch.no_grad():
             self.learn(state, call)
-        if max(real_counts(call)[1]) <= self.first_choosing:
+        if max(call.counts[1]) <= self.first_choosing:
             return None
         body = first_body(layer)
         if call.q.shape[2] == 1 and isinstance(body, PackedBody):
@@ -141,7 +140,7 @@ class LongHeads(Selection):
         self, layer: StoredLayer, body: PackedBody, state: LayerState, call: Call
     ) -> Float[Tensor, "batch heads 1 v_dim"]:
         """One token: its chosen chunks out of the packed ones, then all that is not packed."""
-        rank = torch.tensor(real_counts(call)[1], device=call.q.device)[:, None] - 1
+        rank = torch.tensor(call.counts[1], device=call.q.device)[:, None] - 1
         index, moved = self.pick(state, call.q, rank, call.positions)
         index, moved = index[:, :, 0], moved[:, :, 0]
         k, v = (gathered(x, index, self.chunk) for x in body.read())
@@ -159,13 +158,13 @@ class LongHeads(Selection):
 
     def _seen(self, layer: StoredLayer, call: Call) -> Bool[Tensor, "batch 1 1 seen"] | None:
         """What may be attended, in original columns; None for everything."""
-        real = call.step.real
+        real = call.rows.real
         if real is None and self.attend_self:
             return None
         shape = (call.q.shape[0], layer.seen)
         seen = torch.ones(shape, dtype=torch.bool, device=call.q.device)
         if real is not None:
-            seen &= real[:, : layer.seen].to(seen.device)
+            seen &= real.to(seen.device)
         if not self.attend_self:
             seen[:, -1] = False
         return seen[:, None, None]
@@ -176,8 +175,8 @@ class LongHeads(Selection):
         """Several tokens: causal attention before `begin`, then block by block of queries."""
         k, v, _ = layer.read()
         columns = layer.columns()
-        k, v = by_rank(k, v, columns, call.step.real)
-        rank, real = real_ranks(call)
+        k, v = (call.rows.aligned(x, columns) for x in (k, v))
+        rank, real = call.ranks
         plain, choosing = (rank < self.first_choosing) & real, (rank >= self.first_choosing) & real
         heads = call.q.new_zeros(*call.q.shape[:3], v.shape[-1])
         if bool(plain.any()):
@@ -197,7 +196,7 @@ class LongHeads(Selection):
     ) -> Float[Tensor, "batch heads span v_dim"]:
         k, v = k[:, :, : self.first_choosing], v[:, :, : self.first_choosing]
         mask: Any = masks.causal
-        if call.step.real is not None:
+        if call.rows.real is not None:
             numbers = torch.arange(k.shape[2], device=rank.device)
             mask = (numbers <= rank[:, None, span, None]).expand(-1, 1, -1, -1)
         return ops.attend(

@@ -32,7 +32,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from attlas.attach.call import Call
@@ -47,6 +47,7 @@ from attlas.ops.segments import Coded, Listed, Segment, listed, taken
 from attlas.storage.body import Body
 from attlas.storage.layer import Chosen, LayerState, StoredLayer
 from attlas.storage.low_rank import wide
+from attlas.storage.rows import Rows
 
 
 @mechanism(
@@ -125,7 +126,7 @@ class LRQK(Selection):
         state.tensors |= {**sums, "query": last.clone()}
 
     def settle(
-        self, layer: StoredLayer, state: LayerState, real: Bool[Tensor, "batch seen"] | None
+        self, layer: StoredLayer, state: LayerState, rows: Rows
     ) -> None:
         """Pack, and take the codes of what is packed along; first of all, find the prompt's."""
         known = state.tensors
@@ -133,11 +134,11 @@ class LRQK(Selection):
         if fresh:
             sums = (known.pop(name) for name in ("gram_q", "gram_k", "sizes"))
             self._factorise(state, *sums)
-        super().settle(layer, state, real)
+        super().settle(layer, state, rows)
         if (body := first_body(layer)) is not None:
             self._code(layer, state, body)
         if fresh:
-            self._begin(layer, state, real)
+            self._begin(layer, state, rows)
         elif known["tail"].shape[2] != layer.dense_slots:
             columns = layer.dense_columns()
             known |= {"tail": at_columns(known, columns), "tail_columns": columns}
@@ -162,12 +163,12 @@ class LRQK(Selection):
         extend(state, body, 1, ("codes",), codes)
 
     def _begin(
-        self, layer: StoredLayer, state: LayerState, real: Bool[Tensor, "batch seen"] | None
+        self, layer: StoredLayer, state: LayerState, rows: Rows
     ) -> None:
         """Codes of what stays as it is, and what the prompt's last query would have read."""
         known, keys, columns = state.tensors, layer.keys, layer.dense_columns()
         assert keys is not None
-        there = layer.there(real)
+        there = layer.there(rows)
         m_k, query, m_q = (known.pop(name) for name in ("m_k", "query", "m_q"))
         heads = m_k.shape[1]
         codes = repeated(wide(keys), heads) @ m_k

@@ -24,7 +24,6 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, pad
 
 from attlas.attach.call import Call
-from attlas.cache.policy import real_ranks
 from attlas.cache.row import key_bytes, weights_over
 from attlas.cache.selection import Selection, first_body, lengths_of
 from attlas.cache.summaries import Portion, best
@@ -33,6 +32,7 @@ from attlas.errors import UserError, at_least_one
 from attlas.storage.body import Body
 from attlas.storage.layer import Chosen, LayerState, StoredLayer
 from attlas.storage.packed import PackedBody
+from attlas.storage.rows import Rows
 
 STRIDE = 50
 
@@ -80,8 +80,8 @@ class RecycledAttention(Selection):
     def learn(self, state: LayerState, call: Call) -> None:
         """The last real query so far."""
         query, known = call.q[:, :, -1:], state.tensors.get("query")
-        if call.step.real is not None:
-            _, real = real_ranks(call)
+        if call.rows.real is not None:
+            _, real = call.ranks
             numbers = torch.arange(real.shape[1], device=real.device)
             last = torch.where(real, numbers, -1).amax(dim=1)[:, None, None, None]
             query = call.q.gather(2, last.clamp(min=0).expand_as(query))
@@ -89,10 +89,10 @@ class RecycledAttention(Selection):
         state.tensors["query"] = query.clone()
 
     def settle(
-        self, layer: StoredLayer, state: LayerState, real: Bool[Tensor, "batch seen"] | None
+        self, layer: StoredLayer, state: LayerState, rows: Rows
     ) -> None:
         """After a full step: pack every token and remember which it read most."""
-        self._recycle(layer, state, real, None)
+        self._recycle(layer, state, rows, None)
 
     def choose(self, state: LayerState, body: Body, call: Call) -> Chosen | None:
         """The recycled tokens; everything when a full step is due."""
@@ -117,17 +117,17 @@ class RecycledAttention(Selection):
 
     def later(self, layer: StoredLayer, state: LayerState, call: Call) -> None:
         """Count a recycled step; after a full one, of all rows or of some, recycle anew."""
-        rows = call.step.shared.get((self.name, state.layer))
-        if call.chosen is not None and rows is None:
+        full = call.step.shared.get((self.name, state.layer))
+        if call.chosen is not None and full is None:
             steps = state.tensors["steps"]
             state.tensors["steps"] = steps.new_empty(steps.shape[0], steps.shape[1] + 1, 0)
             return
         before = state.tensors.get("query")
         self.learn(state, call)
-        if rows is not None and before is not None:
+        if full is not None and before is not None:
             fresh = state.tensors["query"]
-            state.tensors["query"] = torch.where(rows[:, None, None, None], fresh, before)
-        self._recycle(layer, state, call.step.real, rows)
+            state.tensors["query"] = torch.where(full[:, None, None, None], fresh, before)
+        self._recycle(layer, state, call.rows, full)
         body = first_body(layer)
         layer.read_bytes += 0 if body is None else key_bytes(body)
 
@@ -135,25 +135,25 @@ class RecycledAttention(Selection):
         self,
         layer: StoredLayer,
         state: LayerState,
-        real: Bool[Tensor, "batch seen"] | None,
-        rows: Bool[Tensor, " batch"] | None,
+        rows: Rows,
+        full: Bool[Tensor, " batch"] | None,
     ) -> None:
         """Take the list anew, in the rows whose step was full (None: in all)."""
         tensors = state.tensors
-        _pack(layer, real, rows)
+        _pack(layer, rows, full)
         body = first_body(layer)
         query = tensors["query"] if self.similarity is not None else tensors.pop("query")
         if body is None:
             return
         assert layer.keys is not None
-        weights = weights_over(layer, body, query, state.scaling, real)
+        weights = weights_over(layer, body, query, state.scaling, rows)
         summed = weights.unflatten(1, (layer.keys.shape[1], -1)).sum(dim=2)
         recycled = best(summed, self.portion, lengths_of(body))
         known = tensors.get("recycled")
-        if rows is not None and known is not None:
+        if full is not None and known is not None:
             width = max(recycled.shape[-1], known.shape[-1])
             recycled, known = _widened(recycled, width), _widened(known, width)
-            recycled = torch.where(rows[:, None, None], recycled, known)
+            recycled = torch.where(full[:, None, None], recycled, known)
         tensors["recycled"] = recycled
         tensors["steps"] = recycled.new_empty(recycled.shape[0], 0, 0)
         if layer.bodies.get("packed") is not body:
@@ -169,17 +169,17 @@ class RecycledAttention(Selection):
 
 def _pack(
     layer: StoredLayer,
-    real: Bool[Tensor, "batch seen"] | None,
-    rows: Bool[Tensor, " batch"] | None,
+    rows: Rows,
+    full: Bool[Tensor, " batch"] | None,
 ) -> None:
     """Pack the tokens of these rows (None: of all), unless a quantiser encodes them."""
     if layer.bodies and "packed" not in layer.bodies:
         return
-    counts = layer.lengths(real)
-    if rows is not None:
-        counts = [n if full else 0 for n, full in zip(counts, rows.tolist(), strict=True)]
+    counts = layer.lengths(rows)
+    if full is not None:
+        counts = [n if some else 0 for n, some in zip(counts, full.tolist(), strict=True)]
     if max(counts, default=0):
-        taken = layer.take(counts, real)
+        taken = layer.take(counts, rows)
         layer.put("packed", PackedBody(taken.k, taken.v, taken.index, taken.first))
 
 

@@ -23,7 +23,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from attlas import masks
-from attlas.attach.call import Call, Selector
+from attlas.attach.call import Call
+from attlas.attach.part import Selector
 from attlas.catalog.registry import mechanism
 from attlas.errors import UserError, at_least_one
 from attlas.masks import Mask
@@ -69,7 +70,7 @@ class SparsePrefill(Selector):
     def _visible(self, call: Call) -> Mask | Bool[Tensor, "batch heads query keys"]:
         """The pattern where nothing else is hidden, so that its empty blocks are known; else booleans."""
         pattern: Mask = self.pattern
-        if (real := real_keys(call)) is not None:
+        if (real := call.rows.of_keys(call.k.shape[2])) is not None:
             key = ("sparse-prefill", self.sinks, self.window)
             if key not in call.step.shared:
                 call.step.shared[key] = Ranked(pattern, real) & masks.padding(real)
@@ -89,21 +90,13 @@ def is_prompt(call: Call) -> bool:
     return call.q.shape[2] > 1 and call.is_causal and whole and not slides
 
 
-def real_keys(call: Call) -> Bool[Tensor, "batch keys"] | None:
-    """Which keys are no padding; None when all are."""
-    if call.step.real is None:
-        return None
-    real, keys = call.step.real.to(call.q.device), call.k.shape[2]
-    return torch.nn.functional.pad(real, (0, max(0, keys - real.shape[1])))[:, :keys]
-
-
 def _only_causal(call: Call) -> bool:
     """Whether the mask in force hides later tokens and padding and nothing else."""
     mask, shared = call.mask, call.step.shared
     if mask is None or mask is not call.model_mask:
         return mask is None
     if (key := ("only causal", id(mask))) not in shared:
-        real = real_keys(call)
+        real = call.rows.of_keys(call.k.shape[2])
         plain = masks.causal if real is None else masks.causal & masks.padding(real)
         sizes = call.q.shape[2], call.k.shape[2]
         seen = masks.dense(plain, *sizes, q_offset=call.step.offset, device=mask.device)

@@ -12,6 +12,7 @@ from attlas.attach.session import bytes_read
 from attlas.compare.methods import Method
 from attlas.compare.presets import Preset
 from attlas.compare.shared import attached, forward
+from attlas.hf.caches import cache_of
 from attlas.tasks.compare.base import Bench, Context
 from attlas.tasks.continuation import Continuation, continuation
 from attlas.tasks.peak import Peak
@@ -69,7 +70,7 @@ class AloneRun(Context):
         with attached(bench.model, method.parts()):
             peak = Peak(device)
             start = clock(device)
-            cache = forward(bench.model, ids, None).past_key_values
+            cache = cache_of(forward(bench.model, ids, None))
             prefill = clock(device) - start
             held = hold(cache)
             for token in read.fed:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from attlas.catalog import registry
-from attlas.catalog.kinds import TASK, Kind
+from attlas.catalog.kinds import LAYER, MODULE, TASK, Kind
 from attlas.errors import UnknownName
 
 #: What the model reads, and `targets`, all with the rows first.
@@ -30,7 +30,7 @@ T = TypeVar("T", bound="type[Task]")
 #: Targets that nobody asks for.
 IGNORED = -100
 #: The model types that a task may need.
-KINDS = ("decoder", "vit", "seq2seq", "operator")
+KINDS = ("decoder", "vit", "seq2seq", "operator", "convnet")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class Sizes:
         length: the most positions that any split has.
         inputs: numbers read at every position; 0 where tokens are read.
         source: tokens of the source's vocabulary, for sequences to sequences.
-        image: (channels, height and width, of a patch), for images.
+        image: (channels, height and width, of a patch, 0 where there are none), for images.
     """
 
     outputs: int
@@ -87,6 +87,11 @@ class Task:
     judged: ClassVar[Score] = Score()
     best: ClassVar[float | None] = 1.0
     yardstick: ClassVar[str] = "every answer is determined by the input"
+
+    @property
+    def trains(self) -> Kind:
+        """The kind of mechanism that its model is built of."""
+        return MODULE if self.needs == "convnet" else LAYER
 
     @property
     def splits(self) -> tuple[str, ...]:

@@ -1,0 +1,137 @@
+"""attlas's own layers through the same door: decoders, encoders and pictures made of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attlas import masks, ops
+from attlas.attach.call import Call
+from attlas.attach.forward import attended, show
+from attlas.attach.part import Part, Recorder
+from attlas.attach.state import ATTACHED, Attachment
+from attlas.attention import Attention
+from attlas.errors import UserError
+from attlas.inputs import Inputs
+from attlas.masks import Mask
+
+#: Hooks that need the layer's scores and keys to be those of softmax attention.
+SOFTMAX_HOOKS = (
+    "position", "score_mod", "mask", "normalize", "select", "attend", "observe", "cache_layers",
+)  # fmt: skip
+
+
+class Door:
+    """Takes the attention of one of our layers while its model is attached to.
+
+    A copy of the layer that is made meanwhile has none.
+    """
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None
+
+    def __call__(
+        self, layer: Attention, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
+    ) -> Tensor:
+        """The layer's heads [batch, heads, queries, width]."""
+        held = ATTACHED[layer]
+        mask = layer.mask(q, _all_keys(k, inputs), inputs)
+        if held.direct:
+            return layer.attend(q, k, v, mask, inputs)
+        if is_softmax(layer):
+            return _softmax(held, layer, q, k, v, mask, inputs)
+        return _other(held, layer, q, k, v, mask, inputs)
+
+
+def own_layers(model: nn.Module) -> list[Attention]:
+    """The layers of ours that are attached to: all, or a decoder's own behind an encoder."""
+    found = [m for m in model.modules() if isinstance(m, Attention)]
+    if getattr(model.config, "is_encoder_decoder", False):
+        found = [layer for layer in found if layer.causal]
+    return found
+
+
+def is_softmax(layer: Attention) -> bool:
+    """Whether a layer attends as `Attention` does, so that its keys and scores may be worked on."""
+    cls, base = type(layer), Attention
+    kept = ("score", "normalize", "aggregate", "weigh", "attend", "fused")
+    return layer.keeps_keys and all(getattr(cls, n) is getattr(base, n) for n in kept)
+
+
+def check(layers: list[Attention], parts: tuple[Part, ...]) -> None:
+    """Refuse parts that need more of a layer than it has.
+
+    Raises:
+        ValueError: by the part's and the layer's name.
+    """
+    for layer in layers:
+        if is_softmax(layer):
+            continue
+        for part in parts:
+            changed = [h for h in SOFTMAX_HOOKS if getattr(type(part), h) is not getattr(Part, h)]
+            changed += ["wants_gradients"] if part.wants_gradients else []
+            if changed and part.where.covers(layer.layer_idx):
+                raise UserError(
+                    f"{type(part).__name__} works on softmax attention ({changed[0]}), and layer "
+                    f"{layer.layer_idx} is {type(layer).__name__}, which makes its outputs in another "
+                    "way; recorders of weights and changes of outputs work on it"
+                )
+
+
+def _all_keys(k: Tensor, inputs: Inputs) -> Tensor:
+    """k, or where a cache holds fewer slots than it has seen something of the length of all."""
+    if inputs.cache is None:
+        return k
+    seen = int(inputs.cache.get_seq_length(inputs.layer_idx))
+    if seen == k.shape[2]:
+        return k
+    return k[:, :, :1].expand(-1, -1, seen, -1)
+
+
+def _softmax(
+    held: Attachment, layer: Attention, q: Tensor, k: Tensor, v: Tensor,
+    mask: Mask | Tensor | None, inputs: Inputs,
+) -> Tensor:  # fmt: skip
+    keys = _all_keys(k, inputs).shape[2]
+    square, one = keys == q.shape[2], q.shape[2] == 1
+    causal = mask == masks.causal if isinstance(mask, Mask) else False
+    pairs: Tensor | None = None
+    if not (mask is None or (causal and (square or one))):
+        offset = keys - q.shape[2]
+        pairs = ops.as_dense(mask, q.shape[2], keys, offset, q.device)
+        pairs = None if pairs is None else pairs.expand(q.shape[0], -1, q.shape[2], keys)
+    options = {"is_causal": causal and square, "score_mod": layer.score_mod}
+    if one and layer.causal:  # a single token sees all that is there: the cache may keep its form
+        options["is_causal"] = True
+    changed = type(layer).features is not Attention.features
+    heads = attended(
+        held, layer, q, k, v, pairs, layer.scale, layer.dropout if layer.training else 0.0, options,
+        layer.features if changed else None,
+    )  # fmt: skip
+    return heads.transpose(1, 2)
+
+
+def _other(
+    held: Attachment, layer: Attention, q: Tensor, k: Tensor, v: Tensor,
+    mask: Mask | Tensor | None, inputs: Inputs,
+) -> Tensor:  # fmt: skip
+    """A layer with a way of its own: its heads, and its map for those who record weights."""
+    step = held.step
+    if step is None:
+        raise UserError("a part needs the model's own call: use model(...), not model.forward(...)")
+    number = held.layers[layer]
+    call = Call(number, layer, q, k, v, layer.scale, None, step, is_causal=layer.causal)
+    recorders: list[Recorder] = held.recorders_of(number)
+    if recorders:
+        weights = layer.weigh(q, k, mask, inputs).detach().float()
+        if (real := call.real) is not None:
+            weights = weights * real[:, None, :, None]
+        keys = torch.arange(weights.shape[-1], device=weights.device)
+        for recorder in recorders:
+            show(recorder, call, weights, call.queries, keys)
+    heads = layer.attend(q, k, v, mask, inputs).transpose(1, 2)
+    for part in held.with_hook("output", number):
+        heads = part.output(call, heads)
+    return heads.transpose(1, 2)

@@ -1,0 +1,210 @@
+"""What attaches to a model: `Part`, with a hook for each stage, and its five kinds."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from attlas.attach.call import Call, Site, Step
+from attlas.attach.where import Heads, Layers, Spans, Where, rows_of
+from attlas.catalog.kinds import PATCH, RECORD, SELECT, STEER, Kind
+from attlas.errors import UserError
+from attlas.positions import ScoreMod
+from attlas.storage.layer import Chosen
+
+
+class Part:
+    """What attaches to a model. Override the hooks that the part needs, named by stage.
+
+    Every hook sees a complete `Call`: keys, positions, masks and the cache's layer are known before the
+    first of them runs. Hooks of several parts follow one another in the order of the parts.
+    """
+
+    #: What `attlas compare --preset cache` compares this part with the others at, each as it stands
+    #: behind the part's name in `--methods`: "(keep=0.5)", "(bits=4)+other(keep=0.25)". Not inherited.
+    comparable: ClassVar[tuple[str, ...]] = ()
+    #: The layers and heads that the part is about; hooks are called for these layers alone.
+    where: Where = Where()
+    #: Points of the residual stream that the part is shown, see `stream`.
+    points: tuple[str, ...] = ()
+    #: The part reads `call.hidden`, the states from which the layer makes queries, keys and values.
+    wants_hidden: bool = False
+    #: The part is shown weights and calls with their gradients: those that the output is made of.
+    wants_gradients: bool = False
+
+    def check(self, model: nn.Module) -> None:
+        """Look at the model before anything is changed.
+
+        Raises:
+            ValueError: the part cannot work on this model.
+        """
+
+    def check_beside(self, others: list[Part]) -> None:
+        """Look at the other parts that own the cache, all of them in the order given.
+
+        Raises:
+            ValueError: they cannot work together.
+        """
+        if len(others) > 1:
+            names = " and ".join(type(p).__name__ for p in others)
+            raise UserError(f"only one part can own the cache, got {names}")
+
+    def cache_layers(self, layers: list[Any], model: nn.Module) -> list[Any]:
+        """The layers that an empty cache shall have, given those it came with.
+
+        A layer that drops tokens tells so by `columns()`, the original column of each of its slots
+        (-1 for an empty one; None while nothing is dropped), and by `ragged`, whether there are
+        empty ones; it counts the tokens that it has seen, not those it holds.
+        """
+        return layers
+
+    def begin(self, step: Step) -> None:
+        """Called before each forward call of the model."""
+
+    # The stages.
+
+    def project(
+        self, site: Site, x: Float[Tensor, "batch query width"]
+    ) -> Float[Tensor, "batch query width"] | None:
+        """The states that queries, keys and values are projected from, changed; None as they are."""
+        return None
+
+    def position(self, call: Call, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys as they are multiplied, after their rotation; what is cached stays."""
+        return q, k
+
+    def score_mod(self, call: Call) -> ScoreMod | None:
+        """A pointwise change of this call's scores, None for no change.
+
+        Its indices are columns of the original sequence, whatever a cache has dropped.
+        """
+        return None
+
+    def mask(self, call: Call) -> Bool[Tensor, "#batch #heads #query keys"] | None:
+        """Pairs of query and slot that may meet, combined with the model's own mask; None: all."""
+        return None
+
+    def normalize(
+        self,
+        call: Call,
+        weights: Float[Tensor, "batch heads query keys"],
+        queries: Int[Tensor, " query"],
+        keys: Int[Tensor, " keys"] | Int[Tensor, "batch heads keys"],
+    ) -> Float[Tensor, "batch heads query keys"]:
+        """A block of weights after the softmax, changed or as it is; arguments as `Recorder.update`."""
+        return weights
+
+    def output(
+        self, call: Call, heads: Float[Tensor, "batch query heads value_dim"]
+    ) -> Float[Tensor, "batch query heads value_dim"]:
+        """The heads' outputs, changed or as they are."""
+        return heads
+
+    # Around them.
+
+    def select(self, call: Call) -> Chosen | None:
+        """The slots that this step reads; None for all. One part of a session may choose."""
+        return None
+
+    def attend(self, call: Call) -> Float[Tensor, "batch query heads value_dim"] | None:
+        """The whole attention of this call in another way; None leaves it to the next part, or to us."""
+        return None
+
+    def observe(self, call: Call) -> None:
+        """Called after this call's attention, without gradients unless the part wants them."""
+
+    def stream(
+        self, site: Site, x: Float[Tensor, "batch query width"]
+    ) -> Float[Tensor, "batch query width"] | None:
+        """What passes one of the part's `points`, changed; None as it is.
+
+        residual    what enters a block, before its first norm
+        attention   what the attention of a block adds to it
+        mlp         what the MLP of a block adds to it
+        final       what leaves the last block
+        """
+        return None
+
+
+class Selector(Part):
+    """Reads a part of the keys that are there; the others stay where they are."""
+
+    kind: ClassVar[Kind] = SELECT
+
+
+class Recorder(Part):
+    """Looks at attention weights, given block by block and never as a whole.
+
+    Args:
+        layers: numbers of layers that are looked at; all unless given.
+        heads: query heads that are looked at, of all these layers or by layer; all unless given.
+    """
+
+    kind: ClassVar[Kind] = RECORD
+
+    def __init__(self, *, layers: Layers = None, heads: Heads = None) -> None:
+        self.where = Where(layers, heads)
+
+    def update(
+        self,
+        call: Call,
+        weights: Float[Tensor, "batch heads query keys"],
+        queries: Int[Tensor, " query"],
+        keys: Int[Tensor, " keys"] | Int[Tensor, "batch heads keys"],
+    ) -> None:
+        """Take in a block of weights, in float32 or of a float64 model in float64.
+
+        Args:
+            call: where the weights come from.
+            weights: of the heads that are looked at; they sum to one over the keys (to less where the
+                model has sink logits, and to zero in rows that are padding).
+            queries: original columns of the block's queries.
+            keys: original columns of its keys, per head where a cache dropped tokens (-1: empty).
+        """
+
+    def result(self) -> Any:
+        """What was recorded, layers stacked first."""
+        raise NotImplementedError
+
+
+class Steerer(Part):
+    """Changes what attention does, on some layers, heads and spans of the text.
+
+    Args:
+        spans: tokens that it is about, see `attlas.attach.where`.
+        layers: numbers of layers; all unless given.
+        heads: query heads; all unless given.
+
+    Raises:
+        ValueError: a span that is none.
+    """
+
+    kind: ClassVar[Kind] = STEER
+    #: Options with which the part changes nothing, which the contract checks.
+    nothing: ClassVar[dict[str, Any]] = {}
+
+    def __init__(
+        self, *, spans: Spans | None = None, layers: Layers = None, heads: Heads = None
+    ) -> None:
+        self.where = Where(layers, heads)
+        if spans is not None:
+            rows_of(spans, 1 if all(isinstance(s[0], int) for s in spans) else len(spans))
+        self.spans = spans
+
+
+class Patch(Part):
+    """Replaces something of a run: a head, a dimension, a position, by a constant or another run's.
+
+    Args:
+        layers: numbers of layers; all unless given.
+        heads: query heads; all unless given.
+    """
+
+    kind: ClassVar[Kind] = PATCH
+    #: Options with which the part changes nothing, which the contract checks; None where there are none.
+    nothing: ClassVar[dict[str, Any] | None] = None
+
+    def __init__(self, *, layers: Layers = None, heads: Heads = None) -> None:
+        self.where = Where(layers, heads)

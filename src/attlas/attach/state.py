@@ -1,0 +1,89 @@
+"""What is known of an attached model: its parts by hook, its layers, the call under way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+
+from attlas.attach.call import Step
+from attlas.attach.part import Part, Recorder
+
+#: The attachment of each attention module of the models attached now.
+ATTACHED: dict[nn.Module, Attachment] = {}
+#: Hooks that look at keys, or at scores of keys, one by one.
+KEY_HOOKS = ("position", "score_mod", "mask", "normalize")
+
+
+class Attachment:
+    """A model and the parts on it.
+
+    Attributes:
+        model: what was attached to.
+        parts: in the order given, recorders last.
+        layers: the layer that each module of the model belongs to.
+        cache: the Transformers cache of the model's last call.
+        step: the forward call under way.
+        undo: what takes the attachment back, last first.
+    """
+
+    def __init__(self, model: nn.Module, parts: Iterable[Part], chunked: bool) -> None:
+        self.model, self.parts, self.chunked = model, tuple(parts), chunked
+        self.layers: dict[nn.Module, int] = {}
+        self.cache: Any = None
+        self.step: Step | None = None
+        self.undo: list[Callable[[], Any]] = []
+        self.keepers = self.overriding("cache_layers")
+        self._hooks = {
+            hook: self.overriding(hook)
+            for hook in (*KEY_HOOKS, "select", "attend", "output", "observe", "project", "stream")
+        }
+        self.recorders = [
+            p for p in self.parts if isinstance(p, Recorder) and _overrides(p, "update", Recorder)
+        ]
+        self.plain = not self.parts
+        #: The call under way needs nothing of ours: no part, and a cache that Transformers can read.
+        self.direct = self.plain
+        self._positions: WeakKeyDictionary[Any, list[Tensor]] = WeakKeyDictionary()
+
+    def overriding(self, hook: str) -> list[Part]:
+        """The parts that define a hook."""
+        return [p for p in self.parts if _overrides(p, hook, Part)]
+
+    def with_hook(self, hook: str, layer: int) -> list[Part]:
+        """The parts that define a hook and are about a layer."""
+        return [p for p in self._hooks[hook] if p.where.covers(layer)]
+
+    def recorders_of(self, layer: int) -> list[Recorder]:
+        """The recorders of weights that look at a layer."""
+        return [p for p in self.recorders if p.where.covers(layer)]
+
+    def wants_keys(self, layer: int) -> bool:
+        """Whether some part looks at a layer's keys one by one."""
+        looks = any(self.with_hook(hook, layer) for hook in KEY_HOOKS)
+        return looks or bool(self.recorders_of(layer))
+
+    def weighs(self, layer: int) -> bool:
+        """Whether the output of a layer is made from weights that a part changes or differentiates."""
+        differentiated = any(p.wants_gradients for p in self.recorders_of(layer))
+        return differentiated or bool(self.with_hook("normalize", layer))
+
+    def earlier(self, cache: Any, offset: int) -> list[Tensor]:
+        """Position ids that came with the tokens before this call, as far as they were seen here."""
+        pieces, kept, found = self._positions.get(cache, []), 0, []
+        for piece in pieces:
+            found.append(piece[..., : offset - kept])
+            kept += piece.shape[-1]
+            if kept >= offset:
+                break
+        return [piece for piece in found if piece.shape[-1]]
+
+    def remember(self, cache: Any, earlier: list[Tensor], own: Tensor) -> None:
+        """Position ids of a call's tokens, behind those of the calls before it."""
+        self._positions[cache] = [*earlier, own]
+
+
+def _overrides(part: Part, hook: str, base: type) -> bool:
+    return getattr(type(part), hook) is not getattr(base, hook)

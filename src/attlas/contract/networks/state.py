@@ -1,0 +1,107 @@
+"""Checks of networks: saved, copied, moved, compiled; and nothing left behind."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from copy import deepcopy
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+from torch.nn.modules import module as torch_module
+
+from attlas.contract.measure import Measure, Subject, check, distance, holds, same
+from attlas.contract.unchecked import unchecked
+
+
+@check("network")
+def saved(subject: Subject) -> Iterator[Measure]:
+    """Through safetensors into a new layer, the outputs stay the same to the bit."""
+    for case, options in subject.forms():
+        layer = subject.layer(dtype=torch.float32, **options)
+        stored = load(save({k: v.contiguous() for k, v in layer.state_dict().items()}))
+        fresh = subject.layer(dtype=torch.float32, noise=0.3, **options)
+        fresh.load_state_dict(stored)
+        given = subject.inputs(layer, dtype=torch.float32)
+        yield Measure(case, distance(fresh(*given), layer(*given)), 0.0)
+
+
+@check("network")
+def copied(subject: Subject) -> Iterator[Measure]:
+    """A deep copy gives the same outputs, and shares no parameter."""
+    layer = subject.layer(dtype=torch.float32)
+    twin = deepcopy(layer)
+    given = subject.inputs(layer, dtype=torch.float32)
+    before = layer(*given)
+    yield Measure("deepcopy", distance(twin(*given), before), 0.0)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    yield Measure("apart", distance(layer(*given), before), 0.0)
+
+
+@check("network")
+def moved(subject: Subject) -> Iterator[Measure]:
+    """To float32 and back to float64, the outputs are those of weights rounded to float32."""
+    for case, options in subject.forms():
+        layer = subject.layer(**options)
+        given = subject.inputs(layer)
+        with torch.no_grad():
+            for parameter in layer.parameters():
+                parameter.copy_(parameter.float())
+        before = layer(*given)
+        yield same(case, layer.to(torch.float32).to(torch.float64)(*given), before)
+
+
+@check("network", poisoned=False)
+def compiled(subject: Subject) -> Iterator[Measure]:
+    """`torch.compile` gives what the plain layer gives."""
+    layer = subject.layer(**subject.causal_options)
+    given = subject.inputs(layer)
+    logger = logging.getLogger("torch._dynamo")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # a break in the graph costs speed, not truth
+    try:
+        with torch.no_grad(), warnings.catch_warnings(action="ignore"), unchecked():
+            fast: Any = torch.compile(layer, backend="aot_eager")
+            yield same("aot_eager", fast(*given), layer(*given))
+    finally:
+        logger.setLevel(level)
+        torch.compiler.reset()
+
+
+def surroundings() -> dict[str, Any]:
+    """What a mechanism could leave changed behind it."""
+    from attlas.hf.interface import registered
+
+    hooks = [
+        name for name in vars(torch_module)
+        if name.startswith("_global_") and isinstance(getattr(torch_module, name), dict)
+    ]  # fmt: skip
+    return {
+        "default dtype": torch.get_default_dtype(),
+        "gradients enabled": torch.is_grad_enabled(),
+        "generator": torch.get_rng_state().tolist(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "global hooks": {name: len(getattr(torch_module, name)) for name in hooks},
+        "functional": {n: id(f) for n, f in vars(torch.nn.functional).items() if callable(f)},
+        "torch": {n: id(f) for n, f in vars(torch).items() if callable(f)},
+        **registered(),
+    }
+
+
+@check("network", poisoned=False)
+def no_trace(subject: Subject) -> Iterator[Measure]:
+    """Used forward, backward and step by step, it leaves no hook, function or state changed."""
+    layer = subject.layer(**subject.causal_options)
+    given = subject.inputs(layer)
+    before = surroundings()
+    layer(*given).sum().backward()
+    if subject.causal_form:
+        cache = layer.init_cache()
+        layer(*given, cache=cache)
+    after = surroundings()
+    for what, value in before.items():
+        yield holds(what, after[what] == value, f"{what} changed")

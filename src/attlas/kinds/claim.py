@@ -1,0 +1,133 @@
+"""Claim: what a paper says of its mechanism, as a study that trains small models with it and without.
+
+It is declared in the mechanism's own file, on its class:
+
+    claims = (Claim("negative weights make heads more expressive", task="shakespeare-bytes"),)
+
+`attlas study NAME`, NAME being the mechanism's, trains it beside what it is held against, and
+`attlas study claims` all that there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from attlas.errors import UserError
+from attlas.kinds.study import Beats, Expectation, NoWorse, Row, Study
+
+if TYPE_CHECKING:
+    from attlas.train.plan import Plan
+
+
+@dataclass(frozen=True)
+class Claim(Study):
+    """A paper's claim that training shows.
+
+    Attributes:
+        says: the claim, in our words.
+        task: as `attlas train` takes it.
+        ours: the mechanism as `attlas train` takes it; that of the class that declares it unless given.
+        against: what it is held against; the first decides between "partly" and "does not hold here".
+        split: the test that counts; the task's first unless given.
+        better: "higher" or "lower".
+        margin: how much worse than the first rival is still "no worse", as a share; None: better.
+        also: tells several claims of one mechanism apart.
+        steps: of the optimiser.
+        batch: rows of a step.
+        dim: width of the model.
+        layers: of the model.
+        heads: of each layer.
+    """
+
+    says: str
+    task: str
+    ours: str = ""
+    against: tuple[str, ...] = ("softmax",)
+    split: str = ""
+    better: Literal["higher", "lower"] = "higher"
+    margin: float | None = None
+    also: str = ""
+    steps: int = 1000
+    batch: int = 32
+    dim: int = 64
+    layers: int = 2
+    heads: int = 4
+
+    @property
+    def name(self) -> str:
+        """The mechanism's, with what tells several claims apart."""
+        mechanism = self.ours.partition("(")[0]
+        return f"{mechanism}-{self.also}" if self.also else mechanism
+
+    @property
+    def claim(self) -> str:
+        """What it says."""
+        return self.says
+
+    @property
+    def set_up(self) -> str:
+        """The task, the split that counts and the margin."""
+        split = f", {self.split}" if self.split else ""
+        margin = f"; no worse than by {self.margin:.0%}" if self.margin is not None else ""
+        return f"`{self.task}`{split}{margin}"
+
+    @property
+    def expects(self) -> tuple[Expectation, ...]:
+        """Better than all, or no worse than the first."""
+        *against, ours = self.labels
+        if self.margin is not None:
+            return (NoWorse(ours, against[0], self.margin),)
+        return tuple(Beats(ours, other) for other in against)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What is trained, ours last, named as `attlas train` names it."""
+        return tuple(mechanism.label for mechanism in self._plan().mechanisms)
+
+    def run(self, seed: int) -> Iterator[Row]:
+        """Train each with this seed, on the same data, and score it on the split."""
+        from pathlib import Path
+        from tempfile import TemporaryDirectory
+
+        from attlas.train.build import check_fit
+        from attlas.train.loop import Bench, Trainer
+        from attlas.train.plan import Run
+        from attlas.train.run import accelerated
+
+        plan = self._plan()
+        task = plan.made_task()
+        split = self.split or task.splits[0]
+        if split not in task.splits:
+            raise UserError(f"split of {self.task} is one of {list(task.splits)}, got {split!r}")
+        check_fit(plan, task)
+        with TemporaryDirectory() as folder:
+            accelerator = accelerated(plan.device, plan.dtype)
+            bench = Bench(plan, task, accelerator, Path(folder), lambda steps, loss: None)
+            for label in self.labels:
+                trainer = Trainer(bench, Run(label, seed))
+                trainer.train()
+                yield Row(label, trainer.score(split), "", self.better)
+
+    def _plan(self) -> Plan:
+        """As `attlas train` makes it of the same options."""
+        from attlas.train.plan import Plan, parse_mechanisms, parse_task
+
+        kind = self.device.partition(":")[0]
+        return Plan(
+            task=parse_task(self.task)[0], mechanisms=parse_mechanisms([*self.against, self.ours]),
+            seeds=self.seeds, steps=self.steps, batch=self.batch, accumulate=1, rate=3e-3,
+            dim=self.dim, layers=self.layers, heads=self.heads, tested=512, save=self.steps,
+            device=kind, dtype="float32" if kind == "cpu" else "bfloat16",
+        )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.better not in ("higher", "lower"):
+            raise ValueError(f"better takes 'higher' or 'lower', got {self.better!r}")
+        if ":" in self.device:
+            raise ValueError(
+                f"device of a training is 'cpu' or 'cuda', got {self.device!r}; CUDA_VISIBLE_DEVICES "
+                "chooses among GPUs"
+            )

@@ -1,0 +1,1 @@
+"""Modules for feature maps [batch, channels, height, width], one paper per file."""

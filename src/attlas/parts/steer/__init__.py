@@ -1,0 +1,1 @@
+"""Steerers: attention that is told where to look, one paper a file."""

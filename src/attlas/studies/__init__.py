@@ -1,0 +1,1 @@
+"""Studies: a theory paper's central claim as an experiment, one paper a file."""

@@ -1,0 +1,1 @@
+"""Running studies: `attlas study`, its journal, records, pictures and the page of claims."""

@@ -1,0 +1,13 @@
+"""MALA's published layer over a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from attlas.contract.cases import Case, Check, adapter
+from reference.grid import gated_on_grid
+
+
+@adapter("mala", mechanism="magnitude-aware-linear-attention")
+def mala(case: Case) -> Iterator[Check]:
+    return gated_on_grid(case)
