@@ -18,7 +18,7 @@ Effective context: the longest length up to which accuracy is at least `threshol
 Keys and values are UUIDs in the paper (`size=32`); here decimal numbers of `size` digits by default,
 since a model of 135M parameters copies short ones. Questions are the paper's; several are asked of one
 haystack, which is read once. Readers: a language model, the `solver`, or a small decoder `trained` on
-one needle (every key and value one token).
+one needle (every key and value one token; `attlas train --task one-needle`).
 Source: "Needle Threading: Can LLMs Follow Threads through Near-Million-Scale Haystacks?" (arXiv
 2411.05000); the released data have no branching threads, whose form here is ours.
 """
@@ -89,7 +89,8 @@ class NeedleThreading(System):
         steps: pairs of a thread.
         reader: a model that `attlas.load` takes, "solver" or "trained".
         threshold: accuracy that a context needs to count as used.
-        train_steps: of the decoder that is trained.
+        mechanism: attention of the decoder that is trained, as `attlas train --mechanisms` takes it.
+        train_steps: of its optimiser.
     """
 
     tasks: tuple[str, ...] = TASKS
@@ -100,7 +101,8 @@ class NeedleThreading(System):
     steps: int = 3
     reader: str = "smollm2"
     threshold: float = 0.75
-    train_steps: int = 1500
+    mechanism: str = "multi-token-attention"
+    train_steps: int = 400
 
     def check(self) -> None:
         """Refuse options that make no haystack."""
@@ -126,6 +128,8 @@ class NeedleThreading(System):
             raise UserError(f"threshold must lie in (0, 1], got {self.threshold}")
         if self.reader == "trained" and (set(self.tasks) != {"needle"} or self.size > 2):
             raise UserError("reader 'trained' takes tasks=('needle',) and size=2 or 1")
+        if self.reader == "trained":
+            _plan(self)  # refuses a mechanism that is no layer
 
     @property
     def needs(self) -> str | None:
@@ -265,7 +269,7 @@ def _plan(system: NeedleThreading) -> Any:
     from attlas.train.plan import Plan, parse_mechanisms
 
     return Plan(
-        task="one-needle", mechanisms=parse_mechanisms(["softmax(position='rope')"]), seeds=1,
+        task="one-needle", mechanisms=parse_mechanisms([system.mechanism]), seeds=1,
         steps=system.train_steps, batch=64, accumulate=1, rate=3e-3, dim=64, layers=2, heads=4,
         tested=512, save=system.train_steps, device="cpu", dtype="float32",
     )  # fmt: skip
