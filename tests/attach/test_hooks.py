@@ -1,4 +1,4 @@
-"""Every stage has a hook, which sees a complete call; layers, heads and spans mean the same everywhere."""
+"""Every stage has a hook that sees a complete call; layers, heads and spans mean one thing."""
 
 import pytest
 import torch
@@ -237,7 +237,7 @@ def test_layers_and_heads_mean_the_same_for_recorders():
 def test_layers_and_heads_that_are_not_there_are_refused(options, said):
     with pytest.raises(UserError, match=said):
         attach(tiny_models.decoder("llama"), attlas.make("weights", **options)).__enter__()
-    with pytest.raises(TypeError, match="whole numbers|Type-check"):
+    with pytest.raises(TypeError, match=r"whole numbers|Type-check"):
         attlas.make("weights", layers=[1.5])
 
 
