@@ -9,6 +9,7 @@ from torch.nn.functional import cross_entropy
 
 import attlas
 from attlas import masks
+from seeds import generator, mean_over_seeds
 
 
 def _layer(**options):
@@ -120,19 +121,25 @@ class _Model(nn.Module):
         return self.head(x)[..., 0]
 
 
-@pytest.mark.parametrize("length", [8, 32])
-def test_normalized_attention_learns_argmin_first_and_argmax(length: int) -> None:
-    """At both lengths; that softmax attention does worse on longer ones is not claimed here."""
-    torch.manual_seed(0)
-    model, generator, steps = _Model(length), torch.Generator().manual_seed(1), 400
-    optimiser = torch.optim.Adam(model.parameters(), lr=1e-3)
+def _right(length: int, steps: int = 400) -> float:
+    """Share of new cases answered right after so many steps."""
+    model = _Model(length)
+    optimiser = torch.optim.Adam(model.parameters(), lr=2e-3)
+    data = generator()
     for step in range(steps):
-        optimiser.param_groups[0]["lr"] = 1e-3 * (1 - step / steps)
-        x, y = _cases(length, 33, generator)
+        optimiser.param_groups[0]["lr"] = 2e-3 * (1 - step / steps)
+        x, y = _cases(length, 33, data)
         optimiser.zero_grad()
         cross_entropy(model(x), y).backward()
         optimiser.step()
-    x, y = _cases(length, 999, generator)
+    x, y = _cases(length, 999, data)
     with torch.no_grad():
-        right = (model(x).argmax(-1) == y).float().mean()
-    assert right > 0.7
+        return float((model(x).argmax(-1) == y).float().mean())
+
+
+@pytest.mark.parametrize("length", [8, 32])
+def test_normalized_attention_learns_argmin_first_and_argmax(length: int) -> None:
+    """At both lengths; that softmax attention does worse on longer ones is not claimed here."""
+    # Measured 0.95, 0.87, 0.97, 0.89 at length 8 and 0.89, 0.94, 0.97, 0.92 at 32: one thread in float32
+    # and in float64, then two. A single run was at 0.81 at the least, at either length.
+    assert mean_over_seeds(lambda: _right(length)) > 0.7
