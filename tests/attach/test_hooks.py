@@ -182,8 +182,8 @@ class Gradients(Recorder):
 
     wants_gradients = True
 
-    def __init__(self):
-        super().__init__()
+    def __init__(self, **where):
+        super().__init__(**where)
         self.found = {}
 
     def update(self, call, weights, queries, keys):
@@ -204,6 +204,10 @@ def test_weights_come_with_the_gradients_of_any_scalar():
         torch.testing.assert_close(logits, out.logits, atol=1e-4, rtol=1e-4)  # eager rounds its softmax
         logits[0, -1, 5].backward()
         (found,) = (session[name] for name in session.records)
+    some = Gradients(layers=[1], heads=[2, 0])
+    with attach(model, some):
+        model(ids).logits[0, -1, 5].backward()
+    torch.testing.assert_close(some.result()[1], found[1][:, [2, 0]])
     for layer, weights in enumerate(out.attentions):
         torch.testing.assert_close(found[layer], weights.detach() * weights.grad, atol=1e-5, rtol=1e-3)
 

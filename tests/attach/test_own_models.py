@@ -35,7 +35,7 @@ def continued(model, ids, **options):
     return torch.stack(out.logits)
 
 
-@pytest.mark.parametrize("attention", [*SOFTMAX, *OTHERS])
+@pytest.mark.parametrize("attention", [*SOFTMAX, *OTHERS, "latte", "castle-lookahead-keys"])
 def test_recorders_see_the_layers_own_weights_and_change_nothing(attention):
     model, ids = decoder(attention), prompt()
     seen = {}
@@ -156,6 +156,9 @@ def test_encoders_pictures_and_both_sides_of_a_seq2seq():
         with attach(both, record=["weights"]) as session:
             torch.testing.assert_close(both(input_ids=source, decoder_input_ids=target).logits, plain)
         assert session["weights"].shape == (3, 2, 4, 7, 7)
+        with attach(both, record=["massive-values"]) as session:
+            both(input_ids=source, decoder_input_ids=target)
+        assert session["massive-values"]["residual"].shape == (3, 2, 32)
         with attach(both.encoder, record=["weights"]) as session:
             both(input_ids=source, decoder_input_ids=target)
         assert session["weights"].shape == (3, 2, 4, 12, 12)

@@ -100,7 +100,7 @@ class Call:
     module: nn.Module
     q: Float[Tensor, "batch heads query dim"]
     k: Float[Tensor, "batch kv_heads keys key_dim"]
-    v: Float[Tensor, "batch kv_heads keys value_dim"]
+    v: Float[Tensor, "batch v_heads keys value_dim"]
     scaling: float
     mask: Bool[Tensor, "batch mask_heads query keys"] | None
     step: Step

@@ -236,11 +236,19 @@ def _weighed(
     _refuse_dropout(dropout)
     pieces = []
     for weights, queries, keys in weight_blocks(call):
-        values = call.v[:, :, : weights.shape[-1]]
-        pieces.append(ops.grouped_product(weights.to(values.dtype), values))
         for recorder in held.recorders_of(call.layer):
             with torch.set_grad_enabled(recorder.wants_gradients and torch.is_grad_enabled()):
-                show(recorder, call, weights, queries, keys)
+                wanted = recorder.where.heads_of(call.layer)
+                if wanted is None or not recorder.wants_gradients:
+                    show(recorder, call, weights, queries, keys)
+                    continue
+                # What is shown goes back in, so that the output is made of it and it has a gradient.
+                at = torch.tensor(wanted, device=weights.device)
+                shown = weights[:, at]
+                recorder.update(call, shown, queries, keys if keys.ndim == 1 else keys[:, at])
+                weights = weights.index_copy(1, at, shown)
+        values = call.v[:, :, : weights.shape[-1]]
+        pieces.append(ops.grouped_product(weights.to(values.dtype), values))
     return torch.cat(pieces, dim=2).transpose(1, 2).contiguous()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -124,7 +125,9 @@ def _other(
     call = Call(number, layer, q, k, v, layer.scale, None, step, is_causal=layer.causal)
     recorders: list[Recorder] = held.recorders_of(number)
     if recorders:
-        weights = layer.weigh(q, k, mask, inputs).detach().float()
+        # Before any token was kept the map is that of a pass without a cache.
+        alone = replace(inputs, cache=None) if step.offset == 0 else inputs
+        weights = layer.weigh(q, k, mask, alone).detach().float()
         if (real := call.real) is not None:
             weights = weights * real[:, None, :, None]
         keys = torch.arange(weights.shape[-1], device=weights.device)

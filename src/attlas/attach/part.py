@@ -31,8 +31,7 @@ class Part:
     points: tuple[str, ...] = ()
     #: The part reads `call.hidden`, the states from which the layer makes queries, keys and values.
     wants_hidden: bool = False
-    #: The part is shown weights and calls with their gradients: those that the output is made of, or
-    #: copies of some where a recorder asks for some `heads`, which no gradient reaches.
+    #: The part is shown weights and calls with their gradients: those that the output is made of.
     wants_gradients: bool = False
 
     def check(self, model: nn.Module) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from attlas.attach.call import Site
+from attlas.attach.own import own_layers
 from attlas.attach.state import Attachment
 from attlas.errors import UnknownName, UserError
 
@@ -105,11 +106,14 @@ def _blocks(model: nn.Module) -> Iterator[tuple[int, nn.Module]]:
     """(number, block) of each block with an attention, in a list of blocks; none where two lists
     have the same numbers."""
     found: dict[int, nn.Module] = {}
-    base = model.base_model
+    ours, base = set(own_layers(model)), model.base_model
     assert isinstance(base, nn.Module)
     for name, module in base.named_modules():
         last = name.rpartition(".")[2]
-        if last.isdigit() and any(hasattr(module, n) for n in _NAMES["attention"]):
+        attention = [getattr(module, n) for n in _NAMES["attention"] if hasattr(module, n)]
+        if ours and not any(child in ours for child in attention):
+            continue  # the side of an encoder-decoder that is not attached to
+        if last.isdigit() and attention:
             if int(last) in found:
                 return
             found[int(last)] = module

@@ -92,7 +92,10 @@ class Entry:
         """The one file that defines it: relative to the package's parent folder, else its bare name."""
         if self.module.partition(".")[0] == "attlas":
             return self.module.replace(".", "/") + ".py"
-        source = inspect.getsourcefile(self.object) if self.module in sys.modules else None
+        try:
+            source = inspect.getsourcefile(self.object)
+        except (OSError, TypeError):  # typed at a prompt
+            source = None
         return (source or self.module).replace("\\", "/").rpartition("/")[2]
 
     @property
