@@ -78,7 +78,12 @@ def samples(topics: tuple[str, ...], seed: int) -> list[Sample]:
 
 
 def followed(sample: Sample, answer: str) -> bool:
-    """Whether all letters are capitals, or the last word is the one asked for."""
+    """Whether all letters are capitals, or the last word is the one asked for.
+
+    An answer that says the instruction again, its first four words or more, follows nothing.
+    """
+    if " ".join(sample.instruction.lower().split()[:4]) in answer.lower():
+        return False
     if sample.word is None:
         return any(c.isalpha() for c in answer) and answer == answer.upper()
     words = re.findall(r"\w+", answer.lower())
@@ -128,7 +133,10 @@ def main() -> None:
             said = answers(model, tokenizer, asked, options)
             hits = [followed(s, answer) for s, answer in zip(asked, said, strict=True)]
             for kind in ("capitals", "ending"):
-                some = [h for h, s in zip(hits, asked, strict=True) if (s.word is None) == (kind == "capitals")]
+                capitals = kind == "capitals"
+                some = [
+                    hit for hit, s in zip(hits, asked, strict=True) if (s.word is None) == capitals
+                ]
                 found = share(sum(some), len(some))
                 rows.append(
                     show(
