@@ -14,7 +14,6 @@ import random
 from contextlib import nullcontext
 
 import torch
-from common import save, show
 
 import attlas
 from attlas.attach import attach
@@ -23,6 +22,7 @@ from attlas.parts.record.massive_values import MassiveValues, MassiveValuesDisru
 from attlas.tasks.haystack import Haystack, correct, single
 from attlas.tasks.record import share
 from attlas.tasks.text import passage
+from common import save, show
 
 NEW_TOKENS = 8
 BATCH = 40

@@ -1,6 +1,6 @@
 """Spotlight on SmolLM2: how often an instruction about the answer's form is followed, with and without.
 
-    python benchmarks/spotlight.py [--seeds 0 1 2] [--shares 0.05 0.1] [--questions 40]
+    python benchmarks/spotlight.py [--seeds 0 1 2] [--shares 0.2 0.3] [--over row layer]
 
 Every question is asked twice a seed: to be answered in capitals, and to be ended with a given word. The
 seed draws how the instruction is put, the word, and whether it stands before or behind the question.
@@ -17,13 +17,13 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from common import save, show
 
 import attlas
 from attlas.attach import attach, find_span
 from attlas.models.load import load_tokenizer
 from attlas.parts.steer.spotlight import Spotlight
 from attlas.tasks.record import share
+from common import save, show
 
 NEW_TOKENS = 24
 BATCH = 40
@@ -80,14 +80,15 @@ def samples(topics: tuple[str, ...], seed: int) -> list[Sample]:
 def followed(sample: Sample, answer: str) -> bool:
     """Whether all letters are capitals, or the last word is the one asked for.
 
-    An answer that says the instruction again, its first four words or more, follows nothing.
+    An answer that repeats three words of the instruction in a row follows nothing.
     """
-    if " ".join(sample.instruction.lower().split()[:4]) in answer.lower():
+    told, said = re.findall(r"\w+", sample.instruction.lower()), re.findall(r"\w+", answer.lower())
+    runs = {tuple(told[n : n + 3]) for n in range(len(told) - 2)}
+    if any(tuple(said[n : n + 3]) in runs for n in range(len(said) - 2)):
         return False
     if sample.word is None:
         return any(c.isalpha() for c in answer) and answer == answer.upper()
-    words = re.findall(r"\w+", answer.lower())
-    return bool(words) and words[-1] == sample.word
+    return bool(said) and said[-1] == sample.word
 
 
 def answers(model, tokenizer, asked: list[Sample], options: dict | None) -> list[str]:
@@ -117,8 +118,8 @@ def answers(model, tokenizer, asked: list[Sample], options: dict | None) -> list
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.05, 0.1, 0.2])
-    parser.add_argument("--over", nargs="+", default=["row", "layer"])
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.2, 0.3])
+    parser.add_argument("--over", nargs="+", default=["row", "layer"], choices=["row", "layer"])
     parser.add_argument("--tuning", action="store_true")
     parser.add_argument("--print", action="store_true", dest="told")
     given = parser.parse_args()

@@ -138,7 +138,8 @@ def rows_of(spans: Spans, batch: int | None = None) -> list[list[Span]]:
 def find_span(tokenizer: Any, input_ids: Sequence[int] | Tensor, text: str) -> Span:
     """The tokens of one row, its padding left out, that hold a text, as (first, stop).
 
-    The first place where it stands is told. The whole text is covered: its first and last token may hold characters around it.
+    The first place where it stands is told. The whole text is covered: its first and last token may
+    hold characters around it.
 
     Raises:
         ValueError: the text does not occur in what the tokens say.
