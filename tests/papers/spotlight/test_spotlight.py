@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from jaxtyping import TypeCheckError
 
-from attlas.attach import attach
+from attlas.attach import attach, find_span
+from attlas.contract.families import distinct, find
 from attlas.contract.parts import continued, prompt, small_llama
 from attlas.hf.caches import cache_of, with_cache
 from attlas.parts.evict.snapkv import SnapKV
@@ -84,6 +86,17 @@ def test_spotlight_exact_hits_the_target_in_every_layer_and_step():
     assert share_of_last.shape == (6, 2, 4)
     assert (share_of_last >= 0.9 - 1e-6).all()
     assert (share_of_last - 0.9).abs().median() < 1e-6
+
+
+@pytest.mark.parametrize("kind", distinct("rotary", "windows", "soft-caps", "sinks"))
+def test_spotlight_exact_in_every_family(kind):
+    """Of windows what they show of the span; sinks' own share counts among the others'."""
+    model, ids = find(kind).model(), prompt(24, 2)
+    _, steered = run(model, ids, Spotlight([SPAN], 0.7, exact=True))
+    found = on(steered)
+    seen = found > 0
+    assert (found[seen] >= 0.7 - 1e-5).all()
+    assert (found[seen] - 0.7).abs().median() < 1e-5
 
 
 def test_spotlight_over_layer_has_one_share_for_all_heads():
@@ -235,3 +248,41 @@ def test_spotlight_refuses_another_number_of_rows():
     model = small_llama()
     with pytest.raises(ValueError, match="spans has a list for each of 3 rows, the batch has 2"):
         run(model, prompt(20, 2), Spotlight([[SPAN]] * 3))
+
+
+# On instructions of form SmolLM2 follows them more often than without ---------------------------------
+
+
+def test_spotlight_makes_smollm2_follow_instructions_more_often():
+    """240 prompts, as measured by benchmarks/spotlight.py; intervals are of 95 %."""
+    hits, counts = Counter(), Counter()
+    for row in json.loads(RESULTS.read_text())["results"]:
+        for kind in (row["kind"], "all"):
+            condition = row["over"], row["share"], kind
+            hits[condition] += row["hits"]
+            counts[condition] += row["n"]
+    alone = share(hits["alone", 0.0, "all"], counts["alone", 0.0, "all"])
+    steered = share(hits["row", 0.3, "all"], counts["row", 0.3, "all"])
+    assert alone.n == steered.n >= 100
+    assert steered.low > alone.high + 0.05
+    ending = share(hits["row", 0.3, "ending"], counts["row", 0.3, "ending"])
+    assert ending.low > share(hits["alone", 0.0, "ending"], counts["alone", 0.0, "ending"]).high + 0.1
+
+
+def test_spotlight_turns_a_word_of_smollm2(smollm2):
+    model, tokenizer = smollm2
+    instruction = 'The last word of your answer must be "window".'
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": f"{instruction} What do you know about the sea?"}],
+        tokenize=False,
+        add_generation_prompt=True,
+    )
+    inputs = tokenizer(text, return_tensors="pt")
+    first, stop = find_span(tokenizer, inputs.input_ids, instruction)
+    assert tokenizer.decode(inputs.input_ids[0, first:stop]) == instruction
+    begun = torch.tensor([tokenizer("The sea is a").input_ids])
+    ids, said = torch.cat([inputs.input_ids, begun], dim=1), []
+    for part in ([], [Spotlight([(first, stop)], 0.3)]):
+        with torch.no_grad(), attach(model, *part):
+            said.append(tokenizer.decode(model(ids, logits_to_keep=1).logits[0, -1].argmax()))
+    assert said == [" vast", " window"]
