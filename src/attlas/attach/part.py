@@ -190,7 +190,7 @@ class Steerer(Part):
     ) -> None:
         self.where = Where(layers, heads)
         if spans is not None:
-            rows_of(spans, 1 if all(isinstance(s[0], int) for s in spans) else len(spans))
+            rows_of(spans)
         self.spans = spans
 
 

@@ -112,16 +112,21 @@ def in_spans(
     return inside & there
 
 
-def rows_of(spans: Spans, batch: int) -> list[list[Span]]:
+def rows_of(spans: Spans, batch: int | None = None) -> list[list[Span]]:
     """The spans of each row; checks that they are spans.
+
+    Without a batch, of as many rows as there are lists, or of one.
 
     Raises:
         ValueError: an empty or reversed span, or lists for another number of rows.
     """
     given: list[Any] = list(spans)
     shared = all(_is_span(each) for each in given)
-    rows = [given] * batch if shared else [list(each) for each in given]
-    if len(rows) != batch:
+    for each in given:
+        if not isinstance(each, tuple | list):
+            raise UserError(f"spans takes (first, stop) or a list of them for each row, got {each!r}")
+    rows = [given] * (1 if batch is None else batch) if shared else [list(each) for each in given]
+    if batch is not None and len(rows) != batch:
         raise UserError(f"spans has a list for each of {len(rows)} rows, the batch has {batch}")
     for row in rows:
         for span in row:
@@ -131,9 +136,10 @@ def rows_of(spans: Spans, batch: int) -> list[list[Span]]:
 
 
 def find_span(tokenizer: Any, input_ids: Sequence[int] | Tensor, text: str) -> Span:
-    """The tokens of one row that hold a text, as (first, stop).
+    """The tokens of one row, its padding left out, that hold a text, as (first, stop).
 
-    The whole text is covered: its first and last token may hold characters around it.
+    The first place where it stands is told. The whole text is covered: its first and last token may
+    hold characters around it.
 
     Raises:
         ValueError: the text does not occur in what the tokens say.

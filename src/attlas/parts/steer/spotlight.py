@@ -39,12 +39,12 @@ class Spotlight(Steerer):
         share: the target, in [0, 1).
         over: "row": the share of each query and head, as in the paper; "layer": of all of a row of the
             batch together, as in published code.
-        exact: reach the target, instead of coming nearer to it.
+        exact: reach the target, instead of coming nearer to it; with a share of each query alone.
         layers: numbers of layers that are steered; all unless given.
         heads: query heads that are steered; all unless given.
 
     Raises:
-        ValueError: a share out of range, another `over`, a span that is none.
+        ValueError: a share out of range, another `over`, `exact` over a layer, a span that is none.
     """
 
     #: A bias on the scores of the marked tokens.
@@ -66,6 +66,8 @@ class Spotlight(Steerer):
             raise UserError(f"share must lie in [0, 1), got {share}")
         if over not in ("row", "layer"):
             raise UserError(f"over must be 'row' or 'layer', got {over!r}")
+        if exact and over == "layer":  # one bias for all rows leaves their mean short of the target
+            raise UserError("exact reaches the target of each query; it takes over='row', got 'layer'")
         self.marked, self.share, self.over, self.exact = spans, share, over, exact
 
     def score_mod(self, call: Call) -> ScoreMod | None:
