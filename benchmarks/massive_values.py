@@ -1,6 +1,6 @@
 """Massive values on SmolLM2: which heads have them, where they sit, and what disrupting them costs.
 
-    python benchmarks/massive_values.py [--samples 120] [--dimensions 1 4] [--length 128]
+    python benchmarks/massive_values.py [--samples 120] [--dimensions 1 2 4] [--length 128]
 
 Norms are those of passages of Shakespeare; dimensions i and i + dim/2 are rotated together, faster the
 smaller i, and the slow third are the last pairs. A sample of the passkey task is a needle in a text of
@@ -86,7 +86,7 @@ def right(model, tokenizer, hidden: list[Haystack], options: dict | None) -> lis
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--samples", type=int, default=120)
-    parser.add_argument("--dimensions", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--dimensions", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--passages", type=int, default=8)
     given = parser.parse_args()
