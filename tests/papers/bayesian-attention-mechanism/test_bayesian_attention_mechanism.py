@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import attlas
 from attlas import ops
+from seeds import generator, mean_over_seeds
 
 SYMBOLS = 16
 
@@ -120,19 +121,18 @@ def _passkeys(rows: int, length: int, generator: torch.Generator) -> tuple[Tenso
 
 def _retrieval(name: str, lengths: tuple[int, ...], **options) -> list[float]:
     """Trained on 16 tokens: the share of passkeys named right at these lengths."""
-    torch.manual_seed(0)
-    generator = torch.Generator().manual_seed(0)
+    data = generator()
     model = _Model(name, **options)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for _ in range(350):
-        tokens, wanted = _passkeys(64, 16, generator)
+        tokens, wanted = _passkeys(64, 16, data)
         loss = nn.functional.cross_entropy(model(tokens), wanted)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     shares = []
     for length in lengths:
-        tokens, wanted = _passkeys(128, length, torch.Generator().manual_seed(1))
+        tokens, wanted = _passkeys(128, length, generator(apart=1))
         with torch.no_grad():
             shares.append(float((model(tokens).argmax(-1) == wanted).float().mean()))
     return shares
@@ -140,13 +140,20 @@ def _retrieval(name: str, lengths: tuple[int, ...], **options) -> list[float]:
 
 @pytest.mark.parametrize("others", ["rope", "sinusoidal"])
 def test_bayesian_attention_mechanism_retrieves_a_passkey_where_others_fail(others: str) -> None:
-    trained, beyond = _retrieval("softmax", (16, 256), position=others)
+    # Measured (1 and 2 threads, float32 and float64): rope 1.00 then 0.05-0.06, sinusoidal 1.00
+    # then 0.13-0.16.
+    trained, beyond = mean_over_seeds(
+        lambda: _retrieval("softmax", (16, 256), position=others)
+    )
     assert trained > 0.95  # it has learnt the task
     assert beyond < 0.3  # measured 0.11 and 0.08 at 16 times the length; chance is 0.06
 
 
 def test_bayesian_attention_mechanism_retrieves_a_passkey_far_beyond_its_training() -> None:
-    trained, beyond, far_beyond = _retrieval("bayesian-attention-mechanism", (16, 256, 512))
+    # Measured (1 and 2 threads, float32 and float64): 1.00 at every length.
+    trained, beyond, far_beyond = mean_over_seeds(
+        lambda: _retrieval("bayesian-attention-mechanism", (16, 256, 512))
+    )
     assert trained > 0.95
     assert beyond > 0.9  # measured 1.0 and 0.98 at 16 and 32 times the length
     assert far_beyond > 0.85

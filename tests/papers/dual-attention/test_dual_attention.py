@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import attlas
+from seeds import mean_over_seeds
 
 
 def _layer(**options):
@@ -108,23 +109,24 @@ def _pairs(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _accuracy(relational_heads: int, samples: int = 500) -> float:
-    torch.manual_seed(0)
     model = _SameOrDifferent(relational_heads)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
-    x, y = _pairs(samples, seed=1)
+    seed = torch.initial_seed()
+    x, y = _pairs(samples, seed=2 * seed + 1)
     for _ in range(400):
         chosen = torch.randint(samples, (64,))
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x[chosen]), y[chosen]).backward()
         optimizer.step()
-    x, y = _pairs(1000, seed=2)
+    x, y = _pairs(1000, seed=2 * seed + 2)
     with torch.no_grad():
         return float((model.eval()(x).argmax(-1) == y).float().mean())
 
 
 def test_dual_attention_tells_same_from_different_with_fewer_samples() -> None:
-    assert _accuracy(relational_heads=2) >= 0.95
-    assert _accuracy(relational_heads=0) < 0.9
+    # Measured (1 and 2 threads, float32 and float64): 0.987-0.992, and 0.68-0.71 without.
+    assert mean_over_seeds(lambda: _accuracy(relational_heads=2)) >= 0.95
+    assert mean_over_seeds(lambda: _accuracy(relational_heads=0)) < 0.9
 
 
 def test_dual_attention_names_the_library_that_positions_outgrow() -> None:

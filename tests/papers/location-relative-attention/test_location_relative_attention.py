@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import attlas
 from attlas.contract import check
 from attlas.layers.scores.location_relative import GMM
+from seeds import mean_over_seeds
 
 VERSIONS = ("0", "1", "2", "logistic")
 
@@ -132,6 +133,12 @@ def _trained(steps: int, name: str, **options: Any) -> Speaker:
     return model
 
 
+def _scores(steps: int, **options: Any) -> tuple[float, ...]:
+    """Both scores at the length of training and at 8 times that."""
+    model = _trained(steps, **options)
+    return (*model.scores(SHORT), *model.scores(8 * SHORT))
+
+
 @pytest.mark.parametrize(("steps", "options", "right"), [
     (250, {"name": "dynamic-convolution-attention", "hidden": 32}, 0.95),
     # Means that add up steps of nearly 0 and 1 drift by part of a place, never away.
@@ -140,18 +147,20 @@ def _trained(steps: int, name: str, **options: Any) -> Speaker:
 def test_location_relative_attention_stays_aligned_on_inputs_8_times_longer(
     steps: int, options: dict[str, Any], right: float
 ) -> None:
-    model = _trained(steps, **options)
-    assert min(model.scores(SHORT)) > 0.99
-    said, aligned = model.scores(8 * SHORT)
+    # Measured (1 and 2 threads, float32 and float64): said 0.991-0.994 and 0.87-0.92, aligned 1.00.
+    short, near, said, aligned = mean_over_seeds(lambda: _scores(steps, **options))
+    assert min(short, near) > 0.99
     assert said > right
     assert aligned > 0.95
 
 
 def test_location_relative_attention_stays_aligned_where_content_loses_the_place() -> None:
-    model = _trained(500, "luong-attention", scoring="concat")
-    said, aligned = model.scores(SHORT)
-    assert said > 0.97
-    assert aligned > 0.85
-    said, aligned = model.scores(8 * SHORT)
+    # Measured (1 and 2 threads, float32 and float64): short 1.00, near 0.91-0.93, said 0.60,
+    # aligned 0.17-0.18.
+    short, near, said, aligned = mean_over_seeds(
+        lambda: _scores(500, name="luong-attention", scoring="concat")
+    )
+    assert short > 0.97
+    assert near > 0.85
     assert said < 0.7
     assert aligned < 0.4

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import attlas
+from seeds import mean_over_seeds
 
 
 def _layer(**options):
@@ -120,19 +121,19 @@ def _trained(model: _Model, steps: int = 350) -> float:
     """Share of held-out blocks found."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=6e-3, weight_decay=0.0)
     for step in range(steps):
-        x, y = _find_block(32, seed=step)
+        x, y = _find_block(32, seed=step + 10**6 * torch.initial_seed())
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x), y).backward()
         optimizer.step()
-    x, y = _find_block(1000, seed=10**6)
+    x, y = _find_block(1000, seed=10**6 - 1)
     with torch.no_grad():
         return float((model.eval()(x).argmax(-1) == y).float().mean())
 
 
 def test_multi_token_attention_finds_the_block_that_holds_both_letters() -> None:
-    torch.manual_seed(0)
-    found = _trained(_Model("mta", layers=1, kernel=(2, 2 * LONG - 1), norm=False, head_kernel=1))
-    torch.manual_seed(0)
-    baseline = _trained(_Model("softmax", layers=2))
+    # Measured (1 and 2 threads, float32 and float64): 0.92-0.94, softmax 0.24-0.26.
+    options = {"kernel": (2, 2 * LONG - 1), "norm": False, "head_kernel": 1}
+    found = mean_over_seeds(lambda: _trained(_Model("mta", layers=1, **options)))
+    baseline = mean_over_seeds(lambda: _trained(_Model("softmax", layers=2)))
     assert found > 0.85
     assert baseline < 0.5  # twice the layers, and still little more than one block in five

@@ -8,6 +8,7 @@ import torch
 import attlas
 from attlas.contract.layers.numbers import LargestTensor
 from attlas.layers.scores import neural as module
+from seeds import mean_over_seeds
 
 
 def _layer(**options):
@@ -68,13 +69,12 @@ def test_neural_attention_width_follows_the_heads(head_dim: int, width: int) -> 
         attlas.make("neural-attention", dim=32, heads=2, projection_dim=1)
 
 
-def _fitted(name: str, seed: int = 0, **options) -> float:
+def _fitted(name: str, **options) -> float:
     """Largest error of the weights after fitting: attend to the tokens whose two bits' XOR differs."""
     bits = torch.tensor([[a, b] for a in (-1.0, 1.0) for b in (-1.0, 1.0)] * 2)
     x = torch.cat((bits, torch.ones(8, 1), torch.zeros(8, 1)), dim=1)[None]
     parity = bits.prod(1)
     target = (parity[:, None] != parity).float() / 4
-    torch.manual_seed(seed)
     layer = attlas.make(name, dim=4, heads=1, head_dim=16, **options)
     optimizer = torch.optim.Adam(layer.parameters(), lr=1e-2)
     slower = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=800)
@@ -88,6 +88,7 @@ def _fitted(name: str, seed: int = 0, **options) -> float:
 
 
 def test_neural_attention_fits_the_xor_pattern_that_products_cannot() -> None:
-    assert _fitted("neural-attention", projection_dim=16) < 1e-2
+    # Measured (1 and 2 threads, float32 and float64): below 0.0001, dot products 0.125.
+    assert mean_over_seeds(lambda: _fitted("neural-attention", projection_dim=16)) < 1e-2
     # q·k is bilinear in the bits, the pattern is not: what remains is the uniform row, off by 1/8.
-    assert _fitted("softmax") > 0.12
+    assert mean_over_seeds(lambda: _fitted("softmax")) > 0.12

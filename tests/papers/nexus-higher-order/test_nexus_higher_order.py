@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import attlas
+from seeds import mean_over_seeds
 
 
 def _layer(**options):
@@ -86,11 +87,10 @@ class _OneLayer(nn.Module):
 
 
 def _retrieved(depth: int, steps: int = 600) -> float:
-    torch.manual_seed(0)
     model = _OneLayer(depth=depth)
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
     for step in range(steps):
-        *x, y = _two_hops(64, seed=step)
+        *x, y = _two_hops(64, seed=step + 10**7 * torch.initial_seed())
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(*x), y).backward()
         optimizer.step()
@@ -100,5 +100,6 @@ def _retrieved(depth: int, steps: int = 600) -> float:
 
 
 def test_nexus_higher_order_retrieves_over_two_hops_in_one_layer() -> None:
-    assert _retrieved(depth=1) > 0.95
-    assert _retrieved(depth=0) < 0.6
+    # Measured (1 and 2 threads, float32 and float64): 0.99-1.00, depth 0 0.35-0.37.
+    assert mean_over_seeds(lambda: _retrieved(depth=1)) > 0.95
+    assert mean_over_seeds(lambda: _retrieved(depth=0)) < 0.6

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import attlas
+from seeds import generator, mean_over_seeds
 
 
 def _layer(**options):
@@ -88,18 +89,17 @@ def _recall(rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tens
 
 def _trained(name: str) -> tuple[float, float, float]:
     """Loss, and the mean entropy of signal and of noise queries, after 400 steps."""
-    torch.manual_seed(0)
-    generator = torch.Generator().manual_seed(0)
+    data = generator()
     layer = attlas.make(name, dim=32, heads=1)
     head = nn.Linear(32, 15)
     optimizer = torch.optim.AdamW([*layer.parameters(), *head.parameters()], lr=5e-3)
     for _ in range(400):
-        x, wanted, _ = _recall(64, generator)
+        x, wanted, _ = _recall(64, data)
         loss = nn.functional.mse_loss(head(layer(x)), wanted)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    x, wanted, signal = _recall(256, torch.Generator().manual_seed(1))
+    x, wanted, signal = _recall(256, generator(apart=1))
     with torch.no_grad():
         loss = nn.functional.mse_loss(head(layer(x)), wanted)
         entropy = torch.special.entr(layer.weights(x)).sum(-1)[:, 0]
@@ -107,8 +107,10 @@ def _trained(name: str) -> tuple[float, float, float]:
 
 
 def test_selective_self_attention_entropies_of_noise_and_signal_queries_separate() -> None:
-    loss, signal, noise = _trained("selective-self-attention")
-    plain_loss, plain_signal, plain_noise = _trained("softmax")
+    # Measured (1 and 2 threads, float32 and float64): loss 0.00, entropies 0.73 and 3.47;
+    # softmax 0.12, 2.07 and 2.07.
+    loss, signal, noise = mean_over_seeds(lambda: _trained("selective-self-attention"))
+    plain_loss, plain_signal, plain_noise = mean_over_seeds(lambda: _trained("softmax"))
     # Measured 0.73 (two tokens: ln 2 = 0.69) and 3.46 (all 32: ln 32 = 3.47); 2.03 and 2.03 without.
     assert signal < 1.2
     assert noise > 3.2
