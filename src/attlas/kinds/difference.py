@@ -14,13 +14,12 @@ from torch import Tensor
 from attlas.catalog import registry
 from attlas.catalog.kinds import ADAPTER
 from attlas.errors import UserError
-from attlas.kinds.injection import Injectable
 from attlas.storage.files import fingerprint
 
 FORMAT = "attlas-adapter-1"
 
 
-def save(adapter: Injectable, base: Mapping[str, Any], path: str | Path) -> Path:
+def save(adapter: Any, base: Mapping[str, Any], path: str | Path) -> Path:
     """Write an injected adapter's difference; `Adapter.save` is the way to it.
 
     Raises:

@@ -26,10 +26,6 @@ class Injectable(Protocol):
     def name(self) -> str:
         """Under which it is registered."""
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """The options that it was constructed with."""
-
     def trainable(self) -> dict[str, nn.Parameter]:
         """Parameters to train."""
 

@@ -8,6 +8,7 @@ import os
 import platform
 import statistics
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,6 @@ def packed(
 ) -> dict[str, Any]:  # fmt: skip
     """A record of numbers by label; `told` has each label's (unit, "higher" or "lower")."""
     import torch
-    import transformers
 
     units, betters = ({told[label][k] for label in numbers} for k in (0, 1))
     alike = len(units) == len(betters) == 1
@@ -59,7 +59,7 @@ def packed(
         "machine": {"device": machine or platform.processor() or platform.machine(),
                     "cores": os.cpu_count()},
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                     "transformers": transformers.__version__},
+                     "transformers": version("transformers")},
     }  # fmt: skip
 
 

@@ -26,7 +26,8 @@ def one_layer(case: Case) -> Iterator[Check]:
     k = torch.eye(tokens).expand(batch, config["kv_heads"], -1, -1)
     q = weights.clamp(min=1e-30).log()
     call = Call(0, nn.Identity(), q, k, v, 1.0, None, Step(length=tokens), is_causal=True)
-    part = Spotlight(config["span_ranges"], config["target_proportion"], over="layer")
+    spans = [[tuple(span) for span in row] for row in config["span_ranges"]]
+    part = Spotlight(spans, config["target_proportion"], over="layer")
     call.score_mod = part.score_mod(call)
     steered = torch.cat([block for block, _, _ in weight_blocks(call)], dim=2)
     yield case.compare("mid.attention", steered)

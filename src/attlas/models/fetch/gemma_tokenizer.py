@@ -38,8 +38,8 @@ def read(file: Path) -> Any:
     pieces = [
         piece.replace(" ", SPACE) if not piece.strip(" ") else piece for piece in field("tokens")
     ]
-    fields = ("bos_token_id", "eos_token_id", "unknown_token_id", "padding_token_id")
-    bos, eos, unknown, padding = (pieces[field(name)] for name in fields)
+    special = ("bos_token_id", "eos_token_id", "unknown_token_id", "padding_token_id")
+    bos, eos, unknown, padding = (pieces[field(name)] for name in special)
     vocabulary = {piece: number for number, piece in enumerate(pieces)}
     tokenizer = Tokenizer(
         BPE(
