@@ -80,6 +80,23 @@ def test_positions_of_keys_are_those_that_were_given():
     assert notes.seen[-1][1][0, 0].tolist() == [*range(10, 26, 2), 40]
 
 
+@pytest.mark.parametrize("rows", [4, 1])
+def test_positions_follow_a_batch_whose_rows_are_repeated_or_chosen(rows):
+    model, ids = tiny_models.decoder("llama"), tiny_models.prompt(2, 8)
+    notes = Notes()
+    with torch.no_grad(), attach(model, notes):
+        at = torch.stack([torch.arange(8), torch.arange(10, 18)])
+        cache = cache_of(model(ids, position_ids=at, use_cache=True))
+        if rows == 4:
+            cache.batch_repeat_interleave(2)
+        else:
+            cache.batch_select_indices(torch.tensor([1]))
+        model(ids[:1, :1].expand(rows, 1), **with_cache(model, cache))
+    positions = notes.seen[-1][1]
+    expected = [0, 0, 10, 10] if rows == 4 else [0]  # chosen rows: counted from their tokens
+    assert positions[:, 0, 0].tolist() == expected
+
+
 @pytest.mark.parametrize("kind", ["mistral-window", "gemma2", "gemma3", "gpt-oss"])
 def test_recorded_weights_of_windows_stand_at_their_tokens(kind):
     """Decoding past the window: columns are those of the text, not slots of the cache."""

@@ -24,7 +24,8 @@ class Step:
         cache: the Transformers cache in use, None without one.
         real: which of the tokens seen so far are no padding; None when all are.
         positions: the position ids given with the call, None when the model counts them itself.
-        earlier: position ids of the tokens before this call, in pieces, as they were given then.
+        earlier: position ids of the last tokens before this call, as they were given then; None where
+            no call was seen.
         windows: the first column that each sliding-window layer of the cache holds in this call.
         offset: tokens that the cache had seen before this call.
         length: tokens of this call; 0 when the model takes no tokens (images).
@@ -38,7 +39,7 @@ class Step:
     cache: Any = None
     real: Bool[Tensor, "batch seen"] | None = None
     positions: Int[Tensor, "*rows query"] | None = None
-    earlier: list[Tensor] = field(default_factory=list)
+    earlier: Int[Tensor, "*rows known"] | None = None
     windows: dict[int, int] = field(default_factory=dict)
     offset: int = 0
     length: int = 0
@@ -194,13 +195,12 @@ class Call:
     @property
     def key_positions(self) -> Int[Tensor, "#batch #kv_heads keys"]:
         """Position ids of the keys, as the model counted them when they came; -1 for an empty slot."""
-        before, own = list(self.step.earlier), self.positions
-        known = sum(piece.shape[-1] for piece in before)
-        if known < self.step.offset:  # a cache from elsewhere: positions count its real tokens
-            columns = torch.arange(self.step.offset - known, device=self.q.device)
-            before.insert(0, self.rows.at(columns.expand(self.q.shape[0], -1))[1])
-        rows = [p.to(self.q.device).expand(self.q.shape[0], -1) for p in (*before, own)]
-        every = torch.cat(rows, dim=1)
+        batch, device, own = self.q.shape[0], self.q.device, self.positions
+        known = own[:, :0] if self.step.earlier is None else self.step.earlier
+        # Of a cache from elsewhere positions count its real tokens.
+        missing = torch.arange(self.step.offset - known.shape[-1], device=device).expand(batch, -1)
+        pieces = (self.rows.at(missing)[1], known, own)
+        every = torch.cat([p.to(device).expand(batch, -1) for p in pieces], dim=1)
         if self.columns is None:
             return every[:, None, : self.k.shape[2]]
         at = self.columns.clamp(min=0).long()

@@ -73,7 +73,7 @@ def _end(held: Attachment, cache: Any) -> None:
         own = step.positions
         if own is None:
             own = torch.arange(step.offset, step.offset + step.length)[None]
-        held.remember(held.cache, step.earlier, own)
+        held.remember(step, own)
 
 
 def _step(
@@ -89,8 +89,8 @@ def _step(
     step.offset = 0 if step.cache is None else int(step.cache.get_seq_length())
     step.positions = arguments.get("position_ids")
     step.ids = arguments.get(TOKENS[behind][0])
-    if step.cache is not None:
-        step.earlier = held.earlier(step.cache, step.offset)
+    if step.cache is not None and tokens is not None:
+        step.earlier = held.earlier(step.cache, step.offset, tokens.shape[0])
         step.windows = {
             number: int(layer.get_mask_sizes(step.length)[1])
             for number, layer in enumerate(step.cache.layers)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 from attlas.attach.call import Step
@@ -46,7 +47,8 @@ class Attachment:
         self.plain = not self.parts
         #: The call under way needs nothing of ours: no part, and a cache that Transformers can read.
         self.direct = self.plain
-        self._positions: WeakKeyDictionary[Any, list[Tensor]] = WeakKeyDictionary()
+        #: By cache, the column of the first token whose position id is known, and these ids.
+        self._positions: WeakKeyDictionary[Any, tuple[int, Tensor]] = WeakKeyDictionary()
 
     def overriding(self, hook: str) -> list[Part]:
         """The parts that define a hook."""
@@ -70,19 +72,25 @@ class Attachment:
         differentiated = any(p.wants_gradients for p in self.recorders_of(layer))
         return differentiated or bool(self.with_hook("normalize", layer))
 
-    def earlier(self, cache: Any, offset: int) -> list[Tensor]:
-        """Position ids that came with the tokens before this call, as far as they were seen here."""
-        pieces, kept, found = self._positions.get(cache, []), 0, []
-        for piece in pieces:
-            found.append(piece[..., : offset - kept])
-            kept += piece.shape[-1]
-            if kept >= offset:
-                break
-        return [piece for piece in found if piece.shape[-1]]
+    def earlier(self, cache: Any, offset: int, rows: int) -> Tensor | None:
+        """Position ids that came with the last of the tokens before this call; None where none did.
 
-    def remember(self, cache: Any, earlier: list[Tensor], own: Tensor) -> None:
+        Rows that were repeated since are repeated here; of other changes of the batch nothing is known.
+        """
+        if cache not in self._positions:
+            return None
+        first, known = self._positions[cache]
+        if rows % known.shape[0]:
+            return None
+        known = known.repeat_interleave(rows // known.shape[0], dim=0) if len(known) > 1 else known
+        return known[..., : max(0, offset - first)]  # less than is known where tokens were taken back
+
+    def remember(self, step: Step, own: Tensor) -> None:
         """Position ids of a call's tokens, behind those of the calls before it."""
-        self._positions[cache] = [*earlier, own]
+        known = own[..., :0] if step.earlier is None else step.earlier.to(own.device)
+        rows = max(known.shape[0], own.shape[0])
+        whole = torch.cat([known.expand(rows, -1), own.expand(rows, -1)], dim=1)
+        self._positions[self.cache] = (step.offset - known.shape[1], whole)
 
 
 def _overrides(part: Part, hook: str, base: type) -> bool:

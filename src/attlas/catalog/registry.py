@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from attlas.catalog.kinds import PARTS, Kind, kind_of, kind_of_module
+from attlas.catalog.source import Declared, declared
+from attlas.catalog.stages import stages_of
 from attlas.errors import UnknownName
 
 T = TypeVar("T", bound=Callable[..., Any])
@@ -54,28 +56,8 @@ class Registration:
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One registered object, imported when it is first asked for.
-
-    Attributes:
-        name: the name under which it is made.
-        paper: slug of its catalogue row; empty for building blocks that no row names.
-        aliases: other names.
-        kind: its kind, see `attlas.catalog.kinds`.
-        module: that defines it.
-        qualname: its name there.
-        doc: the docstring that tells of it.
-        stages: the stages of attention that it changes.
-    """
-
-    name: str
-    paper: str
-    aliases: tuple[str, ...]
-    kind: Kind
-    module: str
-    qualname: str
-    doc: str
-    stages: tuple[str, ...]
+class Entry(Declared):
+    """One registered object, imported when it is first asked for."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -178,8 +160,6 @@ def mechanism(
 def _entry_of(
     obj: Callable[..., Any], name: str, paper: str, aliases: tuple[str, ...], kind: Kind
 ) -> Entry:
-    from attlas.catalog.stages import stages_of
-
     of_module = inspect.getdoc(sys.modules.get(obj.__module__)) or ""
     own = inspect.getdoc(obj) or ""
     doc = of_module or own if inspect.isclass(obj) else own
@@ -287,8 +267,6 @@ def _discover() -> None:
     global _discovered
     if _discovered:
         return
-    from attlas.catalog.source import declared
-
     for one in declared():
         if one.name not in _registered:
             _add(Entry(**vars(one)))
