@@ -87,7 +87,7 @@ class Bench:
         options = {"dim": self.dim, "heads": self.heads, **OPTIONS.get(name, {})}
         if name in ("super-attention", "factored-attention"):  # parameters of a fixed size
             options["length"] = max(1024, length + 1)
-        causal = causal and entry.object.has_causal_form
+        causal = causal and entry.object.supports.causal
         made = registry.make(name, causal=causal, **options)
         return made.to(self.device, self.dtype)
 
@@ -166,7 +166,9 @@ class Bench:
         try:
             with torch.cuda.graph(graph):
                 plain()
-        except Exception as error:  # a step that waits for the host cannot be captured: run it plainly
+        except (
+            Exception
+        ) as error:  # a step that waits for the host cannot be captured: run it plainly
             print(f"    not captured: {type(error).__name__}: {str(error)[:120]}", flush=True)
             torch.cuda.synchronize()
             return plain
@@ -222,7 +224,11 @@ def operations(bench: Bench, name: str) -> tuple[float, float]:
                 layer = host.layer(name, n, causal=False)
             except ValueError:
                 layer = host.layer(name, n)
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        with (
+            torch.no_grad(),
+            sdpa_kernel(SDPBackend.MATH),
+            FlopCounterMode(display=False) as counter,
+        ):
             layer(torch.randn(1, n, bench.dim))
         counts.append(counter.get_total_flops())
     b = (counts[1] - 2 * counts[0]) / (1024**2 - 2 * 512**2)
@@ -234,7 +240,7 @@ def cells(bench: Bench, name: str, lengths: list[int], caches: list[int]) -> lis
     thing = registry.find(name).object
     rows = []
     work = [(what, n) for n in lengths for what in ("forward", "forward+backward")]
-    work += [("decode", n) for n in caches if thing.has_causal_form]
+    work += [("decode", n) for n in caches if thing.supports.causal]
     for what, n in work:
         row: dict[str, Any] = {"name": name, "what": what, "length": n}
         needs = too_much(rows, what, n, bench)
@@ -269,7 +275,7 @@ def measured(bench: Bench, name: str, what: str, n: int) -> dict[str, Any]:
     rounds, queued = (3, 2) if slow else (bench.rounds, QUEUED)
     timed = paired_ratio(ours, theirs, rounds=rounds, device=bench.device, queued=queued)
     return {
-        "batch": 1 if what == "decode" else bench.batch(n), "law": type(layer).memory_law,
+        "batch": 1 if what == "decode" else bench.batch(n), "law": type(layer).supports.memory,
         "backend": bare.backend, "peak_gib": peak, "captured": getattr(ours, "captured", None), **timed,
     }  # fmt: skip
 
@@ -283,7 +289,9 @@ def too_much(rows: list[dict[str, Any]], what: str, n: int, bench: Bench) -> flo
     """GiB that a run would need by the square law from a shorter one, if more than the device has."""
     if bench.device != "cuda":
         return 0.0
-    known = [r for r in rows if r["what"] == what and r.get("peak_gib") and r.get("law") == "quadratic"]
+    known = [
+        r for r in rows if r["what"] == what and r.get("peak_gib") and r.get("law") == "quadratic"
+    ]
     if what == "decode" or not known:
         return 0.0
     last = known[-1]
@@ -320,7 +328,9 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192, 32768])
     parser.add_argument("--caches", type=int, nargs="+", default=[8192, 65536])
     parser.add_argument("--names", nargs="*", help="these alone; the others' rows are kept")
-    parser.add_argument("--table", action="store_true", help="only count operations and write the table")
+    parser.add_argument(
+        "--table", action="store_true", help="only count operations and write the table"
+    )
     options = parser.parse_args()
     path = RESULTS / f"mechanisms-{options.device}.json"
     bench = Bench(options)

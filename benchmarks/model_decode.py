@@ -58,7 +58,7 @@ def shaped(layers: int, device: str, small: bool) -> Any:
 
 
 def filled(model: Any, parts: tuple[Any, ...], batch: int, tokens: int) -> DynamicCache:
-    """A cache of random keys and values, settled by the parts as at the end of a prompt."""
+    """A cache of random keys and values, compressed by the parts as at the end of a prompt."""
     config = model.config
     cache = DynamicCache(config=config)
     for part in parts:
@@ -80,9 +80,9 @@ def filled(model: Any, parts: tuple[Any, ...], batch: int, tokens: int) -> Dynam
             part.learn(state, call)
         call.k = call.v = queries  # let go of the whole keys
         for part in parts:
-            part.settle(layer, layer.learned[part.name], layer.rows())
+            part.compress(layer, layer.learned[part.name], layer.rows())
         if parts:
-            layer.settled = True
+            layer.compressed = True
     return cache
 
 

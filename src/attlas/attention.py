@@ -4,8 +4,9 @@
     weights = normalize(mask(score(q, k)))          softmax(q kᵀ / √d, hidden pairs at −∞)
     y       = output(aggregate(weights, v))         concat_h(weights_h v_h) W_O
 
-A mechanism is a subclass that overrides the stages its paper changes, and nothing else. As long as
-`score`, `normalize` and `aggregate` are these here, the three run as one fused call.
+A mechanism is a subclass that overrides the stages its paper changes, and nothing else. Every stage is
+given what the stage before it made, and `inputs`: the tokens, their positions, masks and cache. As long
+as `score`, `normalize` and `aggregate` are these here, the three run as one fused call.
 
 Cost: 2·n²·dim multiply-adds for the scores and for the sum, memory linear in n on the fused routes.
 Reduces to nothing simpler: the others reduce to it.
@@ -15,7 +16,8 @@ Source: "Attention Is All You Need".
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from einops import rearrange
@@ -25,176 +27,109 @@ from torch import Tensor, nn
 from attlas import masks, ops
 from attlas.catalog.kinds import LAYER, Kind
 from attlas.catalog.registry import mechanism
-from attlas.errors import at_least_one
 from attlas.inputs import Inputs, MaskLike
 from attlas.masks import Mask
-from attlas.positions import Position, ScoreMod, named
+from attlas.options import Configured, option
+from attlas.positions import Position, ScoreMod, encoding_of
+from attlas.supports import Supports, share_of_dim
 
 if TYPE_CHECKING:
     from attlas.hf.caches import Cache
 
-#: What `prepare` gives: queries, keys, values, which pairs may meet, and the inputs.
-Prepared = tuple[Tensor, Tensor, Tensor, Mask | Tensor | None, Inputs]
-
 
 @mechanism("softmax", paper="", aliases=("multi-head-attention", "mha"))
-class Attention(nn.Module):
-    """Multi-head softmax attention with grouped keys, any mask, any position and a decode cache.
-
-    Args:
-        dim: width of the inputs and outputs.
-        heads: query heads.
-        kv_heads: key and value heads, a divisor of `heads`; as many unless given.
-        head_dim: width of a head; dim / heads unless given.
-        causal: keys after the query are hidden; False unless that is the mechanism's only form.
-        mask: a pattern that always holds, besides `causal`.
-        position: a Position, or none, learned, sinusoidal, rope, alibi, t5.
-        bias: whether the projections have one.
-        dropout: share of weights dropped while training.
-        layer_idx: which layer of a shared cache is this one's.
-
-    Raises:
-        ValueError: sizes that do not divide, naming the argument.
-    """
+class Attention(Configured, nn.Module):
+    """Multi-head softmax attention with grouped keys, any mask, any position and a decode cache."""
 
     kind: ClassVar[Kind] = LAYER
-    #: Whether the mechanism has a causal form; without one it cannot decode step by step either.
-    has_causal_form: ClassVar[bool] = True
-    #: Whether queries may see what comes after them; a recurrence that rewrites its state cannot.
-    has_two_sided_form: ClassVar[bool] = True
-    #: Whether queries may come from one sequence and keys from another.
-    has_cross_form: ClassVar[bool] = True
-    #: Whether it brings its own positions, so that `position` is refused.
-    has_own_position: ClassVar[bool] = False
-    #: Whether a query's weights rest on the queries before it, so that it cannot cross-attend alone.
-    needs_earlier_queries: ClassVar[bool] = False
-    #: Which masks it can honour: "pairs" any, "padding" real tokens only, "none" no mask at all.
-    takes_masks: ClassVar[Literal["pairs", "padding", "none"]] = "pairs"
-    #: Whether a cache keeps its keys and values; else it keeps a state that does not grow.
-    keeps_keys: bool = True
-    #: How the extra memory of a forward pass grows with the length: "linear" or "quadratic".
-    memory_law: ClassVar[str] = "linear"
-    #: Names of further tensors that `forward` takes by keyword and stages find in `inputs.extras`.
-    extras: ClassVar[tuple[str, ...]] = ()
-    #: Takes the attention of this layer while its model is attached to, see `attlas.attach.own`.
-    door: Any = None
-    #: What the last training pass adds to the loss, already weighted; a model sums its layers'.
-    auxiliary_loss: Tensor | None = None
+    #: What it can be asked for; all, unless a subclass says otherwise.
+    supports: ClassVar[Supports] = Supports()
+    #: Stages changed that no overridden method tells; why some are that the paper leaves alone.
+    changes: ClassVar[tuple[str, ...]] = ()
+    beyond: ClassVar[Mapping[str, str]] = {}
+    dim: int = option("width of the inputs and outputs", at_least=1, kw_only=False)
+    heads: int = option("query heads", default=8, at_least=1, kw_only=False)
+    kv_heads: int = option(
+        "key and value heads, a divisor of heads; as many unless given", kw_only=False, at_least=1,
+        factory=lambda layer: layer.heads,
+    )  # fmt: skip
+    head_dim: int = option(
+        "width of a head; dim / heads unless given", factory=share_of_dim, kw_only=False, at_least=1
+    )
+    causal: bool = option(
+        "keys after the query are hidden; unless given, False if the mechanism can see them",
+        factory=lambda layer: not layer.supports.bidirectional,
+    )
+    own_mask: Mask | None = option("a pattern besides causal", default=None, alias="mask")
+    own_position: Position | str | None = option(
+        "a Position, or none, learned, sinusoidal, rope, alibi, t5", default=None, alias="position"
+    )
+    bias: bool = option("whether the projections have one", default=False)
+    dropout: float = option("weights dropped while training", default=0.0, at_least=0, below=1)
+    layer_idx: int = option("which layer of a shared cache is this one's", default=0)
 
-    def __init__(
-        self,
-        dim: int,
-        heads: int = 8,
-        kv_heads: int | None = None,
-        head_dim: int | None = None,
-        *,
-        causal: bool | None = None,
-        mask: Mask | None = None,
-        position: Position | str | None = None,
-        bias: bool = False,
-        dropout: float = 0.0,
-        layer_idx: int = 0,
-    ) -> None:
-        super().__init__()
-        self.dim, self.heads = at_least_one("dim", dim), at_least_one("heads", heads)
-        self.kv_heads = heads if kv_heads is None else at_least_one("kv_heads", kv_heads)
-        if heads % self.kv_heads:
-            raise ValueError(f"kv_heads must divide heads={heads}, got {kv_heads}")
-        if head_dim is None and dim % heads:
-            raise ValueError(f"heads must divide dim={dim} unless head_dim is given, got {heads}")
-        self.head_dim = dim // heads if head_dim is None else at_least_one("head_dim", head_dim)
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
-        causal = not self.has_two_sided_form if causal is None else causal
-        if causal and not self.has_causal_form:
-            raise ValueError(f"causal=True: {type(self).__name__} has no causal form")
-        if not causal and not self.has_two_sided_form:
-            raise ValueError(f"causal=False: {type(self).__name__} has no other form than a causal one")
-        self._check_mask(mask)
-        if position is not None and self.has_own_position:
-            name = type(self).__name__
-            raise ValueError(f"position: {name} brings its own positions, got {position!r}")
-        self.pattern = _combined(masks.causal if causal else None, mask)
-        self.causal, self.dropout, self.layer_idx = causal, dropout, layer_idx
+    def setup(self) -> None:
+        """Check how the options go together, and make the projections."""
+        self.supports.check_made(self)
+        self.pattern = masks.both(masks.causal if self.causal else None, self.own_mask)
         self.scale = self.head_dim**-0.5
-        self.position_encoding = (
-            named(position, dim=dim, heads=heads, head_dim=self.head_dim)
-            if isinstance(position, str) else position or Position()
-        )  # fmt: skip
-        self.build(bias)
+        self.position_encoding = encoding_of(self.own_position, self)
+        #: Takes the attention of this layer while its model is attached to, see `attlas.attach.own`.
+        self.door: Any = None
+        #: What the last training pass adds to the loss, already weighted; a model sums its layers'.
+        self.auxiliary_loss: Tensor | None = None
+        self.make_projections()
 
-    def build(self, bias: bool) -> None:
+    def make_projections(self) -> None:
         """Make the projections; overridden where their shapes differ."""
-        self.q_proj = nn.Linear(self.dim, self.heads * self.head_dim, bias=bias)
-        self.k_proj = nn.Linear(self.dim, self.kv_heads * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(self.dim, self.kv_heads * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(self.heads * self.head_dim, self.dim, bias=bias)
+        self.q_proj = nn.Linear(self.dim, self.heads * self.head_dim, bias=self.bias)
+        self.k_proj = nn.Linear(self.dim, self.kv_heads * self.head_dim, bias=self.bias)
+        self.v_proj = nn.Linear(self.dim, self.kv_heads * self.head_dim, bias=self.bias)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, self.dim, bias=self.bias)
 
     def forward(
-        self,
-        x: Float[Tensor, "batch queries dim"],
-        context: Float[Tensor, "batch keys dim"] | None = None,
-        *,
-        mask: MaskLike | None = None,
-        positions: Integer[Tensor, "*batch queries"] | None = None,
-        cache: Cache | None = None,
+        self, x: Float[Tensor, "batch queries dim"],
+        context: Float[Tensor, "batch keys dim"] | None = None, *, mask: MaskLike | None = None,
+        positions: Integer[Tensor, "*batch queries"] | None = None, cache: Cache | None = None,
         **extras: Tensor,
-    ) -> Float[Tensor, "batch queries dim"]:
+    ) -> Float[Tensor, "batch queries dim"]:  # fmt: skip
         """Attend from x to itself, or to `context`.
 
         Args:
             x: inputs of the queries.
             context: inputs of the keys and values; x unless given.
-            mask: a pattern; True at real tokens [batch, keys, cached ones included]; or pair by pair
+            mask: a pattern; True at valid tokens [batch, keys, cached ones included]; or pair by pair
                 [batch, heads, queries, keys].
             positions: of x's tokens; from the cache and the padding unless given.
             cache: a Transformers cache, extended by x's keys and values.
-            extras: what the mechanism declares as its `extras`.
+            extras: the tensors that the mechanism `supports` as its extras.
 
         Raises:
-            ValueError: inputs of another width, a context where there is no cross form or with a
-                cache, a mask of another shape, a cache without a causal form.
-            TypeError: a keyword that is none of its `extras`.
+            ValueError: what the mechanism does not support, or what is of another shape.
+            TypeError: a keyword that is none of its extras.
         """
-        q, k, v, pairs, inputs = self.prepare(x, context, mask, positions, cache, **extras)
-        if self.door is not None:
-            return self.output(self.door(self, q, k, v, inputs), inputs)
-        return self.output(self.attend(q, k, v, pairs, inputs), inputs)
+        q, k, v, inputs = self.prepare(x, context, mask, positions, cache, extras)
+        attend = self.attend if self.door is None else self.door
+        return self.output(attend(q, k, v, inputs), inputs)
 
     def prepare(
         self, x: Tensor, context: Tensor | None = None, mask: MaskLike | None = None,
-        positions: Tensor | None = None, cache: Cache | None = None, **extras: Tensor,
-    ) -> Prepared:  # fmt: skip
-        """The stages before the scores: q, k, v, which pairs may meet, and what was given."""
-        self._check(x, context, mask, cache, extras)
-        seen = 0 if cache is None else int(cache.get_seq_length(self.layer_idx))
-        real = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
-        tokens = x if context is None else context
-        if real is not None and real.shape != (x.shape[0], seen + tokens.shape[1]):
-            raise ValueError(
-                f"mask must be [batch, keys] = {[x.shape[0], seen + tokens.shape[1]]}, "
-                f"got {list(real.shape)}"
-            )
-        key_positions = _positions(seen, tokens, real)
-        if positions is None:
-            own = context is None
-            positions = key_positions[..., seen:] if own else _positions(0, x, None)
-        embed = self.position_encoding.embed
-        x = embed(x, positions)
-        if context is not None:
-            context = embed(context, key_positions)
-        inputs = Inputs(x, context, positions, key_positions, mask, cache, self.layer_idx, extras)
+        positions: Tensor | None = None, cache: Cache | None = None,
+        extras: Mapping[str, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Inputs]:  # fmt: skip
+        """What stands before the scores: queries, all keys and values, and which pairs may meet."""
+        inputs = Inputs.of(self, x, context, mask, positions, cache, extras or {})
         q, k, v = self.project(inputs)
         q, k = self.position(q, k, inputs)
-        if cache is not None and not self.keeps_keys:
-            inputs.advance()
-        elif cache is not None:
-            k, v = cache.update(k, v, self.layer_idx)
-            length = int(cache.get_seq_length(self.layer_idx))
-            k, v = k[:, :, :length], v[:, :, :length]  # a static cache gives its empty slots too
+        k, v = self.restore(*inputs.extend(k, v, self.keeps_keys), inputs)
         # A cache that lets go of tokens is masked where it is read.
         pairs = None if self.door is not None else self.mask(q, k, inputs)
-        return q, k, v, pairs, inputs
+        return q, k, v, replace(inputs, pairs=pairs)
+
+    @property
+    def keeps_keys(self) -> bool:
+        """Whether a cache keeps its keys and values; else it keeps a state that does not grow."""
+        return self.supports.cache == "keys"
 
     def init_cache(self) -> Cache:
         """An empty Transformers cache for step-by-step decoding.
@@ -204,7 +139,7 @@ class Attention(nn.Module):
         """
         from attlas.hf.caches import DynamicCache
 
-        if not self.has_causal_form:
+        if not self.supports.causal:
             raise ValueError(f"{type(self).__name__} has no causal form, so it cannot decode")
         return DynamicCache()
 
@@ -227,21 +162,24 @@ class Attention(nn.Module):
         rotate = self.position_encoding.rotate
         return rotate(q, inputs.positions), rotate(k, inputs.token_positions)
 
+    def restore(self, k: Tensor, v: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """All keys and values, cached ones included, where they are not those that a cache keeps."""
+        return k, v
+
     @property
     def score_mod(self) -> ScoreMod | None:
         """Pointwise change of the scores, as FlexAttention takes it; the position encoding's."""
         return self.position_encoding.score_mod
 
     def score(
-        self,
-        q: Float[Tensor, "batch heads queries width"],
-        k: Float[Tensor, "batch kv_heads keys width"],
-    ) -> Float[Tensor, "batch heads queries keys"]:
+        self, q: Float[Tensor, "batch heads queries width"],
+        k: Float[Tensor, "batch kv_heads keys width"], inputs: Inputs,
+    ) -> Float[Tensor, "batch heads queries keys"]:  # fmt: skip
         """Scores of all pairs, before `score_mod`."""
-        q, k = self.features(q, k)
+        q, k = self.features(q, k, inputs)
         return ops.grouped_product(q * self.scale, k.transpose(-1, -2))
 
-    def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    def features(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Queries and keys as the score multiplies them; changing them keeps the fused call."""
         return q, k
 
@@ -249,30 +187,18 @@ class Attention(nn.Module):
         self, q: Tensor, k: Tensor, inputs: Inputs
     ) -> Mask | Bool[Tensor, "b h queries keys"] | None:
         """Which pairs may meet: the layer's own pattern and what the caller gave."""
-        given, real = inputs.mask, inputs.real
-        if not isinstance(given, Tensor):
-            return _combined(self.pattern, given)
-        if real is None:
-            return _and(masks.dense(self.pattern, q.shape[2], k.shape[2], device=q.device)
-                        if self.pattern else None, given)  # fmt: skip
-        # The last keys, should a sliding cache have let go of earlier ones.
-        real = real[:, -k.shape[2] :]
-        if self.pattern is None or self.pattern.relative:
-            return _combined(self.pattern, masks.padding(real))
-        at = masks.at(self.pattern, inputs.positions, inputs.key_positions[..., -k.shape[2] :])
-        return at & real[:, None, None, :]
+        return inputs.within(self.pattern, q, k)
 
     def normalize(
-        self, scores: Float[Tensor, "batch heads queries keys"]
+        self, scores: Float[Tensor, "batch heads queries keys"], inputs: Inputs
     ) -> Float[Tensor, "batch heads queries keys"]:
         """Weights from scores whose hidden pairs are −∞."""
         return ops.softmax(scores)
 
     def aggregate(
-        self,
-        weights: Float[Tensor, "batch heads queries keys"],
-        v: Float[Tensor, "batch kv_heads keys width"],
-    ) -> Float[Tensor, "batch heads queries width"]:
+        self, weights: Float[Tensor, "batch heads queries keys"],
+        v: Float[Tensor, "batch kv_heads keys width"], inputs: Inputs,
+    ) -> Float[Tensor, "batch heads queries width"]:  # fmt: skip
         """One vector for each head and query."""
         weights = torch.dropout(weights, self.dropout, self.training)
         return ops.grouped_product(weights, v)
@@ -286,14 +212,12 @@ class Attention(nn.Module):
 
     # Between them ---------------------------------------------------------------------------------
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, inputs: Inputs
-    ) -> Float[Tensor, "batch heads queries width"]:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
         """score → mask → normalize → aggregate: one fused call unless a subclass changes them."""
-        changed = (getattr(type(self), s) is not getattr(Attention, s) for s in _FUSED)
-        if any(changed):
-            return self.aggregate(self.weigh(q, k, mask, inputs), v)
-        return self.fused(*self.features(q, k), v, mask)
+        middle = ("score", "normalize", "aggregate", "weigh")
+        if any(getattr(type(self), s) is not getattr(Attention, s) for s in middle):
+            return self.aggregate(self.weigh(q, k, inputs), v, inputs)
+        return self.fused(*self.features(q, k, inputs), v, inputs.pairs)
 
     def fused(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None
@@ -305,111 +229,33 @@ class Attention(nn.Module):
         )  # fmt: skip
 
     def weigh(
-        self, q: Tensor, k: Tensor, mask: Mask | Tensor | None, inputs: Inputs
+        self, q: Tensor, k: Tensor, inputs: Inputs
     ) -> Float[Tensor, "batch heads queries keys"]:
         """score → mask → normalize, with all pairs in memory."""
-        scores = self.score(q, k)
-        offset = k.shape[2] - q.shape[2]
+        scores = self.score(q, k, inputs)
         if self.score_mod is not None:
-            scores = self.score_mod(scores, *ops.indices(scores, offset))
-        visible = ops.as_dense(mask, q.shape[2], k.shape[2], offset, q.device)
-        return self.normalize(
-            scores if visible is None else scores.masked_fill(~visible, -torch.inf)
-        )
+            scores = self.score_mod(scores, *ops.indices(scores, k.shape[2] - q.shape[2]))
+        visible = inputs.visible(q, k)
+        hidden = scores if visible is None else scores.masked_fill(~visible, -torch.inf)
+        return self.normalize(hidden, inputs)
 
     def weights(
-        self,
-        x: Float[Tensor, "batch queries dim"],
-        context: Float[Tensor, "batch keys dim"] | None = None,
-        *,
-        mask: MaskLike | None = None,
-        positions: Integer[Tensor, "*batch queries"] | None = None,
-        **extras: Tensor,
-    ) -> Float[Tensor, "batch heads queries keys"]:
+        self, x: Float[Tensor, "batch queries dim"],
+        context: Float[Tensor, "batch keys dim"] | None = None, *, mask: MaskLike | None = None,
+        positions: Integer[Tensor, "*batch queries"] | None = None, **extras: Tensor,
+    ) -> Float[Tensor, "batch heads queries keys"]:  # fmt: skip
         """The attention map that `forward` sums the values with."""
-        q, k, _, pairs, inputs = self.prepare(x, context, mask, positions, **extras)
-        return self.weigh(q, k, pairs, inputs)
+        q, k, _, inputs = self.prepare(x, context, mask, positions, extras=extras)
+        return self.weigh(q, k, inputs)
 
-    def adopt(self, weights: Mapping[str, Tensor]) -> list[str]:
-        """Take over a plain layer's weights where names and shapes fit; the rest stays as it is.
-
-        Returns:
-            Names of the parameters that are new: not among `weights`, or of another shape there.
-        """
+    def load_from(self, weights: Mapping[str, Tensor]) -> list[str]:
+        """Take over a plain layer's weights where names and shapes fit; tells which others stay."""
         own = self.state_dict()
         fitting = {n: w for n, w in weights.items() if n in own and own[n].shape == w.shape}
         self.load_state_dict(fitting, strict=False)
         return [name for name in own if name not in fitting]
 
-    def per_query_head(self, x: Tensor, like: Tensor) -> Tensor:
-        """Keys or values with each group's repeated for its query heads."""
-        return ops.repeated(x, like.shape[1])
-
-    def runs_along(self, mask: Mask | Tensor | None, inputs: Inputs) -> bool:
-        """Whether nothing but causality and padding hides pairs, so that running sums over the keys
-        tell what each query sees."""
-        own = self.pattern in (None, masks.causal)
-        return mask in (None, masks.causal) if inputs.real is None else own
-
     def extra_repr(self) -> str:
         """Sizes and pattern."""
-        shown = f"dim={self.dim}, heads={self.heads}, kv_heads={self.kv_heads}, head_dim={self.head_dim}"
-        return shown if self.pattern is None else f"{shown}, mask={self.pattern!r}"
-
-    def _check(
-        self, x: Tensor, context: Tensor | None, mask: MaskLike | None, cache: Cache | None,
-        extras: Mapping[str, Tensor],
-    ) -> None:  # fmt: skip
-        name = type(self).__name__
-        unknown = sorted(set(extras) - set(self.extras))
-        if unknown:
-            takes = f"takes {list(self.extras)}" if self.extras else "takes no extras"
-            raise TypeError(f"{name} {takes}, got {unknown[0]!r}")
-        for what, tokens in (("x", x), ("context", context)):
-            if tokens is not None and (tokens.ndim != 3 or tokens.shape[-1] != self.dim):
-                raise ValueError(
-                    f"{what} must be [batch, tokens, {self.dim}], got {list(tokens.shape)}"
-                )
-        if context is not None and (cache is not None or self.causal or not self.has_cross_form):
-            why = "a cache" if cache is not None else "causal=True" if self.causal else name
-            raise ValueError(f"context cannot be given together with {why}")
-        if context is not None and self.position_encoding.score_mod is not None:
-            position = type(self.position_encoding).__name__
-            raise ValueError(
-                f"context cannot be given together with position={position}: distances between two "
-                "sequences mean nothing"
-            )
-        if cache is not None and not self.has_causal_form:
-            raise ValueError(f"cache was given, but {name} has no causal form")
-        self._check_mask(mask)
-        if isinstance(mask, Tensor) and mask.ndim not in (2, 4):
-            raise ValueError(f"mask must have 2 or 4 axes, got {list(mask.shape)}")
-        if mask is not None and not isinstance(mask, Mask | Tensor):
-            raise TypeError(f"mask takes a Mask or a boolean tensor, got {type(mask).__name__}")
-
-    def _check_mask(self, mask: MaskLike | None) -> None:
-        patterns = (None, masks.causal) if self.has_causal_form else (None,)
-        per_pair = mask.ndim == 4 if isinstance(mask, Tensor) else mask not in patterns
-        refused = per_pair if self.takes_masks == "padding" else mask is not None
-        if self.takes_masks != "pairs" and refused:
-            takes = "only padding, [batch, keys]" if self.takes_masks == "padding" else "none"
-            raise ValueError(f"mask: {type(self).__name__} takes {takes}, got {mask!r}")
-
-
-#: The stages that one fused call stands for.
-_FUSED = ("score", "normalize", "aggregate", "weigh")
-
-
-def _combined(a: Mask | None, b: Mask | None) -> Mask | None:
-    return a & b if a is not None and b is not None else a if b is None else b
-
-
-def _and(a: Tensor | None, b: Tensor) -> Tensor:
-    return b.bool() if a is None else a & b.bool()
-
-
-def _positions(seen: int, tokens: Tensor, real: Tensor | None) -> Tensor:
-    """Positions of the cached and the new tokens; padding does not count."""
-    if real is not None:
-        return (real.long().cumsum(-1) - 1).clamp(min=0)
-    return torch.arange(seen + tokens.shape[1], device=tokens.device)
+        sizes = (f"{n}={getattr(self, n)}" for n in ("dim", "heads", "kv_heads", "head_dim"))
+        return ", ".join([*sizes, *([f"mask={self.pattern!r}"] if self.pattern else [])])

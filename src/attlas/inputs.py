@@ -7,16 +7,19 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
+from attlas import masks, ops
 from attlas.masks import Mask
 
 if TYPE_CHECKING:
+    from attlas.attention import Attention
     from attlas.hf.caches import Cache
     from attlas.storage.layer import StoredLayer
 
-#: What a layer's `mask` argument takes: a pattern; True at real tokens; or pair by pair.
+#: What a layer's `mask` argument takes: a pattern; True at valid tokens; or pair by pair.
 MaskLike = Mask | Bool[Tensor, "batch keys"] | Bool[Tensor, "b h queries keys"]
 
 
@@ -32,7 +35,10 @@ class Inputs:
         mask: as the caller gave it.
         cache: the Transformers cache that this pass extends.
         layer_idx: which of the cache's layers is this layer's.
-        extras: further tensors, by the names that the mechanism declares as its `extras`.
+        extras: further tensors, by the names that the mechanism `supports`.
+        pairs: which pairs may meet: what the `mask` stage gave, None where all may.
+        carried: data of each key beside it, see `carry`.
+        notes: what an earlier stage left for a later one of this pass, by name.
     """
 
     x: Float[Tensor, "batch queries dim"]
@@ -43,6 +49,37 @@ class Inputs:
     cache: Cache | None = None
     layer_idx: int = 0
     extras: Mapping[str, Tensor] = field(default_factory=dict)
+    pairs: Mask | Tensor | None = None
+    carried: dict[str, Tensor] = field(default_factory=dict)
+    notes: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, layer: Attention, x: Tensor, context: Tensor | None, mask: MaskLike | None,
+        positions: Tensor | None, cache: Cache | None, extras: Mapping[str, Tensor],
+    ) -> Inputs:  # fmt: skip
+        """What a layer was called with, checked; positions are told, and absolute ones added.
+
+        Raises:
+            ValueError: something that the layer does not support, or of another shape.
+            TypeError: an unknown extra, or a mask that is none.
+        """
+        layer.supports.check_call(layer, x, context, mask, cache, extras)
+        layer_idx, embed = layer.layer_idx, layer.position_encoding.embed
+        seen = 0 if cache is None else int(cache.get_seq_length(layer_idx))
+        valid = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        tokens = x if context is None else context
+        if valid is not None and valid.shape != (x.shape[0], seen + tokens.shape[1]):
+            raise ValueError(
+                f"mask must be [batch, keys] = {[x.shape[0], seen + tokens.shape[1]]}, "
+                f"got {list(valid.shape)}"
+            )
+        key_positions = _positions(seen, tokens, valid)
+        if positions is None:
+            positions = key_positions[..., seen:] if context is None else _positions(0, x, None)
+        x = embed(x, positions)
+        context = None if context is None else embed(context, key_positions)
+        return cls(x, context, positions, key_positions, mask, cache, layer_idx, extras)
 
     @property
     def tokens(self) -> Tensor:
@@ -62,15 +99,78 @@ class Inputs:
         return torch.cat((old.expand(*rows, -1), new.expand(*rows, -1)), dim=-1)
 
     @property
-    def real(self) -> Bool[Tensor, "batch all_keys"] | None:
+    def valid(self) -> Bool[Tensor, "batch all_keys"] | None:
         """True at tokens, False at padding, cached ones included; None without padding."""
         per_token = isinstance(self.mask, Tensor) and self.mask.ndim == 2
         return self.mask.bool() if per_token else None  # type: ignore[union-attr]
 
     @property
-    def real_now(self) -> Bool[Tensor, "batch keys"] | None:
-        """`real` at this pass's own tokens."""
-        return None if self.real is None else self.real[:, -self.tokens.shape[1] :]
+    def valid_now(self) -> Bool[Tensor, "batch keys"] | None:
+        """`valid` at this pass's own tokens."""
+        return None if self.valid is None else self.valid[:, -self.tokens.shape[1] :]
+
+    def within(self, pattern: Mask | None, q: Tensor, k: Tensor) -> Mask | Tensor | None:
+        """The caller's mask within a layer's own pattern."""
+        given, valid = self.mask, self.valid
+        if not isinstance(given, Tensor):
+            return masks.both(pattern, given)
+        queries, keys = q.shape[2], k.shape[2]
+        if valid is None:
+            own = None if pattern is None else masks.dense(pattern, queries, keys, device=q.device)
+            return given.bool() if own is None else own & given.bool()
+        # The last keys, should a sliding cache have let go of earlier ones.
+        valid = valid[:, -keys:]
+        if pattern is None or pattern.relative:
+            return masks.both(pattern, masks.padding(valid))
+        at = masks.at(pattern, self.positions, self.key_positions[..., -keys:])
+        return at & valid[:, None, None, :]
+
+    def visible(self, q: Tensor, k: Tensor) -> Bool[Tensor, "b h queries keys"] | None:
+        """`pairs` for these queries and keys as booleans; None where all may meet."""
+        queries, keys = q.shape[2], k.shape[2]
+        return ops.as_dense(self.pairs, queries, keys, keys - queries, q.device)
+
+    def runs_along(self, pattern: Mask | None) -> bool:
+        """Whether nothing but causality and padding hides pairs in a layer of this `pattern`, so that
+        running sums over the keys tell what each query sees."""
+        return (pattern if self.valid is not None else self.pairs) in (None, masks.causal)
+
+    def carry(self, name: str, x: Float[Tensor, "batch heads tokens width"]) -> None:
+        """Give each of this pass's keys data beside it, to be found in `carried` after `position`.
+
+        A cache keeps it with the key; then `carried[name]` tells of the cached keys too. Heads are as
+        many as the keys', a multiple of them, or one.
+        """
+        self.carried[name] = x
+
+    def extend(self, k: Tensor, v: Tensor, keeps_keys: bool) -> tuple[Tensor, Tensor]:
+        """All keys and values, the cache having taken in this pass's, and what they carry.
+
+        Args:
+            k: this pass's keys.
+            v: this pass's values.
+            keeps_keys: False for a layer whose cache is a state, which only counts tokens.
+        """
+        if self.cache is None:
+            return k, v
+        if not keeps_keys:
+            self.advance()
+            return k, v
+        # What is carried lies behind the values, and heads are as many as the fewer of both, so that
+        # every cache of Transformers can hold it.
+        counts = k.shape[1], v.shape[1]
+        heads, sides = min(counts), dict(self.carried)
+        packed = [_folded(v, heads), *(_folded(x, heads).to(v.dtype) for x in sides.values())]
+        widths = [x.shape[-1] for x in packed]
+        values = torch.cat(packed, dim=-1) if sides else packed[0]
+        k, v = self.cache.update(_folded(k, heads), values, self.layer_idx)
+        length = int(self.cache.get_seq_length(self.layer_idx))
+        k, v = k[:, :, :length], v[:, :, :length]  # a static cache gives its empty slots too
+        v, *behind = v.split(widths, dim=-1) if sides else (v,)
+        for (name, x), each in zip(sides.items(), behind, strict=True):
+            self.carried[name] = _unfolded(each, x.shape[1]).to(x.dtype)
+        k, v = (_unfolded(x, count) for x, count in zip((k, v), counts, strict=True))
+        return k, v
 
     def recall(self, name: str) -> Tensor | None:
         """What the pass before this one remembered under `name`; None at the beginning."""
@@ -119,3 +219,26 @@ def with_states(cache: Cache, layer_idx: int) -> StoredLayer:
         fuller.take_over(layer)
         return fuller
     return layer
+
+
+def _positions(seen: int, tokens: Tensor, valid: Tensor | None) -> Tensor:
+    """Positions of the cached and the new tokens; padding does not count."""
+    if valid is not None:
+        return (valid.long().cumsum(-1) - 1).clamp(min=0)
+    return torch.arange(seen + tokens.shape[1], device=tokens.device)
+
+
+def _folded(x: Tensor, heads: int) -> Tensor:
+    """Data of one or of n · heads heads, as that of `heads`."""
+    if x.shape[1] == heads:
+        return x
+    if x.shape[1] < heads:
+        return x.expand(-1, heads, -1, -1)
+    return rearrange(x, "b (h n) t w -> b h t (n w)", h=heads)
+
+
+def _unfolded(x: Tensor, heads: int) -> Tensor:
+    """What `_folded` was given."""
+    if heads <= x.shape[1]:
+        return x[:, :heads]
+    return rearrange(x, "b h t (n w) -> b (h n) t w", n=heads // x.shape[1])

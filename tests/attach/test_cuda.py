@@ -12,7 +12,7 @@ from attlas.hf.caches import cache_of, with_cache
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 POLICIES = {
-    "window": {"rerotate": True, "while_decoding": True},
+    "streaming-llm": {"rerotate": True, "while_decoding": True},
     "key-norm-eviction": {"skip_layers": ()},
     "snapkv": {"window": 4},
     "expected-attention": {"while_decoding": True},

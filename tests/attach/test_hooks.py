@@ -21,7 +21,9 @@ class Notes(Part):
 
     def note(self, hook, call):
         self.order.append(hook)
-        self.seen.append((call.k.shape[2], call.key_positions.clone(), call.columns, call.model_mask))
+        self.seen.append(
+            (call.k.shape[2], call.key_positions.clone(), call.original_positions, call.model_mask)
+        )
 
     def position(self, call, q, k):
         self.note("position", call)
@@ -218,7 +220,9 @@ def test_weights_come_with_the_gradients_of_any_scalar():
     out.logits[0, -1, 5].backward()
     with attach(model, record=[Gradients()]) as session:
         logits = model(ids).logits
-        torch.testing.assert_close(logits, out.logits, atol=1e-4, rtol=1e-4)  # eager rounds its softmax
+        torch.testing.assert_close(
+            logits, out.logits, atol=1e-4, rtol=1e-4
+        )  # eager rounds its softmax
         logits[0, -1, 5].backward()
         (found,) = (session[name] for name in session.records)
     some = Gradients(layers=[1], heads=[2, 0])
@@ -226,7 +230,9 @@ def test_weights_come_with_the_gradients_of_any_scalar():
         model(ids).logits[0, -1, 5].backward()
     torch.testing.assert_close(some.result()[1], found[1][:, [2, 0]])
     for layer, weights in enumerate(out.attentions):
-        torch.testing.assert_close(found[layer], weights.detach() * weights.grad, atol=1e-5, rtol=1e-3)
+        torch.testing.assert_close(
+            found[layer], weights.detach() * weights.grad, atol=1e-5, rtol=1e-3
+        )
 
 
 def test_layers_and_heads_mean_the_same_for_recorders():
@@ -265,7 +271,10 @@ def test_layers_and_heads_that_are_not_there_are_refused(options, said):
 def test_spans_count_each_rows_own_tokens():
     ranks = torch.tensor([[0, 0, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5]])
     there = torch.tensor([[False, False, True, True, True, True], [True] * 6])
-    assert in_spans([(1, 3)], ranks, there).int().tolist() == [[0, 0, 0, 1, 1, 0], [0, 1, 1, 0, 0, 0]]
+    assert in_spans([(1, 3)], ranks, there).int().tolist() == [
+        [0, 0, 0, 1, 1, 0],
+        [0, 1, 1, 0, 0, 0],
+    ]
     by_row = in_spans([[(0, 1)], [(4, 6), (0, 1)]], ranks, there).int().tolist()
     assert by_row == [[0, 0, 1, 0, 0, 0], [1, 0, 0, 0, 1, 1]]
     for wrong, said in (([(3, 3)], "first < stop"), ([[(0, 1)]] * 3, "3 rows")):

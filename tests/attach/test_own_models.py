@@ -46,7 +46,9 @@ def test_recorders_see_the_layers_own_weights_and_change_nothing(attention):
     with torch.no_grad():
         plain = model(ids).logits
         expected = layer.weights(seen["x"])
-        with attach(model, record=["weights", attlas.make("entropy", layers=[-1], heads=[0, 3])]) as s:
+        with attach(
+            model, record=["weights", attlas.make("entropy", layers=[-1], heads=[0, 3])]
+        ) as s:
             torch.testing.assert_close(model(ids).logits, plain)
         handle.remove()
     torch.testing.assert_close(s["weights"][1].to(expected.dtype), expected, atol=1e-6, rtol=1e-5)
@@ -62,7 +64,7 @@ def test_caches_and_steering_work_on_softmax_layers(attention):
         torch.testing.assert_close(continued(model, ids), plain)
     with attach(model, attlas.make("quantized-cache", bits=16, recent=4, key_group=4)):
         torch.testing.assert_close(continued(model, ids), plain)
-    with attach(model, attlas.make("window", tokens=8)) as session:
+    with attach(model, attlas.make("streaming-llm", tokens=8)) as session:
         continued(model, ids)
     layer = session.cache.layers[0]
     assert layer.keys.shape[2] == 8 + 4  # what was kept, and the generated tokens behind it
@@ -78,7 +80,7 @@ def test_padding_moves_nothing(attention):
     model, ids = decoder(attention), prompt(1)
     padded = torch.cat([torch.zeros(1, 5, dtype=torch.long), ids], dim=1)
     mask = (padded != 0).long()
-    for part in ("snapkv", "window"):
+    for part in ("snapkv", "streaming-llm"):
         options = {"tokens": 10, **({"window": 4} if part == "snapkv" else {})}
         with attach(model, attlas.make(part, **options)):
             alone = continued(model, ids)
@@ -91,7 +93,10 @@ def test_padding_moves_nothing(attention):
 def test_what_a_layer_cannot_give_is_refused_by_name(attention):
     model, ids = decoder(attention), prompt()
     plain = model(ids).logits
-    for part in (attlas.make("snapkv", keep=0.5, window=4), attlas.make("spotlight", spans=[(0, 2)])):
+    for part in (
+        attlas.make("snapkv", keep=0.5, window=4),
+        attlas.make("spotlight", spans=[(0, 2)]),
+    ):
         name = type(model.model.layers[0].attention).__name__
         with pytest.raises(UserError, match=f"{type(part).__name__} works on softmax.*{name}"):
             attach(model, part).__enter__()
@@ -143,7 +148,9 @@ def test_encoders_pictures_and_both_sides_of_a_seq2seq():
     assert float(weights[:, 0, :, :15, 15:].abs().max()) == 0.0
     assert weights[:, 1].sum(-1).sub(1).abs().max() < 1e-5
 
-    picture = attlas.ViT(attlas.ViTConfig(image_size=8, patch_size=2, num_channels=1, **SIZES)).eval()
+    picture = attlas.ViT(
+        attlas.ViTConfig(image_size=8, patch_size=2, num_channels=1, **SIZES)
+    ).eval()
     with torch.no_grad(), attach(picture, record=["entropy"]) as session:
         picture(torch.randn(2, 1, 8, 8))
     assert session["entropy"].shape == (3, 2, 4, 16)
@@ -154,7 +161,9 @@ def test_encoders_pictures_and_both_sides_of_a_seq2seq():
     with torch.no_grad():
         plain = both(input_ids=source, decoder_input_ids=target).logits
         with attach(both, record=["weights"]) as session:
-            torch.testing.assert_close(both(input_ids=source, decoder_input_ids=target).logits, plain)
+            torch.testing.assert_close(
+                both(input_ids=source, decoder_input_ids=target).logits, plain
+            )
         assert session["weights"].shape == (3, 2, 4, 7, 7)
         with attach(both, record=["massive-values"]) as session:
             both(input_ids=source, decoder_input_ids=target)

@@ -81,7 +81,7 @@ def test_each_stage_and_all_together():
 
 
 def test_a_policy_a_bias_a_mask_and_recorders_together():
-    """Through a compressed cache a bias still speaks of the original columns."""
+    """Through a compressed cache a bias still speaks of the original positions."""
     model, ids = tiny_models.decoder("llama"), tiny_models.prompt(2, 24)
     seen = []
 

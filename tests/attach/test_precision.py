@@ -9,14 +9,14 @@ from attlas.attach import attach
 from attlas.contract.families import distinct
 from attlas.hf.caches import cache_of, with_cache
 
-POLICIES = ("window", "key-norm-eviction", "snapkv", "expected-attention")
+POLICIES = ("streaming-llm", "key-norm-eviction", "snapkv", "expected-attention")
 
 
 @pytest.mark.parametrize("kind", distinct("soft-caps", "sinks"))
 @pytest.mark.parametrize("name", POLICIES)
 def test_bfloat16(name, kind):
     options = {"window": 4} if name == "snapkv" else {"skip_layers": ()} if "norm" in name else {}
-    if name == "window":
+    if name == "streaming-llm":
         options = {"rerotate": True}
     model, ids = tiny_models.decoder(kind).bfloat16(), tiny_models.prompt()
     policy = attlas.make(name, keep=0.5, **options)

@@ -9,7 +9,7 @@ from transformers.generation.continuous_batching import PagedAttentionCache
 
 import attlas
 import tiny_models
-from attlas.attach import Call, Part, Step, attach
+from attlas.attach import Call, ForwardPass, Part, attach
 from attlas.cache.prompt import prefill
 from attlas.contract.families import SIZES, find
 from attlas.errors import UserError
@@ -17,7 +17,7 @@ from attlas.hf.caches import argument, cache_of, with_cache
 from attlas.parts.evict.expected_attention import ExpectedAttention
 from attlas.parts.evict.key_norm import KeyNorm
 from attlas.parts.evict.snapkv import SnapKV
-from attlas.parts.evict.window import SinksWindow
+from attlas.parts.evict.streaming_llm import StreamingLLM
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_calls(model):
 
 def test_positions_of_several_axes():
     x = torch.zeros(1, 2, 20, 16)
-    step = Step(positions=torch.arange(20).expand(3, 1, 20), length=20)
+    step = ForwardPass(positions=torch.arange(20).expand(3, 1, 20), length=20)
     with pytest.raises(UserError, match="3 dimensions"):
         _ = Call(0, nn.Identity(), x, x, x, 1.0, None, step).positions
 
@@ -146,7 +146,7 @@ def test_budgets(model):
         with pytest.raises(UserError, match=r"keep|tokens|bytes"):
             KeyNorm(**budget)
     refused(model, "window=64 of SnapKV", SnapKV(0.5), call=lambda m: m(IDS))
-    refused(model, "sinks=12", SinksWindow(0.5, sinks=12), call=lambda m: m(IDS))
+    refused(model, "sinks=12", StreamingLLM(0.5, sinks=12), call=lambda m: m(IDS))
     refused(model, "2 layers kept whole", KeyNorm(0.4), call=lambda m: m(IDS))
     refused(model, "skip_layers", KeyNorm(0.4, skip_layers=(7,)), call=lambda m: m(IDS))
     refused(model, "no layer", KeyNorm(0.4, skip_layers=range(4)), call=lambda m: m(IDS))
@@ -157,7 +157,7 @@ def test_budgets(model):
     ("name", "options"),
     [
         ("snapkv", {"kernel": 4}), ("snapkv", {"window": 0}),
-        ("window", {"sinks": -1}), ("expected-attention", {"n_future": 0}),
+        ("streaming-llm", {"sinks": -1}), ("expected-attention", {"n_future": 0}),
         ("expected-attention", {"sinks": -1}),
     ],
 )  # fmt: skip

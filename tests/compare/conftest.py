@@ -9,7 +9,7 @@ from attlas.compare.grid import PRESETS, Grid, Preset, parse_tasks
 from attlas.compare.methods import parse_methods
 from tiny_folder import save
 
-TINY = Preset("tiny", (320,), (0.1, 0.9), 1, 1, 16, 2, 2, ("full", "window(keep=0.5)"))
+TINY = Preset("tiny", (320,), (0.1, 0.9), 1, 1, 16, 2, 2, ("full", "streaming-llm(keep=0.5)"))
 
 
 @pytest.fixture(scope="session")
@@ -20,7 +20,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tiny_preset(monkeypatch: pytest.MonkeyPatch) -> Preset:
-    """`--preset tiny`, beside the real ones."""
+    """`--preset tiny`, beside the valid ones."""
     monkeypatch.setitem(PRESETS, "tiny", TINY)
     return TINY
 
@@ -29,7 +29,8 @@ def tiny_preset(monkeypatch: pytest.MonkeyPatch) -> Preset:
 def make_grid():
     def make(**changes: Any) -> Grid:
         given: dict[str, Any] = {
-            "model": "m", "methods": parse_methods(["full,window(keep=0.5)"]), "tasks": parse_tasks([]),
+            "model": "m", "methods": parse_methods(["full,streaming-llm(keep=0.5)"]),
+            "tasks": parse_tasks([]),
             "lengths": (320,), "preset": TINY, "device": "cpu", "dtype": "float32", "seed": 0,
         }  # fmt: skip
         return Grid(**{**given, **changes})

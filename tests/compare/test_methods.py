@@ -11,10 +11,14 @@ from attlas.errors import UserError
 
 def test_labels_are_written_one_way():
     methods = parse_methods(
-        ["full, streaming-llm(sinks=4,keep=.25)", "window(keep=0.25, sinks=4)", "snapkv(keep=0.5)"]
+        [
+            "full, streaming-llm(sinks=4,keep=.25)",
+            "streaming-llm(keep=0.25, sinks=4)",
+            "snapkv(keep=0.5)",
+        ]
     )
     labels = [method.label for method in methods]
-    assert labels == ["full", "window(keep=0.25, sinks=4)", "snapkv(keep=0.5)"]
+    assert labels == ["full", "streaming-llm(keep=0.25, sinks=4)", "snapkv(keep=0.5)"]
     assert methods[0].parts() == ()
     assert methods[1].parts()[0].sinks == 4
 
@@ -22,7 +26,7 @@ def test_labels_are_written_one_way():
 def test_a_bare_name_that_needs_a_budget_takes_half():
     methods = parse_methods(["snapkv,window+quantized-cache,zipcache"])
     assert [m.label for m in methods] == [
-        "snapkv(keep=0.5)", "window(keep=0.5)+quantized-cache", "zipcache",
+        "snapkv(keep=0.5)", "streaming-llm(keep=0.5)+quantized-cache", "zipcache",
     ]  # fmt: skip
 
 

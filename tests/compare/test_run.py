@@ -141,7 +141,7 @@ def test_a_part_of_a_test_is_compared(tiny_preset, folder, tmp_path):
         (["--lengths", "many"], "lengths takes whole numbers"),
         (["--lengths", "1000"], "ask for at most 928"),
         (["--lengths", "60"], "too short for 4 needles"),
-        (["--methods", "window(tokens=500)"], "larger than a context of 320"),
+        (["--methods", "streaming-llm(tokens=500)"], "larger than a context of 320"),
         (["--methods", "snapkv(keep=0.1)"], "keeps 32 tokens, fewer than window=64"),
         (["--model", "no-such-model"], "unknown model 'no-such-model'"),
         (["--out", "/proc/nowhere"], "cannot write to"),

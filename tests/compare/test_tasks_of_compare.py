@@ -70,7 +70,9 @@ def toy():
     registry.unregister("toy")
 
 
-def test_a_toy_task_is_found_without_being_named_anywhere(toy, tiny_preset, folder, tmp_path, capsys):
+def test_a_toy_task_is_found_without_being_named_anywhere(
+    toy, tiny_preset, folder, tmp_path, capsys
+):
     arguments = ["--model", str(folder), "--preset", "tiny", "--out", str(tmp_path)]
     with pytest.raises(SystemExit) as ended:
         main(["compare", *arguments, "--tasks", "toy"])
@@ -79,7 +81,10 @@ def test_a_toy_task_is_found_without_being_named_anywhere(toy, tiny_preset, fold
     assert "large %" in " ".join(shown.split())
     lines = [json.loads(li) for li in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert {(li["task"], li["metric"], li["status"]) for li in lines} == {("toy", "large", "ok")}
-    assert {li["method"]: li["value"] for li in lines} == {"full": 1.0, "window(keep=0.5)": 0.0}
+    assert {li["method"]: li["value"] for li in lines} == {
+        "full": 1.0,
+        "streaming-llm(keep=0.5)": 0.0,
+    }
     assert "Toy: caches are weighed." in (tmp_path / "report.html").read_text("utf-8")
     assert parse_tasks([])[-1] != "toy"  # what is found comes before what it costs
     assert "toy" in parse_tasks([])
@@ -132,7 +137,7 @@ FAMILY = {
     "full", "zipcache", "qaq-quality-adaptive-quantization", "akvq-vl", "adaptive-long-context-heads",
     *(
         f"{name}(keep={keep})"
-        for name in ("window", "snapkv", "expected-attention", "observed-attention", "tova",
+        for name in ("streaming-llm", "snapkv", "expected-attention", "observed-attention", "tova",
                      "pyramid-kv", "ada-kv", "q-filters")
         for keep in (0.5, 0.25, 0.125)
     ),

@@ -284,7 +284,7 @@ def test_models_of_peft_attached_ones_and_what_is_no_model_are_refused():
     model = small_llama()
     adapter = attlas.make("gate-norm", layers=1)
     with (
-        attlas.attach(model, attlas.make("window", keep=0.5)),
+        attlas.attach(model, attlas.make("streaming-llm", keep=0.5)),
         pytest.raises(ValueError, match="attach"),
     ):
         adapter.inject(model)

@@ -67,7 +67,9 @@ def test_a_papers_folder_holds_what_is_its_own(slug: str) -> None:
     for path in folder.iterdir():
         if path.name != "__pycache__":
             has_place = path.name in ("pins.json", "adapters.py", "golden")
-            assert has_place or path.match("test_*.py"), f"{path.name} has no place in a paper's folder"
+            assert has_place or path.match("test_*.py"), (
+                f"{path.name} has no place in a paper's folder"
+            )
     known = {case for case, (run, _) in adapters().items() if run.__module__ == _module(slug)}
     cases = {path.name for path in folder.glob("golden/*")}
     assert cases <= known, "cases need an adapter in their folder's adapters.py"
@@ -84,7 +86,9 @@ def test_every_registered_object_has_its_folder() -> None:
 
 
 def test_cases_and_adapters_lie_nowhere_else() -> None:
-    in_papers = {path.parent.relative_to(PAPERS).parts[1] for path in PAPERS.rglob("golden/*/*.json")}
+    in_papers = {
+        path.parent.relative_to(PAPERS).parts[1] for path in PAPERS.rglob("golden/*/*.json")
+    }
     assert in_papers == {"golden"}
     labels = [case.label for case in checkout_cases()]
     assert len(labels) == len(set(labels)) == len(list(PAPERS.rglob("golden/*/*.json")))
@@ -131,7 +135,7 @@ import attlas
 class Toy(attlas.Attention):
     """Softmax attention."""
 '''
-ADAPTERS = '''import torch
+ADAPTERS = """import torch
 
 import attlas
 from attlas.contract.cases import adapter
@@ -141,7 +145,7 @@ from attlas.contract.cases import adapter
 def toy(case):
     torch.manual_seed(0)
     yield case.compare("out.y", attlas.make("toy-layer", dim=8, heads=2)(case.inputs["x"]))
-'''
+"""
 
 
 def _write_case(folder: Path) -> None:

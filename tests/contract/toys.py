@@ -48,7 +48,7 @@ class SeesPadding(Attention):
     """Reads padding as if it were text."""
 
     def mask(self, q, k, inputs):
-        return super().mask(q, k, inputs if inputs.real is None else replace(inputs, mask=None))
+        return super().mask(q, k, inputs if inputs.valid is None else replace(inputs, mask=None))
 
 
 class HasADeadParameter(Attention):

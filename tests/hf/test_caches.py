@@ -84,7 +84,7 @@ def test_our_models_fill_a_cache_given_under_either_name(name: str, swapped: boo
 
 def test_attach_finds_the_cache_of_a_model_under_either_name() -> None:
     model = tiny_models.decoder("llama")
-    with torch.no_grad(), attach(model, attlas.make("window", tokens=4)) as session:
+    with torch.no_grad(), attach(model, attlas.make("streaming-llm", tokens=4)) as session:
         cache = DynamicCache(config=model.config)
         model(IDS, **with_cache(model, cache))
         assert session.cache is cache

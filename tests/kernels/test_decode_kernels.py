@@ -100,9 +100,7 @@ SCORES: dict[str, tuple[int, int, int, int, int, int, bool]] = {
 }
 
 
-def inputs(
-    device: str, case: dict[str, Any], draw: int = 0
-) -> tuple[Tensor, list[Any], list[Any]]:
+def inputs(device: str, case: dict[str, Any], draw: int = 0) -> tuple[Tensor, list[Any], list[Any]]:
     """(q, segments, the same with NaN wherever nothing may be read)."""
     torch.manual_seed(draw)
     shape = (case["batch"], case["heads"], case["queries"], case["dim"])
@@ -124,9 +122,9 @@ def _segment(case: dict[str, Any], kind: str, device: str, dtype: torch.dtype) -
         total = int(counts.sum()) + 3 * counts.numel()
         k, v = torch.randn(total, case["dim"]), torch.randn(total, case["v_dim"])
         bias = torch.randn(total) if case["bias"] else None
-        real = torch.zeros(total, dtype=torch.bool)
+        valid = torch.zeros(total, dtype=torch.bool)
         for start, count in zip(starts.tolist(), counts.view(-1).tolist(), strict=True):
-            real[start : start + count] = True
+            valid[start : start + count] = True
         segment: Any = Ragged(k, v, starts.view(pair), counts, slots, bias)
     else:
         k, v = (torch.randn(*pair, slots, case[n]) for n in ("dim", "v_dim"))
@@ -136,9 +134,9 @@ def _segment(case: dict[str, Any], kind: str, device: str, dtype: torch.dtype) -
             "mixed": torch.randint(0, slots + 1, pair),
             "none": torch.zeros(pair, dtype=torch.long),
         }[case["lengths"]]
-        real = torch.ones(*pair, slots, dtype=torch.bool)
+        valid = torch.ones(*pair, slots, dtype=torch.bool)
         if lengths is not None:
-            real &= torch.arange(slots) < lengths[..., None]
+            valid &= torch.arange(slots) < lengths[..., None]
         if kind == "coded":
             of_k, of_v = (encode(x.to(device, dtype), 4) for x in (k, v))
             segment = Coded(of_k, of_v, None if lengths is None else lengths.to(device))
@@ -160,11 +158,11 @@ def _segment(case: dict[str, Any], kind: str, device: str, dtype: torch.dtype) -
                 if blind:
                     seen[:, :, 0] = False
             segment = Dense(k, v, lengths, seen, case["causal"], bias)
-    return _moved(segment, real, case["view"], device, dtype)
+    return _moved(segment, valid, case["view"], device, dtype)
 
 
 def _moved(
-    segment: Any, real: Tensor, view: bool, device: str, dtype: torch.dtype
+    segment: Any, valid: Tensor, view: bool, device: str, dtype: torch.dtype
 ) -> tuple[Any, Any]:
     """The segment on the device, as its reference reads it and as the kernel is given it."""
 
@@ -182,7 +180,7 @@ def _moved(
     if view and "bias" in other:
         other["bias"] = torch.stack((other["bias"], other["bias"]), dim=-1)[..., 0]
     clean = replace(segment, k=held(segment.k), v=held(segment.v), **other)
-    k, v = (x.masked_fill(~real[..., None], torch.nan) for x in (segment.k, segment.v))
+    k, v = (x.masked_fill(~valid[..., None], torch.nan) for x in (segment.k, segment.v))
     return clean, replace(segment, k=held(k), v=held(v), **other)
 
 

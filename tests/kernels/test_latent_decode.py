@@ -71,13 +71,13 @@ def inputs(device: str, draw: int = 0, **given: Any) -> tuple[list[torch.Tensor]
         q = q.transpose(1, 2)
     else:
         q = q.transpose(1, 2).contiguous()
-    real = torch.arange(keys) >= torch.tensor([0, keys // 3, keys])[:batch, None]
+    valid = torch.arange(keys) >= torch.tensor([0, keys // 3, keys])[:batch, None]
     pairs = torch.rand(batch, heads, queries, keys) > 0.5
     mask = {
         None: None,
         "causal": masks.causal,
-        "padding": masks.padding(real.to(device)),
-        "padding causal": masks.causal & masks.padding(real.to(device)),
+        "padding": masks.padding(valid.to(device)),
+        "padding causal": masks.causal & masks.padding(valid.to(device)),
         "pairs": pairs.to(device),
         "blind": (torch.arange(queries)[:, None] != 0).expand(1, 1, queries, keys).to(device),
     }[case["mask"]]

@@ -38,8 +38,8 @@ def test_absolute_patterns_count_real_tokens_when_padded() -> None:
     layer = Attention(32, 4, causal=True, mask=masks.window(3) | masks.sinks(2)).double()
     x = torch.randn(1, 9, 32, dtype=torch.float64)
     padded = torch.cat((torch.randn(1, 4, 32, dtype=torch.float64), x), 1)
-    real = torch.arange(13)[None] >= 4
-    torch.testing.assert_close(layer(padded, mask=real)[:, 4:], layer(x))
+    valid = torch.arange(13)[None] >= 4
+    torch.testing.assert_close(layer(padded, mask=valid)[:, 4:], layer(x))
 
 
 def test_dropout_acts_while_training_alone() -> None:

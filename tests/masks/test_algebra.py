@@ -21,7 +21,7 @@ HEADS, BATCH = 2, 2
 def _leaves() -> st.SearchStrategy[Mask]:
     small = st.integers(1, 12)
     ids = torch.tensor([[0] * 9 + [1] * 20 + [2] * 11, [0] * 30 + [5] * 10])
-    real = torch.arange(LENGTH) >= torch.tensor([[0], [7]])
+    valid = torch.arange(LENGTH) >= torch.tensor([[0], [7]])
     table = torch.rand(HEADS, LENGTH, LENGTH, generator=torch.Generator().manual_seed(0)) > 0.6
     return st.one_of(
         st.sampled_from([masks.causal, masks.full]),
@@ -36,7 +36,7 @@ def _leaves() -> st.SearchStrategy[Mask]:
         ),
         st.integers(1, 5).map(lambda size: masks.blocks(masks.window(2) | masks.sinks(1), size)),
         st.sampled_from([
-            masks.document(ids), masks.document(ids[0]), masks.padding(real), masks.table(table),
+            masks.document(ids), masks.document(ids[0]), masks.padding(valid), masks.table(table),
             masks.table(table[0]), masks.per_head(masks.causal, masks.window(5)),
             masks.by_groups(masks.table(table[:1]), 2),
         ]),
@@ -61,7 +61,9 @@ lengths = st.sampled_from([1, 13, LENGTH])
 
 @given(mask=expressions, block=st.sampled_from([1, 3, 8, 16, 64]), queries=lengths)
 @settings(max_examples=150, deadline=None)
-def test_blocks_never_claim_what_the_pairs_do_not_hold(mask: Mask, block: int, queries: int) -> None:
+def test_blocks_never_claim_what_the_pairs_do_not_hold(
+    mask: Mask, block: int, queries: int
+) -> None:
     pairs = masks.dense(mask, queries, LENGTH)
     some, every = covered(pairs, block)
     claimed_some, claimed_every = masks.grid(mask, queries, LENGTH, q_block=block, k_block=block)

@@ -76,7 +76,10 @@ def test_an_images_logits_do_not_depend_on_the_batch():
     ("options", "said"),
     [
         ({"attention": "ela-eficient-local"}, "did you mean 'ela-efficient-local'"),
-        ({"attention": "softmax"}, "'softmax' is no module for feature maps but a registered layer"),
+        (
+            {"attention": "softmax"},
+            "'softmax' is no module for feature maps but a registered layer",
+        ),
         ({"attention": {"version": "T"}}, "options with a 'name'"),
         ({"attention": {"name": "none", "version": "T"}}, "'none' takes no options"),
         ({"attention": torch.ones(1)}, "what JSON can"),

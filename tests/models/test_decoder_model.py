@@ -46,7 +46,7 @@ def generate(model, ids, mask, **options):
 
 @pytest.mark.parametrize("entry", LAYERS, ids=lambda e: e.name)
 def test_generates_with_a_cache_what_it_generates_without(entry):
-    if not entry.object.has_causal_form:
+    if not entry.object.supports.causal:
         pytest.skip(f"{entry.name} has no causal form")
     model, (ids, mask) = of_entry(entry), prompt()
     for options in ({}, {"num_beams": 2}):
@@ -56,13 +56,15 @@ def test_generates_with_a_cache_what_it_generates_without(entry):
 
 @pytest.mark.parametrize("entry", LAYERS, ids=lambda e: e.name)
 def test_loads_to_the_bit(entry, tmp_path):
-    if not entry.object.has_causal_form:
+    if not entry.object.supports.causal:
         pytest.skip(f"{entry.name} has no causal form")
     model, (ids, mask) = of_entry(entry), prompt()
     model.save_pretrained(tmp_path)
     loaded = hf.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(loaded) is attlas.Decoder
-    assert torch.equal(loaded(ids, attention_mask=mask).logits, model(ids, attention_mask=mask).logits)
+    assert torch.equal(
+        loaded(ids, attention_mask=mask).logits, model(ids, attention_mask=mask).logits
+    )
 
 
 @pytest.mark.parametrize("position", ["none", "learned", "sinusoidal", "alibi", "t5", "rope"])
@@ -119,7 +121,9 @@ def test_pattern_repeats_and_holds_options():
     assert [block.attention.layer_idx for block in model.model.layers] == [0, 1, 2, 3]
     assert json.loads(model.config.to_json_string())["attention"] == pattern
     options = decoder(["softmax", "differential"], attention_options={"depth": 7})
-    assert options.model.layers[1].attention.lambda_init == pytest.approx(0.8 - 0.6 * 2.718281828**-2.1)
+    assert options.model.layers[1].attention.lambda_init == pytest.approx(
+        0.8 - 0.6 * 2.718281828**-2.1
+    )
 
 
 @pytest.mark.parametrize("last", [["softmax"], ["arwkv-rwkv7"], ["window"]])
@@ -194,13 +198,16 @@ def test_half_precision_keeps_the_frequencies(tmp_path):
 
 def test_missing_parameters_begin_as_the_mechanism_says(tmp_path):
     model = decoder("differential-transformer")
-    weights = {k: v for k, v in model.state_dict().items() if "lambda" not in k and k != "lm_head.weight"}
+    weights = {
+        k: v for k, v in model.state_dict().items() if "lambda" not in k and k != "lm_head.weight"
+    }
     model.save_pretrained(tmp_path, state_dict=weights)
     loaded = attlas.Decoder.from_pretrained(tmp_path)
     new = loaded.model.layers[0].attention.lambda_q1
     assert 0 < new.abs().max() < 1
     assert torch.equal(
-        loaded.model.layers[0].attention.q_proj.weight, model.model.layers[0].attention.q_proj.weight
+        loaded.model.layers[0].attention.q_proj.weight,
+        model.model.layers[0].attention.q_proj.weight,
     )
 
 

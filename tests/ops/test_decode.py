@@ -93,9 +93,9 @@ def written_out(s: Any, b: int, head: int, heads: int, queries: int) -> Held:
     index = getattr(s, "index", None)
     if index is not None:
         listed = index[b, head * index.shape[1] // heads].tolist()
-        real = set(slots)
+        valid = set(slots)
         slots = [
-            n for p in listed if p >= 0 for n in range(p * s.page, (p + 1) * s.page) if n in real
+            n for p in listed if p >= 0 for n in range(p * s.page, (p + 1) * s.page) if n in valid
         ]
     seen = torch.ones(queries, len(slots), dtype=torch.bool)
     if isinstance(s, Dense):

@@ -22,8 +22,8 @@ def layer():
 
 
 def test_columns_and_lengths(layer):
-    assert layer.columns()[0].tolist() == [[0, 4, 7, 10, 11], [1, 2, 9, 10, 11]]
-    assert layer.columns()[1, 0].tolist() == [0, 4, -1, 10, 11]
+    assert layer.original_positions()[0].tolist() == [[0, 4, 7, 10, 11], [1, 2, 9, 10, 11]]
+    assert layer.original_positions()[1, 0].tolist() == [0, 4, -1, 10, 11]
     assert layer.ragged
     assert layer.get_seq_length() == 12
     assert layer.get_mask_sizes(3) == (15, 0)
@@ -32,14 +32,14 @@ def test_columns_and_lengths(layer):
 
 
 def test_rows(layer):
-    before = layer.columns()
+    before = layer.original_positions()
     layer.reorder_cache(torch.tensor([1, 0, 2]))
-    assert torch.equal(layer.columns(), before[[1, 0, 2]])
+    assert torch.equal(layer.original_positions(), before[[1, 0, 2]])
     assert layer.learned["Part"].tensors["mean"].tolist() == [1, 0, 2]
     layer.batch_repeat_interleave(2)
-    assert torch.equal(layer.columns(), before[[1, 1, 0, 0, 2, 2]])
+    assert torch.equal(layer.original_positions(), before[[1, 1, 0, 0, 2, 2]])
     layer.batch_select_indices(torch.tensor([4, 0]))
-    assert torch.equal(layer.columns(), before[[2, 1]])
+    assert torch.equal(layer.original_positions(), before[[2, 1]])
     assert layer.learned["Part"].tensors["mean"].tolist() == [2, 1]
     assert layer.keys.shape[0] == 2
 
@@ -47,18 +47,18 @@ def test_rows(layer):
 def test_crop(layer):
     layer.crop(-1)
     assert layer.get_seq_length() == 11
-    assert layer.columns()[0, 0].tolist() == [0, 4, 7, 10]
+    assert layer.original_positions()[0, 0].tolist() == [0, 4, 7, 10]
     with pytest.raises(UserError, match="compressed context"):
         layer.crop(-2)
     layer.crop(0)
 
 
 def test_reset(layer):
-    layer.settled = True
+    layer.compressed = True
     layer.reset()
     assert layer.get_seq_length() == 0
-    assert layer.columns() is None
-    assert not layer.settled
+    assert layer.original_positions() is None
+    assert not layer.compressed
     assert not layer.learned["Part"].tensors
     layer.update(torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 4))
     assert layer.get_seq_length() == 3

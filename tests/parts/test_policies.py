@@ -16,12 +16,12 @@ from attlas.parts.evict.key_norm import KeyNorm
 from attlas.parts.evict.observed_attention import ObservedAttention
 from attlas.parts.evict.pyramid_kv import PyramidKV
 from attlas.parts.evict.snapkv import SnapKV
+from attlas.parts.evict.streaming_llm import StreamingLLM
 from attlas.parts.evict.tova import TOVA
-from attlas.parts.evict.window import SinksWindow
 
 POLICIES = {
-    "window": lambda **kw: SinksWindow(sinks=2, **kw),
-    "window-rerotated": lambda **kw: SinksWindow(sinks=2, rerotate=True, **kw),
+    "window": lambda **kw: StreamingLLM(sinks=2, **kw),
+    "window-rerotated": lambda **kw: StreamingLLM(sinks=2, rerotate=True, **kw),
     "knorm": lambda **kw: KeyNorm(skip_layers=(), **kw),
     "knorm-skipping": lambda **kw: KeyNorm(skip_layers=(1,), **kw),
     "snapkv": lambda **kw: SnapKV(window=3, **kw),
@@ -46,7 +46,13 @@ MORE = {
 every_policy = pytest.mark.parametrize("policy", POLICIES)
 #: Soft caps change weights alone, see test_dropping_equals_hiding.
 KINDS = distinct(
-    "rotary", "partial-rotary", "key-norm", "windows", "sinks", having=["full"], lacking=["soft-caps"]
+    "rotary",
+    "partial-rotary",
+    "key-norm",
+    "windows",
+    "sinks",
+    having=["full"],
+    lacking=["soft-caps"],
 )
 
 
@@ -59,8 +65,8 @@ def logits_after(model, policy, ids, padding="none", length=None, steps=4, chunk
     else:
         gap = torch.full((1, length - ids.shape[1]), 5)
         row = [gap, ids] if padding == "left" else [ids, gap]
-        real = [torch.zeros_like(gap), torch.ones_like(ids)]
-        mask = torch.cat(real if padding == "left" else real[::-1], dim=1)
+        valid = [torch.zeros_like(gap), torch.ones_like(ids)]
+        mask = torch.cat(valid if padding == "left" else valid[::-1], dim=1)
         other = tiny_models.prompt(1, length, seed=4)
         ids = torch.cat([torch.cat(row, dim=1), other])
         mask = torch.cat([mask, torch.ones_like(other)])
@@ -85,10 +91,10 @@ def logits_after(model, policy, ids, padding="none", length=None, steps=4, chunk
     return torch.stack(found), cache
 
 
-def columns(layer):
-    """Original column of every slot of a layer, dropped from or not."""
-    if layer.columns() is not None:
-        return layer.columns()
+def original_positions(layer):
+    """Original positions of every slot of a layer, dropped from or not."""
+    if layer.original_positions() is not None:
+        return layer.original_positions()
     return torch.arange(layer.keys.shape[2]).expand(layer.keys.shape[:3])
 
 
@@ -131,7 +137,7 @@ def test_chunked_prefill_equals_at_once(policy, padding):
     parts, two = logits_after(model, make(keep=0.6), ids, padding, length=33, chunked=True)
     for first, second in zip(one.layers, two.layers, strict=True):
         assert first.keys.shape == second.keys.shape
-        assert torch.equal(columns(first), columns(second))
+        assert torch.equal(original_positions(first), original_positions(second))
     torch.testing.assert_close(parts, whole, atol=2e-4, rtol=1e-3)
 
 
@@ -152,9 +158,13 @@ class Hide(Part):
 
     def mask(self, call):
         layer = self.layers[call.layer]
-        if not call.step.offset or not hasattr(layer, "columns") or layer.columns() is None:
+        if (
+            not call.forward_pass.offset
+            or not hasattr(layer, "original_positions")
+            or layer.original_positions() is None
+        ):
             return None
-        columns = layer.columns()
+        columns = layer.original_positions()
         shown = torch.zeros(*columns.shape[:2], call.k.shape[2], dtype=torch.bool)
         shown[..., self.context :] = True
         for batch, head in ((b, h) for b in range(len(columns)) for h in range(columns.shape[1])):
@@ -247,7 +257,7 @@ def test_while_decoding_the_budget_holds(policy):
     with attach(model, MORE[policy](tokens=12, while_decoding=True)) as session:
         tiny_models.greedy(model, ids)
         assert {layer.keys.shape[2] for layer in session.cache.layers} == {12}
-        columns = session.cache.layers[-1].columns()
+        columns = session.cache.layers[-1].original_positions()
         assert (columns.diff(dim=-1) > 0).all()
         assert columns.max() == 24 + 9 - 1 or policy in ("knorm", "expected", "observed")
 
@@ -277,7 +287,7 @@ def test_rerotated_sinks_stand_beside_the_window():
     token = torch.tensor([[7]])
     short = torch.cat([ids[:, :2], ids[:, -8:]], dim=1)
     for decoding in (False, True):
-        policy = SinksWindow(tokens=10, sinks=2, rerotate=True, while_decoding=decoding)
+        policy = StreamingLLM(tokens=10, sinks=2, rerotate=True, while_decoding=decoding)
         with torch.no_grad(), attach(model, policy):
             cache = cache_of(model(ids))
             out = model(token, **with_cache(model, cache)).logits[0, -1]
@@ -320,8 +330,8 @@ def test_an_extended_prompt_is_one_read_at_once():
     for policy in policies:
         ours, theirs = extended.fork(policy), whole.fork(policy)
         for layer, other in zip(ours.layers, theirs.layers, strict=True):
-            assert torch.equal(columns(layer), columns(other))
-            held = [each.read()[0][columns(each) >= 0] for each in (layer, other)]
+            assert torch.equal(original_positions(layer), original_positions(other))
+            held = [each.read()[0][original_positions(each) >= 0] for each in (layer, other)]
             torch.testing.assert_close(*held, atol=1e-4, rtol=1e-4)
     assert context.tokens == context.cache.get_seq_length() == 20
 
@@ -340,7 +350,10 @@ def test_forks_of_a_model_with_sliding_windows():
             at_once = model(ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(0))
             logits = [
                 model(
-                    question, **with_cache(model, cache), attention_mask=longer, position_ids=positions
+                    question,
+                    **with_cache(model, cache),
+                    attention_mask=longer,
+                    position_ids=positions,
                 ).logits
                 for cache in (prompt.fork(used), cache_of(at_once))
             ]
@@ -358,4 +371,4 @@ def test_a_policy_in_three_lines():
     model, ids = tiny_models.decoder("llama"), tiny_models.prompt()
     with attach(model, Last(keep=0.25)):
         layer = cache_of(model(ids)).layers[0]
-    assert torch.equal(layer.columns(), torch.arange(18, 24).expand(2, 2, -1).int())
+    assert torch.equal(layer.original_positions(), torch.arange(18, 24).expand(2, 2, -1).int())

@@ -31,14 +31,14 @@ def eager(model, *args, **kwargs):
         return torch.stack(model(*args, output_attentions=True, **kwargs).attentions)
 
 
-def agrees(session, weights, real=None):
+def agrees(session, weights, valid=None):
     """Every recorder against what its formula says of eager's weights."""
     queries, keys = weights.shape[-2:]
-    if real is not None:
-        weights = weights * real[:, None, :, None]
+    if valid is not None:
+        weights = weights * valid[:, None, :, None]
     first = torch.zeros(weights.shape[1], keys, dtype=torch.long)
-    if real is not None:
-        first = first + real.long().argmax(dim=-1, keepdim=True)
+    if valid is not None:
+        first = first + valid.long().argmax(dim=-1, keepdim=True)
     columns = torch.arange(keys)
     far = (torch.arange(keys - queries, keys)[:, None] - columns).abs()
     expected = {
@@ -65,11 +65,11 @@ def test_decoders_equal_eager(kind, block):
     model, ids = tiny_models.decoder(kind, "eager"), tiny_models.prompt()
     mask = torch.ones_like(ids)
     mask[0, :6] = 0
-    for real in (None, mask):
-        weights = eager(model, ids, attention_mask=real)
+    for valid in (None, mask):
+        weights = eager(model, ids, attention_mask=valid)
         with torch.no_grad(), attach(model, record=ALL) as session:
-            model(ids, attention_mask=real)
-        agrees(session, weights, real)
+            model(ids, attention_mask=valid)
+        agrees(session, weights, valid)
 
 
 def test_sink_logits_equal_eager(block):
@@ -86,11 +86,11 @@ def test_encoders_equal_eager(block):
     model, ids = tiny_models.bert("eager"), tiny_models.prompt()
     mask = torch.ones_like(ids)
     mask[1, 17:] = 0
-    for real in (None, mask):
-        weights = eager(model, ids, attention_mask=real)
+    for valid in (None, mask):
+        weights = eager(model, ids, attention_mask=valid)
         with torch.no_grad(), attach(model, record=ALL) as session:
-            model(ids, attention_mask=real)
-        agrees(session, weights, real)
+            model(ids, attention_mask=valid)
+        agrees(session, weights, valid)
     model, pixels = tiny_models.vit("eager"), torch.randn(2, 3, 16, 16)
     weights = eager(model, pixels)
     with torch.no_grad(), attach(model, record=ALL) as session:
@@ -131,7 +131,7 @@ def test_compressed_caches_are_recorded_in_original_columns():
     assert weights.shape == (4, 2, 4, 25, 25)
     torch.testing.assert_close(weights.sum(-1), torch.ones(4, 2, 4, 25))
     for layer, held in enumerate(cache.layers):
-        kept = held.columns().repeat_interleave(2, dim=1).long()
+        kept = held.original_positions().repeat_interleave(2, dim=1).long()
         seen = weights[layer, :, :, -1] > 0
         assert torch.equal(seen.nonzero()[:, -1].view(2, 4, -1), kept)
     torch.testing.assert_close(session["column-sums"], weights.sum(-2))

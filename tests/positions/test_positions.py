@@ -68,7 +68,9 @@ def test_rope_scores_depend_on_distance_alone(interleaved: bool) -> None:
     here = rope.rotate(q, at) @ rope.rotate(k, at).mT
     there = rope.rotate(q, at + 100) @ rope.rotate(k, at + 100).mT
     torch.testing.assert_close(here, there, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(rope.rotate(q, at).norm(dim=-1), q.norm(dim=-1), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        rope.rotate(q, at).norm(dim=-1), q.norm(dim=-1), atol=1e-6, rtol=1e-6
+    )
 
 
 def test_constants_keep_their_precision_whatever_the_layer_is_cast_to() -> None:
@@ -85,9 +87,9 @@ def test_constants_keep_their_precision_whatever_the_layer_is_cast_to() -> None:
 def test_rope_with_a_base_for_each_head() -> None:
     rope = RoPE(8, base=[100.0, 10000.0])
     x, at = torch.randn(1, 4, 5, 8), torch.arange(5)
-    turned = rope.rotate(x, at)
-    torch.testing.assert_close(turned[:, :2], RoPE(8, 100.0).rotate(x[:, :2], at))
-    torch.testing.assert_close(turned[:, 2:], RoPE(8, 10000.0).rotate(x[:, 2:], at))
+    rotated = rope.rotate(x, at)
+    torch.testing.assert_close(rotated[:, :2], RoPE(8, 100.0).rotate(x[:, :2], at))
+    torch.testing.assert_close(rotated[:, 2:], RoPE(8, 10000.0).rotate(x[:, 2:], at))
     with pytest.raises(ValueError, match="bases"):
         rope.rotate(torch.randn(1, 3, 5, 8), at)
 
@@ -96,7 +98,9 @@ def test_interleaved_pairs_are_a_permutation_of_the_halves() -> None:
     x, at = torch.randn(1, 1, 5, 8), torch.arange(5)
     order = torch.arange(8).view(2, 4).T.flatten()  # 0 4 1 5 …
     halves = RoPE(8).rotate(x, at)
-    torch.testing.assert_close(RoPE(8, interleaved=True).rotate(x[..., order], at), halves[..., order])
+    torch.testing.assert_close(
+        RoPE(8, interleaved=True).rotate(x[..., order], at), halves[..., order]
+    )
 
 
 def test_alibi_slopes() -> None:

@@ -49,7 +49,7 @@ def answered(case: Case, part: Part) -> Answer:
     with attach(model, part) as session:
         cache = cache_of(model(ids, use_cache=True, logits_to_keep=1))
         layers = [
-            Held(slots_held(layer), layer.get_seq_length(), layer.columns())
+            Held(slots_held(layer), layer.get_seq_length(), layer.original_positions())
             for layer in session.cache.layers
         ]
         out = model(question, logits_to_keep=1, **with_cache(model, cache)).logits[0, -1]
@@ -62,7 +62,7 @@ def answered(case: Case, part: Part) -> Answer:
 
 def slots_held(layer: Any) -> int:
     """Slots of a layer, on average over its heads."""
-    columns = layer.columns()
+    columns = layer.original_positions()
     if columns is None:
         return int(layer.keys.shape[2])
     return int((columns >= 0).sum()) // int(columns[..., 0].numel())

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from attlas.attach.call import Call, Step
+from attlas.attach.call import Call, ForwardPass
 from attlas.cache.policy import CachePolicy, best
 from attlas.contract.cases import Case, Check
 from attlas.storage.layer import LayerState, StoredLayer
@@ -16,7 +16,9 @@ from attlas.storage.rotary import Rotary
 
 def prompt_call(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Call:
     """A prompt's attention in one layer."""
-    return Call(0, nn.Identity(), q, k, v, scale, None, Step(length=q.shape[2]), is_causal=True)
+    return Call(
+        0, nn.Identity(), q, k, v, scale, None, ForwardPass(length=q.shape[2]), is_causal=True
+    )
 
 
 def run_layer(

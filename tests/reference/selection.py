@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from attlas import ops
-from attlas.attach.call import Call, Step
+from attlas.attach.call import Call, ForwardPass
 from attlas.cache.selection import Selection
 from attlas.storage.layer import Chosen, LayerState
 from attlas.storage.packed import PackedBody
@@ -17,7 +17,9 @@ def read(part: Selection, q: Tensor, k: Tensor, v: Tensor) -> tuple[Chosen, Tens
     scaling = q.shape[-1] ** -0.5
     state, body = LayerState(0, (0,), scaling=scaling), PackedBody(k, v)
     part.summarize(state, body)
-    call = Call(0, nn.Identity(), q, k[:, :, -1:], v[:, :, -1:], scaling, None, Step(length=1))
+    call = Call(
+        0, nn.Identity(), q, k[:, :, -1:], v[:, :, -1:], scaling, None, ForwardPass(length=1)
+    )
     chosen = part.choose(state, body, call)
     assert chosen is not None
     tokens = k.shape[2]

@@ -158,26 +158,26 @@ def test_ragged_bytes_follow_the_sum_of_the_lengths():
     mask = keep.repeat_interleave(2, dim=1)[:, :, None]
     expected = ops.attend(q, keys, keys + 1, mask=mask, return_lse=True, q_offset=0)
     torch.testing.assert_close((out, lse), expected)
-    turned = body.rows(lambda x: x[[1, 0]])
-    torch.testing.assert_close(ops.decode(q[[1, 0]], [turned.segment()])[0], out[[1, 0]])
-    assert turned.k.data_ptr() == body.k.data_ptr()
+    rotated = body.rows(lambda x: x[[1, 0]])
+    torch.testing.assert_close(ops.decode(q[[1, 0]], [rotated.segment()])[0], out[[1, 0]])
+    assert rotated.k.data_ptr() == body.k.data_ptr()
 
 
 def test_take_drops_padding_and_counts_by_row():
     layer = StoredLayer()
     keys = torch.arange(10.0)[None, None, :, None].expand(2, 2, -1, 4).clone()
     layer.update(keys, keys)
-    real = torch.ones(2, 10, dtype=torch.bool)
-    real[0, :3] = False
-    assert layer.lengths(layer.rows(real)) == [7, 10]
-    taken = layer.take([4, 8], layer.rows(real))
+    valid = torch.ones(2, 10, dtype=torch.bool)
+    valid[0, :3] = False
+    assert layer.lengths(layer.rows(valid)) == [7, 10]
+    taken = layer.take([4, 8], layer.rows(valid))
     assert taken.index[0, 0].tolist() == [3, 4, 5, 6, -1, -1, -1, -1]
     assert taken.k[1, 0, :, 0].tolist() == list(range(8))
-    assert layer.columns()[0, 0].tolist() == [7, 8, 9]
-    assert layer.columns()[1, 0].tolist() == [8, 9, -1]
+    assert layer.original_positions()[0, 0].tolist() == [7, 8, 9]
+    assert layer.original_positions()[1, 0].tolist() == [8, 9, -1]
     assert layer.ragged
     layer.update(keys[:, :, :1], keys[:, :, :1])
-    assert layer.columns()[1, 0].tolist() == [8, 9, -1, 10]
+    assert layer.original_positions()[1, 0].tolist() == [8, 9, -1, 10]
 
 
 def continued(model, parts, ids, mask, beams=1):
@@ -286,7 +286,7 @@ def test_bytes_held_are_bytes_promised(tokens):
     part = Coarse(bits=4, recent=64, block=64)
     from attlas.storage import LayerState
 
-    part.settle(layer, LayerState(0, (0,)), layer.rows())
+    part.compress(layer, LayerState(0, (0,)), layer.rows())
     encoded = tokens - 64
     promise = 4 * 2 * (encoded * (32 + 8) + 64 * 128)
     assert layer.nbytes == promise

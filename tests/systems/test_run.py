@@ -91,7 +91,9 @@ def test_a_broken_system_fails_the_check_for_it(toy, monkeypatch):
     failed = [r.check for r in attlas.check("toy-doubler", raises=False) if r.status == "failed"]
     assert failed == ["beats-the-baseline"]
     monkeypatch.undo()
-    monkeypatch.setattr(toy, "restore", lambda self, state: setattr(self, "factor", torch.tensor(3.0)))
+    monkeypatch.setattr(
+        toy, "restore", lambda self, state: setattr(self, "factor", torch.tensor(3.0))
+    )
     failed = [r.check for r in attlas.check("toy-doubler", raises=False) if r.status == "failed"]
     assert failed == ["saved-and-loaded"]
 

@@ -170,7 +170,7 @@ class ToyBroken(Attention):
 
 
 class ToyAcausal(Attention):
-    has_causal_form = False
+    supports = Supports(causal=False)
 
 
 @pytest.fixture
@@ -282,7 +282,9 @@ def test_translation_trains_the_mechanism_as_cross_attention(tmp_path, mechanism
     assert line["status"] == "ok"
 
 
-def test_a_state_of_constant_size_and_a_hybrid_are_told_by_what_tokens_add_to_their_caches(tmp_path):
+def test_a_state_of_constant_size_and_a_hybrid_are_told_by_what_tokens_add_to_their_caches(
+    tmp_path,
+):
     hybrid = "lightning-attention-2+softmax"
     asked = ["--mechanisms", f"lightning-attention-2,{hybrid}", "--layers", "2"]
     ends(command(tmp_path, *asked))

@@ -302,7 +302,9 @@ def test_swaps_follow_every_item_to_the_first_place():
     for split, length in (("test", 10), ("twice as long", 20)):
         batch = drawn(task, 16, split, 0)
         assert batch["input_ids"].shape == (16, length)
-        for tokens, answers in zip(batch["input_ids"].tolist(), batch["targets"].tolist(), strict=True):
+        for tokens, answers in zip(
+            batch["input_ids"].tolist(), batch["targets"].tolist(), strict=True
+        ):
             row = [0, 1, 2]
             for token, answer in zip(tokens, answers, strict=True):
                 i, j = pairs[token]

@@ -13,7 +13,7 @@ registries to what they were.
 import sys
 from types import ModuleType
 
-from attlas.attach.call import Call, Site, Step
+from attlas.attach.call import Call, ForwardPass, Site
 from attlas.attach.part import Part, Patch, Recorder, Selector, Steerer
 from attlas.attach.session import Session, attach
 from attlas.attach.where import find_span
@@ -21,6 +21,7 @@ from attlas.positions import ScoreMod
 
 __all__ = [
     "Call",
+    "ForwardPass",
     "Part",
     "Patch",
     "Recorder",
@@ -29,7 +30,6 @@ __all__ = [
     "Session",
     "Site",
     "Steerer",
-    "Step",
     "attach",
     "find_span",
 ]

@@ -42,11 +42,15 @@ def weight_blocks(
     rows = max(1, (BLOCK if size is None else size) // max(1, batch * count * slots))
     wide = torch.promote_types(call.q.dtype, torch.float32)
     keys = call.k.to(wide)[:, which // call.groups]
-    columns = None if call.columns is None else call.columns[:, which // call.groups]
+    columns = (
+        None
+        if call.original_positions is None
+        else call.original_positions[:, which // call.groups]
+    )
     mask = call.mask
     if mask is not None and heads is not None and mask.shape[1] > 1:
         mask = mask[:, which]
-    queries, real = call.queries, call.real
+    queries, valid = call.queries, call.valid
     triangle = mask is None and call.is_causal and length > 1
     for start in range(0, length, rows):
         stop = min(start + rows, length)
@@ -63,16 +67,14 @@ def weight_blocks(
         elif mask is not None:
             scores.masked_fill_(~mask[:, :, start:stop], -torch.inf)
         weights = _softmax(scores, None if call.sinks is None else call.sinks[which])
-        if real is not None:
-            weights = weights * real[:, None, start:stop, None]
+        if valid is not None:
+            weights = weights * valid[:, None, start:stop, None]
         for part in call.changers:
             weights = part.normalize(call, weights, queries[start:stop], at)
         yield weights, queries[start:stop], at
 
 
-def _modified(
-    call: Call, scores: Tensor, heads: Tensor, queries: Tensor, keys: Tensor
-) -> Tensor:
+def _modified(call: Call, scores: Tensor, heads: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
     assert call.score_mod is not None
     device = scores.device
     return call.score_mod(

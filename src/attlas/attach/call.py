@@ -1,4 +1,4 @@
-"""What parts see: the forward call under way (`Step`), one layer's attention in it (`Call`), a `Site`."""
+"""What parts see: the `ForwardPass` under way, one layer's attention in it (`Call`), a `Site`."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from attlas.storage.rows import Rows
 
 
 @dataclass(slots=True)
-class Step:
+class ForwardPass:
     """One forward call of the model.
 
     Attributes:
         cache: the Transformers cache in use, None without one.
-        real: which of the tokens seen so far are no padding; None when all are.
+        valid: which of the tokens seen so far are no padding; None when all are.
         positions: the position ids given with the call, None when the model counts them itself.
         earlier: position ids of the last tokens before this call, as they were given then; None where
             no call was seen.
@@ -37,7 +37,7 @@ class Step:
     """
 
     cache: Any = None
-    real: Bool[Tensor, "batch seen"] | None = None
+    valid: Bool[Tensor, "batch seen"] | None = None
     positions: Int[Tensor, "*rows query"] | None = None
     earlier: Int[Tensor, "*rows known"] | None = None
     windows: dict[int, int] = field(default_factory=dict)
@@ -57,13 +57,13 @@ class Site:
         layer: index of the layer.
         point: the name of the place, see `Part.stream`; "project" before queries, keys and values.
         module: of the model, that takes or gives what passes.
-        step: the forward call that this is part of.
+        forward_pass: the forward call that this is part of.
     """
 
     layer: int
     point: str
     module: nn.Module
-    step: Step
+    forward_pass: ForwardPass
 
 
 @dataclass(slots=True)
@@ -71,7 +71,7 @@ class Call:
     """One layer's attention in one forward call, handed to every part, complete before any hook runs.
 
     Keys stand in slots: slot s of a cache that dropped tokens, or let a window of them go, holds the
-    token of column `columns[..., s]` of the original sequence; else slot and column are the same.
+    token of column `original_positions[..., s]` of the original sequence; else both are the same.
 
     Attributes:
         layer: index of the layer.
@@ -84,8 +84,9 @@ class Call:
         scaling: factor of q·k.
         mask: which slots each query may attend (True = may), None for all or, with `is_causal`,
             for those before it.
-        step: the forward call that this is part of.
-        columns: original column of each slot, -1 for an empty one; None while all columns are there.
+        forward_pass: the forward call that this is part of.
+        original_positions: column of the sequence that each slot holds, -1 for an empty one; None
+            while all columns are there.
         held: attention reads the cache in the form in which it holds its keys.
         cache_layer: this layer's part of the cache.
         chosen: which slots are read in this step, None for all.
@@ -104,8 +105,8 @@ class Call:
     v: Float[Tensor, "batch v_heads keys value_dim"]
     scaling: float
     mask: Bool[Tensor, "batch mask_heads query keys"] | None
-    step: Step
-    columns: Int[Tensor, "batch kv_heads keys"] | None = None
+    forward_pass: ForwardPass
+    original_positions: Int[Tensor, "batch kv_heads keys"] | None = None
     cache_layer: Any = None
     held: bool = False
     chosen: Chosen | None = None
@@ -119,7 +120,7 @@ class Call:
     @property
     def phase(self) -> str:
         """ "prefill" for a call of several tokens or without a past, "decode" for one token."""
-        return "decode" if self.q.shape[2] == 1 and self.step.offset else "prefill"
+        return "decode" if self.q.shape[2] == 1 and self.forward_pass.offset else "prefill"
 
     @property
     def groups(self) -> int:
@@ -129,45 +130,47 @@ class Call:
     @property
     def positions(self) -> Int[Tensor, "batch query"]:
         """Position ids of the queries, as the model counts them."""
-        given = self.step.positions
+        given = self.forward_pass.positions
         if given is not None and given.ndim != 2:
             raise UserError(
                 f"position_ids of {given.ndim} dimensions are not supported; only [batch, tokens]"
             )
         if given is None:
-            first = self.step.offset
+            first = self.forward_pass.offset
             given = torch.arange(first, first + self.q.shape[2], device=self.q.device)[None]
         return given.expand(self.q.shape[0], -1)
 
     @property
     def hidden(self) -> Float[Tensor, "batch query width"] | None:
         """What the attention module was given, where a part `wants_hidden`."""
-        return self.step.hidden.get(self.module)
+        return self.forward_pass.hidden.get(self.module)
 
     @property
     def rows(self) -> Rows:
-        """Which of the tokens seen, those of this call included, are real."""
-        shared = self.step.shared
+        """Which of the tokens seen, those of this call included, are valid."""
+        shared = self.forward_pass.shared
         if "rows" not in shared:
-            shared["rows"] = Rows(self.step.real, self.step.offset + self.q.shape[2])
+            shared["rows"] = Rows(
+                self.forward_pass.valid, self.forward_pass.offset + self.q.shape[2]
+            )
         found: Rows = shared["rows"]
         return found
 
     @property
     def ranks(self) -> tuple[Int[Tensor, "batch query"], Bool[Tensor, "batch query"]]:
-        """(rank among its row's real tokens, whether it is one) of each query."""
-        if "ranks" not in self.step.shared:
+        """(rank among its row's valid tokens, whether it is one) of each query."""
+        if "ranks" not in self.forward_pass.shared:
             found = self.rows.last(self.q.shape[2], self.q.shape[0], self.q.device)
-            self.step.shared["ranks"] = found
-        rank, real = self.step.shared["ranks"]
-        return rank.to(self.q.device), real.to(self.q.device)
+            self.forward_pass.shared["ranks"] = found
+        rank, valid = self.forward_pass.shared["ranks"]
+        return rank.to(self.q.device), valid.to(self.q.device)
 
     @property
     def counts(self) -> tuple[list[int], list[int]]:
-        """(real tokens of each row before this call, with it)."""
-        shared, batch = self.step.shared, self.q.shape[0]
+        """(valid tokens of each row before this call, with it)."""
+        shared, batch = self.forward_pass.shared, self.q.shape[0]
         if "counts" not in shared:
-            before = Rows(self.step.real, self.step.offset)
+            before = Rows(self.forward_pass.valid, self.forward_pass.offset)
             shared["counts"] = before.counts(batch), self.rows.counts(batch)
         found: tuple[list[int], list[int]] = shared["counts"]
         return found
@@ -175,37 +178,39 @@ class Call:
     @property
     def row_starts(self) -> Int[Tensor, " batch"]:
         """Position of each row's first token, from any of this call's; 0 for a row without one."""
-        rank, real = self.ranks
-        return (self.positions - rank).masked_fill(~real, 0).sum(1) // real.sum(1).clamp(min=1)
+        rank, valid = self.ranks
+        return (self.positions - rank).masked_fill(~valid, 0).sum(1) // valid.sum(1).clamp(min=1)
 
     @property
-    def real(self) -> Bool[Tensor, "batch query"] | None:
+    def valid(self) -> Bool[Tensor, "batch query"] | None:
         """Which of this call's tokens are no padding; None when all are."""
-        if self.step.real is None:
+        if self.forward_pass.valid is None:
             return None
-        first = self.step.offset
-        return self.step.real[:, first : first + self.q.shape[2]].to(self.q.device)
+        first = self.forward_pass.offset
+        return self.forward_pass.valid[:, first : first + self.q.shape[2]].to(self.q.device)
 
     @property
     def queries(self) -> Int[Tensor, " query"]:
-        """Original columns of the queries."""
-        first = self.step.offset
+        """Original positions of the queries."""
+        first = self.forward_pass.offset
         return torch.arange(first, first + self.q.shape[2], device=self.q.device)
 
     @property
     def key_positions(self) -> Int[Tensor, "#batch #kv_heads keys"]:
         """Position ids of the keys, as the model counted them when they came; -1 for an empty slot."""
         batch, device, own = self.q.shape[0], self.q.device, self.positions
-        known = own[:, :0] if self.step.earlier is None else self.step.earlier
-        # Of a cache from elsewhere positions count its real tokens.
-        missing = torch.arange(self.step.offset - known.shape[-1], device=device).expand(batch, -1)
+        known = own[:, :0] if self.forward_pass.earlier is None else self.forward_pass.earlier
+        # Of a cache from elsewhere positions count its valid tokens.
+        missing = torch.arange(self.forward_pass.offset - known.shape[-1], device=device).expand(
+            batch, -1
+        )
         pieces = (self.rows.at(missing)[1], known, own)
         every = torch.cat([p.to(device).expand(batch, -1) for p in pieces], dim=1)
-        if self.columns is None:
+        if self.original_positions is None:
             return every[:, None, : self.k.shape[2]]
-        at = self.columns.clamp(min=0).long()
+        at = self.original_positions.clamp(min=0).long()
         found = every[:, None].expand(-1, at.shape[1], -1).gather(-1, at)
-        return found.masked_fill(self.columns < 0, -1)
+        return found.masked_fill(self.original_positions < 0, -1)
 
     def in_spans(self, spans: Spans) -> Bool[Tensor, "batch columns"]:
         """Which columns hold a token of the spans, see `attlas.attach.where`."""
@@ -214,8 +219,8 @@ class Call:
         return in_spans(spans, ranks, there)
 
     @property
-    def head_columns(self) -> Int[Tensor, "batch heads keys"] | None:
-        """`columns` repeated for the query heads."""
-        if self.columns is None:
+    def head_original_positions(self) -> Int[Tensor, "batch heads keys"] | None:
+        """`original_positions` repeated for the query heads."""
+        if self.original_positions is None:
             return None
-        return self.columns.repeat_interleave(self.groups, dim=1)
+        return self.original_positions.repeat_interleave(self.groups, dim=1)

@@ -8,14 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attlas.attach.call import Step
+from attlas.attach.call import ForwardPass
 from attlas.attach.state import Attachment
 from attlas.errors import UserError
 from attlas.hf.caches import Cache, DynamicCache, cache_in, cache_of, fresh_layers
 from attlas.storage.layer import StoredLayer
 
 #: Names of what a model reads, and of what tells its padding: of a decoder behind an encoder, and else.
-TOKENS = {True: ("decoder_input_ids", "decoder_inputs_embeds"), False: ("input_ids", "inputs_embeds")}
+TOKENS = {
+    True: ("decoder_input_ids", "decoder_inputs_embeds"),
+    False: ("input_ids", "inputs_embeds"),
+}
 PADDING = {True: "decoder_attention_mask", False: "attention_mask"}
 
 
@@ -47,18 +50,18 @@ def hook(held: Attachment) -> list[Any]:
     ]
 
 
-def _begin(held: Attachment, step: Step) -> None:
+def _begin(held: Attachment, forward_pass: ForwardPass) -> None:
     """A forward call begins: the cache is made ready and every part is told."""
-    held.step, held.cache = step, step.cache
-    layers = step.cache.layers if step.cache is not None else ()
+    held.forward_pass, held.cache = forward_pass, forward_pass.cache
+    layers = forward_pass.cache.layers if forward_pass.cache is not None else ()
     held.direct = held.plain and not any(getattr(layer, "managed", False) for layer in layers)
     for part in held.parts:
-        part.begin(step)
-    ended = step.chunked and step.length == 1 and step.offset > 0
+        part.begin(forward_pass)
+    ended = forward_pass.chunked and forward_pass.length == 1 and forward_pass.offset > 0
     for layer in layers:
         if isinstance(layer, StoredLayer):
             layer.attached = True
-            layer.settled = layer.settled or ended
+            layer.compressed = layer.compressed or ended
 
 
 def _end(held: Attachment, cache: Any) -> None:
@@ -66,44 +69,53 @@ def _end(held: Attachment, cache: Any) -> None:
     for layer in held.cache.layers if held.cache is not None else ():
         if isinstance(layer, StoredLayer):
             layer.attached = False
-    step, held.step = held.step, None
+    forward_pass, held.forward_pass = held.forward_pass, None
     if cache is not None:
         held.cache = _own(cache)
-    if step is not None and held.cache is not None and step.length and not held.plain:
-        own = step.positions
+    if (
+        forward_pass is not None
+        and held.cache is not None
+        and forward_pass.length
+        and not held.plain
+    ):
+        own = forward_pass.positions
         if own is None:
-            own = torch.arange(step.offset, step.offset + step.length)[None]
-        held.remember(step, own)
+            own = torch.arange(forward_pass.offset, forward_pass.offset + forward_pass.length)[None]
+        held.remember(forward_pass, own)
 
 
 def _step(
     held: Attachment, cache: Cache | None, arguments: dict[str, Any], behind: bool
-) -> Step:
+) -> ForwardPass:
     """The call; `behind` says that the model is a decoder behind an encoder."""
-    step = Step(cache=_own(cache), chunked=held.chunked)
+    forward_pass = ForwardPass(cache=_own(cache), chunked=held.chunked)
     if held.plain:
-        return step
+        return forward_pass
     tokens = next((t for n in TOKENS[behind] if (t := arguments.get(n)) is not None), None)
     mask = arguments.get(PADDING[behind])
-    step.length = 0 if tokens is None else tokens.shape[1]
-    step.offset = 0 if step.cache is None else int(step.cache.get_seq_length())
-    step.positions = arguments.get("position_ids")
-    step.ids = arguments.get(TOKENS[behind][0])
-    if step.cache is not None and tokens is not None:
-        step.earlier = held.earlier(step.cache, step.offset, tokens.shape[0])
-        step.windows = {
-            number: int(layer.get_mask_sizes(step.length)[1])
-            for number, layer in enumerate(step.cache.layers)
-            if getattr(layer, "is_sliding", False) and step.length
+    forward_pass.length = 0 if tokens is None else tokens.shape[1]
+    forward_pass.offset = (
+        0 if forward_pass.cache is None else int(forward_pass.cache.get_seq_length())
+    )
+    forward_pass.positions = arguments.get("position_ids")
+    forward_pass.ids = arguments.get(TOKENS[behind][0])
+    if forward_pass.cache is not None and tokens is not None:
+        forward_pass.earlier = held.earlier(
+            forward_pass.cache, forward_pass.offset, tokens.shape[0]
+        )
+        forward_pass.windows = {
+            number: int(layer.get_mask_sizes(forward_pass.length)[1])
+            for number, layer in enumerate(forward_pass.cache.layers)
+            if getattr(layer, "is_sliding", False) and forward_pass.length
         }
     if isinstance(mask, Tensor) and mask.ndim == 2 and not mask.all():
-        step.real = mask.bool()
+        forward_pass.valid = mask.bool()
     elif held.keepers and mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
         raise UserError(
             "a cache policy takes a 2-D attention_mask, which tells it the padding; got one of "
             + (f"{mask.ndim} dimensions" if isinstance(mask, Tensor) else type(mask).__name__)
         )
-    return step
+    return forward_pass
 
 
 def _own(cache: Any) -> Any:

@@ -13,7 +13,7 @@ from attlas import masks, ops
 from attlas.attach.blocks import weight_blocks
 from attlas.attach.call import Call
 from attlas.attach.scores import chained, changed_by, in_slots
-from attlas.attach.slots import boolean, both, columns_of, in_columns, shown
+from attlas.attach.slots import boolean, both, in_original_positions, original_positions_of, shown
 from attlas.attach.state import ATTACHED, Attachment
 from attlas.errors import UserError
 from attlas.hf.caches import refuse_other
@@ -120,8 +120,8 @@ def _call(
     features: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
 ) -> Call:
     """The call, complete, and then what the parts do to it, stage by stage."""
-    step, layer = held.step, held.layers[module]
-    if step is None:
+    forward_pass, layer = held.forward_pass, held.layers[module]
+    if forward_pass is None:
         raise UserError("a part needs the model's own call: use model(...), not model.forward(...)")
     causal = kwargs.get("is_causal")
     call = Call(
@@ -132,13 +132,13 @@ def _call(
         v=value,
         scaling=scaling,
         mask=None,
-        step=step,
+        forward_pass=forward_pass,
         is_causal=bool(getattr(module, "is_causal", True) if causal is None else causal),
         sinks=kwargs.get("s_aux"),
         kwargs=kwargs,
     )
-    if step.cache is not None and layer < len(step.cache.layers):
-        call.cache_layer = step.cache.layers[layer]
+    if forward_pass.cache is not None and layer < len(forward_pass.cache.layers):
+        call.cache_layer = forward_pass.cache.layers[layer]
     call.score_mod = changed_by(call)
     call.held = features is None and _as_held(held, call)
     if not call.held:
@@ -167,7 +167,7 @@ def _as_held(held: Attachment, call: Call) -> bool:
     It is when the prompt is over, the queries are few, and nobody looks at the keys one by one.
     """
     layer = call.cache_layer
-    if not isinstance(layer, StoredLayer) or not (layer.managed and layer.settled):
+    if not isinstance(layer, StoredLayer) or not (layer.managed and layer.compressed):
         return False
     few = call.q.shape[2] * call.groups <= ROWS
     return few and call.is_causal and call.score_mod is None and not held.wants_keys(call.layer)
@@ -176,13 +176,13 @@ def _as_held(held: Attachment, call: Call) -> bool:
 def _with_keys(call: Call, mask: Tensor | None) -> None:
     """All keys that the cache holds, in slots, and which of them each query may attend to."""
     layer = call.cache_layer
-    if isinstance(layer, StoredLayer) and layer.managed and layer.settled:
-        call.k, call.v, call.columns = layer.read()
+    if isinstance(layer, StoredLayer) and layer.managed and layer.compressed:
+        call.k, call.v, call.original_positions = layer.read()
         layer.read_bytes = layer.nbytes
         call.score_mod = chained(call.score_mod, _weights_of_slots(call, layer))
     else:
-        call.columns = columns_of(call)
-    call.mask = call.model_mask = in_columns(call, boolean(mask))
+        call.original_positions = original_positions_of(call)
+    call.mask = call.model_mask = in_original_positions(call, boolean(mask))
 
 
 def _weights_of_slots(call: Call, layer: StoredLayer) -> Any:
@@ -273,8 +273,8 @@ def _look(held: Attachment, call: Call, recorded: bool) -> None:
     for part in held.with_hook("observe", call.layer):
         with torch.set_grad_enabled(part.wants_gradients and torch.is_grad_enabled()):
             part.observe(call)
-    if isinstance(call.cache_layer, StoredLayer) and not call.step.chunked:
-        call.cache_layer.settled = True
+    if isinstance(call.cache_layer, StoredLayer) and not call.forward_pass.chunked:
+        call.cache_layer.compressed = True
 
 
 def show(
@@ -288,5 +288,3 @@ def show(
         weights = weights[:, at]
         keys = keys if keys.ndim == 1 else keys[:, at]
     recorder.update(call, weights, queries, keys)
-
-

@@ -33,17 +33,18 @@ class Door:
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         return None
 
-    def __call__(
-        self, layer: Attention, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
-    ) -> Tensor:
+    def __init__(self, layer: Attention) -> None:
+        self.layer = layer
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
         """The layer's heads [batch, heads, queries, width]."""
-        held = ATTACHED[layer]
-        mask = layer.mask(q, _all_keys(k, inputs), inputs)
+        layer, held = self.layer, ATTACHED[self.layer]
+        inputs = replace(inputs, pairs=layer.mask(q, _all_keys(k, inputs), inputs))
         if held.direct:
-            return layer.attend(q, k, v, mask, inputs)
+            return layer.attend(q, k, v, inputs)
         if is_softmax(layer):
-            return _softmax(held, layer, q, k, v, mask, inputs)
-        return _other(held, layer, q, k, v, mask, inputs)
+            return _softmax(held, layer, q, k, v, inputs)
+        return _other(held, layer, q, k, v, inputs)
 
 
 def own_layers(model: nn.Module) -> list[Attention]:
@@ -56,7 +57,7 @@ def own_layers(model: nn.Module) -> list[Attention]:
 def is_softmax(layer: Attention) -> bool:
     """Whether a layer attends as `Attention` does, so that its keys and scores may be worked on."""
     cls, base = type(layer), Attention
-    kept = ("score", "normalize", "aggregate", "weigh", "attend", "fused")
+    kept = ("score", "normalize", "aggregate", "weigh", "attend", "fused", "restore")
     return layer.keeps_keys and all(getattr(cls, n) is getattr(base, n) for n in kept)
 
 
@@ -91,10 +92,9 @@ def _all_keys(k: Tensor, inputs: Inputs) -> Tensor:
 
 
 def _softmax(
-    held: Attachment, layer: Attention, q: Tensor, k: Tensor, v: Tensor,
-    mask: Mask | Tensor | None, inputs: Inputs,
+    held: Attachment, layer: Attention, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
 ) -> Tensor:  # fmt: skip
-    keys = _all_keys(k, inputs).shape[2]
+    mask, keys = inputs.pairs, _all_keys(k, inputs).shape[2]
     square, one = keys == q.shape[2], q.shape[2] == 1
     causal = mask == masks.causal if isinstance(mask, Mask) else False
     pairs: Tensor | None = None
@@ -108,32 +108,31 @@ def _softmax(
     changed = type(layer).features is not Attention.features
     heads = attended(
         held, layer, q, k, v, pairs, layer.scale, layer.dropout if layer.training else 0.0, options,
-        layer.features if changed else None,
+        (lambda q, k: layer.features(q, k, inputs)) if changed else None,
     )  # fmt: skip
     return heads.transpose(1, 2)
 
 
 def _other(
-    held: Attachment, layer: Attention, q: Tensor, k: Tensor, v: Tensor,
-    mask: Mask | Tensor | None, inputs: Inputs,
+    held: Attachment, layer: Attention, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
 ) -> Tensor:  # fmt: skip
     """A layer with a way of its own: its heads, and its map for those who record weights."""
-    step = held.step
-    if step is None:
+    forward_pass = held.forward_pass
+    if forward_pass is None:
         raise UserError("a part needs the model's own call: use model(...), not model.forward(...)")
     number = held.layers[layer]
-    call = Call(number, layer, q, k, v, layer.scale, None, step, is_causal=layer.causal)
+    call = Call(number, layer, q, k, v, layer.scale, None, forward_pass, is_causal=layer.causal)
     recorders: list[Recorder] = held.recorders_of(number)
     if recorders:
         # Before any token was kept the map is that of a pass without a cache.
-        alone = replace(inputs, cache=None) if step.offset == 0 else inputs
-        weights = layer.weigh(q, k, mask, alone).detach().float()
-        if (real := call.real) is not None:
-            weights = weights * real[:, None, :, None]
+        alone = replace(inputs, cache=None) if forward_pass.offset == 0 else inputs
+        weights = layer.weigh(q, k, alone).detach().float()
+        if (valid := call.valid) is not None:
+            weights = weights * valid[:, None, :, None]
         keys = torch.arange(weights.shape[-1], device=weights.device)
         for recorder in recorders:
             show(recorder, call, weights, call.queries, keys)
-    heads = layer.attend(q, k, v, mask, inputs).transpose(1, 2)
+    heads = layer.attend(q, k, v, inputs).transpose(1, 2)
     for part in held.with_hook("output", number):
         heads = part.output(call, heads)
     return heads.transpose(1, 2)

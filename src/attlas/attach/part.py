@@ -7,32 +7,38 @@ from typing import Any, ClassVar
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from attlas.attach.call import Call, Site, Step
+from attlas.attach.call import Call, ForwardPass, Site
 from attlas.attach.where import Heads, Layers, Spans, Where, rows_of
 from attlas.catalog.kinds import PATCH, RECORD, SELECT, STEER, Kind
 from attlas.errors import UserError
+from attlas.options import Configured, option
 from attlas.positions import ScoreMod
 from attlas.storage.layer import Chosen
 
 
-class Part:
+class Part(Configured):
     """What attaches to a model. Override the hooks that the part needs, named by stage.
 
     Every hook sees a complete `Call`: keys, positions, masks and the cache's layer are known before the
     first of them runs. Hooks of several parts follow one another in the order of the parts.
     """
 
+    #: Stages of attention that it changes beside those whose hooks it overrides.
+    changes: ClassVar[tuple[str, ...]] = ()
     #: What `attlas compare --preset cache` compares this part with the others at, each as it stands
     #: behind the part's name in `--methods`: "(keep=0.5)", "(bits=4)+other(keep=0.25)". Not inherited.
     comparable: ClassVar[tuple[str, ...]] = ()
-    #: The layers and heads that the part is about; hooks are called for these layers alone.
-    where: Where = Where()
     #: Points of the residual stream that the part is shown, see `stream`.
-    points: tuple[str, ...] = ()
+    points: ClassVar[tuple[str, ...]] = ()
     #: The part reads `call.hidden`, the states from which the layer makes queries, keys and values.
-    wants_hidden: bool = False
+    wants_hidden = False
     #: The part is shown weights and calls with their gradients: those that the output is made of.
-    wants_gradients: bool = False
+    wants_gradients = False
+
+    @property
+    def where(self) -> Where:
+        """The layers and heads that the part is about; hooks are called for these layers alone."""
+        return Where()
 
     def check(self, model: nn.Module) -> None:
         """Look at the model before anything is changed.
@@ -54,13 +60,13 @@ class Part:
     def cache_layers(self, layers: list[Any], model: nn.Module) -> list[Any]:
         """The layers that an empty cache shall have, given those it came with.
 
-        A layer that drops tokens tells so by `columns()`, the original column of each of its slots
-        (-1 for an empty one; None while nothing is dropped), and by `ragged`, whether there are
-        empty ones; it counts the tokens that it has seen, not those it holds.
+        A layer that drops tokens tells so by `original_positions()`, the column of the sequence that
+        each of its slots holds (-1 for an empty one; None while nothing is dropped), and by `ragged`,
+        whether there are empty ones; it counts the tokens that it has seen, not those it holds.
         """
         return layers
 
-    def begin(self, step: Step) -> None:
+    def begin(self, forward_pass: ForwardPass) -> None:
         """Called before each forward call of the model."""
 
     # The stages.
@@ -134,18 +140,28 @@ class Selector(Part):
     kind: ClassVar[Kind] = SELECT
 
 
-class Recorder(Part):
-    """Looks at attention weights, given block by block and never as a whole.
+class OnHeads(Part):
+    """A part that is about some layers and heads."""
 
-    Args:
-        layers: numbers of layers that are looked at; all unless given.
-        heads: query heads that are looked at, of all these layers or by layer; all unless given.
-    """
+    layers: Layers = option("numbers of layers; all unless given", default=None)
+    heads: Heads = option(
+        "query heads, of all these layers or by layer; all unless given", default=None
+    )
+
+    def setup(self) -> None:
+        """Understand which layers and heads are meant."""
+        self.chosen_heads = Where(self.layers, self.heads)
+
+    @property
+    def where(self) -> Where:
+        """The layers and heads that were asked for."""
+        return self.chosen_heads
+
+
+class Recorder(OnHeads):
+    """Looks at attention weights, given block by block and never as a whole."""
 
     kind: ClassVar[Kind] = RECORD
-
-    def __init__(self, *, layers: Layers = None, heads: Heads = None) -> None:
-        self.where = Where(layers, heads)
 
     def update(
         self,
@@ -160,8 +176,8 @@ class Recorder(Part):
             call: where the weights come from.
             weights: of the heads that are looked at; they sum to one over the keys (to less where the
                 model has sink logits, and to zero in rows that are padding).
-            queries: original columns of the block's queries.
-            keys: original columns of its keys, per head where a cache dropped tokens (-1: empty).
+            queries: original positions of the block's queries.
+            keys: original positions of its keys, per head where a cache dropped tokens (-1: empty).
         """
 
     def result(self) -> Any:
@@ -169,13 +185,8 @@ class Recorder(Part):
         raise NotImplementedError
 
 
-class Steerer(Part):
+class Steerer(OnHeads):
     """Changes what attention does, on some layers, heads and spans of the text.
-
-    Args:
-        spans: tokens that it is about, see `attlas.attach.where`.
-        layers: numbers of layers; all unless given.
-        heads: query heads; all unless given.
 
     Raises:
         ValueError: a span that is none.
@@ -185,26 +196,18 @@ class Steerer(Part):
     #: Options with which the part changes nothing, which the contract checks.
     nothing: ClassVar[dict[str, Any]] = {}
 
-    def __init__(
-        self, *, spans: Spans | None = None, layers: Layers = None, heads: Heads = None
-    ) -> None:
-        self.where = Where(layers, heads)
-        if spans is not None:
-            rows_of(spans)
-        self.spans = spans
+    spans: Spans | None = option("tokens that it is about, see `attlas.attach.where`", default=None)
+
+    def setup(self) -> None:
+        """Refuse spans that are none."""
+        super().setup()
+        if self.spans is not None:
+            rows_of(self.spans)
 
 
-class Patch(Part):
-    """Replaces something of a run: a head, a dimension, a position, by a constant or another run's.
-
-    Args:
-        layers: numbers of layers; all unless given.
-        heads: query heads; all unless given.
-    """
+class Patch(OnHeads):
+    """Replaces something of a run: a head, a dimension, a position, by a constant or another run's."""
 
     kind: ClassVar[Kind] = PATCH
     #: Options with which the part changes nothing, which the contract checks; None where there are none.
     nothing: ClassVar[dict[str, Any] | None] = None
-
-    def __init__(self, *, layers: Layers = None, heads: Heads = None) -> None:
-        self.where = Where(layers, heads)

@@ -14,7 +14,7 @@ def changed_by(call: Call) -> ScoreMod | None:
     """What the model itself does to scores: soft cap, then position bias; None for nothing."""
     softcap: Any = call.kwargs.get("softcap")
     bias: Any = call.kwargs.get("position_bias")
-    first = call.step.offset
+    first = call.forward_pass.offset
 
     def cap(s: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         capped: Tensor = (s / softcap).tanh() * softcap
@@ -42,7 +42,7 @@ def chained(first: ScoreMod | None, second: ScoreMod | None) -> ScoreMod | None:
 
 def in_slots(call: Call) -> ScoreMod | None:
     """The score change in force in terms of this call's query and slot numbers."""
-    mod, columns, first = call.score_mod, call.columns, call.step.offset
+    mod, columns, first = call.score_mod, call.original_positions, call.forward_pass.offset
     if mod is None or (columns is None and first == 0):
         return mod
     groups = call.groups

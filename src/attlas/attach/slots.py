@@ -12,27 +12,27 @@ from attlas.ops.segments import listed
 from attlas.storage.layer import Chosen, StoredLayer
 
 
-def columns_of(call: Call) -> Int[Tensor, "batch kv_heads keys"] | None:
-    """Original column of each slot of any cache layer; None where slot and column are the same."""
+def original_positions_of(call: Call) -> Int[Tensor, "batch kv_heads keys"] | None:
+    """Original positions of each slot of any cache layer; None where slot and column are the same."""
     layer = call.cache_layer
-    if (told := getattr(layer, "columns", None)) is not None:
+    if (told := getattr(layer, "original_positions", None)) is not None:
         columns: Tensor | None = told()
         return columns
-    first = call.step.windows.get(call.layer, 0)
+    first = call.forward_pass.windows.get(call.layer, 0)
     if not first:
         return None
     batch, heads, slots = call.k.shape[:3]
     return torch.arange(first, first + slots, device=call.k.device).expand(batch, heads, -1)
 
 
-def in_columns(
+def in_original_positions(
     call: Call, mask: Bool[Tensor, "batch mask_heads query columns"] | None
 ) -> Bool[Tensor, "batch some_heads query keys"] | None:
     """The model's mask for the slots that are there.
 
     The mask of a layer that drops tokens speaks of all columns, that of a window of its slots.
     """
-    columns = call.columns
+    columns = call.original_positions
     if columns is None or not isinstance(call.cache_layer, StoredLayer):
         return mask
     there = columns >= 0
@@ -81,9 +81,7 @@ def boolean(mask: Tensor | None) -> Tensor | None:
     return mask
 
 
-def both(
-    call: Call, extra: Tensor | None
-) -> Bool[Tensor, "batch mask_heads query keys"] | None:
+def both(call: Call, extra: Tensor | None) -> Bool[Tensor, "batch mask_heads query keys"] | None:
     """The mask in force and a part's, where one has none also the causal one that it implies."""
     if extra is None:
         return call.mask

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from attlas.attach.call import Step
+from attlas.attach.call import ForwardPass
 from attlas.attach.part import Part, Recorder
 
 #: The attachment of each attention module of the models attached now.
@@ -26,7 +26,7 @@ class Attachment:
         parts: in the order given, recorders last.
         layers: the layer that each module of the model belongs to.
         cache: the Transformers cache of the model's last call.
-        step: the forward call under way.
+        forward_pass: the forward call under way.
         undo: what takes the attachment back, last first.
     """
 
@@ -34,7 +34,7 @@ class Attachment:
         self.model, self.parts, self.chunked = model, tuple(parts), chunked
         self.layers: dict[nn.Module, int] = {}
         self.cache: Any = None
-        self.step: Step | None = None
+        self.forward_pass: ForwardPass | None = None
         self.undo: list[Callable[[], Any]] = []
         self.keepers = self.overriding("cache_layers")
         self._hooks = {
@@ -83,14 +83,18 @@ class Attachment:
         if rows % known.shape[0]:
             return None
         known = known.repeat_interleave(rows // known.shape[0], dim=0) if len(known) > 1 else known
-        return known[..., : max(0, offset - first)]  # less than is known where tokens were taken back
+        return known[
+            ..., : max(0, offset - first)
+        ]  # less than is known where tokens were taken back
 
-    def remember(self, step: Step, own: Tensor) -> None:
+    def remember(self, forward_pass: ForwardPass, own: Tensor) -> None:
         """Position ids of a call's tokens, behind those of the calls before it."""
-        known = own[..., :0] if step.earlier is None else step.earlier.to(own.device)
+        known = (
+            own[..., :0] if forward_pass.earlier is None else forward_pass.earlier.to(own.device)
+        )
         rows = max(known.shape[0], own.shape[0])
         whole = torch.cat([known.expand(rows, -1), own.expand(rows, -1)], dim=1)
-        self._positions[self.cache] = (step.offset - known.shape[1], whole)
+        self._positions[self.cache] = (forward_pass.offset - known.shape[1], whole)
 
 
 def _overrides(part: Part, hook: str, base: type) -> bool:

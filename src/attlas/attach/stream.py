@@ -67,9 +67,11 @@ def _through(
     hook = "project" if point == "project" else "stream"
 
     def change(x: Tensor) -> Tensor:
-        if held.step is None:
-            raise UserError("a part needs the model's own call: use model(...), not model.forward(...)")
-        at = Site(number, point, module, held.step)
+        if held.forward_pass is None:
+            raise UserError(
+                "a part needs the model's own call: use model(...), not model.forward(...)"
+            )
+        at = Site(number, point, module, held.forward_pass)
         for part in parts:
             if part.where.covers(number):
                 changed = getattr(part, hook)(at, x)

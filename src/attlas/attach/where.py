@@ -4,7 +4,7 @@
     heads=[2, 3]                   query heads of every layer; heads={4: [2, 3]} of layer 4 alone
     spans=[(3, 6), (8, 10)]        tokens 3, 4, 5, 8 and 9 of every row; one such list a row is taken too
 
-Tokens of spans are counted by each row's own real ones, so that padding on the left moves nothing.
+Tokens of spans are counted by each row's own valid ones, so that padding on the left moves nothing.
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ class Where:
         numbers, chosen = self._asked
         if isinstance(chosen, dict):
             self.heads = {
-                _within("layer", n, layers, who): tuple(_within("head", h, heads, who) for h in each)
+                _within("layer", n, layers, who): tuple(
+                    _within("head", h, heads, who) for h in each
+                )
                 for n, each in chosen.items()
             }
         elif chosen is not None:
@@ -98,8 +100,8 @@ def in_spans(
 
     Args:
         spans: for all rows, or for each row.
-        ranks: how many real tokens stand before each slot's in its row.
-        there: whether it holds a real token.
+        ranks: how many valid tokens stand before each slot's in its row.
+        there: whether it holds a valid token.
 
     Raises:
         ValueError: lists for another number of rows.
@@ -124,7 +126,9 @@ def rows_of(spans: Spans, batch: int | None = None) -> list[list[Span]]:
     shared = all(_is_span(each) for each in given)
     for each in given:
         if not isinstance(each, tuple | list):
-            raise UserError(f"spans takes (first, stop) or a list of them for each row, got {each!r}")
+            raise UserError(
+                f"spans takes (first, stop) or a list of them for each row, got {each!r}"
+            )
     rows = [given] * (1 if batch is None else batch) if shared else [list(each) for each in given]
     if batch is not None and len(rows) != batch:
         raise UserError(f"spans has a list for each of {len(rows)} rows, the batch has {batch}")

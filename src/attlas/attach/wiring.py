@@ -75,7 +75,7 @@ def _resolve(held: Attachment) -> None:
 def _open(layers: list[Any]) -> list[Any]:
     """A door before each layer of ours."""
     for layer in layers:
-        layer.door = own.Door()
+        layer.door = own.Door(layer)
     return [lambda: [vars(layer).pop("door") for layer in layers]]
 
 
@@ -133,8 +133,8 @@ def _watch_hidden(held: Attachment) -> list[Any]:
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         states = kwargs.get("hidden_states", args[0] if args else None)
-        if held.step is not None and isinstance(states, Tensor):
-            held.step.hidden = {module: states}
+        if held.forward_pass is not None and isinstance(states, Tensor):
+            held.forward_pass.hidden = {module: states}
 
     layers = (m for m in held.layers if isinstance(getattr(m, "layer_idx", None), int))
     return [m.register_forward_pre_hook(before, with_kwargs=True).remove for m in layers]

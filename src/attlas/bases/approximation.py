@@ -61,13 +61,15 @@ class SampledAttention(Attention):
         if self.score_mod is not None:
             raise ValueError("position: a bias on scores does not follow keys into their blocks")
 
-    def build(self, bias: bool) -> None:
+    def make_projections(self) -> None:
         """Projections, and the directions of the hash."""
-        super().build(bias)
+        super().make_projections()
         planes = torch.randn(self.head_dim, self.projections, generator=seeded(self.seed))
         self.register_buffer("planes", planes, persistent=False)
 
-    def hash(self, x: Float[Tensor, "batch heads tokens width"]) -> Integer[Tensor, "batch heads tokens"]:
+    def hash(
+        self, x: Float[Tensor, "batch heads tokens width"]
+    ) -> Integer[Tensor, "batch heads tokens"]:
         """Angular hashes in Gray code."""
         bits = (x.detach() @ self.planes > 0).long()
         number = (bits << torch.arange(bits.shape[-1], device=x.device)).sum(-1)
@@ -88,15 +90,15 @@ class SampledAttention(Attention):
         return Draws(ranks, -(self.samples * p.gather(-1, ranks)).log())
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, inputs: Inputs
+        self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
     ) -> Tensor:
         """Blocks and samples; all keys exactly where a cache holds earlier ones."""
         if self._is_step(q, k):
-            return self.fused(*self.features(q, k), v, mask)
+            return self.fused(*self.features(q, k, inputs), v, inputs.pairs)
         if self.training and self.dropout:
-            return self.aggregate(self.weigh(q, k, mask, inputs), v)
-        chances, (q, k) = self.chances(k), self.features(q, k)
-        k, v = self.per_query_head(k, q), self.per_query_head(v, q)
+            return self.aggregate(self.weigh(q, k, inputs), v, inputs)
+        chances, (q, k) = self.chances(k), self.features(q, k, inputs)
+        k, v = ops.repeated(k, q.shape[1]), ops.repeated(v, q.shape[1])
         out = q.new_zeros(*q.shape[:3], v.shape[-1])
         return self._by_rows(
             out, inputs, lambda b, rows, keys: self.estimate(
@@ -106,13 +108,13 @@ class SampledAttention(Attention):
         )  # fmt: skip
 
     def weigh(
-        self, q: Tensor, k: Tensor, mask: Mask | Tensor | None, inputs: Inputs
+        self, q: Tensor, k: Tensor, inputs: Inputs
     ) -> Float[Tensor, "batch heads queries keys"]:
         """Softmax weights of all pairs, each counted as often as the approximation counts it."""
         if self._is_step(q, k):
-            return super().weigh(q, k, mask, inputs)
-        chances, (q, k) = self.chances(k), self.features(q, k)
-        k = self.per_query_head(k, q)
+            return super().weigh(q, k, inputs)
+        chances, (q, k) = self.chances(k), self.features(q, k, inputs)
+        k = ops.repeated(k, q.shape[1])
         scores = q * self.scale @ k.transpose(-1, -2)
         counts = self._by_rows(
             torch.zeros_like(scores), inputs, lambda b, rows, keys: _columns(self.counts(
@@ -123,8 +125,14 @@ class SampledAttention(Attention):
         return self.normalize(scores + counts.log())
 
     def estimate(
-        self, q: Tensor, k: Tensor, v: Tensor, chances: Tensor | None = None, *,
-        causal: bool = False, rng: Generator | None = None,
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        chances: Tensor | None = None,
+        *,
+        causal: bool = False,
+        rng: Generator | None = None,
     ) -> tuple[Float[Tensor, "batch heads queries width"], Float[Tensor, "batch heads queries"]]:
         """(out, lse) of the approximation, one key for every query head."""
         rng = seeded(self.seed) if rng is None else rng
@@ -186,7 +194,12 @@ class SampledAttention(Attention):
         return (ranks[:, :, None] // self.block != each).flatten(1, 2)[:, :, None]
 
     def counts(
-        self, q: Tensor, k: Tensor, chances: Tensor | None = None, *, causal: bool = False,
+        self,
+        q: Tensor,
+        k: Tensor,
+        chances: Tensor | None = None,
+        *,
+        causal: bool = False,
         rng: Generator | None = None,
     ) -> Float[Tensor, "batch heads queries keys"]:
         """How often each pair counts: 1 in a block, 1/(m P) for every time that it is drawn."""
@@ -205,15 +218,18 @@ class SampledAttention(Attention):
 
     @torch.no_grad()
     def error(
-        self, x: Float[Tensor, "batch queries dim"],
-        context: Float[Tensor, "batch keys dim"] | None = None, *,
-        mask: MaskLike | None = None, norm: Literal["fro", 2] = "fro",
+        self,
+        x: Float[Tensor, "batch queries dim"],
+        context: Float[Tensor, "batch keys dim"] | None = None,
+        *,
+        mask: MaskLike | None = None,
+        norm: Literal["fro", 2] = "fro",
     ) -> Float[Tensor, "batch heads"]:
         """Error of each head relative to exact attention, in the Frobenius or the spectral norm."""
         q, k, v, pairs, inputs = self.prepare(x, context, mask)
-        exact = self.fused(*self.features(q, k), v, pairs)
-        if inputs.real is not None and context is None:
-            exact = exact.masked_fill(~inputs.real[:, None, :, None], 0.0)
+        exact = self.fused(*self.features(q, k, inputs), v, pairs)
+        if inputs.valid is not None and context is None:
+            exact = exact.masked_fill(~inputs.valid[:, None, :, None], 0.0)
         off = self.attend(q, k, v, pairs, inputs) - exact
         off, exact = off.float(), exact.float()
         size: Tensor = torch.linalg.matrix_norm(exact, ord=norm)
@@ -231,14 +247,18 @@ class SampledAttention(Attention):
     ) -> Tensor:
         """`result` of all sequences at once, or of each without its padding, put into zeros."""
         every = slice(None)
-        if inputs.real is None:
+        if inputs.valid is None:
             return result(every, every, every)
-        return torch.stack([row[0] for row in self._rows(empty, inputs.real, result, inputs)])
+        return torch.stack([row[0] for row in self._rows(empty, inputs.valid, result, inputs)])
 
     def _rows(
-        self, empty: Tensor, real: Tensor, result: Callable[[slice, Any, Any], Tensor], inputs: Inputs
+        self,
+        empty: Tensor,
+        valid: Tensor,
+        result: Callable[[slice, Any, Any], Tensor],
+        inputs: Inputs,
     ) -> Iterator[Tensor]:
-        for b, keys in enumerate(real):
+        for b, keys in enumerate(valid):
             row, keys = slice(b, b + 1), keys.nonzero()[:, 0]
             if not len(keys):
                 yield empty[row]

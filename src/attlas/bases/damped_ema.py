@@ -43,7 +43,7 @@ class DampedEMA(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "batch tokens dim"],
-        real: Bool[Tensor, "batch tokens"] | None = None,
+        valid: Bool[Tensor, "batch tokens"] | None = None,
         state: Float[Tensor, "batch dim size"] | None = None,
         form: Literal["auto", "fft", "step"] = "auto",
     ) -> tuple[Float[Tensor, "batch tokens dim"], Float[Tensor, "batch dim size"] | None]:
@@ -51,55 +51,57 @@ class DampedEMA(nn.Module):
 
         Args:
             x: what is averaged.
-            real: which tokens count; the others change nothing.
+            valid: which tokens count; the others change nothing.
             state: h before the first token; zeros unless given.
             form: by "fft", "step" by step, or the latter for a few tokens alone.
         """
         wide = torch.promote_types(x.dtype, torch.float32)
-        terms = [t.to(wide) for t in (self.alpha.sigmoid(), self.delta.sigmoid(), self.beta, self.eta)]
+        terms = [
+            t.to(wide) for t in (self.alpha.sigmoid(), self.delta.sigmoid(), self.beta, self.eta)
+        ]
         alpha, delta, beta, eta = terms
         kept, written, read = 1 - alpha * delta, alpha * beta, eta * eta.shape[-1] ** -0.5
         given = x.to(wide)
         if self.both_ways:
-            y = _both_ways(given, real, kept, written * read)
+            y = _both_ways(given, valid, kept, written * read)
         else:
             if state is None:
                 state = given.new_zeros(len(x), *kept.shape)
             short = form == "step" or (form == "auto" and x.shape[1] < SHORT)
-            y, state = (_steps if short else _fft)(given, real, kept, written, read, state)
+            y, state = (_steps if short else _fft)(given, valid, kept, written, read, state)
         return silu(y.to(x.dtype) + self.omega * x), state
 
 
 def _steps(
-    x: Tensor, real: Tensor | None, kept: Tensor, written: Tensor, read: Tensor, h: Tensor
+    x: Tensor, valid: Tensor | None, kept: Tensor, written: Tensor, read: Tensor, h: Tensor
 ) -> tuple[Tensor, Tensor]:
     found = []
     for t in range(x.shape[1]):
         after = kept * h + written * x[:, t, :, None]
-        h = after if real is None else after.where(real[:, t, None, None], h)
+        h = after if valid is None else after.where(valid[:, t, None, None], h)
         found.append((h * read).sum(-1))
     return torch.stack(found, dim=1) if found else x, h
 
 
 def _fft(
-    x: Tensor, real: Tensor | None, kept: Tensor, written: Tensor, read: Tensor, h: Tensor
+    x: Tensor, valid: Tensor | None, kept: Tensor, written: Tensor, read: Tensor, h: Tensor
 ) -> tuple[Tensor, Tensor]:
-    tokens, at = x.shape[1], None if real is None else ranks(real)
+    tokens, at = x.shape[1], None if valid is None else ranks(valid)
     powers = kept[..., None] ** torch.arange(tokens + 1, device=x.device)
     now = x if at is None else place(x, at, torch.zeros_like(x))
     kernel = torch.einsum("dnt,dn->dt", powers[..., :-1], written * read)
     y = _convolved(now, kernel) + torch.einsum("bdn,dnt->btd", h * read, powers[..., 1:])
-    if at is None or real is None:
+    if at is None or valid is None:
         last, old = now, powers[..., -1] * h
-    else:  # the real tokens at the end, where the newest one is not decayed
-        count = real.sum(-1, keepdim=True)
+    else:  # the valid tokens at the end, where the newest one is not decayed
+        count = valid.sum(-1, keepdim=True)
         last = place(x, at.where(at < 0, at + tokens - count), torch.zeros_like(x))
         y, old = at_places(y, at), kept ** count[..., None] * h
     return y, old + torch.einsum("btd,dnt->bdn", last, powers[..., :-1].flip(-1)) * written
 
 
-def _both_ways(x: Tensor, real: Tensor | None, kept: Tensor, factors: Tensor) -> Tensor:
-    at = None if real is None else ranks(real)
+def _both_ways(x: Tensor, valid: Tensor | None, kept: Tensor, factors: Tensor) -> Tensor:
+    at = None if valid is None else ranks(valid)
     now = x if at is None else place(x, at, torch.zeros_like(x))
     powers = kept[..., None] ** torch.arange(x.shape[1], device=x.device)
     ahead, back = torch.einsum("dnt,dn->dt", powers, factors).chunk(2)

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from attlas import masks
 from attlas.inputs import Inputs
-from attlas.layers.linear.base import Gates, LinearAttention
+from attlas.bases.recurrent import Gates, RecurrentAttention
 from attlas.masks import Mask
 
 #: The maximum of no key at all.
 NOTHING = -1e30
 
 
-class ExponentialKeys(LinearAttention):
+class ExponentialKeys(RecurrentAttention):
     """Linear attention whose `features` give queries ready, and logarithms of those of keys."""
 
     takes_masks = "padding"
@@ -30,7 +30,7 @@ class ExponentialKeys(LinearAttention):
     def terms(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor, Gates]:
         """The recurrence's, relative to the largest key."""
         q, logits, gates = super().terms(q, k, inputs)
-        padding = None if inputs.real_now is None else ~inputs.real_now[:, None, :, None]
+        padding = None if inputs.valid_now is None else ~inputs.valid_now[:, None, :, None]
         if padding is not None:
             logits = logits.masked_fill(padding, NOTHING)
         so_far = self.largest(logits, inputs)
@@ -54,13 +54,13 @@ class ExponentialKeys(LinearAttention):
         return torch.cat((before, tops), dim=2).cummax(2).values
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, inputs: Inputs
+        self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
     ) -> Tensor:
         """The recurrence; a cache keeps the largest key beside its state."""
-        out = super().attend(q, k, v, mask, inputs)
+        out = super().attend(q, k, v, inputs)
         if inputs.cache is not None:
             logits = super().terms(q, k, inputs)[1]
-            if inputs.real_now is not None:
-                logits = logits.masked_fill(~inputs.real_now[:, None, :, None], NOTHING)
+            if inputs.valid_now is not None:
+                logits = logits.masked_fill(~inputs.valid_now[:, None, :, None], NOTHING)
             inputs.remember("largest", self.largest(logits, inputs)[:, :, -1:])
         return out

@@ -19,7 +19,7 @@ from attlas import ops
 from attlas.attention import Attention
 from attlas.errors import at_least_one
 from attlas.inputs import Inputs
-from attlas.layers.linear.base import LinearAttention
+from attlas.bases.recurrent import RecurrentAttention
 from attlas.masks import Mask
 from attlas.positions import RoPE
 
@@ -105,7 +105,7 @@ class OnGrid(Attention):
         return super().project(inputs)
 
 
-class LinearOnGrid(OnGrid, LinearAttention):
+class LinearOnGrid(OnGrid, RecurrentAttention):
     """Linear attention plus a depthwise convolution of the values: heads + conv(v).
 
     Args:
@@ -120,30 +120,32 @@ class LinearOnGrid(OnGrid, LinearAttention):
         **options: Any,
     ) -> None:  # fmt: skip
         self.kernel_size = kernel_size
-        super().__init__(dim, heads, *args, bias=bias, **options)
+        super().__init__(dim, heads, *args, bias=self.bias, **options)
 
-    def build(self, bias: bool) -> None:
+    def make_projections(self) -> None:
         """Projections and the convolution."""
-        super().build(bias)
+        super().make_projections()
         heads = 1 if self.shares_kernels else self.kv_heads
         self.conv = (
             None if self.kernel_size is None else GridConv(heads * self.head_dim, self.kernel_size)
         )
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, inputs: Inputs
+        self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
     ) -> Tensor:
         """The product from the right, and the neighbours."""
         if self.training and self.dropout > 0:  # which falls on the weights
-            return self.aggregate(self.weigh(q, k, mask, inputs), v)
-        return self.with_neighbours(super().attend(q, k, v, mask, inputs), v)
+            return self.aggregate(self.weigh(q, k, inputs), v, inputs)
+        return self.with_neighbours(super().attend(q, k, v, inputs), v)
 
-    def aggregate(self, weights: Tensor, v: Tensor) -> Tensor:
+    def aggregate(self, weights: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
         """Weighted values, and the neighbours."""
-        return self.with_neighbours(super().aggregate(weights, v), v)
+        return self.with_neighbours(super().aggregate(weights, v, inputs), v)
 
     def with_neighbours(
-        self, heads: Float[Tensor, "b heads tokens width"], v: Float[Tensor, "b kv_heads tokens width"]
+        self,
+        heads: Float[Tensor, "b heads tokens width"],
+        v: Float[Tensor, "b kv_heads tokens width"],
     ) -> Float[Tensor, "b heads tokens width"]:
         """Heads plus the convolution of the values."""
         if self.conv is None:
@@ -153,7 +155,7 @@ class LinearOnGrid(OnGrid, LinearAttention):
             near = self.conv(v.flatten(0, 1), grid).unflatten(0, v.shape[:2])
         else:
             near = self.split_heads(self.conv(rearrange(v, "b h t d -> b t (h d)"), grid))
-        return heads + self.per_query_head(near, heads)
+        return heads + ops.repeated(near, heads.shape[1])
 
 
 class GatedOnGrid(LinearOnGrid):
@@ -181,12 +183,12 @@ class GatedOnGrid(LinearOnGrid):
         super().__init__(dim, heads, *args, **options)
         self.eps = eps
 
-    def build(self, bias: bool) -> None:
+    def make_projections(self) -> None:
         """Projections, a convolution that begins small, the gate and the angles."""
-        super().build(bias)
+        super().make_projections()
         if self.conv is not None:
             start_small(self.conv)
-        self.gate_proj = nn.Linear(self.dim, self.heads * self.head_dim, bias=bias)
+        self.gate_proj = nn.Linear(self.dim, self.heads * self.head_dim, bias=self.bias)
         if not self.rotary:
             return
         if self.head_dim % 4:
@@ -194,7 +196,7 @@ class GatedOnGrid(LinearOnGrid):
         self.rope = RoPE(self.head_dim // 2, interleaved=True)
         self.rope.frequencies = 10000.0 ** -torch.linspace(0, 1, self.head_dim // 4)
 
-    def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    def features(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """elu + 1, neither divided nor rotated."""
         return elu(q) + 1, elu(k) + 1
 
@@ -204,15 +206,21 @@ class GatedOnGrid(LinearOnGrid):
         """What a query's products with all keys are on average."""
         return ops.grouped_product(q, k.mean(2, keepdim=True).mT)
 
-    def rotated(self, x: Float[Tensor, "b heads tokens width"]) -> Float[Tensor, "b heads tokens width"]:
-        """Features turned by their tokens' rows and columns, every `head_dim` channels alike."""
+    def rotated(
+        self, x: Float[Tensor, "b heads tokens width"]
+    ) -> Float[Tensor, "b heads tokens width"]:
+        """Features rotated by their tokens' rows and columns, every `head_dim` channels alike."""
         if not self.rotary:
             return x
         width = self.grid_of(x.shape[2])[1]
         at = torch.arange(x.shape[2], device=x.device)
-        rows, columns = rearrange(x, "b h t (n two d) -> two b (h n) t d", two=2, d=self.head_dim // 2)
-        turned = torch.stack([self.rope.rotate(rows, at // width), self.rope.rotate(columns, at % width)])
-        return rearrange(turned, "two b (h n) t d -> b h t (n two d)", h=x.shape[1])
+        rows, columns = rearrange(
+            x, "b h t (n two d) -> two b (h n) t d", two=2, d=self.head_dim // 2
+        )
+        rotated = torch.stack(
+            [self.rope.rotate(rows, at // width), self.rope.rotate(columns, at % width)]
+        )
+        return rearrange(rotated, "two b (h n) t d -> b h t (n two d)", h=x.shape[1])
 
     def output(self, heads: Tensor, inputs: Inputs) -> Tensor:
         """Heads times a linear gate, projected."""

@@ -1,7 +1,7 @@
-"""Padding in what runs along a sequence: the real tokens of every row next to each other, and back.
+"""Padding in what runs along a sequence: the valid tokens of every row next to each other, and back.
 
 A convolution, or a moving average taken by FFT, knows its neighbours by their distance, so that padding
-between two tokens would set them apart. `ranks` tells each token's place among the real ones of its row,
+between two tokens would set them apart. `ranks` tells each token's place among the valid ones of its row,
 `place` puts tokens there, and `at_places` takes what was made of them back; `place_heads` and
 `heads_at_places` do so with all heads of a token.
 """
@@ -14,9 +14,9 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 
 
-def ranks(real: Bool[Tensor, "batch tokens"]) -> Integer[Tensor, "batch tokens"]:
-    """Each real token's number in its row, from 0; −1 at padding."""
-    return (real.long().cumsum(-1) - 1).masked_fill(~real, -1)
+def ranks(valid: Bool[Tensor, "batch tokens"]) -> Integer[Tensor, "batch tokens"]:
+    """Each valid token's number in its row, from 0; −1 at padding."""
+    return (valid.long().cumsum(-1) - 1).masked_fill(~valid, -1)
 
 
 def place(
@@ -38,22 +38,22 @@ def at_places(
 
 
 def token_before(
-    x: Float[Tensor, "batch tokens width"], real: Bool[Tensor, "batch tokens"] | None = None,
+    x: Float[Tensor, "batch tokens width"], valid: Bool[Tensor, "batch tokens"] | None = None,
     before: Float[Tensor, "batch one width"] | None = None,
 ) -> tuple[Float[Tensor, "batch tokens width"], Float[Tensor, "batch one width"]]:  # fmt: skip
-    """(the real token before each, the last of them for the next pass).
+    """(the valid token before each, the last of them for the next pass).
 
     Args:
         x: the tokens.
-        real: which of them are none of padding; all unless given.
+        valid: which of them are none of padding; all unless given.
         before: the token before the first, as the pass before returned it; zeros unless given.
     """
     before = torch.zeros_like(x[:, :1]) if before is None else before
-    at = None if real is None else ranks(real)
+    at = None if valid is None else ranks(valid)
     whole = torch.cat((before, x if at is None else place(x, at, torch.zeros_like(x))), dim=1)
-    if at is None or real is None:
+    if at is None or valid is None:
         return whole[:, :-1], whole[:, -1:]
-    return at_places(whole[:, :-1], at), at_places(whole, real.sum(-1, keepdim=True))
+    return at_places(whole[:, :-1], at), at_places(whole, valid.sum(-1, keepdim=True))
 
 
 def place_heads(
@@ -74,24 +74,24 @@ def heads_at_places(
 
 def short_convolution(
     x: Float[Tensor, "batch tokens width"], conv: nn.Conv1d,
-    real: Bool[Tensor, "batch tokens"] | None = None,
+    valid: Bool[Tensor, "batch tokens"] | None = None,
     before: Float[Tensor, "batch earlier width"] | None = None,
 ) -> tuple[Float[Tensor, "batch tokens width"], Float[Tensor, "batch earlier width"]]:  # fmt: skip
-    """(a causal convolution over the real tokens, the last of them for the next pass).
+    """(a causal convolution over the valid tokens, the last of them for the next pass).
 
     Args:
         x: its input.
         conv: without padding of its own.
-        real: which tokens are none of padding; all unless given.
+        valid: which tokens are none of padding; all unless given.
         before: what stands before the first token, as the pass before returned it; zeros unless given.
     """
     earlier = conv.kernel_size[0] - 1
-    at = None if real is None else ranks(real)
+    at = None if valid is None else ranks(valid)
     now = x if at is None else place(x, at, torch.zeros_like(x))
     before = x.new_zeros(len(x), earlier, x.shape[-1]) if before is None else before
     whole = torch.cat((before, now), dim=1)
     y = conv(whole.mT).mT
-    if at is None or real is None:
+    if at is None or valid is None:
         return y, whole[:, whole.shape[1] - earlier :]
-    last = real.sum(-1, keepdim=True) + torch.arange(earlier, device=x.device)
+    last = valid.sum(-1, keepdim=True) + torch.arange(earlier, device=x.device)
     return at_places(y, at), at_places(whole, last)

@@ -39,7 +39,7 @@ class Budget:
 
     def slots(
         self,
-        real: Int[Tensor, " batch"],
+        total: Int[Tensor, " batch"],
         *,
         slot_bytes: int,
         index_bytes: int,
@@ -53,7 +53,7 @@ class Budget:
         the `layers - whole` compressed ones share what the whole ones leave.
 
         Args:
-            real: tokens of each row, padding not counted.
+            total: tokens of each row, padding not counted.
             slot_bytes: bytes of one token's key and value in one layer.
             index_bytes: bytes of its slot index, in a compressed layer.
             layers: full-attention layers of the cache.
@@ -64,7 +64,7 @@ class Budget:
             ValueError: the layers that stay whole use up the budget.
         """
         # Plain integers: a handful of rows, and int() of a product in double precision.
-        counts: list[int] = real.tolist()
+        counts: list[int] = total.tolist()
         kept = []
         for count in counts:
             if self.bytes is not None:
@@ -80,7 +80,7 @@ class Budget:
                     + "; give a larger budget"
                 )
             kept.append(max(1, min(room, count)))
-        return torch.tensor(kept, device=real.device)
+        return torch.tensor(kept, device=total.device)
 
     def __str__(self) -> str:
         name = next(n for n in ("keep", "tokens", "bytes") if getattr(self, n) is not None)

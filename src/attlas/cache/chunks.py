@@ -64,7 +64,7 @@ class ChunkKeys:
         """The queries that no complete chunk holds yet, each row's first ones."""
         pending = self.state.tensors.get("pending", call.q[:, :, :0])
         queries = torch.cat([pending, call.q], dim=2)
-        if call.rows.real is None:
+        if call.rows.valid is None:
             return queries
         number = torch.arange(pending.shape[2], device=queries.device)
         held = torch.tensor([count % self.size for count in before], device=queries.device)
@@ -79,10 +79,10 @@ class ChunkKeys:
             return k, v, [n * self.size for n in done]
         assert layer.keys is not None
         assert layer.values is not None
-        columns = layer.dense_columns() if layer.bodies or layer.index is not None else None
+        columns = layer.dense_positions() if layer.bodies or layer.index is not None else None
         k, v = (call.rows.aligned(x, columns) for x in (layer.keys, layer.values))
         # Whole chunks are packed as soon as they are complete, once the prompt is over.
-        return k, v, [0 if layer.settled else n * self.size for n in done]
+        return k, v, [0 if layer.compressed else n * self.size for n in done]
 
 
 def chunk_summaries(

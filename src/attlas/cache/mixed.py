@@ -44,10 +44,10 @@ def remember(state: LayerState, call: Call, rule: Rule) -> None:
         call: whose queries are new.
         rule: which stay.
     """
-    rank, real = call.ranks
-    queries, columns = call.q, torch.where(real, call.queries, -1)
+    rank, valid = call.ranks
+    queries, columns = call.q, torch.where(valid, call.queries, -1)
     count = rank[:, -1:] + 1
-    before = count - real.sum(dim=-1, keepdim=True)
+    before = count - valid.sum(dim=-1, keepdim=True)
     if "queries" in state.tensors:
         queries = torch.cat([state.tensors["queries"], queries], dim=2)
         rank = torch.cat([call.rows.at(state.tensors["columns"])[1], rank], dim=1)
@@ -75,7 +75,7 @@ def attention_paid(
     """What the probes pay to the dense slots, some probes at a time; an empty probe pays nothing."""
     keys = layer.keys
     assert keys is not None
-    heads, columns = keys.shape[1], layer.dense_columns()
+    heads, columns = keys.shape[1], layer.dense_positions()
     there = layer.there(rows)
     bodies = [body.segment() for body in layer.bodies.values()]
     for start in range(0, state.tensors["columns"].shape[1], AT_ONCE):
@@ -96,15 +96,15 @@ def attention_paid(
 def spread(
     layer: StoredLayer, x: Float[Tensor, "batch kv_heads slots"]
 ) -> Float[Tensor, "batch kv_heads seen"]:
-    """Numbers of the dense slots, by original column; 0 for columns that are not there."""
-    columns = layer.dense_columns()
+    """Numbers of the dense slots, by original positions; 0 for columns that are not there."""
+    columns = layer.dense_positions()
     by_column = x.new_zeros(*x.shape[:2], layer.seen + 1)
     at = torch.where(columns >= 0, columns, layer.seen).long()
     return by_column.scatter(-1, at, x)[..., : layer.seen]
 
 
 def taken_columns(taken: Taken) -> Int[Tensor, "batch kv_heads slots"]:
-    """Original column of every slot taken, −1 for a hole."""
+    """Original positions of every slot taken, −1 for a hole."""
     if taken.index is not None:
         return taken.index
     shape = taken.k.shape

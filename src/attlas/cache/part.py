@@ -1,8 +1,8 @@
-"""What every part that deals with a cache has in common: learn from the prompt, then settle.
+"""What every part that deals with a cache has in common: learn from the prompt, then compress.
 
 The prompt is the first call on an empty cache. Its attention is exact; right after it, layer by layer,
-every part *settles*: a policy drops keys, a quantiser encodes what is left, a selection summarises
-what it will choose from. Parts settle in the order in which they were given, so each works on what
+every part *compresses*: a policy drops keys, a quantiser encodes what is left, a selection summarises
+what it will choose from. Parts compress in the order in which they were given, so each works on what
 those before it left.
 """
 
@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import nn
 
-from attlas.attach.call import Call, Step
+from attlas.attach.call import Call, ForwardPass
 from attlas.attach.part import Part
 from attlas.catalog.kinds import CACHE, Kind
 from attlas.errors import UserError
@@ -29,7 +29,7 @@ ROLES: tuple[Role, ...] = ("evict", "quantize", "select")
 
 
 class CachePart(Part):
-    """Base of the parts that deal with a cache. A subclass gives `settle`, and `learn` when it asks."""
+    """Base of the parts that deal with a cache. A subclass gives `compress`, and `learn` when it asks."""
 
     kind: ClassVar[Kind] = CACHE
     #: Evict, quantize or select.
@@ -37,9 +37,9 @@ class CachePart(Part):
     #: Roles of other parts that this one can work together with on one cache.
     joins: ClassVar[tuple[Role, ...]] = ()
     #: The part uses the model's rotary embedding.
-    rotates: bool = False
+    rotates = False
     #: The prompt's own attention is the model's.
-    exact_prefill: bool = True
+    exact_prefill = True
     #: Options with which the part changes nothing, which the contract checks; None where there are none.
     everything: ClassVar[dict[str, Any] | None] = None
 
@@ -53,15 +53,13 @@ class CachePart(Part):
     def learn(self, state: LayerState, call: Call) -> None:
         """Gather statistics from a call of the layer, prompt or later."""
 
-    def settle(
-        self, layer: StoredLayer, state: LayerState, rows: Rows
-    ) -> None:
+    def compress(self, layer: StoredLayer, state: LayerState, rows: Rows) -> None:
         """The prompt is over: do with the layer what the part is for.
 
         Args:
             layer: what the parts before this one left.
             state: what was learned.
-            rows: which of the tokens seen are real.
+            rows: which of the tokens seen are valid.
         """
         raise NotImplementedError
 
@@ -130,27 +128,32 @@ class CachePart(Part):
             if known is not None:
                 known.rotary, known.full, known.windows = state.rotary, state.full, state.windows
 
-    def begin(self, step: Step) -> None:
-        """In a chunked prompt, the first single token ends it: now the layers settle."""
-        if not (step.chunked and step.length == 1 and step.offset and step.cache is not None):
+    def begin(self, forward_pass: ForwardPass) -> None:
+        """In a chunked prompt, the first single token ends it: now the layers are compressed."""
+        if not (
+            forward_pass.chunked
+            and forward_pass.length == 1
+            and forward_pass.offset
+            and forward_pass.cache is not None
+        ):
             return
-        for layer in step.cache.layers:
-            if isinstance(layer, StoredLayer) and not layer.settled:
-                self.settle(layer, layer.learned[self.name], layer.rows(step.real))
+        for layer in forward_pass.cache.layers:
+            if isinstance(layer, StoredLayer) and not layer.compressed:
+                self.compress(layer, layer.learned[self.name], layer.rows(forward_pass.valid))
 
     def observe(self, call: Call) -> None:
-        """Learn from a call, and settle when it is the prompt's."""
+        """Learn from a call, and compress when it is the prompt's."""
         layer = call.cache_layer
         if not isinstance(layer, StoredLayer) or self.name not in layer.learned:
             return
         state = layer.learned[self.name]
-        if layer.settled:
+        if layer.compressed:
             self.later(layer, state, call)
             return
         state.scaling = call.scaling
         self.learn(state, call)
-        if not call.step.chunked:
-            self.settle(layer, state, call.rows)
+        if not call.forward_pass.chunked:
+            self.compress(layer, state, call.rows)
 
 
 def absorb(
@@ -167,7 +170,7 @@ def absorb(
 
     Args:
         layer: whose dense slots are taken.
-        rows: which of the tokens seen are real.
+        rows: which of the tokens seen are valid.
         encode: makes bodies, by name, of what was taken.
         recent: newest tokens that stay dense.
         block: tokens of a block.

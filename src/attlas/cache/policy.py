@@ -17,6 +17,7 @@ from attlas.attach.call import Call
 from attlas.cache.budget import Budget
 from attlas.cache.part import CachePart, Role
 from attlas.errors import UserError
+from attlas.options import option
 from attlas.storage.layer import INDEX_BYTES, LayerState, StoredLayer
 from attlas.storage.rows import Rows
 
@@ -29,47 +30,47 @@ class Slots:
         keys: as cached (rotated).
         values: as cached.
         valid: the slot holds a token that is no padding.
-        column: original column of each slot's token.
-        rank: how many real tokens stand before it in its row.
-        real: real tokens seen, by row.
+        original_position: of each slot's token.
+        rank: how many valid tokens stand before it in its row.
+        total: valid tokens seen, by row.
         budget: slots to keep, by row.
     """
 
     keys: Float[Tensor, "batch kv_heads slots dim"]
     values: Float[Tensor, "batch kv_heads slots value_dim"]
     valid: Bool[Tensor, "batch kv_heads slots"]
-    column: Int[Tensor, "batch kv_heads slots"]
+    original_position: Int[Tensor, "batch kv_heads slots"]
     rank: Int[Tensor, "batch kv_heads slots"]
-    real: Int[Tensor, " batch"]
+    total: Int[Tensor, " batch"]
     budget: Int[Tensor, " batch"]
 
 
 class CachePolicy(CachePart):
-    """Base of the policies. A subclass gives `scores`, and `learn` when it needs more than keys.
-
-    Args:
-        keep: share of the context kept, in (0, 1].
-        tokens: or tokens kept.
-        bytes: or bytes of the whole cache: keys, values and slot indices of all layers.
-        while_decoding: enforce the budget again after every later call, where the policy can.
-    """
+    """Base of the policies. A subclass gives `scores`, and `learn` when it needs more than keys."""
 
     #: A policy chooses which pairs may meet.
-    stages = ("mask",)
+    changes = ("mask",)
     role: ClassVar[Role] = "evict"
     joins: ClassVar[tuple[Role, ...]] = ("quantize", "select")
-    everything = {"keep": 1.0}  # noqa: RUF012
+    everything: ClassVar[dict[str, Any] | None] = {"keep": 1.0}
+    #: The budget is enforced again after every later call.
+    while_decoding = False
 
-    def __init__(
-        self,
-        keep: float | None = None,
-        *,
-        tokens: int | None = None,
-        bytes: int | None = None,
-        while_decoding: bool = False,
-    ) -> None:
-        self.budget = Budget(keep, tokens, bytes)
-        self.while_decoding = while_decoding
+    keep: float | None = option(
+        "share of the context kept, what always stays included", default=None, above=0, at_most=1,
+        kw_only=False,
+    )  # fmt: skip
+    tokens: int | None = option(
+        "or tokens kept, on average over the layers", default=None, at_least=1
+    )
+    bytes: int | None = option(
+        "or bytes of the whole cache: keys, values and slot indices of all layers", default=None,
+        at_least=1,
+    )  # fmt: skip
+
+    def setup(self) -> None:
+        """Understand the budget."""
+        self.budget = Budget(self.keep, self.tokens, self.bytes)
 
     # What a policy defines.
 
@@ -97,7 +98,7 @@ class CachePolicy(CachePart):
         """Hold the best slots of every head alone."""
         layer.keep(*best(scores, slots.valid, slots.budget))
 
-    def placed(self, layer: StoredLayer, state: LayerState, real: Int[Tensor, " batch"]) -> None:
+    def placed(self, layer: StoredLayer, state: LayerState, total: Int[Tensor, " batch"]) -> None:
         """Called when the layer holds what was kept."""
 
     # How attach uses it.
@@ -117,16 +118,14 @@ class CachePolicy(CachePart):
                 f"skip_layers={self.skipped} leaves no layer of the model's {len(layers)} to compress"
             )
 
-    def settle(
-        self, layer: StoredLayer, state: LayerState, rows: Rows
-    ) -> None:
+    def compress(self, layer: StoredLayer, state: LayerState, rows: Rows) -> None:
         """Keep the best slots of a layer and free the rest.
 
         Raises:
             ValueError: the budget is smaller than what the method must hold.
         """
         if state.layer not in self.skipped:
-            self._compress(layer, state, rows)
+            self._keep_best(layer, state, rows)
         if not self.while_decoding:
             state.tensors.clear()
 
@@ -134,11 +133,9 @@ class CachePolicy(CachePart):
         """Enforce the budget again, where that was asked for."""
         if self.while_decoding:
             self.learn(state, call)
-            self.settle(layer, state, call.rows)
+            self.compress(layer, state, call.rows)
 
-    def _compress(
-        self, layer: StoredLayer, state: LayerState, rows: Rows
-    ) -> None:
+    def _keep_best(self, layer: StoredLayer, state: LayerState, rows: Rows) -> None:
         slots = self.slots(layer, state, rows)
         held = slots.valid[:, 0].sum(dim=-1).tolist()  # as many in every head
         short = [n for n, m in zip(slots.budget.tolist(), held, strict=True) if n < m]
@@ -147,23 +144,21 @@ class CachePolicy(CachePart):
         name, least = self.floor
         if min(short) < least:
             raise UserError(
-                f"the budget {self.budget} is {min(short)} tokens of {int(slots.real.max())}, "
+                f"the budget {self.budget} is {min(short)} tokens of {int(slots.total.max())}, "
                 f"smaller than {name}={least} of {type(self).__name__}; give a larger budget or a "
                 f"smaller {name}"
             )
         self.drop(layer, slots, self.scores(state, slots))
         layer.fixed = layer.seen
-        self.placed(layer, state, slots.real)
+        self.placed(layer, state, slots.total)
 
-    def slots(
-        self, layer: StoredLayer, state: LayerState, rows: Rows
-    ) -> Slots:
+    def slots(self, layer: StoredLayer, state: LayerState, rows: Rows) -> Slots:
         """The slots of a layer as `scores` takes them."""
         keys, values = layer.keys, layer.values
         assert keys is not None
         assert values is not None
         batch, heads, count, _ = keys.shape
-        columns = layer.columns()
+        columns = layer.original_positions()
         if columns is None:
             columns = torch.arange(count, device=keys.device).expand(batch, heads, count)
         at = columns.clamp(min=0).long() if layer.index is not None else columns
@@ -177,8 +172,16 @@ class CachePolicy(CachePart):
             whole=len(set(self.skipped) & set(state.full)),
             windows=sum(min(layer.seen, window - 1) for window in state.windows),
         )
-        slots = Slots(keys, values, valid, column=at, rank=rank, real=total, budget=budget)
+        slots = Slots(
+            keys, values, valid, original_position=at, rank=rank, total=total, budget=budget
+        )
         return replace(slots, budget=self.budgets(state, slots))
+
+
+class ContinualPolicy(CachePolicy):
+    """Base of the policies that can go on dropping keys while the model decodes."""
+
+    while_decoding: bool = option("enforce the budget again after every later call", default=False)
 
 
 def best(

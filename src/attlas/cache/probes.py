@@ -48,11 +48,11 @@ def probe(
         running: statistics of the windows before.
         horizon: windows over which they run, and until which the weights are uniform.
     """
-    q, real = q.float(), there[..., None].float()
-    count = real.sum(1)  # [batch, 1]
+    q, valid = q.float(), there[..., None].float()
+    count = valid.sum(1)  # [batch, 1]
     w = count.clamp(min=1)
-    mean = (q * real).sum(1) / w
-    var = ((q - mean[:, None]).square() * real).sum(1) / w
+    mean = (q * valid).sum(1) / w
+    var = ((q - mean[:, None]).square() * valid).sum(1) / w
     n = running.windows.clamp(min=1, max=horizon)[:, None].float()
     spread = running.var * (n - 1 / w) + var + (mean - running.mean).square() / (1 + 1 / n)
     began, some = running.windows[:, None] > 0, count > 0
@@ -63,10 +63,10 @@ def probe(
     )
     floor = fresh.var.mean(-1, keepdim=True) / 100
     scaled = (q - fresh.mean[:, None]).square() / (fresh.var + floor)[:, None]
-    bias = scaled.nan_to_num().mean(-1) * real[..., 0]
+    bias = scaled.nan_to_num().mean(-1) * valid[..., 0]
     total = bias.sum(1, keepdim=True)
     biased = (running.windows[:, None] > horizon) & (total > 0)
-    weights = torch.where(biased, bias / total.clamp(min=1e-30), real[..., 0] / w)
+    weights = torch.where(biased, bias / total.clamp(min=1e-30), valid[..., 0] / w)
     kept = Running(*(torch.where(some if a.ndim > 1 else some[:, 0], a, b)
                      for a, b in zip(fresh, running, strict=True)))  # fmt: skip
     return torch.einsum("bt,btc->bc", weights, q), weights, kept

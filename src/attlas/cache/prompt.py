@@ -106,15 +106,15 @@ class Prompt:
         check_together(list(parts))
         fork = DynamicCache()
         learned = {part.name: self._watch.of(part) for part in parts}
-        real = None if self.attention_mask is None else self.attention_mask.bool()
-        rows = Rows(real, self.tokens)
+        valid = None if self.attention_mask is None else self.attention_mask.bool()
+        rows = Rows(valid, self.tokens)
         for number, layer in enumerate(self.cache.layers):
             states = {name: known[number] for name, known in learned.items() if number in known}
             if states:
                 layer = _stored(layer, states)
                 for part in parts:
-                    part.settle(layer, layer.learned[part.name], rows)
-                layer.settled = True
+                    part.compress(layer, layer.learned[part.name], rows)
+                layer.compressed = True
             else:
                 layer = _copy(layer)
             fork.layers.append(layer)
@@ -192,7 +192,7 @@ def _read(
 
 
 def _padded(mask: Tensor, start: int, stop: int) -> dict[str, Tensor]:
-    """Mask and positions of a chunk, counted over real tokens as generate() counts them."""
+    """Mask and positions of a chunk, counted over valid tokens as generate() counts them."""
     positions = (mask.long().cumsum(dim=-1) - 1).clamp(min=0)
     return {"attention_mask": mask[:, :stop], "position_ids": positions[:, start:stop]}
 

@@ -11,6 +11,7 @@ from attlas.attach.call import Call
 from attlas.cache.part import CachePart, Role, absorb
 from attlas.errors import UserError
 from attlas.ops.quantize import PLANES
+from attlas.options import option
 from attlas.storage.body import Body
 from attlas.storage.layer import LayerState, StoredLayer, Taken
 from attlas.storage.rows import Rows
@@ -28,27 +29,17 @@ def offered(**bits: int) -> None:
 
 
 class Quantizer(CachePart):
-    """Base of the quantisers. A subclass gives `encode`.
-
-    Args:
-        recent: newest tokens that stay in full precision.
-        block: tokens that are encoded at once; what is encoded is a whole number of blocks.
-
-    Raises:
-        ValueError: a negative `recent`, or a `block` below 1.
-    """
+    """Base of the quantisers. A subclass gives `encode`."""
 
     #: Rounding changes scores and what is summed.
-    stages = ("score", "aggregate")
+    changes = ("score", "aggregate")
     role: ClassVar[Role] = "quantize"
     joins: ClassVar[tuple[Role, ...]] = ("evict", "select")
 
-    def __init__(self, *, recent: int, block: int) -> None:
-        if recent < 0:
-            raise UserError(f"recent must be at least 0, got {recent}")
-        if block < 1:
-            raise UserError(f"block must be at least 1, got {block}")
-        self.recent, self.block = recent, block
+    recent: int = option("newest tokens that stay in full precision", at_least=0)
+    block: int = option(
+        "tokens that are encoded at once; what is encoded is a whole number of blocks", at_least=1
+    )
 
     def encode(self, state: LayerState, taken: Taken) -> dict[str, Body]:
         """Bodies, by name, that hold these tokens: one, or several of different precision."""
@@ -62,12 +53,10 @@ class Quantizer(CachePart):
         super().check(model)
         self.formats(model)
 
-    def settle(
-        self, layer: StoredLayer, state: LayerState, rows: Rows
-    ) -> None:
+    def compress(self, layer: StoredLayer, state: LayerState, rows: Rows) -> None:
         """Encode all but the newest tokens."""
         absorb(layer, rows, partial(self.encode, state), recent=self.recent, block=self.block)
 
     def later(self, layer: StoredLayer, state: LayerState, call: Call) -> None:
         """Encode what is no longer new, a block at a time."""
-        self.settle(layer, state, call.rows)
+        self.compress(layer, state, call.rows)

@@ -45,8 +45,8 @@ def mass_behind(
     rows: Rows,
 ) -> Float[Tensor, "batch heads"]:
     """log Σ exp(q·k) over all that a layer holds behind its first body; −∞ when that is nothing."""
-    real = rows.real
-    visible = None if real is None else real[:, None, None].to(q.device)
+    valid = rows.valid
+    visible = None if valid is None else valid[:, None, None].to(q.device)
     behind = layer.segments(1, visible)[1:]
     if not behind:
         return torch.full(q.shape[:2], -torch.inf, device=q.device)

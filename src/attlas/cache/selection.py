@@ -20,7 +20,8 @@ from attlas.attach.call import Call
 from attlas.attach.part import Selector
 from attlas.cache.part import CachePart, Role, absorb
 from attlas.catalog.kinds import SELECT, Kind
-from attlas.errors import UserError, at_least_one
+from attlas.errors import UserError
+from attlas.options import option
 from attlas.storage.body import Body, GrownBody
 from attlas.storage.coded import CodedBody
 from attlas.storage.layer import Chosen, LayerState, StoredLayer, Taken
@@ -33,50 +34,42 @@ PACKED = ("packed", "tiered")
 
 
 class Selection(CachePart, Selector):
-    """Base of the selections. A subclass gives `choose`, and `summarize` when it prepares for it.
-
-    Args:
-        page: tokens that are packed, and may be chosen, together.
-        recent: newest tokens that are always read, beside those that do not fill a block.
-        dense_layers: layers in which every step reads everything.
-        block: tokens that are packed at once, a number of pages; one page unless given.
-        offload: hold what is packed in host memory, and on the device what was read last.
-        capacity: tokens a head that the device then holds; as many as a step reads unless given.
-
-    Raises:
-        ValueError: a page, block or capacity below 1, a block that is no number of pages, a
-            negative number, or a capacity without `offload`.
-    """
+    """Base of the selections. A subclass gives `choose`, and `summarize` when it prepares for it."""
 
     kind: ClassVar[Kind] = SELECT
     #: A selection chooses which pairs may meet.
-    stages: ClassVar[tuple[str, ...]] = ("mask",)
+    changes: ClassVar[tuple[str, ...]] = ("mask",)
     role: ClassVar[Role] = "select"
     joins: ClassVar[tuple[Role, ...]] = ("evict", "quantize")
 
-    def __init__(
-        self,
-        *,
-        page: int = 1,
-        recent: int = 0,
-        dense_layers: Sequence[int] = (),
-        block: int | None = None,
-        offload: bool = False,
-        capacity: int | None = None,
-    ) -> None:
-        if recent < 0:
-            raise UserError(f"recent must be at least 0, got {recent}")
-        if any(number < 0 for number in dense_layers):
-            raise UserError(f"dense_layers takes numbers of layers, got {tuple(dense_layers)}")
-        self.page, self.recent = at_least_one("page", page), recent
-        self.dense_layers = tuple(dense_layers)
-        self.block = page if block is None else at_least_one("block", block)
-        if self.block % page:
-            raise UserError(f"block={block} is no number of pages of {page} tokens")
-        if capacity is not None and not offload:
-            raise UserError(f"capacity={capacity} is of the device tier; give offload=True with it")
-        self.offload = offload
-        self.capacity = None if capacity is None else at_least_one("capacity", capacity)
+    page: int = option("tokens that are packed, and may be chosen, together", default=1, at_least=1)
+    recent: int = option(
+        "newest tokens that are always read, beside those that do not fill a block", default=0,
+        at_least=0,
+    )  # fmt: skip
+    dense_layers: Sequence[int] = option(
+        "layers in which every step reads everything", default=(), at_least=0
+    )
+    block: int = option(
+        "tokens that are packed at once, a number of pages; one page unless given", at_least=1,
+        factory=lambda part: part.page,
+    )  # fmt: skip
+    offload: bool = option(
+        "hold what is packed in host memory, and on the device what was read last", default=False
+    )
+    capacity: int | None = option(
+        "tokens a head that the device then holds; as many as a step reads unless given", default=None,
+        at_least=1,
+    )  # fmt: skip
+
+    def setup(self) -> None:
+        """Refuse blocks that are no number of pages, and a capacity without a tier to hold it."""
+        if self.block % self.page:
+            raise UserError(f"block={self.block} is no number of pages of {self.page} tokens")
+        if self.capacity is not None and not self.offload:
+            raise UserError(
+                f"capacity={self.capacity} is of the device tier; give offload=True with it"
+            )
 
     # What a selection defines.
 
@@ -99,9 +92,7 @@ class Selection(CachePart, Selector):
                 f"dense_layers names layer {outside[0]}; the model has layers 0 to {layers - 1}"
             )
 
-    def settle(
-        self, layer: StoredLayer, state: LayerState, rows: Rows
-    ) -> None:
+    def compress(self, layer: StoredLayer, state: LayerState, rows: Rows) -> None:
         """Pack all but the newest tokens, unless a quantiser does, and summarise what is packed.
 
         Raises:
@@ -122,12 +113,12 @@ class Selection(CachePart, Selector):
 
     def later(self, layer: StoredLayer, state: LayerState, call: Call) -> None:
         """Pack what is no longer new, a page at a time."""
-        self.settle(layer, state, call.rows)
+        self.compress(layer, state, call.rows)
 
     def select(self, call: Call) -> Chosen | None:
-        """The choice for a single token behind a settled context."""
+        """The choice for a single token behind a compressed context."""
         layer = call.cache_layer
-        if not isinstance(layer, StoredLayer) or not layer.settled or call.q.shape[2] != 1:
+        if not isinstance(layer, StoredLayer) or not layer.compressed or call.q.shape[2] != 1:
             return None
         state, body = layer.learned.get(self.name), first_body(layer)
         if state is None or body is None or state.layer in self.dense_layers:

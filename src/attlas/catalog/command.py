@@ -70,7 +70,7 @@ def show(name: Annotated[str, typer.Argument(help="A slug or the name of a mecha
 
 
 def _existing(entry: Entry) -> list[RenderableType]:
-    law = getattr(entry.object, "memory_law", None)
+    law = entry.memory
     parts: list[RenderableType] = [
         Text(f"\n{entry.doc}"),
         _section("Signature", f"{entry.name}{_signature(entry)}"),
@@ -99,9 +99,7 @@ def _signature(entry: Entry) -> str:
                 parameter.VAR_POSITIONAL,
             ):
                 seen.setdefault(parameter.name, parameter)
-    shown = [
-        p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in seen.values()
-    ]
+    shown = [p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in seen.values()]
     return f"({', '.join(shown)})"
 
 

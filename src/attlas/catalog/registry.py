@@ -21,6 +21,7 @@ from attlas.catalog.kinds import PARTS, Kind, kind_of, kind_of_module
 from attlas.catalog.source import Declared, declared
 from attlas.catalog.stages import stages_of
 from attlas.errors import UnknownName
+from attlas.options import BadOption, unknown_option
 
 T = TypeVar("T", bound=Callable[..., Any])
 
@@ -101,6 +102,13 @@ class Entry(Declared):
     def reduces_to(self) -> Reduction | None:
         """Its declared special case."""
         return self.registration.reduces_to
+
+    @property
+    def memory(self) -> str:
+        """How its extra memory grows with the length, where it says so."""
+        return str(getattr(getattr(self.object, "supports", None), "memory", "")) or str(
+            getattr(self.object, "memory_law", "")
+        )
 
     @property
     def example(self) -> Mapping[str, Any]:
@@ -216,7 +224,7 @@ def entry_of(obj: Callable[..., Any]) -> Entry | None:
     return _entries.get(name or "")
 
 
-def make(name: str, **options: Any) -> Any:
+def make(name: str, **options: object) -> Any:
     """Construct the mechanism `name`: `make("differential-transformer", dim=512, heads=8)`.
 
     Layers come back as `nn.Module`, parts as objects for `attlas.attach`, masks as `attlas.masks.Mask`.
@@ -224,35 +232,37 @@ def make(name: str, **options: Any) -> Any:
 
     Raises:
         UnknownName: no such mechanism.
-        ValueError: an option that it does not take, with those that it takes.
+        BadOption: an option that it does not take, with the nearest that it takes; a ValueError and a
+            TypeError.
     """
     entry = find(name)
-    made = entry.object
-    parameters = signature(made)
-    unknown = sorted(set(options) - set(parameters))
-    if unknown:
-        raise ValueError(
-            f"{entry.name} takes no option {unknown[0]!r}; it takes {sorted(parameters)}"
-        )
+    made, taken = entry.object, signature(entry.object)
+    declared = getattr(made, "declared_options", {})
+    for option in options:
+        if option not in taken:
+            raise unknown_option(entry.name, option, {**taken, **declared})
     if not entry.kind.constructed:
         return lambda *args, **more: made(*args, **{**options, **more})
-    missing = [
-        p.name for p in parameters.values()
-        if p.default is p.empty and p.name not in options
-    ]  # fmt: skip
+    missing = [n for n, p in taken.items() if p.default is p.empty and n not in options]
     if missing:
-        raise ValueError(f"{entry.name} needs the option {missing[0]!r}")
+        raise BadOption(f"{entry.name} needs the option {missing[0]!r}")
     return made(**options)
 
 
 def signature(obj: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """What it takes by name; a class that passes `**options` on takes what its base takes too."""
+    """What it takes by name; a class whose own constructor passes `**options` on takes its base's too."""
     taken: dict[str, inspect.Parameter] = {}
     for one in obj.__mro__ if inspect.isclass(obj) else (obj,):
-        if inspect.isclass(one) and "__init__" not in vars(one):
+        if (
+            inspect.isclass(one)
+            and "__init__" not in vars(one)
+            and "__signature__" not in vars(one)
+        ):
             continue
         parameters = inspect.signature(one).parameters
-        named = {n: p for n, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+        named = {
+            n: p for n, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        }
         taken = {**named, **taken}
         if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
             break

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from attlas.catalog import kinds
 from attlas.catalog.kinds import KINDS, TASK, Kind
-from attlas.catalog.stages import overridden
+from attlas.catalog.stages import changed, is_paper
 
 #: The kinds by the names under which sources import them.
 _KINDS = {name: kind for name, kind in vars(kinds).items() if isinstance(kind, Kind)}
@@ -69,9 +69,7 @@ def _declared_in(module: str) -> Iterator[Declared]:
                 yield _read(node, call, module, doc)
 
 
-def _read(
-    node: ast.ClassDef | ast.FunctionDef, call: ast.Call, module: str, doc: str
-) -> Declared:
+def _read(node: ast.ClassDef | ast.FunctionDef, call: ast.Call, module: str, doc: str) -> Declared:
     given = {k.arg: k.value for k in call.keywords}
     line = list(_line(node, module)) if isinstance(node, ast.ClassDef) else []
     kind = _kind(line, given)
@@ -93,10 +91,10 @@ def _read(
     return Declared(name, paper, aliases, kind, module, node.name, told, stages)
 
 
-def _kind(line: list[ast.ClassDef], given: dict[str | None, ast.expr]) -> Kind | None:
+def _kind(line: list[tuple[ast.ClassDef, str]], given: dict[str | None, ast.expr]) -> Kind | None:
     """The kind that the nearest class carries, or that the decorator was given."""
     found = given.get("kind")
-    for each in line:
+    for each, _ in line:
         carried = [
             i.value for i in each.body
             if isinstance(i, ast.AnnAssign | ast.Assign) and "kind" in _targets(i)
@@ -115,36 +113,38 @@ def _called(call: ast.Call) -> str:
 # Stages ----------------------------------------------------------------------------------------------
 
 
-def _stages(line: list[ast.ClassDef], kind: Kind) -> tuple[str, ...]:
+def _stages(line: list[tuple[ast.ClassDef, str]], kind: Kind) -> tuple[str, ...]:
     defined: set[str] = set()
-    for each in line:
+    told: list[str] = []
+    for each, module in line:
         names, stages = _members(each)
-        if stages is not None:
-            return stages
-        if "kind" not in names:  # what a kind's base defines is no paper's change
+        told += stages
+        if "kind" not in names and is_paper(
+            module
+        ):  # what a kind's base defines is no paper's change
             defined |= names
-    return overridden(kind, None, defined)
+    return changed(kind, told, defined)
 
 
-def _line(node: ast.ClassDef, module: str) -> Iterator[ast.ClassDef]:
-    """A class and all its bases in the package, nearest first."""
+def _line(node: ast.ClassDef, module: str) -> Iterator[tuple[ast.ClassDef, str]]:
+    """A class and all its bases in the package, nearest first, with their modules."""
     queue = [(node, module)]
     while queue:
         each, home = queue.pop(0)
-        yield each
+        yield each, home
         queue += [found for base in each.bases if (found := _resolved(base, home)) is not None]
 
 
-def _members(node: ast.ClassDef) -> tuple[set[str], tuple[str, ...] | None]:
-    """(names that a class body defines, the stages that it names itself)."""
+def _members(node: ast.ClassDef) -> tuple[set[str], tuple[str, ...]]:
+    """(names that a class body defines, the stages that it says it changes)."""
     names: set[str] = set()
-    stages = None
+    stages: tuple[str, ...] = ()
     for item in node.body:
         if isinstance(item, ast.FunctionDef):
             names.add(item.name)
         names |= _targets(item)
-        if "stages" in _targets(item) and isinstance(item, ast.Assign | ast.AnnAssign):
-            stages = tuple(ast.literal_eval(item.value)) if item.value else None
+        if "changes" in _targets(item) and isinstance(item, ast.Assign | ast.AnnAssign):
+            stages = tuple(ast.literal_eval(item.value)) if item.value else ()
     return names, stages
 
 

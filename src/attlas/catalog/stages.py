@@ -1,8 +1,13 @@
-"""The seven stages, and which of them a mechanism changes, read off its class."""
+"""The seven stages, and which of them a mechanism changes, read off its class.
+
+A class changes the stages whose methods it overrides. What no method tells, since it lies in what the
+class is made of or in a whole family's way to attend, it says: `changes = ("aggregate",)`. Scaffolding
+that papers share (`attlas.bases`, `attlas.cache`) changes what it says alone, not what it overrides.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from attlas.catalog.kinds import LAYER, MASK, OP, PARTS, POSITION, Kind
@@ -11,39 +16,51 @@ STAGES = ("project", "position", "score", "mask", "normalize", "aggregate", "out
 
 #: The methods through which a subclass changes each stage, in a layer and in a part.
 _METHODS = {
-    "project": ("project", "build"),
+    "project": ("project", "make_projections", "restore"),
     "position": ("position",),
     "score": ("score", "features", "score_mod"),
     "mask": ("mask",),
-    "normalize": ("normalize",),
-    "aggregate": ("aggregate",),
+    "normalize": ("normalize", "weigh", "maps", "coefficients"),
+    "aggregate": ("aggregate", "gates"),
     "output": ("output",),
 }
+#: Packages of scaffolding.
+_SCAFFOLDING = ("attlas.bases", "attlas.cache")
 
 
 def stages_of(obj: Callable[..., Any], kind: Kind) -> tuple[str, ...]:
-    """The stages whose methods an object's class overrides, in their order.
+    """The stages that an object's class changes, in their order.
 
     The plain layer changes none; a mask is the mask stage, an op the stages from score to aggregate.
-    A class whose change lies in what it is made of (ALiBi's position, say) names its `stages` itself.
     """
     own = [c for c in getattr(obj, "__mro__", ()) if c.__module__.split(".")[0] != "torch"]
     below = [c for c in own if "kind" not in vars(c) and c is not object]
-    return overridden(kind, getattr(obj, "stages", None), {n for c in below for n in vars(c)})
+    told = [stage for c in own for stage in vars(c).get("changes", ())]
+    return changed(kind, told, {n for c in below if is_paper(c.__module__) for n in vars(c)})
 
 
-def overridden(
-    kind: Kind, declared: tuple[str, ...] | None, defined: set[str]
-) -> tuple[str, ...]:
-    """The stages of an object that names its `declared` ones, or whose classes `defined` these."""
-    if declared is not None:
-        return declared
+def is_paper(module: str) -> bool:
+    """Whether what a module's classes override is a paper's change, and no scaffolding's."""
+    return not any(module == room or module.startswith(f"{room}.") for room in _SCAFFOLDING)
+
+
+def changed(kind: Kind, told: Iterable[str], defined: set[str]) -> tuple[str, ...]:
+    """The stages of an object whose classes say that they change some, and `defined` these methods."""
     if kind is MASK:
         return ("mask",)
     if kind is POSITION:
         return ("position",)
     if kind is OP:
         return ("score", "mask", "normalize", "aggregate")
-    if kind is not LAYER and kind not in PARTS:
-        return ()
-    return tuple(s for s in STAGES if defined & set(_METHODS[s]))
+    said = set(told)
+    if kind is LAYER or kind in PARTS:
+        said |= {stage for stage in STAGES if defined & set(_METHODS[stage])}
+    return tuple(stage for stage in STAGES if stage in said)
+
+
+def reasons(obj: Callable[..., Any]) -> dict[str, str]:
+    """Why a class changes stages that its paper does not, by stage: the `beyond` of it and its bases."""
+    found: dict[str, str] = {}
+    for each in reversed(getattr(obj, "__mro__", ())):
+        found |= vars(each).get("beyond", {})
+    return found

@@ -23,7 +23,7 @@ def markdown() -> str:
 def _line(row: Paper) -> str:
     lines = []
     for entry in row.entries:
-        law = getattr(entry.object, "memory_law", "")
+        law = entry.memory
         stages = ", ".join(s for s in STAGES if s in row.stages)
         what = entry.summary.replace("|", "\\|")
         kind = entry.kind.name

@@ -36,7 +36,7 @@ class Preset:
         return max(96, self.continuation, self.decode)
 
 
-_BUDGETS = ("window", "snapkv", "expected-attention")
+_BUDGETS = ("streaming-llm", "snapkv", "expected-attention")
 PRESETS = {
     "quick": Preset(
         name="quick",
@@ -69,7 +69,7 @@ PRESETS = {
                 for name in (*_BUDGETS, "key-norm-eviction")
                 for keep in (0.75, 0.5, 0.25)
             ),
-            "window(keep=0.25, rerotate=True)",
+            "streaming-llm(keep=0.25, rerotate=True)",
             "snapkv(keep=0.25, kernel=7)",
         ),
     ),

@@ -55,7 +55,11 @@ def distance(a: Tensor, b: Tensor) -> float:
     """Largest |a − b|; infinite where one of them is NaN."""
     if not a.numel():
         return 0.0
-    gap = (a.detach().double() - b.detach().double()).abs().nan_to_num(nan=torch.inf, posinf=torch.inf)
+    gap = (
+        (a.detach().double() - b.detach().double())
+        .abs()
+        .nan_to_num(nan=torch.inf, posinf=torch.inf)
+    )
     return float(gap.max())
 
 
@@ -107,7 +111,9 @@ class Subject:
         """A small instance: the kind's sizes, the object's example, and these options over both."""
         return self.object(**{**self.kind.small, **self.example, **options})
 
-    def layer(self, *, noise: float = 0.1, dtype: torch.dtype = torch.float64, **options: Any) -> Any:
+    def layer(
+        self, *, noise: float = 0.1, dtype: torch.dtype = torch.float64, **options: Any
+    ) -> Any:
         """A small layer in evaluation mode, no parameter of it left at a special value."""
         torch.manual_seed(0)
         made = self.made(**options).to(dtype).eval()
@@ -153,7 +159,7 @@ class Subject:
     @property
     def causal_form(self) -> bool:
         """Whether the layer has a causal form."""
-        return bool(getattr(self.object, "has_causal_form", False))
+        return bool(getattr(getattr(self.object, "supports", None), "causal", False))
 
 
 Look: TypeAlias = Callable[[Subject], Iterable[Measure]]
@@ -229,9 +235,7 @@ class _Poison(TorchFunctionMode):
         torch.Tensor.new_empty_strided,
     })  # fmt: skip
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if func in self._makers and isinstance(out, Tensor) and out.is_floating_point():
             with torch.no_grad():

@@ -73,9 +73,7 @@ class _Plain(TorchDispatchMode):
         self.dtype = dtype
         self.wide = torch.promote_types(dtype, torch.float32)
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.ops.aten._to_copy.default and args[0].is_floating_point():
             return args[0].clone()
@@ -171,7 +169,9 @@ def earlier_maps(subject: Subject) -> Iterator[Measure]:
     yield holds("example", bool(made.previous), "the example names no earlier maps")
     yield refuses("left out", lambda: made(x), "previous")
     others = [2 * t for t in more[0]]
-    yield holds("read", not torch.equal(made(x, others), made(x, *more)), "earlier maps change nothing")
+    yield holds(
+        "read", not torch.equal(made(x, others), made(x, *more)), "earlier maps change nothing"
+    )
 
 
 @check("module")

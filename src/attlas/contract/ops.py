@@ -30,7 +30,9 @@ def is_attention(subject: Subject) -> bool:
     return {"q", "k", "v", "mask", "score_mod"} <= set(taken)
 
 
-def qkv(queries: int = 13, keys: int = 37, heads: int = 4, kv: int = 2, **kind: Any) -> list[Tensor]:
+def qkv(
+    queries: int = 13, keys: int = 37, heads: int = 4, kv: int = 2, **kind: Any
+) -> list[Tensor]:
     """Queries, keys and values of grouped heads, wider in the values, in float64."""
     torch.manual_seed(0)
     kind = {"dtype": torch.float64, **kind}
@@ -40,20 +42,22 @@ def qkv(queries: int = 13, keys: int = 37, heads: int = 4, kv: int = 2, **kind: 
 
 def _masks(queries: int, keys: int) -> dict[str, Any]:
     torch.manual_seed(1)
-    real = torch.ones(2, keys, dtype=torch.bool)
-    real[0, keys // 2 :] = False
+    valid = torch.ones(2, keys, dtype=torch.bool)
+    valid[0, keys // 2 :] = False
     return {
         "all": None,
         "causal": masks.causal,
         "window": masks.causal & (masks.window(5) | masks.sinks(2)),
-        "padding": masks.padding(real),
+        "padding": masks.padding(valid),
         "dense": torch.rand(2, 4, queries, keys) > 0.3,
         "one row blind": torch.arange(queries)[:, None].ne(2).expand(1, 1, queries, keys),
     }
 
 
 def _truth(q: Tensor, k: Tensor, v: Tensor, **given: Any) -> tuple[Tensor, Tensor]:
-    return ops.reference(q, k, v, scale=q.shape[-1] ** -0.5, q_offset=k.shape[2] - q.shape[2], **given)
+    return ops.reference(
+        q, k, v, scale=q.shape[-1] ** -0.5, q_offset=k.shape[2] - q.shape[2], **given
+    )
 
 
 @check("op", when=is_attention)

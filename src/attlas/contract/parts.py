@@ -93,7 +93,11 @@ def continued(model: Any, ids: Tensor, mask: Tensor | None = None, **options: An
     mask = torch.ones_like(ids) if mask is None else mask
     given = {"max_new_tokens": 6, "do_sample": False, **options}
     out = model.generate(
-        input_ids=ids, attention_mask=mask, return_dict_in_generate=True, output_logits=True, **given
+        input_ids=ids,
+        attention_mask=mask,
+        return_dict_in_generate=True,
+        output_logits=True,
+        **given,
     )
     return torch.stack(out.logits)
 
@@ -236,11 +240,11 @@ def padding(subject: Subject) -> Iterator[Measure]:
 
     model, ids = small_llama(), prompt(30, 2)
     ids[0, :8] = 0
-    real = (ids != 0).long()
+    valid = (ids != 0).long()
     with attach(model, made(subject)):
         alone = continued(model, ids[:1, 8:])
     with attach(model, made(subject)):
-        together = continued(model, ids, real)
+        together = continued(model, ids, valid)
     yield same("left", together[:, :1], alone)
 
 

@@ -33,7 +33,9 @@ def keeps_shapes(subject: Subject) -> Iterator[Measure]:
             ("rotate", q, encoding.rotate(q, positions)),
         ):
             kept = after.shape == before.shape and after.dtype == before.dtype
-            yield holds(case, kept, f"{list(after.shape)} of {after.dtype} from {list(before.shape)}")
+            yield holds(
+                case, kept, f"{list(after.shape)} of {after.dtype} from {list(before.shape)}"
+            )
             yield finite(case, after)
 
 
@@ -45,8 +47,8 @@ def by_position_alone(subject: Subject) -> Iterator[Measure]:
     q = torch.randn(1, HEADS, 5, WIDTH, dtype=torch.float64)
     x = torch.randn(1, 5, DIM, dtype=torch.float64)
     at = torch.arange(5)
-    turned = encoding.rotate(q, at)[:, :, order]
-    yield same("rotate", encoding.rotate(q[:, :, order], at[order]), turned)
+    rotated = encoding.rotate(q, at)[:, :, order]
+    yield same("rotate", encoding.rotate(q[:, :, order], at[order]), rotated)
     yield same("embed", encoding.embed(x[:, order], at[order]), encoding.embed(x, at)[:, order])
 
 
@@ -66,7 +68,9 @@ def copied(subject: Subject) -> Iterator[Measure]:
     """A deep copy does the same."""
     encoding = made(subject)
     q, at = torch.randn(1, HEADS, 5, WIDTH, dtype=torch.float64), torch.arange(5)
-    yield Measure("deepcopy", distance(deepcopy(encoding).rotate(q, at), encoding.rotate(q, at)), 0.0)
+    yield Measure(
+        "deepcopy", distance(deepcopy(encoding).rotate(q, at), encoding.rotate(q, at)), 0.0
+    )
 
 
 @check("position")

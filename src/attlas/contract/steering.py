@@ -82,8 +82,8 @@ def decodes_as_it_reads(subject: Subject) -> Iterator[Measure]:
 
     model, ids = small_llama(), prompt(24)
     padded = torch.cat([torch.zeros_like(ids[:, :5]), ids], dim=1)
-    real = (padded != 0).long()
-    positions = (real.cumsum(-1) - 1).clamp(min=0)
+    valid = (padded != 0).long()
+    positions = (valid.cumsum(-1) - 1).clamp(min=0)
     with torch.no_grad(), attach(model, made(subject)):
         whole = model(ids).logits[:, 16:]
     with torch.no_grad(), attach(model, made(subject)):
@@ -94,7 +94,7 @@ def decodes_as_it_reads(subject: Subject) -> Iterator[Measure]:
             steps.append(out.logits)
         yield same("steps", torch.cat(steps, dim=1), whole)
     with torch.no_grad(), attach(model, made(subject)):
-        out = model(padded, attention_mask=real, position_ids=positions)
+        out = model(padded, attention_mask=valid, position_ids=positions)
         yield same("padding", out.logits[:, 21:], whole)
 
 

@@ -68,7 +68,9 @@ def verdict_follows(subject: Subject) -> Iterator[Measure]:
 def rows_tell(subject: Subject) -> Iterator[Measure]:
     """Rows are finite numbers with a name, a unit, "" where there is none, and a direction."""
     for row in subject.made().rows(0):  # `rows` itself refuses what is not finite
-        yield holds(row.label, bool(row.name) and isinstance(row.unit, str), f"no name or unit: {row}")
+        yield holds(
+            row.label, bool(row.name) and isinstance(row.unit, str), f"no name or unit: {row}"
+        )
         yield holds(row.label, row.better in ("higher", "lower"), f"better is {row.better!r}")
 
 

@@ -24,7 +24,7 @@ from attlas.tasks.roof import Roof
 from attlas.tasks.train.base import Task
 
 LENGTH = 512
-SMALL = Preset("small", (LENGTH,), (0.2, 0.8), 1, 1, 8, 1, 2, ("full", "window(keep=0.5)"))
+SMALL = Preset("small", (LENGTH,), (0.2, 0.8), 1, 1, 8, 1, 2, ("full", "streaming-llm(keep=0.5)"))
 
 
 def trains(subject: Subject) -> bool:
@@ -43,7 +43,9 @@ def seeded(subject: Subject) -> Iterator[Measure]:
     task = subject.made()
     first, again, other = (task.draw(torch.Generator().manual_seed(s), 4) for s in (1, 1, 2))
     for name, tensor in first.items():
-        yield holds(f"{name} again", torch.equal(tensor, again[name]), "the same seed drew other data")
+        yield holds(
+            f"{name} again", torch.equal(tensor, again[name]), "the same seed drew other data"
+        )
     alike = all(torch.equal(tensor, other[name]) for name, tensor in first.items())
     yield holds("another seed", not alike, "another seed drew the same data")
 
@@ -86,14 +88,20 @@ def cells_agree(subject: Subject) -> Iterator[Measure]:
     yield holds("keys of others", not taken, f"taken: {taken}")
     for metric in task.metrics:
         fine = metric.better in ("higher", "lower") and metric.drawn in ("picture", "page", "")
-        yield holds(f"{metric.key} words", fine, f"better {metric.better!r}, drawn {metric.drawn!r}")
+        yield holds(
+            f"{metric.key} words", fine, f"better {metric.better!r}, drawn {metric.drawn!r}"
+        )
         fine = (metric.context is None) == (metric.measure is None)
         yield holds(f"{metric.key} measure", fine, "a context and `measure` go together")
     if subject.registered:
         grid = _grid(subject.name)
         cells = Counter(grid.all_cells())
-        yield holds("cells once", max(cells.values()) == 1, f"{cells.most_common(1)} more than once")
-        missing = [m.key for m in task.metrics if m.context and m.key not in {c.metric for c in cells}]
+        yield holds(
+            "cells once", max(cells.values()) == 1, f"{cells.most_common(1)} more than once"
+        )
+        missing = [
+            m.key for m in task.metrics if m.context and m.key not in {c.metric for c in cells}
+        ]
         yield holds("cells", not missing, f"no cell measures {missing}")
 
 

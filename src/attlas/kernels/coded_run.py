@@ -168,13 +168,13 @@ def over_a_run(
     kv_head = (place // lists).to(tl.int64)
     spot = batch * (places // lists) + kv_head
     row = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
-    real = row < heads // places * queries
+    valid = row < heads // places * queries
     head, query = place * (heads // places) + row // queries, row % queries
     c, d, n = tl.arange(0, K_ROOM), tl.arange(0, V_ROOM), tl.arange(0, KEYS)
     copy = tl.arange(0, COPIES)
     asked = tl.load(
         (q + batch * q_b + head.to(tl.int64) * q_h + query * q_q)[:, None] + c[None, :],
-        mask=real[:, None] & (c < K_DIM)[None, :], other=0.0,
+        mask=valid[:, None] & (c < K_DIM)[None, :], other=0.0,
     ).to(tl.float32)  # fmt: skip
     if k_channel is not None:
         asked *= tl.load(k_channel + spot * K_DIM + c, mask=c < K_DIM, other=0.0)[None, :]
@@ -302,6 +302,6 @@ def over_a_run(
     if v_channel is not None:
         mean *= tl.load(v_channel + spot * V_DIM + d, mask=d < V_DIM, other=0.0)[None, :]
     into = (batch * all_runs + first + tl.program_id(1)) * heads * queries + head * queries + query
-    tl.store(lses + into, top + tl.log2(weight), mask=real)
+    tl.store(lses + into, top + tl.log2(weight), mask=valid)
     at = sums + into[:, None] * V_DIM + d[None, :]
-    tl.store(at, mean, mask=real[:, None] & (d < V_DIM)[None, :])
+    tl.store(at, mean, mask=valid[:, None] & (d < V_DIM)[None, :])

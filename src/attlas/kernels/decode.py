@@ -50,12 +50,12 @@ def _over_a_run(
     kv_head = place // lists
     spot = batch * (places // lists) + kv_head
     row = tl.arange(0, ROWS)
-    real = row < heads // places * queries
+    valid = row < heads // places * queries
     head, query = place * (heads // places) + row // queries, row % queries
     c, d = tl.arange(0, DIM_ROOM), tl.arange(0, V_ROOM)
     asked = tl.load(
         (q + batch * q_b + head.to(tl.int64) * q_h + query * q_q)[:, None] + c[None, :],
-        mask=real[:, None] & (c < DIM)[None, :], other=0.0,
+        mask=valid[:, None] & (c < DIM)[None, :], other=0.0,
     )  # fmt: skip
 
     held = slots
@@ -110,7 +110,7 @@ def _over_a_run(
         if visible is not None:
             shown = tl.load(
                 visible + pairs[:, None] + far[None, :] * visible_n,
-                mask=real[:, None] & inside[None, :], other=0,
+                mask=valid[:, None] & inside[None, :], other=0,
             )  # fmt: skip
             seen = seen & (shown != 0)
         scores = tl.where(seen, scores, float("-inf"))
@@ -126,10 +126,10 @@ def _over_a_run(
         top = higher
 
     into = (batch * all_runs + first + tl.program_id(1)) * heads * queries + head * queries + query
-    tl.store(lses + into, top + tl.log2(total), mask=real)
+    tl.store(lses + into, top + tl.log2(total), mask=valid)
     mean = summed / tl.where(total == 0.0, 1.0, total)[:, None]
     at = sums + into[:, None] * V_DIM + d[None, :]
-    tl.store(at, mean, mask=real[:, None] & (d < V_DIM)[None, :])
+    tl.store(at, mean, mask=valid[:, None] & (d < V_DIM)[None, :])
 
 
 @triton.jit(do_not_specialize=["rows", "runs"])

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from attlas.kernels.decode import units
 from attlas.kernels.delta import _back, _of_keys, _onwards, _within
-from attlas.kernels.recurrence import following, gradient_of_decay, turned
+from attlas.kernels.recurrence import following, gradient_of_decay, transposed
 from attlas.kernels.sweep_run import sweep
 
 #: Tokens of a chunk, and of its blocks that are solved together.
@@ -54,13 +54,21 @@ class Delta(torch.autograd.Function):
         call = _Call(q, k, v, g, beta, **given)
         after = None if d_end is None else d_end.float().contiguous()
         x, dv, dots, d_start = call.back(near, inverse, d_out, after, wants_start)
-        before = turned(start)
+        before = transposed(start)
         by_q = sweep(
-            d_out, u, k, g, start=before, x=q if wants_g else None, keep=wants_g, axis="values", **given
+            d_out,
+            u,
+            k,
+            g,
+            start=before,
+            x=q if wants_g else None,
+            keep=wants_g,
+            axis="values",
+            **given,
         )
         by_x = sweep(x, u, k, g, start=before, axis="values", **plain)
         # The state's gradient meets no scale on its way, but a sweep's outputs do.
-        last = None if after is None else turned(after / scale)
+        last = None if after is None else transposed(after / scale)
         given, plain = ({**each, "reverse": True, "meet": by_q.kept} for each in (given, plain))
         by_out = sweep(u, d_out, q, g, start=last, axis="values", **given)
         by_writing = sweep(u, dv, k, g, axis="values", **plain)
@@ -143,7 +151,13 @@ class _Call:
         return x, d_v, dots.sum(0), d_start if wants else None
 
     def of_keys(
-        self, u: Tensor, x: Tensor, dots: Tensor, from_out: Tensor, from_writing: Tensor, read: Tensor
+        self,
+        u: Tensor,
+        x: Tensor,
+        dots: Tensor,
+        from_out: Tensor,
+        from_writing: Tensor,
+        read: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """(dk, dβ)."""
         d_k, d_beta = self.like(self.dk), torch.empty_like(dots)

@@ -28,7 +28,7 @@ from torch import Tensor
 @triton.jit(do_not_specialize=["rows", "queries", "keys", "run"])
 @no_type_check
 def _over_a_run(
-    content, turned, tokens, visible, sums, lses, factor, rows, queries, keys, run,
+    content, rotated, tokens, visible, sums, lses, factor, rows, queries, keys, run,
     content_b, content_h, content_q, turned_b, turned_h, turned_q, tokens_b, tokens_n,
     visible_b, visible_h, visible_q, visible_n,
     LATENT: tl.constexpr, ROTARY: tl.constexpr, ROTARY_ROOM: tl.constexpr,
@@ -38,14 +38,14 @@ def _over_a_run(
     """Weighted sum and log₂-sum-exp₂ of one block of rows over one run of tokens."""
     batch = tl.program_id(2).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    real = row < rows
+    valid = row < rows
     head, query = row // queries, row % queries
     c, r = tl.arange(0, LATENT), tl.arange(0, ROTARY_ROOM)
     at = content + batch * content_b + head * content_h + query * content_q
-    q = tl.load(at[:, None] + c[None, :], mask=real[:, None], other=0.0)
-    at = turned + batch * turned_b + head * turned_h + query * turned_q
+    q = tl.load(at[:, None] + c[None, :], mask=valid[:, None], other=0.0)
+    at = rotated + batch * turned_b + head * turned_h + query * turned_q
     narrow = (r < ROTARY)[None, :]
-    q_turned = tl.load(at[:, None] + r[None, :], mask=real[:, None] & narrow, other=0.0)
+    q_turned = tl.load(at[:, None] + r[None, :], mask=valid[:, None] & narrow, other=0.0)
     if MASKED:
         visible += batch * visible_b
         pairs = head * visible_h + query * visible_q
@@ -70,7 +70,7 @@ def _over_a_run(
         if MASKED:
             shown = tl.load(
                 visible + pairs[:, None] + key[None, :] * visible_n,
-                mask=real[:, None] & inside[None, :], other=0,
+                mask=valid[:, None] & inside[None, :], other=0,
             )  # fmt: skip
             seen = seen & (shown != 0)
         scores = tl.where(seen, scores, float("-inf"))
@@ -86,10 +86,10 @@ def _over_a_run(
         top = higher
 
     place = (batch * tl.num_programs(1) + tl.program_id(1)) * rows + row
-    tl.store(lses + place, top + tl.log2(total), mask=real)
+    tl.store(lses + place, top + tl.log2(total), mask=valid)
     mean = summed / tl.where(total == 0.0, 1.0, total)[:, None]
     at = sums + place[:, None] * LATENT + c[None, :]
-    tl.store(at, mean.to(sums.dtype.element_ty), mask=real[:, None])
+    tl.store(at, mean.to(sums.dtype.element_ty), mask=valid[:, None])
 
 
 @triton.jit(do_not_specialize=["rows", "runs"])
@@ -149,7 +149,7 @@ def tiles(rows: int, latent: int, rotary: int, itemsize: int, shared: int) -> Ti
 
 
 def latent_decode(
-    content: Tensor, turned: Tensor, tokens: Tensor, *, scale: float, causal: bool = False,
+    content: Tensor, rotated: Tensor, tokens: Tensor, *, scale: float, causal: bool = False,
     visible: Tensor | None = None, cut: Tiles | None = None, multiprocessors: int | None = None,
 ) -> Tensor:  # fmt: skip
     """Latents summed for each head and query: [batch, heads, queries, latent].
@@ -165,8 +165,8 @@ def latent_decode(
         multiprocessors: to be filled; the device's unless given.
     """
     batch, heads, queries, latent = content.shape
-    keys, rotary, rows = tokens.shape[2], turned.shape[-1], heads * queries
-    content, turned = (t if t.stride(-1) == 1 else t.contiguous() for t in (content, turned))
+    keys, rotary, rows = tokens.shape[2], rotated.shape[-1], heads * queries
+    content, rotated = (t if t.stride(-1) == 1 else t.contiguous() for t in (content, rotated))
     if tokens.is_cuda:
         device: Any = torch.cuda.get_device_properties(tokens.device)
         shared = device.shared_memory_per_block_optin
@@ -183,9 +183,9 @@ def latent_decode(
     sums = out if runs == 1 else out.new_empty(batch, runs, rows, latent, dtype=torch.float32)
     shown: Any = out if visible is None else visible.expand(batch, heads, queries, keys)
     _over_a_run[blocks, runs, batch](
-        content, turned, tokens, shown if visible is None else shown.view(torch.uint8), sums, lses,
+        content, rotated, tokens, shown if visible is None else shown.view(torch.uint8), sums, lses,
         scale * log2(e), rows, queries, keys, run,
-        *content.stride()[:3], *turned.stride()[:3], tokens.stride(0), tokens.stride(2),
+        *content.stride()[:3], *rotated.stride()[:3], tokens.stride(0), tokens.stride(2),
         *((0, 0, 0, 0) if visible is None else shown.stride()),
         LATENT=latent, ROTARY=rotary, ROTARY_ROOM=max(16, triton.next_power_of_2(rotary)),
         ROWS=cut.rows, KEYS=cut.keys, CAUSAL=causal and queries > 1, MASKED=visible is not None,

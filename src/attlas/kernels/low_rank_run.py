@@ -21,7 +21,7 @@ from torch import Tensor
 from attlas.kernels.decode import units
 from attlas.kernels.delta_run import cut
 from attlas.kernels.low_rank import _back, _onwards, _squares
-from attlas.kernels.recurrence import following, gradient_of_channels, turned
+from attlas.kernels.recurrence import following, gradient_of_channels, transposed
 from attlas.kernels.sweep_run import sweep
 
 #: Tokens of a chunk.
@@ -56,7 +56,10 @@ class LowRank(torch.autograd.Function):
         x, dv, d_start = call.back(squares, v, d_out, after, wants_start)
         next_x, next_b = (_from_next(each, offsets) for each in (x, b))
         ways = _Ways(g, wants_g, given)
-        before, last = turned(start), None if after is None else turned(after / given["scale"])
+        before, last = (
+            transposed(start),
+            None if after is None else transposed(after / given["scale"]),
+        )
         dq = ways.ahead(d_out, (v, k, before), (u, a, None), scaled=True)
         db = _to_next(ways.ahead(next_x, (v, k, before), (u, a, None)), x, before, offsets)
         dk = ways.behind(v, (d_out, q, last), (next_x, next_b))
@@ -195,9 +198,7 @@ def _from_next(x: Tensor, offsets: tuple[int, ...]) -> Tensor:
     return moved
 
 
-def _to_next(
-    found: Tensor, x: Tensor, before: Tensor | None, offsets: tuple[int, ...]
-) -> Tensor:
+def _to_next(found: Tensor, x: Tensor, before: Tensor | None, offsets: tuple[int, ...]) -> Tensor:
     """In every token's place what was found at the one before; at the first, what the state gives."""
     moved = torch.empty_like(found)
     moved[:, :, 1:] = found[:, :, :-1]

@@ -40,10 +40,10 @@ def _bounds(
     kv_heads = tl.num_programs(0)
     group = heads // kv_heads
     row, c = tl.arange(0, ROWS), tl.arange(0, DIM_ROOM)
-    real, head = row < group, kv_head * group + row
+    valid, head = row < group, kv_head * group + row
     asked = tl.load(
         (q + batch * q_b + head.to(tl.int64) * q_h)[:, None] + c[None, :],
-        mask=real[:, None] & (c < DIM)[None, :], other=0.0,
+        mask=valid[:, None] & (c < DIM)[None, :], other=0.0,
     )  # fmt: skip
     above, below = tl.maximum(asked, 0.0).to(low.dtype.element_ty), tl.minimum(asked, 0.0)
     below = below.to(low.dtype.element_ty)
@@ -59,12 +59,12 @@ def _bounds(
         bound = tl.dot(above, tl.trans(most), input_precision="ieee")
         bound = tl.dot(below, tl.trans(least), bound, input_precision="ieee")
         if SHARED:
-            best = tl.max(tl.where(real[:, None], bound, float("-inf")), 0)
+            best = tl.max(tl.where(valid[:, None], bound, float("-inf")), 0)
             at = out + (batch * kv_heads + kv_head) * pages + far
             tl.store(at, best, mask=page < pages)
         else:
             at = out + ((batch * heads + head) * pages)[:, None] + far[None, :]
-            tl.store(at, bound, mask=real[:, None] & (page < pages)[None, :])
+            tl.store(at, bound, mask=valid[:, None] & (page < pages)[None, :])
 
 
 @triton.jit(do_not_specialize=["pages", "count"])

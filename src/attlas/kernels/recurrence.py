@@ -55,10 +55,19 @@ class Scan(torch.autograd.Function):
         # The state's gradient meets no scale on its way, but a sweep's outputs do.
         after = None if d_end is None else (d_end.float() / scale).contiguous()
         by_q = sweep(
-            d_out, v, k, g, start=turned(start), x=x_q, keep=wants_g, axis="values", dtype=wide, **given
+            d_out,
+            v,
+            k,
+            g,
+            start=transposed(start),
+            x=x_q,
+            keep=wants_g,
+            axis="values",
+            dtype=wide,
+            **given,
         )
         by_k = sweep(
-            v, d_out, q, g, start=turned(after), reverse=True, x=x_k, meet=by_q.kept, axis="values",
+            v, d_out, q, g, start=transposed(after), reverse=True, x=x_k, meet=by_q.kept, axis="values",
             dtype=wide, **given,
         )  # fmt: skip
         by_v = sweep(k, q, d_out, g, start=after, reverse=True, end=wants_start, **given)
@@ -113,9 +122,7 @@ def segments(offsets: tuple[int, ...], device: torch.device) -> Segments:
     return Segments(found[0], found[1], found[2], own_number)
 
 
-def following(
-    meetings: Tensor, share: Tensor | None, offsets: tuple[int, ...]
-) -> Tensor:
+def following(meetings: Tensor, share: Tensor | None, offsets: tuple[int, ...]) -> Tensor:
     """The gradient of a log decay at the first token behind every segment [rows, segments, dim].
 
     Args:
@@ -132,9 +139,7 @@ def following(
     return torch.cat((meetings, last), dim=1)[:, segments(offsets, meetings.device).after]
 
 
-def gradient_of_decay(
-    of_sums: Tensor, met: Tensor, g: Tensor, offsets: tuple[int, ...]
-) -> Tensor:
+def gradient_of_decay(of_sums: Tensor, met: Tensor, g: Tensor, offsets: tuple[int, ...]) -> Tensor:
     """The gradient of every log decay from that of their sums G.
 
     Args:
@@ -219,6 +224,6 @@ def gradient_of_channels(
     return outs[0], outs[1], outs[2]
 
 
-def turned(state: Tensor | None) -> Tensor | None:
+def transposed(state: Tensor | None) -> Tensor | None:
     """Keys and values exchanged."""
     return None if state is None else state.mT.contiguous()

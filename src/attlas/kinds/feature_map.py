@@ -46,7 +46,9 @@ class FeatureMap(nn.Module):
         self.channels = at_least_one("channels", channels)
         self.previous = tuple(at_least_one("previous", width) for width in previous)
         if self.previous and not self.takes_previous:
-            raise ValueError(f"previous: {type(self).__name__} reads no earlier maps, got {previous}")
+            raise ValueError(
+                f"previous: {type(self).__name__} reads no earlier maps, got {previous}"
+            )
 
     def forward(self, x: Map, previous: Sequence[Tensor] | None = None) -> Map:
         """The map, changed.

@@ -142,7 +142,9 @@ class System:
             found = (packed["name"], packed["options"])
             state = load_file(folder / WEIGHTS)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise UserError(f"{folder} holds no whole system ({error}); fit and save it anew") from error
+            raise UserError(
+                f"{folder} holds no whole system ({error}); fit and save it anew"
+            ) from error
         own = (self.registered_name, json.loads(json.dumps(asdict(self))))
         if found != own:
             raise UserError(

@@ -2,7 +2,7 @@
 
 from attlas.masks.algebra import Mask
 from attlas.masks.bigbird import bigbird
-from attlas.masks.lower import at, block_mask, dense, density, grid, hides_nothing, sdpa_flags
+from attlas.masks.lower import at, block_mask, both, dense, density, grid, hides_nothing, sdpa_flags
 from attlas.masks.patterns import (
     block,
     blocks,
@@ -28,6 +28,7 @@ __all__ = [
     "block",
     "block_mask",
     "blocks",
+    "both",
     "by_groups",
     "causal",
     "dense",

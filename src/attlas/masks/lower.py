@@ -30,6 +30,11 @@ def dense(
     return at(mask, q, torch.arange(k_len, device=device))
 
 
+def both(a: Mask | None, b: Mask | None) -> Mask | None:
+    """The pairs that two patterns show; None shows all."""
+    return a & b if a is not None and b is not None else a if b is None else b
+
+
 def at(mask: Mask, q: Tensor, k: Tensor) -> Bool[Tensor, "batch heads queries keys"]:
     """The mask at positions q [queries] or [batch, queries] and k [keys] or [batch, keys]."""
     b = torch.arange(mask.batch or 1, device=q.device)[:, None, None, None]

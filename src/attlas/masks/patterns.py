@@ -143,9 +143,9 @@ class _Document(_ByTensor):
 
 
 class _Padding(_ByTensor):
-    def __init__(self, real: Tensor) -> None:
-        super().__init__(real)
-        self.batch = real.shape[0]
+    def __init__(self, valid: Tensor) -> None:
+        super().__init__(valid)
+        self.batch = valid.shape[0]
 
     def visible(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return self.tensor(k)[b, k] & (q == q)
@@ -239,11 +239,11 @@ def document(ids: Integer[Tensor, "*batch tokens"]) -> Mask:
     return _Document(ids)
 
 
-def padding(real: Bool[Tensor, "batch keys"]) -> Mask:
-    """Keys that are real tokens; `real` is True at tokens and False at padding."""
-    if real.ndim != 2:
-        raise ValueError(f"real takes booleans [batch, keys], got shape {tuple(real.shape)}")
-    return _Padding(real.bool())
+def padding(valid: Bool[Tensor, "batch keys"]) -> Mask:
+    """Keys that are valid tokens; `valid` is True at tokens and False at padding."""
+    if valid.ndim != 2:
+        raise ValueError(f"valid takes booleans [batch, keys], got shape {tuple(valid.shape)}")
+    return _Padding(valid.bool())
 
 
 def keys(indices: Iterable[int], length: int) -> Mask:

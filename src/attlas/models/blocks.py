@@ -167,7 +167,7 @@ def add_auxiliary(loss: Tensor, model: nn.Module) -> Tensor:
 
 
 def only_padding(mask: Tensor | None) -> Tensor | None:
-    """The mask, or none where all tokens are real, so that the fastest routes stay open."""
+    """The mask, or none where all tokens are valid, so that the fastest routes stay open."""
     if mask is None or mask.ndim != 2:
         return mask
     if not torch.compiler.is_compiling() and bool(mask.all()):

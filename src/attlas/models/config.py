@@ -158,9 +158,9 @@ class AttlasConfig(TypedConfig):
         """
         name, mask, options = self.choice(layer, where)
         cls: Any = registry.find(name).object
-        if causal and not cls.has_causal_form:
+        if causal and not cls.supports.causal:
             raise ValueError(f"attention: {name!r} has no causal form, which a decoder needs")
-        if cross and not cls.has_cross_form:
+        if cross and not cls.supports.cross:
             raise ValueError(f"attention: {name!r} has no cross form, which cross-attention needs")
         taken = _takes(name, mask)
         common = {k: v for k, v in (self.attention_options or {}).items() if k in taken}
@@ -181,7 +181,11 @@ class AttlasConfig(TypedConfig):
         except (ValueError, TypeError) as error:
             raise ValueError(f"attention {name!r} in layer {layer}: {error}") from error
         rope = made.position_encoding
-        if isinstance(rope, RoPE) and given.get("position") == "rope" and self.rope_theta != 10000.0:
+        if (
+            isinstance(rope, RoPE)
+            and given.get("position") == "rope"
+            and self.rope_theta != 10000.0
+        ):
             made.position_encoding = RoPE(2 * rope.frequencies.shape[-1], self.rope_theta)
         for module in made.modules():  # a mechanism initialises itself; Transformers shall not
             mark_initialized(module)
@@ -189,7 +193,7 @@ class AttlasConfig(TypedConfig):
 
     def _position(self, cls: Any, causal: bool) -> Any:
         if self.position == "auto":
-            return None if cls.has_own_position else "rope"
+            return "rope" if cls.supports.position else None
         if self.position == "learned":
             return Learned(self.hidden_size, self.max_position_embeddings)
         if self.position == "t5":

@@ -73,7 +73,7 @@ class DecoderModel(AttlasModel):
 
         Args:
             input_ids: [batch, tokens]; or `inputs_embeds`, [batch, tokens, hidden_size].
-            attention_mask: 1 at real tokens, [batch, keys, cached ones included].
+            attention_mask: 1 at valid tokens, [batch, keys, cached ones included].
             position_ids: of the tokens; from the cache and the padding unless given.
             cache: what earlier steps have kept.
             inputs_embeds: instead of `input_ids`.

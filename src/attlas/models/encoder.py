@@ -1,6 +1,6 @@
 """An encoder: every token sees every other, with any attention; heads for masked tokens and classes.
 
-    h = norm(blocks(E[tokens]));   masked tokens: W h;   classes: W mean over real tokens of h
+    h = norm(blocks(E[tokens]));   masked tokens: W h;   classes: W mean over valid tokens of h
 
 Importing this module registers the types with AutoConfig, AutoModel, AutoModelForMaskedLM and
 AutoModelForSequenceClassification.
@@ -125,8 +125,8 @@ class EncoderForSequenceClassification(AttlasModel):
         """Logits of every sequence, and cross-entropy with `labels`."""
         out = self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         h = out.last_hidden_state
-        real = h.new_ones(h.shape[:2]) if attention_mask is None else attention_mask.to(h.dtype)
-        mean = (h * real[..., None]).sum(1) / real.sum(1, keepdim=True).clamp(min=1)
+        valid = h.new_ones(h.shape[:2]) if attention_mask is None else attention_mask.to(h.dtype)
+        mean = (h * valid[..., None]).sum(1) / valid.sum(1, keepdim=True).clamp(min=1)
         logits, loss = self.classifier(mean), None
         if labels is not None:
             loss = add_auxiliary(nn.functional.cross_entropy(logits, labels), self)

@@ -3,7 +3,7 @@
     context = norm(encoder(E[source]));   logits = W norm(decoder(E[target], context))
 
 Cross-attention computes its keys anew at every step, since mechanisms differ in what could be kept. One
-whose weights rest on earlier queries (`needs_earlier_queries`) has the whole target at every step, and
+whose weights rest on earlier queries (not `supports.single_queries`) has the whole target at every step, and
 the model then keeps nothing.
 Importing this module registers the types with AutoConfig and AutoModelForSeq2SeqLM.
 """
@@ -103,7 +103,7 @@ class Seq2Seq(AttlasModel, GenerationMixin):  # type: ignore[misc]
         self.lm_head = nn.Linear(width, config.vocab_size, bias=False)
         #: Whether keys and values of the target can be kept from step to step.
         layers: Any = self.layers
-        self.keeps = not any(layer.cross_attention.needs_earlier_queries for layer in layers)
+        self.keeps = all(layer.cross_attention.supports.single_queries for layer in layers)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -127,10 +127,10 @@ class Seq2Seq(AttlasModel, GenerationMixin):  # type: ignore[misc]
 
         Args:
             input_ids: the source, [batch, tokens].
-            attention_mask: 1 at the source's real tokens.
+            attention_mask: 1 at the source's valid tokens.
             decoder_input_ids: the target, beginning with `decoder_start_token_id`; the labels moved
                 by one unless given.
-            decoder_attention_mask: 1 at the target's real tokens, cached ones included.
+            decoder_attention_mask: 1 at the target's valid tokens, cached ones included.
             encoder_outputs: what the encoder made of the source, instead of `input_ids`.
             cache: what earlier steps have kept.
             labels: target tokens to predict, −100 where none is.

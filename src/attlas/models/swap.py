@@ -93,8 +93,10 @@ def swap(
     entry = registry.find(mechanism)
     cls: Any = entry.object
     if entry.kind is not LAYER:
-        raise ValueError(f"mechanism: {entry.name!r} is no layer but a registered {entry.kind.name}")
-    if not cls.has_causal_form:
+        raise ValueError(
+            f"mechanism: {entry.name!r} is no layer but a registered {entry.kind.name}"
+        )
+    if not cls.supports.causal:
         raise ValueError(f"mechanism: {entry.name!r} has no causal form, so it cannot decode")
     body: Any = model.base_model
     count = len(body.layers)
@@ -115,7 +117,7 @@ def swap(
     if pass_padding not in body._forward_pre_hooks.values():
         body.register_forward_pre_hook(pass_padding, with_kwargs=True)
     total = {layer: len(list(attention.parameters())) for layer, attention in made.items()}
-    return SwapReport(entry.name, new, total, cls.has_own_position)
+    return SwapReport(entry.name, new, total, not cls.supports.position)
 
 
 def _made(
@@ -137,7 +139,7 @@ def _made(
     mistral = config.sliding_window if config.model_type == "mistral" else None
     if (window := getattr(old, "sliding_window", mistral)) is not None:
         given["mask"] = masks.window(window)
-    if not registry.find(name).object.has_own_position:  # type: ignore[attr-defined]
+    if registry.find(name).object.supports.position:  # type: ignore[attr-defined]
         given["position"] = "rope"
     attention: Attention = registry.make(name, **{**given, **options})
     rotary = "position" in given and "position" not in options
@@ -147,7 +149,7 @@ def _made(
         attention.o_proj.register_parameter("bias", None)
     attention.to(device=old.q_proj.weight.device, dtype=old.q_proj.weight.dtype)
     attention.train(old.training)
-    new = attention.adopt({k: w for k, w in old.state_dict().items() if "_norm" not in k})
+    new = attention.load_from({k: w for k, w in old.state_dict().items() if "_norm" not in k})
     for short in ("q", "k"):
         norm, plain = getattr(old, f"{short}_norm", None), getattr(attention, f"{short}_proj", None)
         if norm is None:

@@ -27,7 +27,7 @@ class Swapped(nn.Module):
         past_key_values: Cache | None = None, **kwargs: Any,
     ) -> tuple[Tensor, None]:  # fmt: skip
         """The layer's output, and no weights."""
-        # With padding, positions are counted from the first real token, as masks count them.
+        # With padding, positions are counted from the first valid token, as masks count them.
         positions = position_ids if padding is None else None
         kept = the_cache(cache, past_key_values)
         return self.attention(hidden_states, mask=padding, positions=positions, cache=kept), None

@@ -59,7 +59,7 @@ class ViTConfig(AttlasConfig):
     def learns_positions(self) -> bool:
         """Whether the model adds a vector to each patch."""
         names = [self.choice(layer)[0] for layer in range(self.num_hidden_layers)]
-        own = all(registry.find(name).object.has_own_position for name in names)  # type: ignore[attr-defined]
+        own = not any(registry.find(name).object.supports.position for name in names)  # type: ignore[attr-defined]
         return self.position == "auto" and not own
 
 

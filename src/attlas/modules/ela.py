@@ -81,7 +81,9 @@ class ELA(FeatureMap):
         norm = self.norm
         # nn.GroupNorm refuses groups of a single value, which here depends on the batch: a map one
         # pixel high may have them, and they become 0 like every value that is its own mean.
-        normed = torch.group_norm(self.conv(strip), norm.num_groups, norm.weight, norm.bias, norm.eps)
+        normed = torch.group_norm(
+            self.conv(strip), norm.num_groups, norm.weight, norm.bias, norm.eps
+        )
         return normed.sigmoid()
 
     def gate(self, x: Map, previous: Sequence[Tensor] = ()) -> Map:

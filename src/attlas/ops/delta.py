@@ -38,7 +38,7 @@ def delta_correction(
     score_mod: ScoreMod | None = None,
     scale: float | None = None,
     sinks: Float[Tensor, " heads"] | None = None,
-    real: Bool[Tensor, "batch queries"] | None = None,
+    valid: Bool[Tensor, "batch queries"] | None = None,
 ) -> Float[Tensor, "batch heads queries v_dim"]:
     """The output of any sparse attention, corrected by full attention of every γ-th query.
 
@@ -53,12 +53,12 @@ def delta_correction(
         score_mod: pointwise change of the scaled scores.
         scale: of the products; 1/√dim unless given.
         sinks: a logit per head that takes part in the softmax without a value.
-        real: queries that are no padding, which alone are counted; None when all are.
+        valid: queries that are no padding, which alone are counted; None when all are.
 
     Raises:
         ValueError: a `gamma` or `tail` below 1.
     """
-    chosen = dense_queries(q.shape[2], gamma, tail, real, q.device)
+    chosen = dense_queries(q.shape[2], gamma, tail, valid, q.device)
     slot = (chosen.cumsum(dim=-1) - 1).clamp(min=0)  # the latest dense query serves
     count = int(chosen.sum(dim=-1).max())
     # The dense queries of each row first, in their order; a row with fewer takes others, unused.
@@ -67,22 +67,22 @@ def delta_correction(
     delta = dense - _rows(sparse, at)
     slot, chosen = slot.expand(q.shape[0], -1), chosen[:, None, :, None]
     moved = sparse + _rows(delta, slot)
-    if real is not None:
-        moved = torch.where(real[:, None, :, None], moved, sparse)
+    if valid is not None:
+        moved = torch.where(valid[:, None, :, None], moved, sparse)
     return torch.where(chosen, _rows(dense, slot), moved)
 
 
 def dense_queries(
-    queries: int, gamma: int, tail: int, real: Tensor | None, device: torch.device
+    queries: int, gamma: int, tail: int, valid: Tensor | None, device: torch.device
 ) -> Bool[Tensor, "rows queries"]:
-    """Which queries are computed densely; one row for all where all are real."""
+    """Which queries are computed densely; one row for all where all are valid."""
     at_least_one("gamma", gamma)
     at_least_one("tail", tail)
-    if real is None:
-        real = torch.ones(1, queries, dtype=torch.bool, device=device)
-    number, count = real.cumsum(dim=-1) - 1, real.sum(dim=-1, keepdim=True)
+    if valid is None:
+        valid = torch.ones(1, queries, dtype=torch.bool, device=device)
+    number, count = valid.cumsum(dim=-1) - 1, valid.sum(dim=-1, keepdim=True)
     behind = count - count % gamma - max(tail, gamma)
-    return real & ((number % gamma == 0) | (number >= behind))
+    return valid & ((number % gamma == 0) | (number >= behind))
 
 
 def attend_with_sinks(

@@ -1,6 +1,6 @@
 """Attention of many heads to one latent a token, which is its key and its value at once.
 
-    s = (content · latent + turned · rotary) · scale        tokens = [latent | rotary]
+    s = (content · latent + rotated · rotary) · scale        tokens = [latent | rotary]
     out = softmax(s, hidden pairs at −∞) · latent
 
 The plain form multiplies twice with the tokens, and so reads them twice; on a GPU a few queries go
@@ -24,7 +24,7 @@ WIDTHS = (64, 128, 256, 512)
 
 def latent_attend(
     content: Float[Tensor, "batch heads queries latent"],
-    turned: Float[Tensor, "batch heads queries rotary"],
+    rotated: Float[Tensor, "batch heads queries rotary"],
     tokens: Float[Tensor, "batch 1 keys width"],
     *,
     scale: float,
@@ -35,7 +35,7 @@ def latent_attend(
 
     Args:
         content: the part of the queries that meets the latents.
-        turned: the part that meets the rotary keys.
+        rotated: the part that meets the rotary keys.
         tokens: each token's latent, then its rotary key.
         scale: of the products.
         mask: a pattern, or booleans that broadcast to [batch, heads, queries, keys], True visible.
@@ -45,47 +45,48 @@ def latent_attend(
         ValueError: tokens that are not as wide as both parts of the queries.
     """
     latent, queries, keys = content.shape[-1], content.shape[2], tokens.shape[2]
-    if tokens.shape[-1] != latent + turned.shape[-1]:
+    if tokens.shape[-1] != latent + rotated.shape[-1]:
         raise ValueError(
-            f"tokens must be {latent} + {turned.shape[-1]} wide, got {tokens.shape[-1]}"
+            f"tokens must be {latent} + {rotated.shape[-1]} wide, got {tokens.shape[-1]}"
         )
     # What each sequence's padding hides stands on the device, for which nothing here may wait.
     pattern = isinstance(mask, Mask) and mask.batch is None
     if pattern and hides_nothing(mask, queries, keys, keys - queries):
         mask = None
-    if dropout == 0 and kernel_takes(content, turned, tokens):
+    if dropout == 0 and kernel_takes(content, rotated, tokens):
         from attlas.kernels.latent_decode import latent_decode
 
         flag = isinstance(mask, Mask) and mask == causal
         visible = None if flag else as_dense(mask, queries, keys, keys - queries, content.device)
-        return latent_decode(content, turned, tokens, scale=scale, causal=flag, visible=visible)
-    return plain(content, turned, tokens, scale=scale, mask=mask, dropout=dropout)
+        return latent_decode(content, rotated, tokens, scale=scale, causal=flag, visible=visible)
+    return plain(content, rotated, tokens, scale=scale, mask=mask, dropout=dropout)
 
 
 def plain(
-    content: Tensor, turned: Tensor, tokens: Tensor, *, scale: float,
+    content: Tensor, rotated: Tensor, tokens: Tensor, *, scale: float,
     mask: Mask | Tensor | None = None, dropout: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """The definition, with all scores in memory."""
     queries, keys = content.shape[2], tokens.shape[2]
-    scores = grouped_product(torch.cat((content, turned), dim=-1) * scale, tokens.mT)
+    scores = grouped_product(torch.cat((content, rotated), dim=-1) * scale, tokens.mT)
     visible = as_dense(mask, queries, keys, keys - queries, content.device)
     weights = softmax(scores if visible is None else scores.masked_fill(~visible, -torch.inf))
     weights = torch.dropout(weights, dropout, dropout > 0)
     return grouped_product(weights, tokens[..., : content.shape[-1]])
 
 
-def kernel_takes(content: Tensor, turned: Tensor, tokens: Tensor) -> bool:
+def kernel_takes(content: Tensor, rotated: Tensor, tokens: Tensor) -> bool:
     """Whether a call may go through the kernel, which has no gradient."""
-    parts = (content, turned, tokens)
+    parts = (content, rotated, tokens)
     return (
         content.is_cuda
         and content.shape[2] <= FEW
         and content.shape[1] <= 128
         and content.shape[-1] in WIDTHS
-        and turned.shape[-1] <= 128
-        and content.dtype in (torch.bfloat16, torch.float16)  # its float32 is coarser than PyTorch's
-        and content.dtype == turned.dtype == tokens.dtype
+        and rotated.shape[-1] <= 128
+        and content.dtype
+        in (torch.bfloat16, torch.float16)  # its float32 is coarser than PyTorch's
+        and content.dtype == rotated.dtype == tokens.dtype
         and tokens.stride(-1) == 1
         and not (torch.is_grad_enabled() and any(t.requires_grad for t in parts))
         and not torch.compiler.is_compiling()

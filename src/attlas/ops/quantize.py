@@ -132,9 +132,9 @@ def encode(
     group = dim if channel_group is None else channel_group
     check(bits, dim, group, token_group)
     wide = x.float() if channel is None else x.float() / channel.float()
-    blocks, real = _blocks(wide, token_group, group)
-    low = blocks.masked_fill(~real, torch.inf).amin(dim=(3, 5), keepdim=True)
-    high = blocks.masked_fill(~real, -torch.inf).amax(dim=(3, 5), keepdim=True)
+    blocks, valid = _blocks(wide, token_group, group)
+    low = blocks.masked_fill(~valid, torch.inf).amin(dim=(3, 5), keepdim=True)
+    high = blocks.masked_fill(~valid, -torch.inf).amax(dim=(3, 5), keepdim=True)
     zero = -_raised(-low, meta)
     step = _raised((high - zero.float()) / (2**bits - 1), meta)
     unit = torch.where(step == 0, 1.0, step.float())  # a group of equal numbers has code 0 alone
@@ -155,13 +155,13 @@ def _raised(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _blocks(x: Tensor, tokens: int, channels: int) -> tuple[Tensor, Tensor]:
-    """x as [batch, heads, token groups, tokens, channel groups, channels], and what of it is real."""
+    """x as [batch, heads, token groups, tokens, channel groups, channels], and what of it is valid."""
     short = -x.shape[2] % tokens
-    real = torch.ones(x.shape[2], dtype=torch.bool, device=x.device)
+    valid = torch.ones(x.shape[2], dtype=torch.bool, device=x.device)
     padded = torch.nn.functional.pad(x, (0, 0, 0, short))
-    real = torch.nn.functional.pad(real, (0, short)).unflatten(0, (-1, tokens))
+    valid = torch.nn.functional.pad(valid, (0, short)).unflatten(0, (-1, tokens))
     blocks = padded.unflatten(2, (-1, tokens)).unflatten(-1, (-1, channels))
-    return blocks, real[:, :, None, None]
+    return blocks, valid[:, :, None, None]
 
 
 def check(bits: int, dim: int, channel_group: int, token_group: int) -> None:

@@ -1,7 +1,7 @@
 """Segments: the ways in which keys and values lie in memory when a few queries attend to them.
 
 A cache is a list of segments, whose order means nothing; `attlas.ops.decode` attends to each and
-merges. All of them hold, for every row and key head, slots of which the first `lengths` are real.
+merges. All of them hold, for every row and key head, slots of which the first `lengths` are valid.
 
 | segment | keys and values                                                      |
 |---------|----------------------------------------------------------------------|
@@ -50,7 +50,7 @@ class Dense:
     Attributes:
         k: keys.
         v: values; may be of another width.
-        lengths: real slots of each row and head, the first ones; None for all.
+        lengths: valid slots of each row and head, the first ones; None for all.
         visible: which query may see which slot; None for all.
         causal: the last query stands at the last slot, and none sees later ones.
         bias: added to the scaled scores of a slot.
@@ -59,8 +59,15 @@ class Dense:
     k: Float[Tensor, "batch kv_heads slots dim"]
     v: Float[Tensor, "batch kv_heads slots v_dim"]
     lengths: Int[Tensor, "batch kv_heads"] | None = None
-    visible: Bool[Tensor, (batch #heads queries slots
-)] | None = None
+    visible: (
+        Bool[
+            Tensor,
+            (
+                batch  # heads queries slots
+            ),
+        ]
+        | None
+    ) = None
     causal: bool = False
     bias: Float[Tensor, "batch kv_heads slots"] | None = None
 
@@ -132,7 +139,7 @@ class Listed:
         v: values.
         index: numbers of the pages, −1 for none; heads are those of the keys or of the queries.
         page: slots of a page; the last page may be short.
-        lengths: real slots of each row and head, the first ones; None for all.
+        lengths: valid slots of each row and head, the first ones; None for all.
     """
 
     k: Float[Tensor, "batch kv_heads slots dim"]
@@ -161,7 +168,7 @@ class Coded:
     Attributes:
         k: keys.
         v: values.
-        lengths: real slots of each row and head, the first ones; None for all.
+        lengths: valid slots of each row and head, the first ones; None for all.
         index: numbers of the pages to be read, −1 for none; None for all slots.
         page: slots of a page.
     """
@@ -196,7 +203,7 @@ class Coded:
 
 
 def within(at: Tensor, lengths: Tensor | None) -> Tensor | None:
-    """Whether slots `at` are real, [batch, kv_heads, 1, slots]; None when all are."""
+    """Whether slots `at` are valid, [batch, kv_heads, 1, slots]; None when all are."""
     return None if lengths is None else at < lengths[:, :, None, None]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 from attlas.errors import UnknownName
 from attlas.positions.absolute import Learned, Sinusoidal
@@ -20,24 +21,34 @@ __all__ = [
     "T5Bias",
     "additive",
     "by_groups",
-    "named",
+    "encoding_of",
 ]
 
 
-def named(name: str, *, dim: int, heads: int, head_dim: int) -> Position:
-    """The position encoding called `name` with its paper's defaults.
+class Sizes(Protocol):
+    """What a layer tells of its sizes."""
+
+    dim: int
+    heads: int
+    head_dim: int
+
+
+def encoding_of(given: Position | str | None, sizes: Sizes) -> Position:
+    """The position encoding that a layer's option means, made for its sizes with its paper's defaults.
 
     Raises:
         UnknownName: not one of none, learned, sinusoidal, rope, alibi, t5.
     """
+    if not isinstance(given, str):
+        return Position() if given is None else given
     makers: dict[str, Callable[[], Position]] = {
         "none": Position,
-        "learned": lambda: Learned(dim),
-        "sinusoidal": lambda: Sinusoidal(dim),
-        "rope": lambda: RoPE(head_dim),
-        "alibi": lambda: ALiBi(heads),
-        "t5": lambda: T5Bias(heads),
+        "learned": lambda: Learned(sizes.dim),
+        "sinusoidal": lambda: Sinusoidal(sizes.dim),
+        "rope": lambda: RoPE(sizes.head_dim),
+        "alibi": lambda: ALiBi(sizes.heads),
+        "t5": lambda: T5Bias(sizes.heads),
     }
-    if name not in makers:
-        raise UnknownName("position", name, makers)
-    return makers[name]()
+    if given not in makers:
+        raise UnknownName("position", given, makers)
+    return makers[given]()

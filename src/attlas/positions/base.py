@@ -66,7 +66,7 @@ class Position(nn.Module):
         x: Float[Tensor, "batch heads tokens dim"],
         positions: Integer[Tensor, "*batch tokens"],
     ) -> Float[Tensor, "batch heads tokens dim"]:
-        """Queries or keys turned by their positions."""
+        """Queries or keys rotated by their positions."""
         return x
 
 

@@ -113,11 +113,13 @@ def _turned_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def _turned_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Channel 2i turned with channel 2i + 1."""
     even_half, odd_half = x[..., 0::2], x[..., 1::2]
-    turned = (even_half * cos - odd_half * sin, even_half * sin + odd_half * cos)
-    return torch.stack(turned, dim=-1).flatten(-2)
+    rotated = (even_half * cos - odd_half * sin, even_half * sin + odd_half * cos)
+    return torch.stack(rotated, dim=-1).flatten(-2)
 
 
-def _yarn_ramp(dim: int, base: Tensor, length: int, fast: float = 32.0, slow: float = 1.0) -> Tensor:
+def _yarn_ramp(
+    dim: int, base: Tensor, length: int, fast: float = 32.0, slow: float = 1.0
+) -> Tensor:
     """0 for pairs that turn more than `fast` times in `length` tokens, 1 for fewer than `slow`."""
 
     def pair_turning(turns: float) -> Tensor:

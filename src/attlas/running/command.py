@@ -42,7 +42,10 @@ class Results(Journal):
             UserError: naming both.
         """
         for line in self.lines:
-            if line["options"] != options or line["system"].partition("(")[0] != label.partition("(")[0]:
+            if (
+                line["options"] != options
+                or line["system"].partition("(")[0] != label.partition("(")[0]
+            ):
                 raise UserError(
                     f"{self.folder} holds results of {line['system']}, this is {label}; take another "
                     "folder with --out"
@@ -55,7 +58,9 @@ class Results(Journal):
 
 
 def run_command(
-    name: Annotated[str, typer.Argument(help="needle-threading, or with options: NAME(option=...).")],
+    name: Annotated[
+        str, typer.Argument(help="needle-threading, or with options: NAME(option=...).")
+    ],
     seeds: Annotated[int, typer.Option(min=1, help="Seeds 0, 1, ... that decide the data.")] = 3,
     out: Annotated[
         Path | None, typer.Option(help="Folder of results; attlas-run/NAME unless given.")
@@ -93,7 +98,9 @@ def parse_system(text: str) -> tuple[str, System]:
     name, options = parse_call("system", text)
     entry = registry.find(name, SYSTEM)
     order = list(registry.signature(entry.object))
-    given = sorted(options.items(), key=lambda o: order.index(o[0]) if o[0] in order else len(order))
+    given = sorted(
+        options.items(), key=lambda o: order.index(o[0]) if o[0] in order else len(order)
+    )
     label = written(entry.name, given)
     try:
         return label, cast(System, registry.make(entry.name, **options))
@@ -116,7 +123,9 @@ def _run(label: str, system: System, seeds: int, results: Results, console: Cons
         console.print(f"all {seeds * len(system.cells)} cells are finished in {results.folder}")
         return
     if results.lines:
-        console.print(f"{len(results.lines)} of {seeds * len(system.cells)} cells are finished; going on")
+        console.print(
+            f"{len(results.lines)} of {seeds * len(system.cells)} cells are finished; going on"
+        )
     _build(system)
     stamp = {"system": label, "options": _plain(system), **_stamp()}
     with _progress(console) as progress:

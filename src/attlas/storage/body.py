@@ -26,7 +26,7 @@ class Body(ABC):
 
     Attributes:
         kind: the name under which it is stored.
-        index: original column of each slot, −1 for an empty one; None when slot i is column
+        index: original positions of each slot, −1 for an empty one; None when slot i is column
             `first + i` in every row.
         first: column of slot 0 where there is no index.
         bias: what is added to the scores of a slot; None for nothing.
@@ -87,8 +87,8 @@ class Body(ABC):
         """Bytes of all that is held."""
         return sum(t.nbytes for t in self.tensors.values())
 
-    def columns(self, batch: int, heads: int, device: torch.device) -> Tensor:
-        """Original column of every slot, [batch, kv_heads, slots]."""
+    def original_positions(self, batch: int, heads: int, device: torch.device) -> Tensor:
+        """Original positions of every slot, [batch, kv_heads, slots]."""
         if self.index is not None:
             return self.index
         at = torch.arange(self.first, self.first + self.slots, dtype=torch.int32, device=device)
@@ -100,7 +100,7 @@ class GrownBody(Body):
 
     Args:
         held: tensors [batch, kv_heads, tokens or groups of them, width], by name.
-        index: original columns, −1 behind the last of a shorter row; None for `first` and on.
+        index: original positions, −1 behind the last of a shorter row; None for `first` and on.
         first: column of slot 0 where there is no index.
     """
 
@@ -117,7 +117,7 @@ class GrownBody(Body):
 
     @property
     def index(self) -> Tensor | None:  # type: ignore[override]
-        """Original column of each slot, None when they follow one another in every row."""
+        """Original positions of each slot, None when they follow one another in every row."""
         return None if self.columns_held is None else self.columns_held.tensor[..., 0]
 
     def group(self, name: str) -> int:
@@ -147,7 +147,7 @@ class GrownBody(Body):
         sample = next(iter(self.held.values())).tensor
         shape = (*sample.shape[:2], sample.device)
         if self.columns_held is None:
-            self.columns_held = Growing(self.columns(*shape)[..., None].contiguous())
+            self.columns_held = Growing(self.original_positions(*shape)[..., None].contiguous())
         at = torch.full(shape[:2], old, device=shape[2]) if self.lengths is None else self.lengths
         counts = torch.full_like(at, new) if other.lengths is None else other.lengths.to(at.dtype)
         for name, growing in self.held.items():
@@ -157,7 +157,7 @@ class GrownBody(Body):
                     other.held[name].tensor, at[:, :heads] // group, -(-counts[:, :heads] // group)
                 )
         width = self.columns_held.tensor.shape[2]
-        self.columns_held.put(other.columns(*shape)[..., None], at, counts)
+        self.columns_held.put(other.original_positions(*shape)[..., None], at, counts)
         self.columns_held.tensor[:, :, width:][self.columns_held.tensor[:, :, width:] == 0] = -1
         self.lengths = (at + counts).to(torch.int32)
 

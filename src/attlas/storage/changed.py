@@ -43,7 +43,7 @@ class Changed:
             yield self.keys(k), self.values(v), seen, bias
 
 
-def turned(x: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows dim"]:
+def rotated(x: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows dim"]:
     """x times an orthonormal Walsh–Hadamard matrix, which undoes itself.
 
     Over all channels where their number is a power of two, else over each run of the largest power
@@ -70,11 +70,11 @@ class TurnedBody(CodedBody):
 
     def segment(self, index: Tensor | None = None, page: int = 1) -> Changed:  # type: ignore[override]
         """All slots, or those of the listed pages, turned back."""
-        return Changed(super().segment(index, page), turned, turned)
+        return Changed(super().segment(index, page), rotated, rotated)
 
     def read(self) -> tuple[Tensor, Tensor]:
         """Keys and values as numbers."""
-        return turned(self.k.read()), turned(self.v.read())
+        return rotated(self.k.read()), rotated(self.v.read())
 
 
 class ShiftedBody(CodedBody):
@@ -83,7 +83,7 @@ class ShiftedBody(CodedBody):
     Args:
         k: the keys' codes.
         v: the values'.
-        index: original columns, −1 behind the last of a shorter row; None for `first` and on.
+        index: original positions, −1 behind the last of a shorter row; None for `first` and on.
         first: column of slot 0 where there is no index.
         shifts: what was taken from keys and from values.
     """

@@ -22,7 +22,7 @@ class CodedBody(GrownBody):
     Args:
         k: the keys' codes.
         v: the values'.
-        index: original columns, −1 behind the last of a shorter row; None for `first` and on.
+        index: original positions, −1 behind the last of a shorter row; None for `first` and on.
         first: column of slot 0 where there is no index.
     """
 

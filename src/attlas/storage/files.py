@@ -147,7 +147,7 @@ def _layer_out(layer: DynamicLayer, prefix: str, tensors: dict[str, Tensor]) -> 
         tensors |= {f"{prefix}learned.{name}.{part}": t for part, t in state.tensors.items()}
     return {
         "stored": True, "keys": keys, "seen": layer.seen, "fixed": layer.fixed, "ragged": layer.ragged,
-        "settled": layer.settled, "bodies": bodies, "learned": learned,
+        "compressed": layer.compressed, "bodies": bodies, "learned": learned,
     }  # fmt: skip
 
 
@@ -160,7 +160,7 @@ def _layer_in(told: dict[str, Any], prefix: str, tensors: dict[str, Tensor]) -> 
     if told["keys"]:
         filled(layer, tensors[f"{prefix}keys"], tensors[f"{prefix}values"])
     if isinstance(layer, StoredLayer):
-        for name in ("seen", "fixed", "ragged", "settled"):
+        for name in ("seen", "fixed", "ragged", "compressed"):
             setattr(layer, name, told[name])
         layer.index = tensors.get(f"{prefix}index")
         layer.states = under("state.")

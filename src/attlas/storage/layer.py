@@ -44,7 +44,7 @@ class StoredLayer(DenseSlots):
         self.bodies: dict[str, Body] = {}
         self.states: dict[str, Tensor] = {}
         self.fixed = 0
-        self.settled = False
+        self.compressed = False
         self.attached = False
         self.read_bytes = 0
 
@@ -106,14 +106,14 @@ class StoredLayer(DenseSlots):
         return self.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(length, offset) of the mask: the whole sequence, in original columns."""
+        """(length, offset) of the mask: the whole sequence, in original positions."""
         return self.seen + query_length, 0
 
     def reset(self) -> None:
         """Forget everything; the next call is a new prompt."""
         super().reset()
         self.bodies, self.states = {}, {}
-        self.fixed, self.settled, self.read_bytes = 0, False, 0
+        self.fixed, self.compressed, self.read_bytes = 0, False, 0
         for state in self.learned.values():
             state.tensors.clear()
 
@@ -131,7 +131,9 @@ class StoredLayer(DenseSlots):
             return
         limit = self.seen + tokens_to_remove
         batch, heads = self._keys.tensor.shape[:2]
-        encoded = [int(b.columns(batch, heads, self.device).max()) for b in self.bodies.values()]
+        encoded = [
+            int(b.original_positions(batch, heads, self.device).max()) for b in self.bodies.values()
+        ]
         free = self.seen - max([self.fixed, *(column + 1 for column in encoded)])
         if -tokens_to_remove > free:
             raise UserError(
@@ -142,7 +144,7 @@ class StoredLayer(DenseSlots):
         if -tokens_to_remove <= self.dense_slots - chosen:
             super().crop(tokens_to_remove)
         else:
-            columns = self.dense_columns()
+            columns = self.dense_positions()
             self.keep(*first_ones((columns >= 0) & (columns < limit)))
         self.seen = limit
 
@@ -186,14 +188,16 @@ class StoredLayer(DenseSlots):
 
     # What parts do with it.
 
-    def columns(self) -> Int[Tensor, "batch kv_heads slots"] | None:
-        """Original column of every slot, None while slot and column are the same."""
+    def original_positions(self) -> Int[Tensor, "batch kv_heads slots"] | None:
+        """Original positions of every slot, None while slot and column are the same."""
         if self.index is None and not self.bodies:
             return None
         assert self._keys is not None
         batch, heads = self._keys.tensor.shape[:2]
-        found = [body.columns(batch, heads, self.device) for body in self.bodies.values()]
-        return torch.cat([*found, self.dense_columns()], dim=-1)
+        found = [
+            body.original_positions(batch, heads, self.device) for body in self.bodies.values()
+        ]
+        return torch.cat([*found, self.dense_positions()], dim=-1)
 
     def put(self, name: str, body: Body) -> None:
         """Hold a body, behind that of its name if there is one that it can follow, else beside it."""
@@ -211,11 +215,11 @@ class StoredLayer(DenseSlots):
         assert keys is not None
         assert values is not None
         if not self.bodies:
-            return keys, values, self.columns()
+            return keys, values, self.original_positions()
         parts = [body.read() for body in self.bodies.values()]
         k = torch.cat([*(k.to(keys.dtype) for k, _ in parts), keys], dim=2)
         v = torch.cat([*(v.to(values.dtype) for _, v in parts), values], dim=2)
-        return k, v, self.columns()
+        return k, v, self.original_positions()
 
     def biases(self) -> Float[Tensor, "batch kv_heads seen"] | None:
         """What the bodies add to the scores of the token of each column; None for nothing."""
@@ -225,7 +229,7 @@ class StoredLayer(DenseSlots):
         batch, heads = self._keys.tensor.shape[:2]  # type: ignore[union-attr]
         table = torch.zeros(batch, heads, self.seen + 1, device=self.device)
         for body in found:
-            columns = body.columns(batch, heads, self.device).long()
+            columns = body.original_positions(batch, heads, self.device).long()
             # What is no slot goes where no column is.
             table.scatter_(2, torch.where(columns < 0, self.seen, columns), body.bias.to(table))  # type: ignore[union-attr]
         return table[..., : self.seen]
@@ -244,7 +248,7 @@ class StoredLayer(DenseSlots):
         Args:
             q: queries; the last stands at the last token.
             scale: of the products.
-            visible: the model's mask in original columns; None for causal attention.
+            visible: the model's mask in original positions; None for causal attention.
             sinks: logits that take part without a value.
             chosen: the slots to be read; None for all.
         """

@@ -3,7 +3,7 @@
     k_low = Uᵀ R(−t) k      v_low = Wᵀ v      read back as      k ≈ R(t) U k_low      v ≈ W v_low
 
 U [dim, k_rank] and W [v_dim, v_rank] have orthonormal columns. Where the model rotates its keys they
-are turned back to position 0 first, since rotation spreads the few directions over the circle; so the
+are rotated back to position 0 first, since rotation spreads the few directions over the circle; so the
 position of every token is held beside it.
 """
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from attlas.errors import UserError
 from attlas.ops.segments import Block, listed, taken, within
 from attlas.storage.body import Body, GrownBody
-from attlas.storage.rotary import Rotary, turn
+from attlas.storage.rotary import Rotary, rotate
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Bases:
         back = wide(k)
         if self.rotary is not None:
             assert positions is not None
-            back = turned(back, self.rotary, positions, back=True)
+            back = rotated(back, self.rotary, positions, back=True)
         return (back @ self.k.to(back.dtype)).to(k.dtype), (wide(v) @ self.v.to(back.dtype)).to(
             v.dtype
         )
@@ -68,7 +68,7 @@ class Bases:
         keys = wide(k) @ self.k.to(wide(k).dtype).mT
         if self.rotary is not None:
             assert positions is not None
-            keys = turned(keys, self.rotary, positions)
+            keys = rotated(keys, self.rotary, positions)
         return keys, wide(v) @ self.v.to(keys.dtype).mT
 
     def of_heads(self, heads: int) -> Bases:
@@ -97,7 +97,7 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def turned(
+def rotated(
     x: Float[Tensor, "batch heads tokens dim"],
     rotary: Rotary,
     positions: Int[Tensor, "batch p_heads tokens"],
@@ -110,7 +110,7 @@ def turned(
     if back:
         squared = cos.square() + sin.square()  # 1, or the square of YaRN's factor
         cos, sin = cos / squared, -sin / squared
-    return turn(x, cos, sin)
+    return rotate(x, cos, sin)
 
 
 class LowRankBody(GrownBody):
@@ -122,7 +122,7 @@ class LowRankBody(GrownBody):
         bases: in which they are; None for a body out of a file, until `use` gives them.
         positions: of the tokens, as the model counted them; one head's when all heads hold the same
             tokens, None when the keys are not rotated.
-        index: original columns, −1 behind the last of a shorter row; None for `first` and on.
+        index: original positions, −1 behind the last of a shorter row; None for `first` and on.
         first: column of slot 0 where there is no index.
         digest: of the bases, where they are not given.
     """
@@ -239,7 +239,7 @@ class LowRank:
         k: of the keys.
         v: of the values.
         positions: of the tokens; None when the keys are not rotated.
-        lengths: real slots of each row and head, the first ones; None for all.
+        lengths: valid slots of each row and head, the first ones; None for all.
         index: numbers of the pages to be read, −1 for none; None for all slots.
         page: slots of a page.
     """

@@ -18,7 +18,7 @@ class PackedBody(GrownBody):
     Args:
         k: keys.
         v: values.
-        index: original columns, −1 behind the last of a shorter row; None for `first` and on.
+        index: original positions, −1 behind the last of a shorter row; None for `first` and on.
         first: column of slot 0 where there is no index.
         bias: added to a slot's scores: the logarithm of how many tokens it stands for.
     """

@@ -24,7 +24,7 @@ class RaggedBody(Body):
     Args:
         k: keys of all rows and heads, one head behind the other.
         v: values likewise.
-        column: original column of each.
+        column: original positions of each.
         offsets: where each head starts.
         lengths: how many slots it has.
     """
@@ -77,8 +77,8 @@ class RaggedBody(Body):
         at = self._at()
         return self.k[at], self.v[at]
 
-    def columns(self, batch: int, heads: int, device: torch.device) -> Tensor:
-        """Original columns padded with −1 to the longest head."""
+    def original_positions(self, batch: int, heads: int, device: torch.device) -> Tensor:
+        """Original positions padded with −1 to the longest head."""
         slot = torch.arange(self.longest, device=self.k.device)
         return torch.where(slot < self.lengths[..., None], self.column[self._at()], -1)
 

@@ -39,8 +39,8 @@ class Rotary:
         inverse = theta ** (-torch.arange(0, dim, 2).float() / dim)
 
         def angles(positions: Tensor) -> Angles:
-            turned = positions[..., None].float() * inverse.to(positions.device)
-            both = torch.cat([turned, turned], dim=-1)
+            rotated = positions[..., None].float() * inverse.to(positions.device)
+            both = torch.cat([rotated, rotated], dim=-1)
             return both.cos(), both.sin()
 
         return cls(angles)
@@ -97,7 +97,7 @@ class Rotary:
     ) -> Float[Tensor, "batch heads tokens dim"]:
         """x rotated to positions."""
         cos, sin = self.angles(positions)
-        return turn(x, cos[:, None], sin[:, None])
+        return rotate(x, cos[:, None], sin[:, None])
 
     def unrotate(
         self, x: Float[Tensor, "batch heads tokens dim"], positions: Int[Tensor, "batch tokens"]
@@ -105,7 +105,7 @@ class Rotary:
         """x as it was before it was rotated to positions, in single precision at least."""
         exact = torch.promote_types(x.dtype, torch.float32)
         cos, sin = (angle[:, None].to(exact) for angle in self.back(positions))
-        return turn(x.to(exact), cos, sin)
+        return rotate(x.to(exact), cos, sin)
 
     def back(self, positions: Int[Tensor, "batch tokens"]) -> Angles:
         """The angles that undo the rotation to positions."""
@@ -114,7 +114,7 @@ class Rotary:
         return cos / squared, -sin / squared
 
 
-def turn(
+def rotate(
     x: Float[Tensor, "*rows dim"],
     cos: Float[Tensor, "*#rows turned"],
     sin: Float[Tensor, "*#rows turned"],

@@ -58,7 +58,7 @@ class SharedBody(CodedBody):
     Args:
         k: the keys' codes.
         v: the values'.
-        index: original columns, −1 behind the last of a shorter row; as many in every head.
+        index: original positions, −1 behind the last of a shorter row; as many in every head.
         first: column of slot 0 where there is no index.
     """
 

@@ -11,15 +11,15 @@ from attlas.storage.growing import Growing
 from attlas.storage.rows import Rows
 from attlas.storage.state import Taken
 
-#: A slot's original column is kept as int32 beside its key and value.
+#: A slot's original positions is kept as int32 beside its key and value.
 INDEX_BYTES = 4
 
 
 class DenseSlots(DynamicLayer):  # type: ignore[misc]
-    """Slots that each hold a key and a value, and the original column of each.
+    """Slots that each hold a key and a value, and the original positions of each.
 
     Attributes:
-        index: int32 [batch, kv_heads, n], original columns of the first n slots, −1 for an empty one;
+        index: int32 [batch, kv_heads, n], original positions of the first n slots, −1 for an empty one;
             None while none was dropped. Slots behind them hold the last tokens in order.
         seen: tokens seen, padding included.
         ragged: some row has empty slots.
@@ -74,8 +74,8 @@ class DenseSlots(DynamicLayer):  # type: ignore[misc]
         """How many slots hold keys and values as they came."""
         return 0 if self._keys is None else self._keys.tensor.shape[2]
 
-    def dense_columns(self) -> Int[Tensor, "batch kv_heads slots"]:
-        """Original column of every dense slot."""
+    def dense_positions(self) -> Int[Tensor, "batch kv_heads slots"]:
+        """Original positions of every dense slot."""
         assert self._keys is not None
         batch, heads = self._keys.tensor.shape[:2]
         chosen = 0 if self.index is None else self.index.shape[-1]
@@ -85,45 +85,47 @@ class DenseSlots(DynamicLayer):  # type: ignore[misc]
         return tail if self.index is None else torch.cat([self.index, tail], dim=-1)
 
     def keep(
-        self, slots: Int[Tensor, "batch kv_heads n"], real: Bool[Tensor, "batch kv_heads n"]
+        self, slots: Int[Tensor, "batch kv_heads n"], valid: Bool[Tensor, "batch kv_heads n"]
     ) -> None:
-        """Hold the given dense slots alone; where not `real` the slot is empty. Frees the rest."""
+        """Hold the given dense slots alone; where not `valid` the slot is empty. Frees the rest."""
         keys, values = self.keys, self.values
         assert keys is not None
         assert values is not None
-        self.index = torch.where(real, self.dense_columns().gather(-1, slots), -1).to(torch.int32)
-        self.ragged = not bool(real.all())
+        self.index = torch.where(valid, self.dense_positions().gather(-1, slots), -1).to(
+            torch.int32
+        )
+        self.ragged = not bool(valid.all())
         self.keys, self.values = _at(keys, slots), _at(values, slots)
 
-    def rows(self, real: Bool[Tensor, "batch told"] | None = None) -> Rows:
-        """The rows of the tokens seen; `real` says which of them are no padding, None that all are."""
-        return Rows(real, self.seen)
+    def rows(self, valid: Bool[Tensor, "batch told"] | None = None) -> Rows:
+        """The rows of the tokens seen; `valid` says which of them are no padding, None that all are."""
+        return Rows(valid, self.seen)
 
     def lengths(self, rows: Rows) -> list[int]:
         """Dense slots of each row that hold a token and no padding; as many in every head."""
-        if self.index is None and rows.real is None:
+        if self.index is None and rows.valid is None:
             return [self.dense_slots] * (0 if self._keys is None else self._keys.tensor.shape[0])
         return self.there(rows)[:, 0].sum(dim=-1).tolist()
 
     def there(self, rows: Rows) -> Bool[Tensor, "batch kv_heads slots"]:
         """Which dense slots hold a token that is no padding."""
-        return rows.at(self.dense_columns())[0]
+        return rows.at(self.dense_positions())[0]
 
     def take(self, counts: list[int], rows: Rows) -> Taken:
         """The first tokens of each row, which lie in dense slots no more; padding is dropped.
 
         Args:
             counts: how many, by row; no more than `lengths`.
-            rows: which of the tokens seen are real.
+            rows: which of the tokens seen are valid.
         """
         keys, values = self.keys, self.values
         assert keys is not None
         assert values is not None
-        there = None if self.index is None and rows.real is None else self.there(rows)
+        there = None if self.index is None and rows.valid is None else self.there(rows)
         if min(counts) == max(counts) and (there is None or (not self.ragged and there.all())):
             count = counts[0]
             first = self.seen - self.dense_slots
-            index = None if self.index is None else self.dense_columns()[..., :count].contiguous()
+            index = None if self.index is None else self.dense_positions()[..., :count].contiguous()
             taken = Taken(keys[:, :, :count], values[:, :, :count], index, first)
             # Copies, so that what was taken frees the memory that it lay in.
             self.keys, self.values = keys[:, :, count:].clone(), values[:, :, count:].clone()
@@ -134,7 +136,7 @@ class DenseSlots(DynamicLayer):  # type: ignore[misc]
         order = (~there).long().sort(dim=-1, stable=True).indices
         number = torch.arange(order.shape[-1], device=order.device)
         wanted = torch.tensor(counts, device=order.device)[:, None, None]
-        columns = self.dense_columns().gather(-1, order)
+        columns = self.dense_positions().gather(-1, order)
         goes = (number < wanted).expand_as(order)
         index = torch.where(goes, columns, -1)[..., : max(counts)]
         at = order[..., : max(counts)]

@@ -21,7 +21,7 @@ class LayerState:
         rotary: how the model rotates, None when the part does not ask or it does not rotate.
         scaling: factor of q·k, known after the first call.
         tensors: what was gathered from the calls, batch first. It is held with the cache: what is not
-            needed once the prompt is over is taken out when the part settles.
+            needed once the prompt is over is taken out when the part compresses.
     """
 
     layer: int

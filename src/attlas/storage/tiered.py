@@ -78,7 +78,7 @@ class TieredBody(GrownBody):
     Args:
         k: keys, on the device that attends or in host memory.
         v: values.
-        index: original columns, −1 behind the last of a shorter row; None for `first` and on.
+        index: original positions, −1 behind the last of a shorter row; None for `first` and on.
         first: column of slot 0 where there is no index.
         device: which attends; that of the keys unless given.
         capacity: tokens of a head on the device; as many as the longest list unless given.
@@ -131,9 +131,9 @@ class TieredBody(GrownBody):
             books = self.tier.place.nbytes + self.tier.slot.nbytes + self.tier.used.nbytes
         return super().nbytes + books
 
-    def columns(self, batch: int, heads: int, device: torch.device) -> Tensor:
-        """Original column of every slot, on the device asked for."""
-        return super().columns(batch, heads, device).to(device)
+    def original_positions(self, batch: int, heads: int, device: torch.device) -> Tensor:
+        """Original positions of every slot, on the device asked for."""
+        return super().original_positions(batch, heads, device).to(device)
 
     def keys(self, start: int = 0, stop: int | None = None) -> Float[Tensor, "b h slots dim"]:
         """Some slots' keys, on the device."""

@@ -137,7 +137,7 @@ class VariedBody(Body):
     Args:
         k: keys.
         v: values.
-        index: original columns, −1 for a hole; None for `first` and on.
+        index: original positions, −1 for a hole; None for `first` and on.
         first: column of slot 0 where there is no index.
     """
 

@@ -71,7 +71,9 @@ def unselectable(keys: Float[Tensor, "keys dim"]) -> list[bool]:
     found = []
     for i in range(len(keys)):
         # Differences of one length lie in the same hull of directions, and round alike.
-        others = F.normalize(torch.cat((keys[:i], keys[i + 1 :])).double() - keys[i].double(), dim=-1)
+        others = F.normalize(
+            torch.cat((keys[:i], keys[i + 1 :])).double() - keys[i].double(), dim=-1
+        )
         system = torch.cat((others.T, torch.ones(1, len(others), dtype=torch.float64)))
         target = torch.zeros(len(system), dtype=torch.float64)
         target[-1] = 1.0
@@ -92,7 +94,9 @@ def _non_negative(a: Tensor, b: Tensor) -> Tensor:
         active[best] = True
         while True:
             free = torch.zeros_like(x)
-            free[active] = torch.linalg.lstsq(a[:, active], b[:, None], driver="gelsd").solution[:, 0]
+            free[active] = torch.linalg.lstsq(a[:, active], b[:, None], driver="gelsd").solution[
+                :, 0
+            ]
             below = active & (free <= 0)
             if not below.any():
                 x = free

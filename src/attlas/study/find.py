@@ -45,9 +45,7 @@ def claims() -> dict[str, Claim]:
         for claim in vars(entry.object).get("claims", ()) if _declares(entry) else ():
             whole = replace(claim, ours=claim.ours or entry.name)
             if whole.name in found:
-                raise UserError(
-                    f"two claims are called {whole.name!r}; tell them apart by `also=`"
-                )
+                raise UserError(f"two claims are called {whole.name!r}; tell them apart by `also=`")
             found[whole.name] = whole
     return found
 

@@ -182,7 +182,9 @@ class NeedleThreading(System):
     def predict(self, inputs: Sequence[Question]) -> list[tuple[str, ...]]:
         """The values that the reader gives to each question."""
         if not all(isinstance(question, Question) for question in inputs):
-            raise UserError(f"inputs takes questions of `data`, got {[type(i).__name__ for i in inputs]}")
+            raise UserError(
+                f"inputs takes questions of `data`, got {[type(i).__name__ for i in inputs]}"
+            )
         if self.reader == "solver":
             return [solve(question) for question in inputs]
         if getattr(self, "net" if self.reader == "trained" else "model", None) is None:
@@ -199,7 +201,8 @@ class NeedleThreading(System):
         """As many values as are wanted, drawn from the haystack."""
         rng = random.Random(seed)
         return [
-            tuple(rng.choices(values(json.loads(q.haystack)), k=len(q.keys) or SEVERAL)) for q in inputs
+            tuple(rng.choices(values(json.loads(q.haystack)), k=len(q.keys) or SEVERAL))
+            for q in inputs
         ]
 
     def score(self, said: Any, target: Any) -> float:
@@ -214,7 +217,8 @@ class NeedleThreading(System):
         found = []
         for task in self.tasks:
             length = effective(
-                {n: means[f"{task} {n}"] for n in self.lengths if f"{task} {n}" in means}, self.threshold
+                {n: means[f"{task} {n}"] for n in self.lengths if f"{task} {n}" in means},
+                self.threshold,
             )
             found.append(f"{task}: at least {self.threshold:.0%} right up to {length} tokens")
         return found

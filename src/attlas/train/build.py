@@ -79,7 +79,9 @@ def build(task: Task, mechanism: Mechanism, plan: Plan, seed: int) -> Net:
 @torch.no_grad()
 def _share(plain: nn.Module, net: nn.Module) -> None:
     """Copy what has the same name and shape and lies in no layer of attention."""
-    inside = tuple(name for name, m in net.named_modules() if isinstance(m, (Attention, FeatureMap)))
+    inside = tuple(
+        name for name, m in net.named_modules() if isinstance(m, (Attention, FeatureMap))
+    )
     weights = dict(plain.named_parameters())
     for name, parameter in net.named_parameters():
         outside = not name.startswith(tuple(f"{prefix}." for prefix in inside))
@@ -103,9 +105,9 @@ def check_fit(plan: Plan, task: Task) -> None:
             if found != kind.name:
                 raise UserError(f"{what}: it is of kind {found!r}; the task takes {TAKEN[kind]}")
             layer: Any = each.entry.object
-            if task.needs == "decoder" and not layer.has_causal_form:
+            if task.needs == "decoder" and not layer.supports.causal:
                 raise UserError(f"{what}: the task needs a decoder and it has no causal form")
-            if task.needs == "seq2seq" and not layer.has_cross_form:
+            if task.needs == "seq2seq" and not layer.supports.cross:
                 raise UserError(f"{what}: the task needs cross-attention and it has no cross form")
         if mechanism.others and task.needs in ("operator", "seq2seq", "convnet"):
             raise UserError(f"{what}: its model has one mechanism for all layers")
@@ -159,7 +161,9 @@ def _convnet(task: Task, mechanism: Mechanism, plan: Plan) -> nn.Module:
     (attention,) = mechanism.attention
     halvings = 2 ** (plan.layers - 1)
     if plan.dim % halvings:
-        raise ValueError(f"dim must be a multiple of {halvings} for layers={plan.layers}, got {plan.dim}")
+        raise ValueError(
+            f"dim must be a multiple of {halvings} for layers={plan.layers}, got {plan.dim}"
+        )
     return ConvNet(ConvNetConfig(
         num_labels=task.sizes.outputs, num_channels=task.sizes.image[0], attention=attention,
         hidden_sizes=[plan.dim * 2**stage // halvings for stage in range(plan.layers)],

@@ -74,9 +74,8 @@ def _where(summary: Summary) -> str:
     pooled = ", ".join(m.title for m in summary.columns if m.pool is not None)
     if not pooled:
         return f"All numbers are at {summary.longest} tokens."
-    return (
-        f"Pooled over all lengths and depths: {pooled}. Everything else is at {summary.longest} tokens."
-    )
+    rest = f"Everything else is at {summary.longest} tokens."
+    return f"Pooled over all lengths and depths: {pooled}. {rest}"
 
 
 def _cell(summary: Summary, method: str, column: Metric) -> str:

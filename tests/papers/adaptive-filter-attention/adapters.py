@@ -46,6 +46,6 @@ def adaptive_filter(case: Case) -> Iterator[Check]:
         yield case.compare("mid.weights", rearrange(layer.weights(x) / decay, "b h q k -> b q k h"))
     if "latent_estimate" in case.mids and not layer.residual:
         prepared = layer.prepare(x)
-        latent = layer.turned(layer.attend(*prepared), prepared[-1].positions)
+        latent = layer.rotated(layer.attend(*prepared), prepared[-1].positions)
         latent = rearrange(latent, "b h t (two d) -> b t h d two", two=2)
         yield case.compare("mid.latent_estimate", latent)

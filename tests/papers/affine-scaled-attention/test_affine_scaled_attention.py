@@ -61,8 +61,8 @@ def test_affine_scaled_attention_running_mean_is_the_definition(
 ) -> None:
     layer = _layer(mask=PATTERNS[pattern], kv_heads=kv_heads, position="rope")
     x = torch.randn(2, 9, 32, dtype=torch.float64)
-    real = torch.tensor([[False] * 3 + [True] * 6, [True] * 8 + [False]])
-    for mask in (None, real):
+    valid = torch.tensor([[False] * 3 + [True] * 6, [True] * 8 + [False]])
+    for mask in (None, valid):
         q, k, v, pairs, inputs = layer.prepare(x, mask=mask)
         wanted = layer.aggregate(layer.weigh(q, k, pairs, inputs), v)
         torch.testing.assert_close(layer.attend(q, k, v, pairs, inputs), wanted)
@@ -80,9 +80,9 @@ def test_affine_scaled_attention_follows_alpha_while_training() -> None:
     layer(x)
     torch.testing.assert_close(layer.mean_alpha, 0.36 * mean)
     # Padding does not count.
-    padded, real = torch.cat((x, 9 * torch.randn(3, 2, 32).double()), 1), torch.arange(9) < 7
+    padded, valid = torch.cat((x, 9 * torch.randn(3, 2, 32).double()), 1), torch.arange(9) < 7
     layer.mean_alpha.zero_()
-    layer(padded, mask=real.expand(3, -1))
+    layer(padded, mask=valid.expand(3, -1))
     torch.testing.assert_close(layer.mean_alpha, 0.2 * mean)
 
 

@@ -32,7 +32,9 @@ def test_agents_are_means_of_the_cells_queries() -> None:
 
 
 def test_as_many_agents_as_patches_are_the_queries() -> None:
-    layer = attlas.make("agent-attention", dim=16, heads=2, agents=16, grid=(4, 4), place_bias=False)
+    layer = attlas.make(
+        "agent-attention", dim=16, heads=2, agents=16, grid=(4, 4), place_bias=False
+    )
     x = torch.randn(1, 16, 16)
     q, k, _, _, _ = layer.prepare(x)
     twice = (q @ q.mT * layer.scale).softmax(-1) @ (q @ k.mT * layer.scale).softmax(-1)
@@ -43,7 +45,13 @@ def test_without_biases_and_convolution_a_softmax_layer_gives_its_weights() -> N
     """The published training-free replacement: the same parameters, a map of lower rank."""
     softmax = attlas.make("softmax", dim=16, heads=2, bias=True)
     agent = attlas.make(
-        "agent-attention", place_bias=False, kernel_size=None, grid=(3, 3), dim=16, heads=2, agents=9
+        "agent-attention",
+        place_bias=False,
+        kernel_size=None,
+        grid=(3, 3),
+        dim=16,
+        heads=2,
+        agents=9,
     )
     agent.load_state_dict(softmax.state_dict())
     x = torch.randn(1, 9, 16)

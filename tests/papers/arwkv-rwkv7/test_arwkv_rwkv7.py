@@ -97,11 +97,11 @@ def test_deeper_layers_begin_with_other_mixing_and_faster_decays_at_the_end() ->
 
 def test_token_before_steps_over_padding() -> None:
     x = torch.arange(1.0, 7.0).view(1, 6, 1)
-    real = torch.tensor([[False, True, True, False, True, False]])
-    before, last = token_before(x, real, torch.tensor([[[9.0]]]))
-    assert before[0, real[0], 0].tolist() == [9.0, 2.0, 3.0]
+    valid = torch.tensor([[False, True, True, False, True, False]])
+    before, last = token_before(x, valid, torch.tensor([[[9.0]]]))
+    assert before[0, valid[0], 0].tolist() == [9.0, 2.0, 3.0]
     assert last.item() == 5.0
-    before, last = token_before(x, torch.zeros_like(real), torch.tensor([[[9.0]]]))
+    before, last = token_before(x, torch.zeros_like(valid), torch.tensor([[[9.0]]]))
     assert last.item() == 9.0
 
 

@@ -142,9 +142,7 @@ def _retrieval(name: str, lengths: tuple[int, ...], **options) -> list[float]:
 def test_bayesian_attention_mechanism_retrieves_a_passkey_where_others_fail(others: str) -> None:
     # Measured (1 and 2 threads, float32 and float64): rope 1.00 then 0.05-0.06, sinusoidal 1.00
     # then 0.13-0.16.
-    trained, beyond = mean_over_seeds(
-        lambda: _retrieval("softmax", (16, 256), position=others)
-    )
+    trained, beyond = mean_over_seeds(lambda: _retrieval("softmax", (16, 256), position=others))
     assert trained > 0.95  # it has learnt the task
     assert beyond < 0.3  # measured 0.11 and 0.08 at 16 times the length; chance is 0.06
 

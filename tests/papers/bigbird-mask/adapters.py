@@ -29,12 +29,12 @@ def bigbird_evaluation(case: Case) -> Iterator[Check]:
         return score + extra * (middle & (kv < size)).to(score.dtype)
 
     mask = _pattern(case, random=0)
-    real = case.inputs["attention_mask"].bool()
+    valid = case.inputs["attention_mask"].bool()
     yield case.compare("out.o", _attend(case, mask, block_0_again))
     if "visible" in case.mids:
-        tokens = real.shape[1]
-        ours = masks.dense(mask & masks.padding(real), tokens, tokens)[0]
-        queries = real[0][:, None]  # the published rows of padded queries are of no use
+        tokens = valid.shape[1]
+        ours = masks.dense(mask & masks.padding(valid), tokens, tokens)[0]
+        queries = valid[0][:, None]  # the published rows of padded queries are of no use
         theirs = case.mids["visible"].bool() & queries
         yield Check("mid.visible", float(((ours & queries) != theirs).sum()), 0.0)
 
@@ -44,8 +44,8 @@ def bigbird_training(case: Case) -> Iterator[Check]:
     """In training it draws random blocks, of which the case gives the table for its first row."""
     size, random = case.config["block_size"], case.config["num_random_blocks"]
     drawn = case.mids["block_mask"].bool()
-    real = case.inputs["attention_mask"].bool()
-    padded = ~real.view(len(real), -1, size).any(-1)
+    valid = case.inputs["attention_mask"].bool()
+    padded = ~valid.view(len(valid), -1, size).any(-1)
     mask = masks.blocks(masks.table(drawn), size)
     # Blocks that padding hides in the first row are not told; rows where they are read are left out.
     told = ~(padded[0] & ~padded).any(-1)
@@ -56,7 +56,11 @@ def bigbird_training(case: Case) -> Iterator[Check]:
     yield case.compare("out.o", out)
     if not padded[0].any():
         count = drawn.shape[-1]
-        ours = masks.dense(_pattern(case, random).inner, count, count).sum(-1).expand(1, *drawn.shape[:2])
+        ours = (
+            masks.dense(_pattern(case, random).inner, count, count)
+            .sum(-1)
+            .expand(1, *drawn.shape[:2])
+        )
         yield Check("mid.blocks-a-row", float((ours[0] - drawn.sum(-1)).abs().max()), 0.0)
 
 
@@ -70,7 +74,7 @@ def _pattern(case: Case, random: int) -> Mask:
 
 
 def _attend(case: Case, mask: Mask, score_mod: ScoreMod | None) -> Tensor:
-    x, real = case.inputs["x"], case.inputs["attention_mask"].bool()
+    x, valid = case.inputs["x"], case.inputs["attention_mask"].bool()
 
     def projected(name: str) -> Tensor:
         weight, bias = case.params[f"{name}.weight"], case.params.get(f"{name}.bias")
@@ -79,6 +83,6 @@ def _attend(case: Case, mask: Mask, score_mod: ScoreMod | None) -> Tensor:
 
     heads = ops.attend(
         projected("query"), projected("key"), projected("value"),
-        mask=mask & masks.padding(real), score_mod=score_mod,
+        mask=mask & masks.padding(valid), score_mod=score_mod,
     )  # fmt: skip
-    return rearrange(heads, "b h t d -> b t (h d)") * real[..., None]
+    return rearrange(heads, "b h t d -> b t (h d)") * valid[..., None]

@@ -127,9 +127,7 @@ def _losses(name: str, times: tuple[int, ...], **options) -> list[float]:
 def test_collinear_constrained_attention_extrapolates_better_than_rotary() -> None:
     # Measured (1 and 2 threads, float32 and float64): at 2, 4 and 8 times the length 1.40-1.57,
     # 1.95-2.31, 2.61-2.72; rotary 2.37-3.49, 3.84-3.91, 4.08-4.23.
-    collinear = mean_over_seeds(
-        lambda: _losses("collinear-constrained-attention", (1, 2, 4, 8))
-    )
+    collinear = mean_over_seeds(lambda: _losses("collinear-constrained-attention", (1, 2, 4, 8)))
     rotary = mean_over_seeds(lambda: _losses("softmax", (1, 2, 4, 8), position="rope"))
     assert max(collinear[0], rotary[0]) < 1.6  # both have learnt it; chance is 3.47
     # Measured 1.34, 1.45, 2.08, 2.80 and 1.27, 2.78, 3.85, 4.21.

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from attlas.attach.call import Call, Step
+from attlas.attach.call import Call, ForwardPass
 from attlas.contract.cases import Case, Check, adapter
 from attlas.parts.record.column_sums import ColumnSums
 
@@ -20,7 +20,9 @@ def sink_metric(case: Case) -> Iterator[Check]:
     tokens = weights.shape[-1]
     empty = torch.zeros(weights.shape[0], weights.shape[2], tokens, 1)
     for layer in range(weights.shape[1]):
-        call = Call(layer, nn.Identity(), empty, empty, empty, 1.0, None, Step(length=tokens))
+        call = Call(
+            layer, nn.Identity(), empty, empty, empty, 1.0, None, ForwardPass(length=tokens)
+        )
         recorder.update(call, weights[:, layer], torch.arange(tokens), torch.arange(tokens))
     yield case.compare("mid.importance", recorder.importance().transpose(0, 1))
     yield case.compare("out.metric", recorder.sink_metric(float(case.config["epsilon"])))

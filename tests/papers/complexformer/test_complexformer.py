@@ -47,8 +47,8 @@ def test_complexformer_scores_are_the_paper_s_sum_of_cosines(kv_heads: int) -> N
     moduli = [(z.square().sum(2) + 1e-9).sqrt() for z in (q, k)]
     phases = [torch.atan2(z[:, :, 1], z[:, :, 0]) for z in (q, k)]
     far = torch.arange(7.0)[:, None] - torch.arange(7.0)
-    turned = far[..., None, None] * 10000 ** (-torch.arange(4) / 4).double()
-    angle = delta * (phases[0][:, None] - phases[1]) + layer.phase_bias + turned
+    rotated = far[..., None, None] * 10000 ** (-torch.arange(4) / 4).double()
+    angle = delta * (phases[0][:, None] - phases[1]) + layer.phase_bias + rotated
     scores = (moduli[0][:, None] * moduli[1] * angle.cos()).sum(-1)  # query, key, head
     wanted = scores.permute(2, 0, 1).softmax(-1)[None]
     torch.testing.assert_close(layer.weights(x), wanted, atol=1e-6, rtol=1e-5)

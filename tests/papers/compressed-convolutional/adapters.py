@@ -25,8 +25,8 @@ class _Partial(Position):
         self.width, self.rope = width, RoPE(width, base)
 
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
-        turned = self.rope.rotate(x[..., : self.width], positions)
-        return torch.cat((turned, x[..., self.width :]), dim=-1)
+        rotated = self.rope.rotate(x[..., : self.width], positions)
+        return torch.cat((rotated, x[..., self.width :]), dim=-1)
 
 
 @adapter("compressed-convolutional", mechanism="compressed-convolutional")

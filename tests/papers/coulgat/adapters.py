@@ -17,7 +17,9 @@ def coulgat(case: Case) -> Iterator[Check]:
     hidden, features = params["W"].shape
     nodes = x.shape[1]
     dim = max(hidden, features)
-    layer = attlas.make("coulgat", dim=dim, heads=1, nodes=nodes, slope=case.config.get("slope", 0.2))
+    layer = attlas.make(
+        "coulgat", dim=dim, heads=1, nodes=nodes, slope=case.config.get("slope", 0.2)
+    )
     wider = dim - hidden
     load_weights(layer, {
         "v_proj.weight": pad(params["W"], (0, dim - features, 0, wider)),

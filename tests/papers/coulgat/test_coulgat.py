@@ -99,8 +99,8 @@ def test_coulgat_stays_finite_at_no_coupling_and_at_strong_ones(power: float) ->
 
 def test_coulgat_tells_nodes_by_position_whatever_the_padding() -> None:
     layer, x = _layer(), torch.randn(2, 6, 8).double()
-    adjacency, real = _couplings(2, 6).double(), torch.arange(6) > 1
-    y = layer(x, adjacency=adjacency, mask=real.expand(2, -1))[:, 2:]
+    adjacency, valid = _couplings(2, 6).double(), torch.arange(6) > 1
+    y = layer(x, adjacency=adjacency, mask=valid.expand(2, -1))[:, 2:]
     torch.testing.assert_close(y, layer(x[:, 2:], adjacency=adjacency[:, 2:, 2:]))
 
 

@@ -87,9 +87,9 @@ def test_padding_changes_nothing(parts, side, tokens):
     mask, positions = padded(side, ids)
     together = logits(model, ids, *PARTS[parts](), attention_mask=mask, position_ids=positions)
     for row in range(2):
-        real = mask[row].bool()
-        alone = logits(model, ids[row : row + 1, real], *PARTS[parts]())
-        torch.testing.assert_close(together[row, real], alone[0], atol=1e-4, rtol=1e-4)
+        valid = mask[row].bool()
+        alone = logits(model, ids[row : row + 1, valid], *PARTS[parts]())
+        torch.testing.assert_close(together[row, valid], alone[0], atol=1e-4, rtol=1e-4)
 
 
 def test_generated_tokens_do_not_depend_on_padding():
@@ -148,8 +148,8 @@ def test_gamma_1_keeps_soft_caps_and_sink_logits(kind):
     full = logits(model, ids, **options)
     parts = SparsePrefill(sinks=2, window=5), DeltaCorrection(1, tail=1)
     ours = logits(model, ids, *parts, **options)
-    real = mask.bool()
-    torch.testing.assert_close(ours[real], full[real], atol=1e-4, rtol=1e-4)
+    valid = mask.bool()
+    torch.testing.assert_close(ours[valid], full[valid], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("gamma", "tail"), [(1, 1), (4, 4), (7, 16), (7, 3), (5, 40), (64, 128)])
@@ -157,10 +157,10 @@ def test_the_op_is_its_definition(gamma, tail):
     q = torch.randn(2, 4, 37, 8).double()
     k, v = torch.randn(2, 2, 50, 8).double(), torch.randn(2, 2, 50, 6).double()
     sparse = torch.randn(2, 4, 37, 6).double()
-    real = torch.ones(2, 37, dtype=torch.bool)
-    real[0, :5] = real[1, 20:23] = False
+    valid = torch.ones(2, 37, dtype=torch.bool)
+    valid[0, :5] = valid[1, 20:23] = False
     dense = ops.attend(q, k, v, mask=masks.causal, route="reference")
-    for given in (None, real):
+    for given in (None, valid):
         expected = sparse.clone()
         for row in range(2):
             at = torch.arange(37) if given is None else given[row].nonzero()[:, 0]
@@ -169,7 +169,7 @@ def test_the_op_is_its_definition(gamma, tail):
                 s = at[gamma * (t // gamma) if t < end else t]
                 moved = dense[row, :, s] - sparse[row, :, s]
                 expected[row, :, column] += moved
-        found = ops.delta_correction(q, k, v, sparse, gamma=gamma, tail=tail, real=given)
+        found = ops.delta_correction(q, k, v, sparse, gamma=gamma, tail=tail, valid=given)
         torch.testing.assert_close(found, expected)
     seen = torch.rand(2, 1, 37, 50) > 0.3
     bias = torch.randn(4, 37, 50).double()
@@ -189,8 +189,10 @@ def test_more_dense_queries_than_fit_at_once():
 
 def test_what_is_not_visible_is_not_visited():
     """Blocks that the grid of a ranked pattern calls empty or full are so, pair by pair."""
-    real = torch.rand(3, 200) > 0.3
-    pattern = Ranked(masks.causal & (masks.window(30) | masks.sinks(4)), real) & masks.padding(real)
+    valid = torch.rand(3, 200) > 0.3
+    pattern = Ranked(masks.causal & (masks.window(30) | masks.sinks(4)), valid) & masks.padding(
+        valid
+    )
     dense = masks.dense(pattern, 150, 200)
     some, every = masks.grid(pattern, 150, 200, q_block=16, k_block=8)
     for i in range(some.shape[2]):

@@ -94,8 +94,8 @@ def test_dint_transformer_gives_no_weight_to_hidden_keys(pattern: str) -> None:
 def test_dint_transformer_padded_queries_do_not_count() -> None:
     layer = _layer()
     x = torch.randn(1, 9, 32, dtype=torch.float64)
-    real = torch.tensor([[False] * 3 + [True] * 6])
-    torch.testing.assert_close(layer(x, mask=real)[:, 3:], layer(x[:, 3:]))
+    valid = torch.tensor([[False] * 3 + [True] * 6])
+    torch.testing.assert_close(layer(x, mask=valid)[:, 3:], layer(x[:, 3:]))
 
 
 def test_dint_transformer_takes_a_mask_for_each_head() -> None:

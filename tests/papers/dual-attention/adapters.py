@@ -27,7 +27,9 @@ def dual_attention(case: Case) -> Iterator[Check]:
                 symbol_heads = int(found[1]) if found else config.get("symbol_heads", 1)
             elif "q_proj" not in name:
                 library = param
-                relative = "rel_pos" in name or told.startswith("relative") or "position-rel" in told
+                relative = (
+                    "rel_pos" in name or told.startswith("relative") or "position-rel" in told
+                )
                 symbols = "relative" if relative else symbols
     if symbols == "symbolic" and "symbol_retriever.template_features" not in params:
         symbols = "positional"

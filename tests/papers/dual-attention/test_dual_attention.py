@@ -16,7 +16,9 @@ def _layer(**options):
 
 
 def test_dual_attention_without_relational_heads_is_softmax_attention() -> None:
-    layer = attlas.make("dual-attention", dim=32, heads=4, relational_heads=0, kv_heads=2, causal=True)
+    layer = attlas.make(
+        "dual-attention", dim=32, heads=4, relational_heads=0, kv_heads=2, causal=True
+    )
     plain = attlas.Attention(32, 4, kv_heads=2, causal=True)
     plain.load_state_dict(layer.state_dict())
     x = torch.randn(2, 9, 32)
@@ -64,8 +66,8 @@ def test_dual_attention_decodes_and_ignores_padding(options) -> None:
     steps = [layer(token, cache=cache) for token in x.split(1, dim=1)]
     torch.testing.assert_close(torch.cat(steps, dim=1), layer(x))
     padded = torch.cat((10 * torch.randn(2, 3, 32, dtype=torch.float64), x), dim=1)
-    real = (torch.arange(12) > 2).expand(2, -1)
-    torch.testing.assert_close(layer(padded, mask=real)[:, 3:], layer(x))
+    valid = (torch.arange(12) > 2).expand(2, -1)
+    torch.testing.assert_close(layer(padded, mask=valid)[:, 3:], layer(x))
 
 
 def test_dual_attention_symmetric_relations_are_symmetric() -> None:

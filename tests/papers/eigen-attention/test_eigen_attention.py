@@ -19,7 +19,7 @@ from attlas.parts.evict.key_norm import KeyNorm
 from attlas.parts.quantize.eigen_attention import EigenAttention, discarded, fold
 from attlas.storage import load_cache, save_cache
 from attlas.storage.layer import Chosen
-from attlas.storage.low_rank import turned
+from attlas.storage.low_rank import rotated
 from attlas.tasks.compare.perplexity import perplexity, surprise
 from attlas.tasks.text import passage
 
@@ -105,8 +105,8 @@ class Seen(Part):
         if call.layer == 1:
             q, k = (x.double() for x in (call.q[:, :: call.groups], call.k))
             at = call.positions[:, None]
-            self.q.append(turned(q, self.rotary, at, back=True))
-            self.k.append(turned(k, self.rotary, at, back=True))
+            self.q.append(rotated(q, self.rotary, at, back=True))
+            self.k.append(rotated(k, self.rotary, at, back=True))
 
 
 def test_the_error_of_the_products_is_within_the_discarded_energy():
@@ -153,8 +153,10 @@ def test_padding_changes_nothing(side, options):
 
     together = read(ids, mask, following)
     for row in range(2):
-        real = mask[row].bool()
-        alone = read(ids[row : row + 1, real], mask[row : row + 1, real], following[row : row + 1])
+        valid = mask[row].bool()
+        alone = read(
+            ids[row : row + 1, valid], mask[row : row + 1, valid], following[row : row + 1]
+        )
         torch.testing.assert_close(together[:, row], alone[:, 0], atol=1e-4, rtol=1e-4)
 
 
@@ -186,10 +188,14 @@ def test_after_an_eviction_keys_stand_where_they_stood():
     plain, ours = prompt.fork(evict), prompt.fork((evict, part))
     for a, b in zip(plain.layers, ours.layers, strict=True):
         assert set(b.bodies) == {"low-rank"}
-        there = a.columns() >= 0
-        assert torch.equal(a.columns()[there], b.columns()[b.columns() >= 0])
+        there = a.original_positions() >= 0
+        assert torch.equal(
+            a.original_positions()[there], b.original_positions()[b.original_positions() >= 0]
+        )
         for x, y in zip(a.read()[:2], b.read()[:2], strict=True):
-            torch.testing.assert_close(x[there], y[b.columns() >= 0], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(
+                x[there], y[b.original_positions() >= 0], atol=1e-5, rtol=1e-5
+            )
     with attach(model, evict):
         expected = tiny_models.greedy(model, ids, attention_mask=mask)
     with attach(model, evict, part):

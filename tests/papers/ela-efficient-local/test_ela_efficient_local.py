@@ -74,7 +74,10 @@ def test_weights_are_those_of_the_equations():
         ({"kernel": 4}, "kernel must be odd"),
         ({"groups": 3}, "groups must divide channels=32, got 3"),
         ({"norm_groups": 5}, "norm_groups must divide channels=32, got 5"),
-        ({"channels": 24}, "norm_groups must divide channels=24, got 16, version B's; give norm_groups"),
+        (
+            {"channels": 24},
+            "norm_groups must divide channels=24, got 16, version B's; give norm_groups",
+        ),
         ({"channels": 4, "version": "S"}, "groups must divide channels=4, got 0, version S's"),
     ],
 )

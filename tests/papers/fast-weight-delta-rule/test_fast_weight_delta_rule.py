@@ -51,7 +51,9 @@ def test_l2_keys_with_full_strength_are_projected_out_before_they_are_written() 
     torch.testing.assert_close(out, v)  # what was just written is read again exactly
 
 
-@pytest.mark.parametrize("options", [{}, {"feature": "elu", "normalize": True}, {"norm": "l2", "nu": 2}])
+@pytest.mark.parametrize(
+    "options", [{}, {"feature": "elu", "normalize": True}, {"norm": "l2", "nu": 2}]
+)
 def test_grouped_keys_write_with_one_strength_for_their_group(options: dict[str, object]) -> None:
     layer = _made(kv_heads=1, **options)
     whole = _made(**options)

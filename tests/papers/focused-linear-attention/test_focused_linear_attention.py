@@ -13,7 +13,11 @@ from attlas.layers.linear.focused_linear import focus
 
 def _layer(**options):
     torch.manual_seed(0)
-    layer = attlas.make("focused-linear-attention", **{"dim": 16, "heads": 2, **options}).double().eval()
+    layer = (
+        attlas.make("focused-linear-attention", **{"dim": 16, "heads": 2, **options})
+        .double()
+        .eval()
+    )
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter += 0.5 * torch.randn_like(parameter)

@@ -37,7 +37,9 @@ def galerkin(case: Case) -> Iterator[Check]:
     # Without coordinates their heads are only joined.
     weights["o_proj.weight"] = params.get("fc.weight", torch.eye(width))
     weights["o_proj.bias"] = params.get("fc.bias", torch.zeros(width))
-    load_weights(layer, {name: weight.to(case.inputs["x"].dtype) for name, weight in weights.items()})
+    load_weights(
+        layer, {name: weight.to(case.inputs["x"].dtype) for name, weight in weights.items()}
+    )
     x, extras = case.inputs["x"], {} if places is None else {"coordinates": places}
     yield case.compare("out.y", layer(x, **extras))
     if "matrix" in case.mids:

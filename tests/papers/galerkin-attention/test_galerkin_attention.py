@@ -35,10 +35,10 @@ def test_galerkin_attention_doubles_its_work_when_n_doubles(name: str) -> None:
 def test_galerkin_attention_counts_and_sums_only_what_a_row_sees(name: str) -> None:
     layer = _layer(name, coordinates=2)
     x, places = torch.randn(2, 9, 16).double(), torch.rand(2, 9, 2).double()
-    real = torch.arange(9) < 6
+    valid = torch.arange(9) < 6
     alone = layer(x[:, :6], coordinates=places[:, :6])
-    padded = layer(x, coordinates=places, mask=real.expand(2, -1))[:, :6]
-    by_pairs = layer(x, coordinates=places, mask=real.expand(2, 1, 9, 9))[:, :6]
+    padded = layer(x, coordinates=places, mask=valid.expand(2, -1))[:, :6]
+    by_pairs = layer(x, coordinates=places, mask=valid.expand(2, 1, 9, 9))[:, :6]
     torch.testing.assert_close(padded, alone)
     torch.testing.assert_close(by_pairs, alone)
 

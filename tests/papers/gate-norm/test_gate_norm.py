@@ -196,7 +196,7 @@ def test_a_cache_that_lacks_a_layer_is_refused_by_the_whole_model():
 
 
 @pytest.mark.parametrize("removed", [[0], [0, 3]])
-@pytest.mark.parametrize("part", ["snapkv", "window", "quantized-cache", "quest-page-selection"])
+@pytest.mark.parametrize("part", ["snapkv", "streaming-llm", "quantized-cache", "quest-page-selection"])
 def test_parts_attach_as_to_the_zeroed_model(part, removed):
     ids, options = prompt(24, 2), dict(attlas.catalog.registry.find(part).example)
     found = []

@@ -40,7 +40,11 @@ def test_gated_linear_attention_has_half_as_wide_keys_and_gates_close_to_one() -
 
 @pytest.mark.parametrize(
     ("options", "named"),
-    [({"key_dim": 0}, "key_dim"), ({"gate_rank": 0}, "gate_rank"), ({"gate_temper": 0.0}, "gate_temper")],
+    [
+        ({"key_dim": 0}, "key_dim"),
+        ({"gate_rank": 0}, "gate_rank"),
+        ({"gate_temper": 0.0}, "gate_temper"),
+    ],
 )
 def test_wrong_options_are_named(options: dict[str, float], named: str) -> None:
     with pytest.raises(ValueError, match=named):

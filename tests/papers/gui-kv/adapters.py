@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from attlas.attach.call import Call, Step
+from attlas.attach.call import Call, ForwardPass
 from attlas.cache.policy import best
 from attlas.contract.cases import Case, Check, adapter
 from attlas.parts.evict.gui_kv import GuiKV
@@ -39,7 +39,7 @@ def gui_kv(case: Case) -> Iterator[Check]:
     layer, module = StoredLayer({policy.name: state}), nn.Identity()
     layer.update(k, v)
     states = torch.zeros(q.shape[0], q.shape[2], 1) if hidden is None else hidden
-    step = Step(length=q.shape[2], hidden={module: states})
+    step = ForwardPass(length=q.shape[2], hidden={module: states})
     policy.learn(state, Call(0, module, q, k, v, state.scaling, None, step, is_causal=True))
     slots = policy.slots(layer, state, layer.rows())
     scores = policy.scores(state, slots)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import tiny_models
-from attlas.attach import Call, Part, Step, attach
+from attlas.attach import Call, ForwardPass, Part, attach
 from attlas.cache.policy import best
 from attlas.cache.prompt import prefill
 from attlas.errors import UserError
@@ -33,7 +33,7 @@ def screens(model, rows=1):
 def columns_after(model, policy, chunk=None, **inputs):
     with torch.no_grad(), attach(model, policy) as session:
         model(use_cache=True, **inputs)
-        return [layer.columns() for layer in session.cache.layers]
+        return [layer.original_positions() for layer in session.cache.layers]
 
 
 def by_hand(q, k, hidden, budget, scaling):
@@ -113,7 +113,7 @@ def test_gui_kv_drops_an_exact_repeat_before_the_current_screen():
     state = LayerState(0, (0,), scaling=dim**-0.5)
     layer, module = StoredLayer({policy.name: state}), nn.Identity()
     layer.update(k, v)
-    step = Step(length=tokens, hidden={module: torch.randn(1, tokens, 24)})
+    step = ForwardPass(length=tokens, hidden={module: torch.randn(1, tokens, 24)})
     policy.learn(state, Call(0, module, q, k, v, state.scaling, None, step, is_causal=True))
     slots = policy.slots(layer, state, layer.rows())
     scores = policy.scores(state, slots)[0]
@@ -157,7 +157,7 @@ def test_ids_spans_chunks_and_forks_agree():
     )
     prompt = prefill(model, ids, [spans, tokens], chunk=9)
     for policy in (spans, tokens):
-        forked = [layer.columns() for layer in prompt.fork(policy).layers]
+        forked = [layer.original_positions() for layer in prompt.fork(policy).layers]
         assert all(torch.equal(a, b) for a, b in zip(expected, forked, strict=True))
 
 
@@ -191,7 +191,7 @@ def test_hidden_states_are_watched_only_when_wanted():
             continue
         torch.testing.assert_close(call.hidden, model.transformer.h[3].ln_1(states[3]))
         assert part.calls[0].hidden is None
-    assert torch.equal(call.step.ids, ids)
+    assert torch.equal(call.forward_pass.ids, ids)
 
 
 def test_refusals():

@@ -77,7 +77,7 @@ def test_key_driven_gqa_adopts_the_means_of_multi_head_attention(name: str) -> N
         attlas.make(n, dim=32, heads=8, kv_heads=2, bias=True).double() for n in (name, "gqa")
     )
     buffers = {n for n, _ in layer.named_buffers()}
-    assert set(layer.adopt(plain.state_dict())) == buffers
-    grouped.adopt(plain.state_dict())
+    assert set(layer.load_from(plain.state_dict())) == buffers
+    grouped.load_from(plain.state_dict())
     for parameter, theirs in zip(layer.parameters(), grouped.parameters(), strict=True):
         torch.testing.assert_close(parameter, theirs)

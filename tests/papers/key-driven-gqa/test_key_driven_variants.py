@@ -81,7 +81,9 @@ def test_key_driven_gqa_dynamic_keeps_an_allocation_for_a_window() -> None:
 
 
 @pytest.mark.parametrize("by", ["change", "average"])
-def test_key_driven_gqa_dynamic_measures_each_sequence_against_what_training_stored(by: str) -> None:
+def test_key_driven_gqa_dynamic_measures_each_sequence_against_what_training_stored(
+    by: str,
+) -> None:
     layer = _layer("dynamic-gqa", kv_heads=4, window=2, by=by).train()
     for x in _batches(5):
         layer(x)
@@ -122,7 +124,9 @@ def test_key_driven_gqa_dynamic_without_any_change_has_equal_groups() -> None:
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_key_driven_gqa_dynamic_under_gradient_checkpointing_is_the_same(use_reentrant: bool) -> None:
+def test_key_driven_gqa_dynamic_under_gradient_checkpointing_is_the_same(
+    use_reentrant: bool,
+) -> None:
     """A pass that is run again for its gradient gets the same groups and counts once."""
     results = []
     for again in (False, True):
@@ -179,16 +183,16 @@ def test_key_driven_gqa_perturbed_takes_the_noise_s_mean_off_in_evaluation() -> 
 
 def test_key_driven_gqa_perturbed_leaves_padding_out_of_means_and_deviations() -> None:
     layer = _layer("perturbed-gqa", kv_heads=4)
-    real = torch.ones(3, 14, dtype=torch.bool)
-    real[:, 11:] = False
+    valid = torch.ones(3, 14, dtype=torch.bool)
+    valid[:, 11:] = False
     padded = torch.cat((X, 10 * torch.randn(3, 3, 32, dtype=torch.float64)), dim=1)
-    torch.testing.assert_close(layer.eval()(padded, mask=real)[:, :11], layer(X))
+    torch.testing.assert_close(layer.eval()(padded, mask=valid)[:, :11], layer(X))
     torch.nn.init.eye_(layer.o_proj.weight)
     outputs = []
     for junk in (1.0, 7.0):
         x = torch.cat((X, junk * padded[:, 11:]), dim=1)
         torch.manual_seed(2)
-        outputs.append(layer.train()(x, mask=real)[:, :11])
+        outputs.append(layer.train()(x, mask=valid)[:, :11])
     torch.testing.assert_close(*outputs)
     means = outputs[0].unflatten(-1, (8, 4)).mean((1, 3))
     torch.testing.assert_close(means, torch.zeros_like(means))

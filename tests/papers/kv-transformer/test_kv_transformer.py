@@ -61,8 +61,8 @@ def test_kv_transformer_positional_form_honours_padding_and_decoding() -> None:
     whole, cache = layer(X), layer.init_cache()
     steps = [layer(part, cache=cache) for part in X.split([4, 3, 1, 1, 1, 1], dim=1)]
     torch.testing.assert_close(torch.cat(steps, dim=1), whole)
-    real = torch.tensor([False] * 2 + [True] * 11).expand(2, -1)
-    padded = layer(torch.cat((7 * torch.ones_like(X[:, :2]), X), dim=1), mask=real)
+    valid = torch.tensor([False] * 2 + [True] * 11).expand(2, -1)
+    padded = layer(torch.cat((7 * torch.ones_like(X[:, :2]), X), dim=1), mask=valid)
     torch.testing.assert_close(padded[:, 2:], whole)
 
 

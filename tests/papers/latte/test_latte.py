@@ -23,7 +23,9 @@ def _layer(loud: float = 1.0, **options):
 
 @pytest.mark.parametrize("loud", [1.0, 300.0])
 @pytest.mark.parametrize("causal", [False, True])
-def test_latte_forms_agree_even_where_exponentials_would_overflow(causal: bool, loud: float) -> None:
+def test_latte_forms_agree_even_where_exponentials_would_overflow(
+    causal: bool, loud: float
+) -> None:
     layer, x = _layer(loud, causal=causal), torch.randn(2, 70, 16).double()
     q, k, v, mask, inputs = layer.prepare(x)
     assert (k.abs().max() > 750) == (loud > 1)  # e^750 is no float64

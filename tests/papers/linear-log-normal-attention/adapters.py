@@ -39,7 +39,11 @@ def log_normal(case: Case) -> Iterator[Check]:
         if mode != "average":  # two ratios, or two scales, which the paper does not mix with
             first, *rest = params.values()
             both = first * lln + (rest[0] if rest else 1 - first) * diagonal
-        found = {f"out.lln_{form}": lln, f"out.lln_plus_diag_{form}": both, f"mid.diag_{form}": diagonal}
+        found = {
+            f"out.lln_{form}": lln,
+            f"out.lln_plus_diag_{form}": both,
+            f"mid.diag_{form}": diagonal,
+        }
         for name, ours in found.items():
             group, _, rest_of_name = name.partition(".")
             if rest_of_name in (case.outs if group == "out" else case.mids):

@@ -35,7 +35,9 @@ def _weights(q: torch.Tensor, k: torch.Tensor, kind: str) -> torch.Tensor:
 @pytest.mark.parametrize("temperature", [1.2, 1.4, 1.6, 1.8])
 def test_log_variance_follows_softmax_where_elu_features_do_not(temperature: float) -> None:
     q, k = (temperature * torch.randn(1, 1, 1000, 64).double() for _ in range(2))
-    found = {kind: log_variance(_weights(q, k, kind)).mean().item() for kind in ("softmax", "lln", "elu")}
+    found = {
+        kind: log_variance(_weights(q, k, kind)).mean().item() for kind in ("softmax", "lln", "elu")
+    }
     assert abs(found["softmax"] / temperature**4 - 1) < 0.1  # σ_q² σ_k²
     assert abs(found["lln"] / found["softmax"] - 1) < 0.15
     assert abs(found["elu"] / found["softmax"] - 1) > 0.5
@@ -91,7 +93,9 @@ def test_meters_know_the_extremes() -> None:
     torch.testing.assert_close(log_variance(normal.exp()), normal.var(-1))
 
 
-@pytest.mark.parametrize(("options", "named"), [({"momentum": 2.0}, "momentum"), ({"eps": -1.0}, "eps")])
+@pytest.mark.parametrize(
+    ("options", "named"), [({"momentum": 2.0}, "momentum"), ({"eps": -1.0}, "eps")]
+)
 def test_wrong_options_are_named(options: dict[str, float], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         attlas.make(NAME, dim=16, heads=2, **options)

@@ -61,7 +61,9 @@ def test_dynamic_convolution_attention_prior_walks_on_by_one_on_average() -> Non
     prior = attlas.make("dca", dim=8).prior
     assert len(prior) == 11
     assert sum(prior) == pytest.approx(1)
-    assert sum(k * chance for k, chance in enumerate(prior)) == pytest.approx(10 * 0.1 / (0.1 + 0.9))
+    assert sum(k * chance for k, chance in enumerate(prior)) == pytest.approx(
+        10 * 0.1 / (0.1 + 0.9)
+    )
     assert attlas.make("dca", dim=8, prior=(1, 1, 4)).prior == pytest.approx([0.2] * 5)
 
 

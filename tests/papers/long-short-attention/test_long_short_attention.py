@@ -62,9 +62,9 @@ def test_long_short_attention_in_two_calls_is_the_map(
         mask=PATTERNS[pattern], long_heads=long_heads, kv_heads=kv_heads, position="alibi"
     )
     x = torch.randn(2, 9, 32, dtype=torch.float64)
-    real = torch.tensor([[False] * 3 + [True] * 6, [True] * 8 + [False]])
+    valid = torch.tensor([[False] * 3 + [True] * 6, [True] * 8 + [False]])
     pairs = torch.rand(2, 1, 9, 9) < 0.7
-    for mask in (None, real, pairs):
+    for mask in (None, valid, pairs):
         q, k, v, seen, inputs = layer.prepare(x, mask=mask)
         wanted = layer.aggregate(layer.weigh(q, k, seen, inputs), v)
         torch.testing.assert_close(layer.attend(q, k, v, seen, inputs), wanted)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from attlas import masks, ops
-from attlas.attach.call import Call, Step
+from attlas.attach.call import Call, ForwardPass
 from attlas.cache.chunks import chunk_summaries
 from attlas.contract.cases import Case, Check, adapter
 from attlas.parts.select.longheads import LongHeads
@@ -35,7 +35,7 @@ def longheads(case: Case) -> Iterator[Check]:
     state = LayerState(0, (0,), rotary=rotary, scaling=dim**-0.5)
     layer = StoredLayer({part.name: state})
     layer.update(k, heads("v"))
-    step = Step(length=tokens, positions=positions)
+    step = ForwardPass(length=tokens, positions=positions)
     call = Call(
         0, nn.Identity(), q, k, heads("v"), dim**-0.5, None, step, cache_layer=layer, is_causal=True
     )

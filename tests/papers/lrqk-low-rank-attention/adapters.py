@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from attlas.attach.call import Call, Step
+from attlas.attach.call import Call, ForwardPass
 from attlas.cache.factors import decoded, factorised
 from attlas.cache.summaries import best
 from attlas.contract.cases import Case, Check, adapter
@@ -26,7 +26,7 @@ def lrqk(case: Case) -> Iterator[Check]:
         refinements=config["decode_iterations"],
     )  # fmt: skip
     state = LayerState(0, (0,))
-    step = Step(length=queries.shape[2])
+    step = ForwardPass(length=queries.shape[2])
     part.learn(state, Call(0, nn.Identity(), queries, keys, keys, 1.0, None, step))
     sums = (state.tensors[name] for name in ("gram_q", "gram_k", "sizes"))
     m_q, b_q, m_k, b_k = factorised(*sums, part.rank, part.sweeps)

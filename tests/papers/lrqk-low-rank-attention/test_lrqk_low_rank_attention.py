@@ -7,7 +7,7 @@ import torch
 
 import tiny_models
 from attlas.attach import attach
-from attlas.attach.call import Call, Step
+from attlas.attach.call import Call, ForwardPass
 from attlas.attach.part import Part
 from attlas.cache.factors import coded, factorised
 from attlas.cache.prompt import prefill
@@ -57,10 +57,10 @@ def test_sums_over_pieces_are_those_of_the_whole():
     q, k, part = torch.randn(2, 4, 20, 8), torch.randn(2, 2, 20, 8), LRQK(keep=0.5, rank=4)
     whole, pieces = LayerState(0, (0,)), LayerState(0, (0,))
     module = torch.nn.Identity()
-    part.learn(whole, Call(0, module, q, k, k, 1.0, None, Step(length=20)))
+    part.learn(whole, Call(0, module, q, k, k, 1.0, None, ForwardPass(length=20)))
     for start in (0, 7, 14):
         stop = min(20, start + 7)
-        step = Step(offset=start, length=stop - start)
+        step = ForwardPass(offset=start, length=stop - start)
         keys = k[:, :, :stop]
         part.learn(pieces, Call(0, module, q[:, :, start:stop], keys, keys, 1.0, None, step))
     for name, sums in whole.tensors.items():
@@ -105,7 +105,9 @@ def test_codes_follow_their_tokens_into_the_body():
         for layer in session.cache.layers:
             known, body = layer.learned[part.name].tensors, next(iter(layer.bodies.values()))
             keys = body.read()[0].repeat_interleave(2, dim=1)
-            there = (body.columns(2, 2, ids.device) >= 0).repeat_interleave(2, dim=1)[..., None]
+            there = (body.original_positions(2, 2, ids.device) >= 0).repeat_interleave(2, dim=1)[
+                ..., None
+            ]
             error = (keys - known["codes"] @ known["b_k"]) * there
             assert error.abs().max() < 1e-6 * keys.abs().max()
             assert known["tail"].shape[2] == layer.dense_slots

@@ -13,7 +13,9 @@ from attlas.layers.scores.luong import Luong
 
 @pytest.mark.parametrize("alignment", ["monotonic", "predictive"])
 @pytest.mark.parametrize("scoring", ["dot", "general", "concat"])
-def test_luong_attention_is_global_in_a_window_that_covers_all(alignment: str, scoring: str) -> None:
+def test_luong_attention_is_global_in_a_window_that_covers_all(
+    alignment: str, scoring: str
+) -> None:
     options = {"dim": 8, "scoring": scoring}
     wide = attlas.make("luong-attention", alignment=alignment, window=100, sigma=1e9, **options)
     plain = attlas.make("luong-attention", **options).double()

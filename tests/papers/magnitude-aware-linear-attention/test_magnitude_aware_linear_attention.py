@@ -38,7 +38,7 @@ def test_magnitude_aware_linear_attention_is_the_affine_function() -> None:
 def test_magnitude_aware_linear_attention_scores_depend_on_the_query_length() -> None:
     """Longer queries spread the weights in proportion; linear attention's stay as they are."""
     layer, plain = _layer(rotary=False, eps=1e-12), _layer("linear-attention")
-    plain.adopt(layer.state_dict())
+    plain.load_from(layer.state_dict())
     x = torch.randn(2, 12, 16).double()
     q, k, _, mask, inputs = layer.prepare(x)
     features = elu(q) + 1

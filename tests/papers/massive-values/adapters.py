@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from attlas.attach import attach
-from attlas.attach.call import Call, Step
+from attlas.attach.call import Call, ForwardPass
 from attlas.contract.cases import Case, Check, adapter
 from attlas.parts.record.massive_values import MassiveValues, MassiveValuesDisruption
 from reference.model import smollm2
@@ -23,7 +23,7 @@ def one_layer(case: Case) -> Iterator[Check]:
     q, k = (case.inputs[name].transpose(1, 2) for name in "qk")
     assert q.shape[1:] == (config["heads"], config["T"], config["head_dim"])
     assert k.shape[1] == config["kv_heads"]
-    step = Step(length=q.shape[2])
+    step = ForwardPass(length=q.shape[2])
     call = Call(0, nn.Identity(), q, k, torch.zeros_like(k), 1.0, None, step, is_causal=True)
     recorder = MassiveValues()
     recorder.observe(call)

@@ -13,9 +13,9 @@ def test_both_forms_of_the_average_agree() -> None:
     ema = DampedEMA(6, 4).double()
     x = torch.randn(2, 300, 6, dtype=torch.float64)
     state = torch.randn(2, 6, 4, dtype=torch.float64)
-    real = torch.rand(2, 300) > 0.3
-    real[:, -1] = True
-    for given in (None, real):
+    valid = torch.rand(2, 300) > 0.3
+    valid[:, -1] = True
+    for given in (None, valid):
         by_fft, by_steps = (ema(x, given, state, form=form) for form in ("fft", "step"))
         kept = slice(None) if given is None else given
         assert torch.allclose(by_fft[0][kept].flatten(), by_steps[0][kept].flatten(), atol=1e-9)

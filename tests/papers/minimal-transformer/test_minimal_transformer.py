@@ -40,7 +40,9 @@ def test_minimal_transformer_scores_are_those_of_two_matrices(heads: int) -> Non
 def test_minimal_transformer_symmetric_scores(position: str | None) -> None:
     symmetric = _scores(_layer(symmetric=True, position=position))
     torch.testing.assert_close(symmetric, symmetric.mT, atol=1e-9, rtol=0)
-    assert (_scores(_layer(position=position)) - _scores(_layer(position=position)).mT).abs().max() > 1
+    assert (
+        _scores(_layer(position=position)) - _scores(_layer(position=position)).mT
+    ).abs().max() > 1
 
 
 def test_minimal_transformer_triangle() -> None:

@@ -52,7 +52,12 @@ def test_mixture_of_head_without_shared_or_without_routed_heads() -> None:
     torch.testing.assert_close(_gates(routed).sum(-1), torch.full((2, 11), 3.0).double())
     torch.testing.assert_close(_gates(shared).sum(-1), torch.full((2, 11), 8.0).double())
     assert _layer(shared_heads=1)(X).isfinite().all()
-    for options in ({"shared_heads": 9}, {"routed_active": 5}, {"routed_active": 0}, {"router": "x"}):
+    for options in (
+        {"shared_heads": 9},
+        {"routed_active": 5},
+        {"routed_active": 0},
+        {"router": "x"},
+    ):
         with pytest.raises((ValueError, TypeError), match=next(iter(options))):
             _layer(**options)
 
@@ -67,8 +72,8 @@ def test_mixture_of_head_balance_loss() -> None:
     layer(x)
     assert layer.auxiliary_loss.item() == pytest.approx(0.02)
     p = torch.tensor([1.0, 1, 0, 0]).softmax(0)
-    real = torch.tensor([[True, False, False, False]])
-    layer(x, mask=real)
+    valid = torch.tensor([[True, False, False, False]])
+    layer(x, mask=valid)
     assert layer.auxiliary_loss.item() == pytest.approx(0.01 * 4 * (p[0] + p[1]).item())
     layer.auxiliary_loss.backward()
     assert layer.router.weight.grad.abs().sum() > 0
@@ -157,7 +162,7 @@ def test_mixture_of_head_converted_from_a_trained_model_keeps_its_loss() -> None
     assert not missing, "the conversion adds no parameter"
     assert not unknown
     for ours, theirs in zip(sparse.layers, dense.layers, strict=True):
-        assert ours.adopt(theirs.state_dict()) == []
+        assert ours.load_from(theirs.state_dict()) == []
     with torch.no_grad():
         before, converted = _loss(dense, held_out).item(), _loss(sparse, held_out).item()
     for model in (dense, sparse):

@@ -19,7 +19,9 @@ def _layer(**options):
 
 @pytest.mark.parametrize("options", FORMS)
 @pytest.mark.parametrize("queries", [1, 3, 11])
-def test_mla_arithmetic_intensity_absorbed_is_expanded(options: dict[str, int], queries: int) -> None:
+def test_mla_arithmetic_intensity_absorbed_is_expanded(
+    options: dict[str, int], queries: int
+) -> None:
     layer = _layer(**options)
     q, k, v, _, inputs = layer.prepare(X)
     q = q[:, :, -queries:]

@@ -53,10 +53,10 @@ def test_multi_query_attention_adopts_a_multi_head_layer(kv_heads: int, name: st
     """Uptraining starts from the mean of each group's heads; grouped weights are taken as they are."""
     plain = Attention(16, 4, bias=True)
     layer = attlas.make(name, dim=16, heads=4, kv_heads=kv_heads, bias=True)
-    assert layer.adopt(plain.state_dict()) == []
+    assert layer.load_from(plain.state_dict()) == []
     converted = type(layer).from_multi_head(plain, kv_heads=kv_heads)
     again = attlas.make(name, dim=16, heads=4, kv_heads=kv_heads, bias=True)
-    assert again.adopt(layer.state_dict()) == []
+    assert again.load_from(layer.state_dict()) == []
     for name, weight in converted.state_dict().items():
         assert torch.equal(layer.state_dict()[name], weight), name
         assert torch.equal(again.state_dict()[name], weight), name

@@ -54,7 +54,9 @@ def test_nalaformer_entropy_falls_as_the_query_grows() -> None:
     for size in (0.01, 0.1, 0.3, 1.0):
         ours.append(_entropies(layer.weigh(size * q, k, mask, inputs)).mean().item())
         scores = (size * q).relu() @ k.relu().mT
-        plain.append(_entropies(scores / scores.sum(-1, keepdim=True).clamp(min=1e-300)).mean().item())
+        plain.append(
+            _entropies(scores / scores.sum(-1, keepdim=True).clamp(min=1e-300)).mean().item()
+        )
     assert ours == sorted(ours, reverse=True)
     assert ours[0] - ours[-1] > 0.1
     assert max(plain) - min(plain) < 1e-9

@@ -173,7 +173,11 @@ def test_needle_threading_smollm2_loses_needles_with_length_and_threads_sooner(s
     """Of 108 questions over three seeds 44 % were right at 128 tokens, 6 % at 1024; 4 % of threads."""
     model, tokenizer = smollm2
     system = attlas.make(
-        "needle-threading", tasks=("needle", "thread-forward"), lengths=(128, 1024), samples=12, asks=12
+        "needle-threading",
+        tasks=("needle", "thread-forward"),
+        lengths=(128, 1024),
+        samples=12,
+        asks=12,
     )
     system.build(model, tokenizer)
     found = {}

@@ -27,5 +27,5 @@ def normalized(case: Case) -> Iterator[Check]:
             "norm.weight" if name.endswith("gamma") else "norm.bias": w for name, w in found.items()
         }
     load_weights(layer, weights)
-    real = case.inputs.get("mask")
-    yield case.compare("out.y", layer(case.inputs["x"], mask=None if real is None else real > 0))
+    valid = case.inputs.get("mask")
+    yield case.compare("out.y", layer(case.inputs["x"], mask=None if valid is None else valid > 0))

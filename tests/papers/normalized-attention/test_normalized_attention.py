@@ -48,8 +48,8 @@ def test_normalized_attention_epsilon_stands_outside_the_root() -> None:
 def test_normalized_attention_by_sums_is_by_the_map(kv_heads: int, position) -> None:
     layer = _layer(kv_heads=kv_heads, position=position)
     x = torch.randn(2, 9, 32, dtype=torch.float64)
-    real = torch.tensor([[False] * 3 + [True] * 6, [True] * 8 + [False]])
-    for mask in (None, real):
+    valid = torch.tensor([[False] * 3 + [True] * 6, [True] * 8 + [False]])
+    for mask in (None, valid):
         q, k, v, pairs, inputs = layer.prepare(x, mask=mask)
         wanted = layer.aggregate(layer.weigh(q, k, pairs, inputs), v)
         torch.testing.assert_close(layer.attend(q, k, v, pairs, inputs), wanted)

@@ -33,7 +33,7 @@ def held(model, policy, ids, mask=None, prompt=PROMPT):
                 ids[:, start:stop], **with_cache(model, cache), attention_mask=mask[:, :stop],
                 position_ids=positions[:, start:stop], use_cache=True,
             ))  # fmt: skip
-            found.append(cache.layers[0].dense_columns().clone())
+            found.append(cache.layers[0].dense_positions().clone())
     return found
 
 

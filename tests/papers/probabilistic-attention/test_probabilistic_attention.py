@@ -153,9 +153,9 @@ def test_probabilistic_attention_propagates_clicks_faster_than_values_stand() ->
 @pytest.mark.parametrize("options", VARIANTS)
 def test_probabilistic_attention_lets_no_padding_take_part(options) -> None:
     layer = _layer(**options)
-    x, real = torch.randn(2, 9, 16).double(), torch.arange(9) > 2
+    x, valid = torch.randn(2, 9, 16).double(), torch.arange(9) > 2
     fixed = torch.rand(2, 2, 9, 9).double().round()
-    y = layer(x, mask=real.expand(2, -1), fixed=fixed)[:, 3:]
+    y = layer(x, mask=valid.expand(2, -1), fixed=fixed)[:, 3:]
     torch.testing.assert_close(y, layer(x[:, 3:], fixed=fixed[:, :, 3:]))
 
 

@@ -72,7 +72,7 @@ def test_pages_are_summarised_once(monkeypatch, padded):
         low, high = page_bounds(keys, 4)
         assert torch.equal(state.tensors["low"][row, :, :pages], low[0])
         assert torch.equal(state.tensors["high"][row, :, :pages], high[0])
-        assert body.columns(2, 2, ids.device)[row, 0, 0] == start
+        assert body.original_positions(2, 2, ids.device)[row, 0, 0] == start
 
 
 def test_bytes_read_and_held():
@@ -130,7 +130,9 @@ def answered(model, tokenizer, stack, part):
     feed, said = torch.tensor([stack.asked[0].question]), []
     with torch.no_grad(), attach(model, part) as session:
         for _ in range(needle.ANSWER_TOKENS):
-            said.append(int(model(feed, **with_cache(model, cache), logits_to_keep=1).logits.argmax()))
+            said.append(
+                int(model(feed, **with_cache(model, cache), logits_to_keep=1).logits.argmax())
+            )
             feed = torch.tensor([said[-1:]])
             if needle.finished(tokenizer.decode(said)):
                 break

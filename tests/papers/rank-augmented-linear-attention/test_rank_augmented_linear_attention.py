@@ -24,7 +24,9 @@ def _picture(height: int, width: int, channels: int) -> torch.Tensor:
     rows = torch.linspace(0, 3, height).double()[:, None, None]
     columns = torch.linspace(0, 3, width).double()[None, :, None]
     waves = torch.linspace(0.2, 1.5, channels).double()
-    return ((rows * waves).sin() + (columns * waves.flip(0)).cos()).reshape(1, height * width, channels)
+    return ((rows * waves).sin() + (columns * waves.flip(0)).cos()).reshape(
+        1, height * width, channels
+    )
 
 
 def _rank(features: torch.Tensor) -> int:
@@ -38,7 +40,7 @@ def test_rank_augmented_linear_attention_spans_more_directions(seed: int) -> Non
     """Of a picture's tokens, with the same queries, keys and values, and no convolution to help."""
     layer = _layer(seed, rotary=False, kernel_size=None, dim=32, heads=4)
     plain = attlas.make("linear-attention", dim=32, heads=4, bias=True).double()
-    plain.adopt(layer.state_dict())
+    plain.load_from(layer.state_dict())
     x = _picture(10, 10, 32)
     with torch.no_grad():
         ours, theirs = _rank(layer(x)[0]), _rank(plain(x)[0])

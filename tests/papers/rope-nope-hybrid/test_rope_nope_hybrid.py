@@ -61,15 +61,15 @@ def test_rope_nope_hybrid_cache_of_windowed_layers_is_bounded_by_the_window() ->
 def test_rope_nope_hybrid_masks_fit_a_cache_that_let_go_of_keys(given: str) -> None:
     layer, x = _layer(0), torch.randn(1, 12, 32, dtype=torch.float64)
     pairs = torch.rand(1, 4, 12, 12) < 0.7
-    real = torch.tensor([[False, True, True, False] * 3])
+    valid = torch.tensor([[False, True, True, False] * 3])
     pattern = masks.strided(2) | masks.keys({1, 7, 10}, 12)
-    whole = {"pattern": pattern, "pairs": pairs, "padding": real}[given]
+    whole = {"pattern": pattern, "pairs": pairs, "padding": valid}[given]
     cache, steps = layer.init_cache(), []
     for at in range(12):
         now = {"pattern": pattern, "pairs": pairs[:, :, at : at + 1, : at + 1],
-               "padding": real[:, : at + 1]}[given]  # fmt: skip
+               "padding": valid[:, : at + 1]}[given]  # fmt: skip
         steps.append(layer(x[:, at : at + 1], mask=now, cache=cache))
-    rows = real[0] if given == "padding" else slice(None)
+    rows = valid[0] if given == "padding" else slice(None)
     torch.testing.assert_close(torch.cat(steps, dim=1)[:, rows], layer(x, mask=whole)[:, rows])
 
 

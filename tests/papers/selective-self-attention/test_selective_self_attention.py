@@ -63,7 +63,7 @@ def test_selective_self_attention_adds_less_than_half_a_percent(
 def test_selective_self_attention_takes_over_a_trained_layer_almost_as_it_was() -> None:
     plain = attlas.make("softmax", dim=32, heads=4, causal=True, position="rope").double()
     layer = _layer(causal=True, position="rope")
-    new = layer.adopt(plain.state_dict())
+    new = layer.load_from(plain.state_dict())
     assert sorted(new) == ["beta", "query_gate", "value_gate"]
     x = torch.randn(1, 64, 32, dtype=torch.float64)
     # τ is 1 at the first token and 1.047 at the 64th.

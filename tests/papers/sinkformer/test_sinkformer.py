@@ -26,9 +26,7 @@ def test_sinkformer_rows_and_columns_approach_one() -> None:
     for half_steps in (1, 5, 20, 40):
         torch.manual_seed(0)
         weights = _layer(half_steps=half_steps).weights(x)
-        off.append(
-            max(float((weights.sum(d) - 1).abs().max().detach()) for d in (-1, -2))
-        )
+        off.append(max(float((weights.sum(d) - 1).abs().max().detach()) for d in (-1, -2)))
     assert off == sorted(off, reverse=True)
     assert off[2] < 1e-3
     torch.testing.assert_close(weights.sum(-2), torch.ones_like(weights.sum(-2)), atol=1e-9, rtol=0)
@@ -37,8 +35,8 @@ def test_sinkformer_rows_and_columns_approach_one() -> None:
 def test_sinkformer_gives_padding_no_part_on_either_side() -> None:
     layer = _layer(half_steps=9)
     x = torch.randn(1, 9, 32, dtype=torch.float64)
-    real = torch.tensor([[True] * 6 + [False] * 3])
-    weights = layer.weights(x, mask=real)
+    valid = torch.tensor([[True] * 6 + [False] * 3])
+    weights = layer.weights(x, mask=valid)
     assert (weights[..., 6:] == 0).all()
     torch.testing.assert_close(weights[:, :, :6, :6], layer.weights(x[:, :6]))
 

@@ -37,7 +37,7 @@ class UnevenPyramid(PyramidKV):
     def budgets(self, state: LayerState, slots: Any) -> Tensor:
         place = state.layer, len(state.full)
         share = self.budget.keep or 0.0
-        means = [(Fraction(real * share), real) for real in slots.real.tolist()]
+        means = [(Fraction(valid * share), valid) for valid in slots.total.tolist()]
         return torch.tensor([pyramid(*m, self.floor[1], self.beta, *place) for m in means])
 
 

@@ -52,7 +52,7 @@ def test_pyramid_kv_holds_its_steps_in_every_row():
     for number, layer in enumerate(layers_after(model, policy, ids, attention_mask=mask)):
         for row, tokens in enumerate((40, 60)):
             kept = pyramid(Fraction(int(tokens * 0.4)), tokens, 3, 4.0, number, 4)
-            assert (layer.columns()[row] >= 0).sum(-1).tolist() == [kept, kept]
+            assert (layer.original_positions()[row] >= 0).sum(-1).tolist() == [kept, kept]
         lengths.append(layer.dense_slots)
     assert lengths == sorted(set(lengths), reverse=True)
 
@@ -62,7 +62,7 @@ def test_flat_pyramid_is_the_scorer():
     flat = layers_after(model, PyramidKV(0.5, scorer_options=WINDOW, beta=1.0), ids)
     plain = layers_after(model, SnapKV(0.5, window=3), ids)
     for one, two in zip(flat, plain, strict=True):
-        assert torch.equal(one.columns(), two.columns())
+        assert torch.equal(one.original_positions(), two.original_positions())
 
 
 @pytest.mark.parametrize("name", ["pyramid-kv", "ada-kv"])
@@ -78,7 +78,7 @@ def test_flat_pyramid_is_the_scorer():
 def test_over_any_scorer(name, scorer, options):
     model, ids = tiny_models.decoder("llama"), tiny_models.prompt(2, 60)
     policy = attlas.make(name, keep=0.6, scorer=scorer, scorer_options=options)
-    held = [(layer.read()[2] >= 0).sum().item() if layer.columns() is not None else 240
+    held = [(layer.read()[2] >= 0).sum().item() if layer.original_positions() is not None else 240
             for layer in layers_after(model, policy, ids)]  # fmt: skip
     assert sum(held) == pytest.approx(4 * 36 * 4, rel=0.02)
     assert sum(held) <= 4 * 36 * 4
@@ -128,7 +128,7 @@ def test_ada_kv_frees_what_it_drops():
         slots = 2 * 20 + 2 * 30
         assert body.k.untyped_storage().nbytes() == slots * 16 * 4
         assert layer.nbytes == slots * (2 * 16 * 4 + 4) + 4 * (8 + 4)
-        assert (layer.columns()[0] != 0).all()  # padding is not kept
+        assert (layer.original_positions()[0] != 0).all()  # padding is not kept
         lengths.append(body.lengths)
     assert any(len(set(row.tolist())) > 1 for layer in lengths for row in layer)
 
@@ -141,7 +141,9 @@ def test_ada_kv_reads_what_it_holds():
         many = cache_of(model(ids))  # more queries than are read in place
         at_once = model(question, **with_cache(model, many)).logits
         few = cache_of(model(ids))
-        steps = [model(question[:, t : t + 4], **with_cache(model, few)).logits for t in range(0, 80, 4)]
+        steps = [
+            model(question[:, t : t + 4], **with_cache(model, few)).logits for t in range(0, 80, 4)
+        ]
     torch.testing.assert_close(torch.cat(steps, dim=1), at_once, atol=1e-4, rtol=1e-4)
 
 
@@ -158,8 +160,8 @@ def test_refusals():
     for make in (AdaKV, PyramidKV):
         with pytest.raises(UserError, match="AdaKV does more"):
             make(0.5, scorer="ada-kv")
-        with pytest.raises(UserError, match="SinksWindow does more"):
-            make(0.5, scorer="window")
+        with pytest.raises(UserError, match="StreamingLLM does more"):
+            make(0.5, scorer="streaming-llm")
         with pytest.raises(UserError, match="cache policy"):
             make(0.5, scorer="column-sums")
         with pytest.raises(UserError, match="scorer_options cannot set tokens"):

@@ -36,8 +36,8 @@ class Given(Position):
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """Halves against each other."""
         first, second = x.chunk(2, dim=-1)
-        turned = torch.cat((-second, first), dim=-1)
-        return x * self.cos[:, None] + turned * self.sin[:, None]
+        rotated = torch.cat((-second, first), dim=-1)
+        return x * self.cos[:, None] + rotated * self.sin[:, None]
 
 
 @adapter("softmax-attention-rnn-ablations", mechanism="softmax-as-rnn")

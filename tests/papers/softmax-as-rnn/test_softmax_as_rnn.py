@@ -18,7 +18,9 @@ NAME = "softmax-as-rnn"
 
 @settings(max_examples=20, deadline=None)
 @given(width=st.integers(1, 5), order=st.integers(0, 6), seed=st.integers(0, 100))
-def test_features_multiply_to_the_series_of_the_exponential(width: int, order: int, seed: int) -> None:
+def test_features_multiply_to_the_series_of_the_exponential(
+    width: int, order: int, seed: int
+) -> None:
     torch.manual_seed(seed)
     x, y = torch.randn(2, 4, width).double()
     products = x @ y.mT
@@ -79,8 +81,8 @@ def test_length_divides_by_the_real_keys_that_a_query_sees() -> None:
     weights = layer.weights(torch.randn(1, 6, 8).double())
     means = torch.ones(6, 6).tril() / torch.arange(1, 7)[:, None]
     torch.testing.assert_close(weights, means.double().expand_as(weights))
-    real = torch.tensor([[False, False, True, True, True, True]])
-    padded = layer.weights(torch.randn(1, 6, 8).double(), mask=real)
+    valid = torch.tensor([[False, False, True, True, True, True]])
+    padded = layer.weights(torch.randn(1, 6, 8).double(), mask=valid)
     torch.testing.assert_close(padded.sum(-1)[0, 0, 2:], torch.ones(4).double())
 
 

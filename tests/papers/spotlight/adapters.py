@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from attlas.attach import attach
 from attlas.attach.blocks import weight_blocks
-from attlas.attach.call import Call, Step
+from attlas.attach.call import Call, ForwardPass
 from attlas.contract.cases import Case, Check, adapter
 from attlas.parts.steer.spotlight import Spotlight
 from reference.model import smollm2
@@ -25,7 +25,7 @@ def one_layer(case: Case) -> Iterator[Check]:
     assert v.shape == (batch, config["kv_heads"], tokens, config["head_dim"])
     k = torch.eye(tokens).expand(batch, config["kv_heads"], -1, -1)
     q = weights.clamp(min=1e-30).log()
-    call = Call(0, nn.Identity(), q, k, v, 1.0, None, Step(length=tokens), is_causal=True)
+    call = Call(0, nn.Identity(), q, k, v, 1.0, None, ForwardPass(length=tokens), is_causal=True)
     spans = [[tuple(span) for span in row] for row in config["span_ranges"]]
     part = Spotlight(spans, config["target_proportion"], over="layer")
     call.score_mod = part.score_mod(call)

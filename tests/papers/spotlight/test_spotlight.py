@@ -79,7 +79,10 @@ def test_spotlight_exact_hits_the_target():
 
 def test_spotlight_exact_hits_the_target_in_every_layer_and_step():
     model, ids = small_llama(), prompt(24, 2)
-    with torch.no_grad(), attach(model, Spotlight([SPAN], 0.9, exact=True), record=["weights"]) as s:
+    with (
+        torch.no_grad(),
+        attach(model, Spotlight([SPAN], 0.9, exact=True), record=["weights"]) as s,
+    ):
         cache = cache_of(model(ids[:, :20], use_cache=True))
         model(ids[:, 20:21], **with_cache(model, cache))
     share_of_last = on(s["weights"])[..., -1]
@@ -124,11 +127,11 @@ def test_spotlight_padding_moves_no_span(over, side):
     empty = torch.zeros_like(ids[:, :5])
     padded = torch.cat([empty, ids] if side == "left" else [ids, empty], dim=1)
     both = torch.cat([padded, prompt(25, 1, seed=3)])
-    real = torch.ones_like(both)
-    real[0] = (padded[0] != 0).long()
-    positions = (real.cumsum(-1) - 1).clamp(min=0)
-    found, _ = run(model, both, part, attention_mask=real, position_ids=positions)
-    torch.testing.assert_close(found[0][real[0].bool()], alone[0])
+    valid = torch.ones_like(both)
+    valid[0] = (padded[0] != 0).long()
+    positions = (valid.cumsum(-1) - 1).clamp(min=0)
+    found, _ = run(model, both, part, attention_mask=valid, position_ids=positions)
+    torch.testing.assert_close(found[0][valid[0].bool()], alone[0])
 
 
 def test_spotlight_spans_of_each_row():
@@ -176,7 +179,7 @@ def test_spotlight_beside_a_cache_policy_and_recorders(exact):
     recorder = Weights()
     with torch.no_grad(), attach(model, policy, part, record=[recorder, "entropy"]) as session:
         cache = cache_of(model(ids, use_cache=True))
-        columns = [layer.columns() for layer in cache.layers]
+        columns = [layer.original_positions() for layer in cache.layers]
         model(ids[:, :1], **with_cache(model, cache))
     assert session["entropy"].isfinite().all()
     weights = session["weights"][..., -1, :]  # [layers, batch, heads, columns]
@@ -266,7 +269,9 @@ def test_spotlight_makes_smollm2_follow_instructions_more_often():
     assert alone.n == steered.n >= 100
     assert steered.low > alone.high + 0.05
     ending = share(hits["row", 0.3, "ending"], counts["row", 0.3, "ending"])
-    assert ending.low > share(hits["alone", 0.0, "ending"], counts["alone", 0.0, "ending"]).high + 0.1
+    assert (
+        ending.low > share(hits["alone", 0.0, "ending"], counts["alone", 0.0, "ending"]).high + 0.1
+    )
 
 
 def test_spotlight_turns_a_word_of_smollm2(smollm2):

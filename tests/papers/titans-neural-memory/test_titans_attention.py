@@ -121,17 +121,17 @@ def test_weights_tell_of_persistent_tokens_too(name: str) -> None:
 @pytest.mark.parametrize("memory", [{"chunk": 2, "batch": 4}, {"chunk": 1}])
 def test_padding_between_tokens_is_stepped_over_with_a_cache_too(memory: dict[str, int]) -> None:
     layer, x = _layer(CONTEXT, memory=memory), _x(24)
-    real = torch.ones(2, 24, dtype=torch.bool)
-    real[0, [3, 4, 9, 15, 22]] = False
-    real[1, [0, 1, 2, 3, 4, 5, 6, 13]] = False
-    whole, cache, seen, parts = layer(x, mask=real), layer.init_cache(), 0, []
+    valid = torch.ones(2, 24, dtype=torch.bool)
+    valid[0, [3, 4, 9, 15, 22]] = False
+    valid[1, [0, 1, 2, 3, 4, 5, 6, 13]] = False
+    whole, cache, seen, parts = layer(x, mask=valid), layer.init_cache(), 0, []
     for part in x.split([7, 1, 6, 1, 1, 8], dim=1):
         seen += part.shape[1]
-        parts.append(layer(part, mask=real[:, :seen], cache=cache))
+        parts.append(layer(part, mask=valid[:, :seen], cache=cache))
     for row in range(2):
-        alone = layer(x[row : row + 1, real[row]])[0]
-        torch.testing.assert_close(whole[row, real[row]], alone)
-        torch.testing.assert_close(torch.cat(parts, dim=1)[row, real[row]], alone)
+        alone = layer(x[row : row + 1, valid[row]])[0]
+        torch.testing.assert_close(whole[row, valid[row]], alone)
+        torch.testing.assert_close(torch.cat(parts, dim=1)[row, valid[row]], alone)
 
 
 @pytest.mark.parametrize(

@@ -85,20 +85,20 @@ def test_older_tokens_of_a_code_weigh_as_many_as_they_are() -> None:
 
 def test_padding_between_tokens_is_stepped_over_with_a_cache_too() -> None:
     layer, x = _layer(), _x(20)
-    real = torch.ones(2, 20, dtype=torch.bool)
-    real[0, [3, 4, 9, 15]] = False
-    real[1, [0, 1, 13]] = False
+    valid = torch.ones(2, 20, dtype=torch.bool)
+    valid[0, [3, 4, 9, 15]] = False
+    valid[1, [0, 1, 13]] = False
     cache, seen, parts = layer.init_cache(), 0, []
     for part in x.split([7, 1, 6, 1, 1, 4], dim=1):
         seen += part.shape[1]
-        parts.append(layer(part, mask=real[:, :seen], cache=cache))
-    stepped, whole = torch.cat(parts, dim=1), layer(x, mask=real)
+        parts.append(layer(part, mask=valid[:, :seen], cache=cache))
+    stepped, whole = torch.cat(parts, dim=1), layer(x, mask=valid)
     for row in range(2):
-        alone = layer(x[row : row + 1, real[row]])[0]
-        torch.testing.assert_close(whole[row, real[row]], alone)
-        torch.testing.assert_close(stepped[row, real[row]], alone)
+        alone = layer(x[row : row + 1, valid[row]])[0]
+        torch.testing.assert_close(whole[row, valid[row]], alone)
+        torch.testing.assert_close(stepped[row, valid[row]], alone)
     counts = cache.layers[0].states["counts"].sum(-1)
-    torch.testing.assert_close(counts, (real.sum(-1, keepdim=True) - 3).expand(-1, 2).double())
+    torch.testing.assert_close(counts, (valid.sum(-1, keepdim=True) - 3).expand(-1, 2).double())
 
 
 def test_gradients_are_those_of_dense_attention() -> None:
@@ -117,19 +117,19 @@ def test_gradients_are_those_of_dense_attention() -> None:
 
 def test_codebooks_are_running_means_of_the_keys_that_they_stand_for() -> None:
     layer, x = _layer(kv_heads=1, gamma=0.9), _x()
-    real = torch.ones(2, 21, dtype=torch.bool)
-    real[0, :6] = False
-    _, k, *_ = layer.prepare(x, mask=real)
+    valid = torch.ones(2, 21, dtype=torch.bool)
+    valid[0, :6] = False
+    _, k, *_ = layer.prepare(x, mask=valid)
     sums, counts = 0.9 * layer.code_sums, 0.9 * layer.code_counts
     commitment, codes = torch.zeros(()).double(), layer.nearest(k)
-    for b, t in real.nonzero().tolist():
+    for b, t in valid.nonzero().tolist():
         code = codes[b, 0, t]
-        commitment += (k[b, 0, t] - layer.codebook[0, code]).square().sum() / real.sum()
+        commitment += (k[b, 0, t] - layer.codebook[0, code]).square().sum() / valid.sum()
         sums[0, code] += 0.1 * k[b, 0, t]
         counts[0, code] += 0.1
-    layer(x, mask=real)
+    layer(x, mask=valid)
     assert layer.auxiliary_loss is None
-    layer.train()(x, mask=real)
+    layer.train()(x, mask=valid)
     torch.testing.assert_close(layer.code_sums, sums)
     torch.testing.assert_close(layer.code_counts, counts)
     torch.testing.assert_close(layer.auxiliary_loss, 1e-4 * commitment)

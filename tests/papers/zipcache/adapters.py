@@ -21,13 +21,13 @@ def zipcache(case: Case) -> Iterator[Check]:
     config, x = case.config, case.inputs["x"]
     scores = probed(case.inputs["q"], case.inputs["k"], case.inputs["probe_ids"].long())
     yield case.compare("mid.saliency", scores)
-    real = torch.ones(x.shape[:3], dtype=torch.bool)
+    valid = torch.ones(x.shape[:3], dtype=torch.bool)
     # Their scores decide, so that near-ties do not.
-    other = least(case.mids["saliency"], real, config["unimportant_ratio"])
+    other = least(case.mids["saliency"], valid, config["unimportant_ratio"])
     ids = case.mids["unimportant_ids"].long()
     yield case.compare("mid.unimportant_ids", in_order(other, case.mids["saliency"], ids))
     # The published scale is one for all rows of a batch.
-    scale = channel_scale(x, real).amax(dim=0, keepdim=True)
+    scale = channel_scale(x, valid).amax(dim=0, keepdim=True)
     yield case.compare("mid.channel_scale", rearrange(scale, "b h 1 d -> b 1 (h d)"))
     channel = scale.expand(x.shape[0], -1, -1, -1)
     taken = Taken(x, x, None, 0)

@@ -9,7 +9,7 @@ from attlas.calibration import calibrate, windows
 from attlas.hf.caches import cache_of, with_cache
 from attlas.parts.evict.balance_kv import BalanceKV
 from attlas.parts.evict.q_filters import QFilters
-from attlas.parts.evict.window import SinksWindow
+from attlas.parts.evict.streaming_llm import StreamingLLM
 
 
 class Collect(Part):
@@ -68,7 +68,7 @@ def test_q_filters_stream_better_than_a_window(smollm2, filters):
     losses = []
     for part in (
         QFilters(tokens=32, window=16, calibration=filters, while_decoding=True),
-        SinksWindow(tokens=32, while_decoding=True),
+        StreamingLLM(tokens=32, while_decoding=True),
     ):
         total = []
         with torch.no_grad(), attach(model, part):

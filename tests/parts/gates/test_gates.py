@@ -66,12 +66,12 @@ def logits_after(model, part, ids, padding="none", length=None, steps=9, chunk=N
     mask = torch.ones_like(ids)
     if padding != "none":
         gap = torch.full((1, length - ids.shape[1]), 5)
-        row, real = [gap, ids], [torch.zeros_like(gap), mask]
+        row, valid = [gap, ids], [torch.zeros_like(gap), mask]
         if padding == "right":
-            row, real = row[::-1], real[::-1]
+            row, valid = row[::-1], valid[::-1]
         other = tiny_models.prompt(1, length, seed=4)
         ids = torch.cat([torch.cat(row, dim=1), other])
-        mask = torch.cat([torch.cat(real, dim=1), torch.ones_like(other)])
+        mask = torch.cat([torch.cat(valid, dim=1), torch.ones_like(other)])
     found = []
     with torch.no_grad(), attach(model, part, chunked=chunk is not None):
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -127,8 +127,8 @@ def test_everything_kept_is_full_attention(kind):
     for part in (q_filters(model, **ones), balance(model, **ones), duo(model, sparsity=0.0)):
         with attach(model, part) as session:
             assert tiny_models.greedy(model, ids) == plain
-            assert all(layer.columns() is None for layer in session.cache.layers if part.name in
-                       getattr(layer, "learned", {}))  # fmt: skip
+            known = [x for x in session.cache.layers if part.name in getattr(x, "learned", {})]
+            assert all(layer.original_positions() is None for layer in known)
 
 
 @every_part
@@ -148,7 +148,9 @@ def test_beams_rows_and_stored_caches(make, tmp_path):
     later = tiny_models.prompt(2, 12, seed=8)
     with torch.no_grad(), attach(model, part):
         once, again, direct = (
-            torch.cat([model(t, **with_cache(model, c)).logits for t in later.split(1, dim=1)], dim=1)
+            torch.cat(
+                [model(t, **with_cache(model, c)).logits for t in later.split(1, dim=1)], dim=1
+            )
             for c in (cache, stored, cache_of(model(ids)))
         )
     close(once, again)
@@ -186,7 +188,7 @@ def test_balanced_body_is_weighted_attention():
     cache, _ = held_by(model, part, ids)
     whole = prefill(model, ids).cache
     for held, full in zip(cache.layers, whole.layers, strict=True):
-        columns, weights = held.columns(), held.biases().exp()
+        columns, weights = held.original_positions(), held.biases().exp()
         assert columns.shape[-1] == 2 + 24 // 4 + 4
         assert columns[0, :, :2].tolist() == [[0, 1]] * 2
         assert columns[0, :, -4:].tolist() == [[26, 27, 28, 29]] * 2
@@ -235,7 +237,7 @@ def test_duo_attention_streaming_heads_stay_constant_while_decoding(streams):
         cache = cache_of(model(ids))
         for token in tiny_models.prompt(2, 30, seed=7).split(1, dim=1):
             model(token, **with_cache(model, cache))
-            columns = cache.layers[2].columns()
+            columns = cache.layers[2].original_positions()
             count = (columns >= 0).sum(-1)
             now = cache.get_seq_length()
             assert count[:, 0].max() <= 2 + 5 + 2
@@ -258,7 +260,9 @@ class Hide(Part):
         seen = (at < self.part.sinks) | (at >= self.context - self.part.recent)
         shown = self.part.retrieves[call.layer][:, None] | seen
         return (
-            shown.repeat_interleave(call.groups, dim=0)[None, :, None] if call.step.offset else None
+            shown.repeat_interleave(call.groups, dim=0)[None, :, None]
+            if call.forward_pass.offset
+            else None
         )
 
 

@@ -114,12 +114,15 @@ def test_forks_and_chunks_agree(name):
     with torch.no_grad(), attach(llama, part):
         cache = cache_of(llama(ids, use_cache=True))
         whole = [llama(question[:, :5], **with_cache(llama, cache)).logits]
-        whole += [llama(question[:, i : i + 1], **with_cache(llama, cache)).logits for i in range(5, 12)]
+        whole += [
+            llama(question[:, i : i + 1], **with_cache(llama, cache)).logits for i in range(5, 12)
+        ]
         for _ in range(2):  # a fork leaves its prompt as it was
             fork = parent.fork(part)
             found = [llama(question[:, :5], **with_cache(llama, fork)).logits]
             found += [
-                llama(question[:, i : i + 1], **with_cache(llama, fork)).logits for i in range(5, 12)
+                llama(question[:, i : i + 1], **with_cache(llama, fork)).logits
+                for i in range(5, 12)
             ]
             assert torch.allclose(torch.cat(found, 1), torch.cat(whole, 1), atol=1e-4)
 
@@ -173,9 +176,9 @@ def test_rows_and_files(name, llama, tmp_path):
         for again in (load_cache(tmp_path / "cache", llama).layers[1], layer):
             order = torch.tensor([2, 0, 1, 1])
             again.reorder_cache(order)
-            real = (again.columns() >= 0)[..., None]
+            valid = (again.original_positions() >= 0)[..., None]
             for ours, old in zip(again.read()[:2], before, strict=True):
-                assert torch.equal(ours * real, old[order] * real)
+                assert torch.equal(ours * valid, old[order] * valid)
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -186,7 +189,7 @@ def test_with_an_evicting_part(name, llama):
         cache = cache_of(llama(ids, use_cache=True))
         layer = session.cache.layers[2]
         assert layer.bodies
-        assert ((layer.columns() >= 0).sum(dim=-1) == 30).all()
+        assert ((layer.original_positions() >= 0).sum(dim=-1) == 30).all()
         for i in range(12):
             out = llama(ids[:, i : i + 1], **with_cache(llama, cache))
         assert out.logits.isfinite().all()

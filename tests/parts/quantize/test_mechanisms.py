@@ -7,14 +7,14 @@ import torch
 from torch import nn
 
 import attlas
-from attlas.attach.call import Call, Step
+from attlas.attach.call import Call, ForwardPass
 from attlas.cache.fitting import Rounded, begun, finished, loss
 from attlas.calibration import calibrate
 from attlas.ops.quantize import encode
 from attlas.parts.quantize.akvq_vl import far
 from attlas.parts.quantize.qaq import centred, group_bits, key_error, outlying
 from attlas.parts.quantize.zipcache import channel_scale, least, saliency
-from attlas.storage.changed import turned
+from attlas.storage.changed import rotated
 from attlas.storage.layer import LayerState, StoredLayer, Taken
 from attlas.storage.shared import encode_rows
 from attlas.storage.varied import Varied
@@ -55,8 +55,8 @@ def test_zipcache_probes_see_what_is_encoded_already():
 
 def test_zipcache_divides_by_the_channels_and_shares_steps():
     x = torch.randn(1, 3, 20, 8) * torch.logspace(-2, 1, 8)
-    real = torch.ones(1, 3, 20, dtype=torch.bool)
-    scale = channel_scale(x, real)
+    valid = torch.ones(1, 3, 20, dtype=torch.bool)
+    scale = channel_scale(x, valid)
     plain, divided = encode_rows(x, 4), encode_rows(x, 4, channel=scale)
     small = slice(0, 4)
     assert (divided.read() - x)[..., small].abs().mean() < (plain.read() - x)[
@@ -66,7 +66,7 @@ def test_zipcache_divides_by_the_channels_and_shares_steps():
     own = encode(x[:, :1], 4, channel=scale[:, :1], meta=torch.float32).read()
     alone = encode_rows(x[:, :1], 4, channel=scale[:, :1], meta=torch.float32).read()
     assert torch.equal(own, alone)
-    assert int(least(torch.rand(1, 3, 20), real, 0.4).sum()) == 3 * 8
+    assert int(least(torch.rand(1, 3, 20), valid, 0.4).sum()) == 3 * 8
 
 
 @pytest.mark.parametrize("centre", ["middle", "zero"])
@@ -130,11 +130,11 @@ def test_akvq_rotation_changes_no_attention_and_spreads_outliers(dim):
     q, k, v = torch.randn(3, 1, 2, 50, dim)
     k[..., 3] *= 20
     plain = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-    rotated = nn.functional.scaled_dot_product_attention(
-        turned(q), turned(k), turned(v), is_causal=True
+    after = nn.functional.scaled_dot_product_attention(
+        rotated(q), rotated(k), rotated(v), is_causal=True
     )
-    assert torch.allclose(turned(rotated), plain, atol=1e-5)
-    assert turned(k).abs().amax() / turned(k).std() < k.abs().amax() / k.std()
+    assert torch.allclose(rotated(after), plain, atol=1e-5)
+    assert rotated(k).abs().amax() / rotated(k).std() < k.abs().amax() / k.std()
 
 
 def test_akvq_parts_tokens_by_class():
@@ -142,7 +142,7 @@ def test_akvq_parts_tokens_by_class():
     v[:, :, 5] *= 1000
     part = attlas.make("akvq-vl", images=[(10, 40)], early_layers=1, block=8, recent=0)
     layer, state = layer_of(k, v)
-    part.settle(layer, state, layer.rows())
+    part.compress(layer, state, layer.rows())
     assert far(v, torch.ones(1, 2, 64, dtype=torch.bool), 5.0)[:, :, 5].all()
     columns = {name: body.index[0, 0].tolist() for name, body in layer.bodies.items()}
     assert 5 in columns["pivots"]
@@ -186,7 +186,7 @@ def test_wkvquant_past_only_is_never_worse(fitted):
     """A query's own key and value are exact in its own step, others are rounded."""
     _, part, _, calibration = fitted
     q, k, v = torch.randn(1, 4, 20, 16), *torch.randn(2, 1, 2, 20, 16)
-    call = Call(0, nn.Identity(), q, k, v, 0.25, None, Step(length=20), is_causal=True)
+    call = Call(0, nn.Identity(), q, k, v, 0.25, None, ForwardPass(length=20), is_causal=True)
     coded = Rounded(part, calibration.tensors)
     past_only = coded.attend(call).transpose(1, 2)
     attend = nn.functional.scaled_dot_product_attention
@@ -204,7 +204,7 @@ def test_wkvquant_fit_and_cache_round_alike(fitted):
     part.check(model)
     k, v = torch.randn(2, 1, 2, 20, 16)
     body = part.encode(LayerState(1, (0, 1, 2, 3)), Taken(k, v, None, 0))["context"]
-    call = Call(1, nn.Identity(), k, k, v, 0.25, None, Step(length=20))
+    call = Call(1, nn.Identity(), k, k, v, 0.25, None, ForwardPass(length=20))
     coded = Rounded(part, calibration.tensors)
     for which, x, held in zip("kv", (k, v), body.read(), strict=True):
         off = (coded._coded(call, which, x) - held).abs() > 1e-2  # a number between two codes

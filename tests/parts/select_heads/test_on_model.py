@@ -6,7 +6,7 @@ import torch
 
 from attlas import attach, prefill
 from attlas.hf.caches import with_cache
-from attlas.parts.evict.window import SinksWindow
+from attlas.parts.evict.streaming_llm import StreamingLLM
 from attlas.parts.select.delta_layer_aware import DeltaLayerAware
 from attlas.parts.select.recycled_attention import RecycledAttention
 from attlas.tasks.text import passage
@@ -20,7 +20,7 @@ def test_a_passage_that_comes_again(smollm2):
     ids = tokenizer(again + between + again, return_tensors="pt").input_ids
     start = ids.shape[1] - 40
     parts = {
-        "window": SinksWindow(tokens=96, while_decoding=True),
+        "window": StreamingLLM(tokens=96, while_decoding=True),
         "recycled": RecycledAttention(tokens=86, stride=10),
         "delta": DeltaLayerAware(tokens=64, recent=32),
     }

@@ -56,7 +56,7 @@ def plain(llama):
 
 
 def steps(model, part, ids, mask=None, *, chunk=None, given=None):
-    """Logits of six fixed tokens, each row's real tokens at their own positions."""
+    """Logits of six fixed tokens, each row's valid tokens at their own positions."""
     batch, length = ids.shape
     mask = torch.ones_like(ids) if mask is None else mask
     given = torch.arange(6 * batch).reshape(6, batch) % 40 + 3 if given is None else given

@@ -44,11 +44,11 @@ def logits_after(model, part, ids, padding="none", length=None, chunked=False, q
         later = (question[0], *later)
     if padding != "none":
         gap = torch.full((1, length - ids.shape[1]), 5)
-        row, real = [gap, ids], [torch.zeros_like(gap), mask]
+        row, valid = [gap, ids], [torch.zeros_like(gap), mask]
         order = slice(None, None, 1 if padding == "left" else -1)
         other = tiny_models.prompt(1, length, seed=4)
         ids = torch.cat([torch.cat(row[order], dim=1), other])
-        mask = torch.cat([torch.cat(real[order], dim=1), torch.ones_like(other)])
+        mask = torch.cat([torch.cat(valid[order], dim=1), torch.ones_like(other)])
     found, cache = [], DynamicCache(config=model.config)
     parts = part if isinstance(part, tuple) else (part,)
     with torch.no_grad(), attach(model, *parts, chunked=chunked):
@@ -70,7 +70,8 @@ def logits_after(model, part, ids, padding="none", length=None, chunked=False, q
 
 
 @pytest.mark.parametrize(
-    "kind", distinct("rotary", "key-norm", "windows", "sinks", having=["full"], lacking=["soft-caps"])
+    "kind",
+    distinct("rotary", "key-norm", "windows", "sinks", having=["full"], lacking=["soft-caps"]),
 )
 @every_part
 def test_everything_read_is_full_attention(name, kind):

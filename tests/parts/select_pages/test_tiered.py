@@ -77,12 +77,12 @@ def test_grows_and_changes_rows_and_forks():
     assert torch.equal(ops.decode(q, [tiered.segment(listed)])[0], expected)
     assert all(torch.equal(a, b) for a, b in zip(tiered.read(), packed.read(), strict=True))
     assert fork.slots == 20
-    turned = tiered.rows(lambda x: x.index_select(0, torch.tensor([1, 0], device=x.device)))
-    before = turned.misses
-    out = ops.decode(q, [turned.segment(listed.clone())])[0]
+    rotated = tiered.rows(lambda x: x.index_select(0, torch.tensor([1, 0], device=x.device)))
+    before = rotated.misses
+    out = ops.decode(q, [rotated.segment(listed.clone())])[0]
     other = packed.rows(lambda x: x[[1, 0]])
     assert torch.equal(out, ops.decode(q, [other.segment(listed)])[0])
-    assert turned.misses == before  # each row kept what it had on the device
+    assert rotated.misses == before  # each row kept what it had on the device
     restored = TieredBody.restored(tiered.tensors, tiered.constants)
     assert torch.equal(restored.read()[0], packed.read()[0])
 

@@ -27,7 +27,7 @@ def wrong_inputs(subject: Subject) -> Iterator[Measure]:
     yield refuses("another width", lambda: layer(x[..., :-1]), "x")
     yield refuses("no batch", lambda: layer(x[0]), "x")
     short = torch.ones(2, 6, dtype=torch.bool)
-    if subject.object.takes_masks == "none":
+    if subject.object.supports.masks == "none":
         return
     yield refuses("mask too short", lambda: layer(x, mask=short), "mask")
     yield refuses("mask of 3 axes", lambda: layer(x, mask=short[None]), "mask")
@@ -38,14 +38,14 @@ def forms_refused(subject: Subject) -> Iterator[Measure]:
     """Contexts and caches that it cannot honour are refused by name, never ignored."""
     layer = subject.layer(dtype=torch.float32)
     x = torch.randn(2, 7, layer.dim)
-    if not subject.object.has_cross_form:
+    if not subject.object.supports.cross:
         yield refuses("context", lambda: layer(x, x), "context")
     elif subject.causal_form:
         causal = subject.layer(dtype=torch.float32, causal=True)
         yield refuses("context when causal", lambda: causal(x, x), "context")
         cache = causal.init_cache()
         yield refuses("context with a cache", lambda: causal(x, x, cache=cache), "context")
-    if not subject.object.has_two_sided_form:
+    if not subject.object.supports.bidirectional:
         yield refuses("causal=False", lambda: subject.layer(causal=False), "causal")
     if not subject.causal_form:
         from attlas.hf.caches import DynamicCache

@@ -62,7 +62,7 @@ def extreme_inputs(subject: Subject) -> Iterator[Measure]:
         blind[0, 0, 3] = False
         blind[1] = False
         unseen = {"all padding": blind[:, 0, 0] & False, "rows that see nothing": blind}
-        taken = {"none": 0, "padding": 1, "pairs": 2}[subject.object.takes_masks]
+        taken = {"none": 0, "padding": 1, "pairs": 2}[subject.object.supports.masks]
         for what, mask in list(unseen.items())[:taken]:
             quiet = x.clone().requires_grad_()
             y = layer(quiet, mask=mask)
@@ -77,9 +77,7 @@ class LargestTensor(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.elements = 0
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         held = [t.untyped_storage().nbytes() // t.element_size()
                 for t in tree_leaves(out) if isinstance(t, Tensor)]  # fmt: skip
@@ -90,8 +88,8 @@ class LargestTensor(TorchDispatchMode):
 @check("layer", poisoned=False)
 def memory_law(subject: Subject) -> Iterator[Measure]:
     """Twice the length makes the largest tensor twice as large where memory is linear, 4 × at most."""
-    law = subject.object.memory_law
-    yield holds("declared", law in ("linear", "quadratic"), f"memory_law is {law!r}")
+    law = subject.object.supports.memory
+    yield holds("declared", law in ("linear", "quadratic"), f"supports.memory is {law!r}")
     length = 512 if law == "linear" else 192
     for case, options in subject.forms():
         layer = subject.layer(dtype=torch.float32, **options)

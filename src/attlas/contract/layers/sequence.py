@@ -35,10 +35,10 @@ def causality(subject: Subject) -> Iterator[Measure]:
 @check("layer")
 def padding(subject: Subject) -> Iterator[Measure]:
     """Tokens padded left, right or not at all get the same answers, whatever the padding holds."""
-    if subject.object.takes_masks == "none":
+    if subject.object.supports.masks == "none":
         layer = subject.layer()
-        real = torch.ones(2, 11, dtype=torch.bool)
-        yield refuses("padding", lambda: layer(_inputs(layer), mask=real), "mask")
+        valid = torch.ones(2, 11, dtype=torch.bool)
+        yield refuses("padding", lambda: layer(_inputs(layer), mask=valid), "mask")
         return
     for case, options in subject.forms():
         layer = subject.layer(**options)
@@ -46,15 +46,15 @@ def padding(subject: Subject) -> Iterator[Measure]:
         alone = layer(x)
         junk = 10 * torch.randn(2, 3, layer.dim, dtype=torch.float64)
         for side in ("left", "right"):
-            parts, real = (junk, x), torch.tensor([False] * 3 + [True] * 6)
+            parts, valid = (junk, x), torch.tensor([False] * 3 + [True] * 6)
             if side == "right":
-                parts, real = (x, junk), real.flip(0)
-            y = layer(torch.cat(parts, dim=1), mask=real.expand(2, -1))[:, real]
+                parts, valid = (x, junk), valid.flip(0)
+            y = layer(torch.cat(parts, dim=1), mask=valid.expand(2, -1))[:, valid]
             yield same(f"{case} {side}", y, alone)
         # Rows of different lengths in one batch.
-        real = torch.tensor([[False] * 3 + [True] * 6, [True] * 9])
+        valid = torch.tensor([[False] * 3 + [True] * 6, [True] * 9])
         both = torch.cat((junk, x), dim=1)
-        yield same(f"{case} mixed", layer(both, mask=real)[0, 3:], alone[0])
+        yield same(f"{case} mixed", layer(both, mask=valid)[0, 3:], alone[0])
 
 
 @check("layer")
@@ -65,10 +65,10 @@ def masks(subject: Subject) -> Iterator[Measure]:
     layer = subject.layer()
     x = _inputs(layer)
     tokens = x.shape[1]
-    if subject.object.takes_masks != "pairs" and not subject.causal_form:
+    if subject.object.supports.masks != "pairs" and not subject.causal_form:
         yield refuses("causal", lambda: layer(x, mask=causal), "mask")
     pattern = window(3)
-    if subject.object.takes_masks != "pairs":
+    if subject.object.supports.masks != "pairs":
         pairs = torch.ones(2, 1, tokens, tokens, dtype=torch.bool)
         yield refuses("pattern", lambda: layer(x, mask=pattern), "mask")
         yield refuses("tensor", lambda: layer(x, mask=pairs), "mask")
@@ -94,7 +94,11 @@ def decoding(subject: Subject) -> Iterator[Measure]:
         layer = subject.layer(**options)
         x = _inputs(layer)
         at_once = layer(x)
-        for name, sizes in {"steps": [5] + [1] * 6, "chunks": [4, 4, 3], "all steps": [1] * 11}.items():
+        for name, sizes in {
+            "steps": [5] + [1] * 6,
+            "chunks": [4, 4, 3],
+            "all steps": [1] * 11,
+        }.items():
             cache = layer.init_cache()
             parts = [layer(part, cache=cache) for part in x.split(sizes, dim=1)]
             yield same(f"{case} {name}", torch.cat(parts, dim=1), at_once)
@@ -111,11 +115,11 @@ def decoding_padded(subject: Subject) -> Iterator[Measure]:
         alone, cache = layer(x), layer.init_cache()
         junk = 10 * torch.randn(2, 3, layer.dim, dtype=torch.float64)
         tokens = torch.cat((junk, x), dim=1)
-        real = torch.tensor([False] * 3 + [True] * 11).expand(2, -1)
+        valid = torch.tensor([False] * 3 + [True] * 11).expand(2, -1)
         seen, parts = 0, []
         for part in tokens.split([8] + [1] * 6, dim=1):
             seen += part.shape[1]
-            parts.append(layer(part, mask=real[:, :seen], cache=cache))
+            parts.append(layer(part, mask=valid[:, :seen], cache=cache))
         yield same(case, torch.cat(parts, dim=1)[:, 3:], alone)
 
 
@@ -127,7 +131,7 @@ def static_cache(subject: Subject) -> Iterator[Measure]:
 
     layer = subject.layer(causal=True)
     x = _inputs(layer)
-    if not subject.object.keeps_keys:
+    if subject.object.supports.cache == "state":
         static = StaticCache(config=LlamaConfig(num_hidden_layers=1), max_cache_len=16)
         yield refuses("no room for a state", lambda: layer(x, cache=static), "cache")
         return
@@ -152,7 +156,7 @@ def beams(subject: Subject) -> Iterator[Measure]:
     yield same("after 8 tokens", torch.cat(steps, dim=1), layer(x)[order, 8:])
 
 
-@check("layer", when=lambda subject: subject.causal_form and not subject.object.keeps_keys)
+@check("layer", when=lambda subject: subject.causal_form and subject.object.supports.cache == "state")
 def constant_state(subject: Subject) -> Iterator[Measure]:
     """What a cache holds does not grow with the tokens that it has seen."""
     layer = subject.layer(causal=True)
@@ -186,10 +190,12 @@ def reduces_to(subject: Subject) -> Iterator[Measure]:
     assert reduction is not None
     other = registry.find(reduction.to).object
     # What knows no other form than the causal one says so to a mechanism that knows both.
-    causal = {} if subject.object.has_two_sided_form else {"causal": True}
+    causal = {} if subject.object.supports.bidirectional else {"causal": True}
     for case, options in subject.forms():
         layer = subject.layer(noise=0.0, **reduction.options, **options)
-        plain = other(dim=layer.dim, heads=layer.heads, head_dim=layer.head_dim, **{**causal, **options})
+        plain = other(
+            dim=layer.dim, heads=layer.heads, head_dim=layer.head_dim, **{**causal, **options}
+        )
         plain = plain.double().eval()
         with torch.no_grad():
             if reduction.prepare is not None:

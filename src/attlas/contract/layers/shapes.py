@@ -37,7 +37,7 @@ def grouped_heads(subject: Subject) -> Iterator[Measure]:
         layer = subject.layer(heads=4, kv_heads=kv_heads)
         q, k, v, mask, inputs = layer.prepare(x)
         held[kv_heads] = k.numel() + v.numel()
-        stages = layer.output(layer.aggregate(layer.weigh(q, k, mask, inputs), v), inputs)
+        stages = layer.output(layer.aggregate(layer.weigh(q, k, inputs), v, inputs), inputs)
         yield same(f"kv_heads={kv_heads}", layer(x), stages)
     shrinks = held[1] * 4 == held[2] * 2 == held[4]
     yield holds("cache", shrinks, f"numbers held by kv_heads: {held}")
@@ -58,7 +58,7 @@ def strides(subject: Subject) -> Iterator[Measure]:
         yield same(case, layer(view), layer(dense))
 
 
-@check("layer", when=lambda subject: bool(getattr(subject.object, "has_cross_form", False)))
+@check("layer", when=lambda subject: subject.object.supports.cross)
 def cross_attention(subject: Subject) -> Iterator[Measure]:
     """Queries from one sequence, keys from another; keys out of sight change nothing."""
     layer = subject.layer()
@@ -67,6 +67,6 @@ def cross_attention(subject: Subject) -> Iterator[Measure]:
     y = layer(x, context)
     yield holds("5 from 8", y.shape == x.shape, f"gives {list(y.shape)}")
     yield same("x as its own context", layer(x, x), layer(x))
-    real = torch.ones(2, 8, dtype=torch.bool)
-    real[:, 6:] = False
-    yield same("padded context", layer(x, context, mask=real), layer(x, context[:, :6]))
+    valid = torch.ones(2, 8, dtype=torch.bool)
+    valid[:, 6:] = False
+    yield same("padded context", layer(x, context, mask=valid), layer(x, context[:, :6]))

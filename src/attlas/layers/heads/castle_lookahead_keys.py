@@ -55,7 +55,10 @@ class CastleLookaheadKeys(Attention):
     claims = (
         Claim(
             "keys that learn from later tokens predict better than causal keys",
-            task="shakespeare-bytes", better="lower", steps=500, batch=16,
+            task="shakespeare-bytes",
+            better="lower",
+            steps=500,
+            batch=16,
         ),
     )
 
@@ -68,28 +71,28 @@ class CastleLookaheadKeys(Attention):
         self.window = None if window is None else at_least_one("window", window)
         super().__init__(dim, heads, *args, **options)
 
-    def build(self, bias: bool) -> None:
+    def make_projections(self) -> None:
         """The plain projections, and that of q̃, k̃ and ṽ, of as many heads as the keys."""
-        super().build(bias)
-        self.ahead_proj = nn.Linear(self.dim, 3 * self.kv_heads * self.head_dim, bias=bias)
+        super().make_projections()
+        self.ahead_proj = nn.Linear(self.dim, 3 * self.kv_heads * self.head_dim, bias=self.bias)
 
     def project(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         """For each key head: its queries with k̃ and ṽ, which serve this pass alone; k with q̃; v."""
         q, k, v = super().project(inputs)
         ahead, shape = self.ahead_proj(inputs.tokens), "b t (three g d) -> three b g 1 t d"
         asking, k_new, v_new = rearrange(ahead, shape, three=3, d=self.head_dim)
-        if inputs.real_now is not None:
-            v_new = v_new * inputs.real_now[:, None, None, :, None]
+        if inputs.valid_now is not None:
+            v_new = v_new * inputs.valid_now[:, None, None, :, None]
         q = torch.cat((q.unflatten(1, (self.kv_heads, -1)), k_new, v_new), dim=2)
         return q.flatten(1, 2), torch.cat((k[:, :, None], asking), dim=2).flatten(1, 2), v
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, inputs: Inputs
+        self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
     ) -> Tensor:
         """The values summed, a block of queries at a time."""
         return self._blocks(q, k, v, mask, inputs)
 
-    def weigh(self, q: Tensor, k: Tensor, mask: Mask | Tensor | None, inputs: Inputs) -> Tensor:
+    def weigh(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
         """The weights of all pairs."""
         return self._blocks(q, k, None, mask, inputs)
 
@@ -111,7 +114,7 @@ class CastleLookaheadKeys(Attention):
             if visible is not None:
                 scores = scores.masked_fill(~visible, -torch.inf)
             weights = self.normalize(scores)
-            return (weights if v is None else self.aggregate(weights, v)), u
+            return (weights if v is None else self.aggregate(weights, v, inputs)), u
 
         done, again = [], length > BLOCK and torch.is_grad_enabled()
         for start in range(0, length, BLOCK):

@@ -55,13 +55,13 @@ class CompressedConvolutional(Attention):
         self.kernels = (at_least_one("kernels", kernels[0]), at_least_one("kernels", kernels[1]))
         super().__init__(dim, heads, kv_heads, head_dim or dim // parts, **options)
 
-    def build(self, bias: bool) -> None:
+    def make_projections(self) -> None:
         """Narrow projections, the two convolutions and the keys' temperatures."""
-        super().build(bias)
+        super().make_projections()
         del self.v_proj
         groups, width = self.heads + self.kv_heads, self.kv_heads * self.head_dim
-        self.v_current = nn.Linear(self.dim, width - width // 2, bias=bias)
-        self.v_delayed = nn.Linear(self.dim, width // 2, bias=bias)
+        self.v_current = nn.Linear(self.dim, width - width // 2, bias=self.bias)
+        self.v_delayed = nn.Linear(self.dim, width // 2, bias=self.bias)
         channels, (first, second) = groups * self.head_dim, self.kernels
         self.conv_channels = nn.Conv1d(channels, channels, first, groups=channels)
         self.conv_heads = nn.Conv1d(channels, channels, second, groups=groups)
@@ -69,16 +69,16 @@ class CompressedConvolutional(Attention):
 
     def project(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         """Convolved queries and keys with their means, not normalised yet; values of two tokens."""
-        x, real = inputs.x, inputs.real_now
+        x, valid = inputs.x, inputs.valid_now
         narrow = torch.cat((self.q_proj(x), self.k_proj(x)), dim=-1)
-        if real is not None:
-            x, narrow = (t * real[..., None].to(t.dtype) for t in (x, narrow))
+        if valid is not None:
+            x, narrow = (t * valid[..., None].to(t.dtype) for t in (x, narrow))
         latents = self.before(narrow, "latents", sum(self.kernels) - 2, inputs)
         # Fused kernels want a head's channels side by side.
         convolved = self.conv_heads(self.conv_channels(latents.mT)).mT.contiguous()
         width = self.heads * self.head_dim
         q, k = map(self.split_heads, narrow.tensor_split((width,), dim=-1))
-        mean = (q + self.per_query_head(k, q)) / 2
+        mean = (q + ops.repeated(k, q.shape[1])) / 2
         group_mean = reduce(mean, "b (g h) t d -> b g t d", "mean", g=self.kv_heads)
         q, k = map(self.split_heads, convolved.tensor_split((width,), dim=-1))
         delayed = self.v_delayed(self.before(x, "x", 1, inputs)[:, :-1])

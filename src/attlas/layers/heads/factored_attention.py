@@ -53,9 +53,9 @@ class Factored(Attention):
         self.length, self.lattice = at_least_one("length", length), lattice
         super().__init__(dim, heads, *args, **options)
 
-    def build(self, bias: bool) -> None:
+    def make_projections(self) -> None:
         """Values, the output and α."""
-        super().build(bias)
+        super().make_projections()
         del self.q_proj, self.k_proj
         free = self.lattice == "free"
         around = 2 * self.heads * self.length if free else self.heads + self.length
@@ -73,17 +73,15 @@ class Factored(Attention):
         return q, torch.ones_like(v[..., :1]), v
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, inputs: Inputs
+        self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
     ) -> Tensor:
         """One product for the whole batch, whose rows share the weights unless a mask differs."""
         if self.training and self.dropout:
-            return super().attend(q, k, v, mask, inputs)
+            return super().attend(q, k, v, inputs)
         shared = self.shown(mask, inputs)
-        return torch.einsum("b h i j, b h j d -> b h i d", shared, self.per_query_head(v, q))
+        return torch.einsum("b h i j, b h j d -> b h i d", shared, ops.repeated(v, q.shape[1]))
 
-    def weigh(
-        self, q: Tensor, k: Tensor, mask: Mask | Tensor | None, inputs: Inputs
-    ) -> Tensor:
+    def weigh(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
         """α of all pairs, 0 where they may not meet, [batch, heads, queries, keys]."""
         return self.shown(mask, inputs).expand(len(q), -1, -1, -1)
 

@@ -47,7 +47,11 @@ class HeadEmbedding(Attention):
     claims = (
         Claim(
             "one head's projections and an embedding a head keep nearly all of the quality",
-            task="shakespeare-bytes", better="lower", margin=0.05, steps=500, batch=16,
+            task="shakespeare-bytes",
+            better="lower",
+            margin=0.05,
+            steps=500,
+            batch=16,
         ),
     )
 
@@ -60,16 +64,16 @@ class HeadEmbedding(Attention):
         self.mode = mode
         super().__init__(dim, heads, *args, **options)
 
-    def build(self, bias: bool) -> None:
+    def make_projections(self) -> None:
         """Projections one head wide, an embedding for each head, and the output."""
         self.q_proj, self.k_proj, self.v_proj = (
-            nn.Linear(self.dim, self.head_dim, bias=bias) for _ in range(3)
+            nn.Linear(self.dim, self.head_dim, bias=self.bias) for _ in range(3)
         )
         self.q_embed, self.k_embed, self.v_embed = (
             nn.Parameter(torch.randn(heads, self.head_dim) * 0.02)
             for heads in (self.heads, self.kv_heads, self.kv_heads)
         )
-        self.o_proj = nn.Linear(self.heads * self.head_dim, self.dim, bias=bias)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, self.dim, bias=self.bias)
 
     def project(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         """The shared query, key and value in every head's variant."""

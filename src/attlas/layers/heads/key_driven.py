@@ -69,11 +69,11 @@ class _Grouped(Attention):
         groups = max(1, heads // 2) if kv_heads is None else kv_heads
         super().__init__(dim, heads, groups, *args, **options)
 
-    def adopt(self, weights: Mapping[str, Tensor]) -> list[str]:
+    def load_from(self, weights: Mapping[str, Tensor]) -> list[str]:
         """Take over a plain layer's weights, key and value heads averaged where it has one a head."""
         with torch.device("meta"):
             plain = GroupedQuery(self.dim, self.heads, self.kv_heads, head_dim=self.head_dim)
-        return super().adopt(plain.pooled(weights))
+        return super().load_from(plain.pooled(weights))
 
 
 @mechanism(
@@ -106,8 +106,8 @@ class KeyDriven(_Grouped):
 
     def norms(self, k: Tensor, inputs: Inputs) -> Tensor:
         """n, [batch, groups]; of the whole batch it is the mean."""
-        real = inputs.real
-        k = k.detach() if real is None else k.detach() * real[:, None, :, None]
+        valid = inputs.valid
+        k = k.detach() if valid is None else k.detach() * valid[:, None, :, None]
         k = k.to(torch.promote_types(k.dtype, torch.float32)).flatten(2)
         norms: Tensor = torch.linalg.vector_norm(k, dim=-1)
         return norms.mean(0).expand_as(norms) if self.over == "batch" else norms
@@ -128,19 +128,19 @@ class KeyDriven(_Grouped):
         group = (ends[:, None] <= heads[:, None]).sum(-1)
         return x[..., :-1].take_along_dim(group[..., None, None], dim=1)
 
-    def score(self, q: Tensor, k: Tensor) -> Tensor:
+    def score(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
         """Scores of each query head with its group's keys."""
         return ops.grouped_product(q * self.scale, self.served(k).mT)
 
-    def aggregate(self, weights: Tensor, v: Tensor) -> Tensor:
+    def aggregate(self, weights: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
         """Sums of each query head's group's values."""
         return super().aggregate(weights, self.served(v))
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, inputs: Inputs
+        self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
     ) -> Tensor:
         """One fused call on the keys and values served."""
-        return self.fused(q, self.served(k), self.served(v), mask)
+        return self.fused(q, self.served(k), self.served(v), inputs.pairs)
 
 
 @mechanism(
@@ -208,8 +208,8 @@ class Perturbed(_Grouped):
 
     def output(self, heads: Tensor, inputs: Inputs) -> Tensor:
         """Heads less the noise, or less its mean in evaluation, projected."""
-        real = inputs.real_now if inputs.context is None else None
-        shown = heads.new_ones(()) if real is None else real[:, None, :, None]
+        valid = inputs.valid_now if inputs.context is None else None
+        shown = heads.new_ones(()) if valid is None else valid[:, None, :, None]
         wide = heads.to(torch.promote_types(heads.dtype, torch.float32))
         centred, deviation = _standardised(wide, shown)
         if self.training:

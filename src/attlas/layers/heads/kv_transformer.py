@@ -45,7 +45,8 @@ class KeyValue(Attention):
     claims = (
         Claim(
             "queries that are the keys still sort as well",
-            task="sorting", margin=0.02,
+            task="sorting",
+            margin=0.02,
         ),
     )
 
@@ -59,9 +60,9 @@ class KeyValue(Attention):
         if self.kv_heads != heads:
             raise ValueError(f"kv_heads must be heads={heads}: keys are compared with keys")
 
-    def build(self, bias: bool) -> None:
+    def make_projections(self) -> None:
         """Keys, values and the output; and w, shared by the heads."""
-        super().build(bias)
+        super().make_projections()
         del self.q_proj
         if self.position_dim:
             self.pair_map = nn.Linear(self.position_dim, 1, bias=False)

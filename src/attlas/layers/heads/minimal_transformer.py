@@ -56,19 +56,21 @@ class MinimalTransformer(Attention):
         if self.kv_heads != heads:
             raise ValueError(f"kv_heads must be heads={heads}: the input stands for the keys")
         if self.head_dim * heads != dim:
-            raise ValueError(f"head_dim must be dim / heads = {dim / heads:g}: a slice of the input")
+            raise ValueError(
+                f"head_dim must be dim / heads = {dim / heads:g}: a slice of the input"
+            )
 
-    def build(self, bias: bool) -> None:
+    def make_projections(self) -> None:
         """A or T, and the values' and the output's matrices where they are kept."""
         if self.values:
-            super().build(bias)
+            super().make_projections()
             del self.q_proj, self.k_proj
         if self.symmetric:
             triangle = self.dim * (self.dim + 1) // 2
             spread = (3 * self.dim) ** -0.5  # that of nn.Linear
             self.triangle = nn.Parameter(torch.randn(self.heads, triangle) * spread)
         else:
-            self.similarity = nn.Linear(self.dim, self.heads * self.dim, bias=bias)
+            self.similarity = nn.Linear(self.dim, self.heads * self.dim, bias=self.bias)
 
     def project(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         """x A or x T as queries, x or x T as keys, each as wide as the input; and values."""
@@ -95,12 +97,12 @@ class MinimalTransformer(Attention):
         return rearrange(q, wide, c=self.heads), rearrange(k, wide, c=self.heads)
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, inputs: Inputs
+        self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
     ) -> Tensor:
         """Fused as the plain layer's, with every head's slice of the values."""
-        return self.fused(q, k, self.slices(v), mask)
+        return self.fused(q, k, self.slices(v), inputs.pairs)
 
-    def aggregate(self, weights: Tensor, v: Tensor) -> Tensor:
+    def aggregate(self, weights: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
         """Every head's slice of the values, summed."""
         return super().aggregate(weights, self.slices(v))
 

@@ -5,7 +5,7 @@
     shared heads   g = a₁ · S · softmax(W_s x)_h,   always on, the first S;   (a₁, a₂) = 2 softmax(W_a x)
     added to the loss: β · R · Σ_h mean_t(p_h) · mean_t(h kept),   R = heads − S
 
-`router="query-norm"` has no parameters and converts a pretrained layer (`adopt`): p is the softmax of
+`router="query-norm"` has no parameters and converts a pretrained layer (`load_from`): p is the softmax of
 ‖q_h‖ (unrotated) over its deviation among the routed heads; gates are 0 or 1, with p's gradient.
 
 Cost: plain attention's and 2 + heads more outputs a token; switched off heads are computed all the same.
@@ -55,8 +55,12 @@ class MixtureOfHead(Attention):
     claims = (
         Claim(
             "with three quarters of its heads it is as good as multi-head attention",
-            ours="mixture-of-head(shared_heads=1, routed_active=2)", task="shakespeare-bytes",
-            better="lower", margin=0.02, steps=500, batch=16,
+            ours="mixture-of-head(shared_heads=1, routed_active=2)",
+            task="shakespeare-bytes",
+            better="lower",
+            margin=0.02,
+            steps=500,
+            batch=16,
         ),
     )
 
@@ -74,7 +78,7 @@ class MixtureOfHead(Attention):
         self.learned, self.load_balance = router == "learned", load_balance
         super().__init__(dim, heads, *args, **options)
 
-    def build(self, bias: bool) -> None:
+    def make_projections(self) -> None:
         """The plain projections, and a router for each choice that there is."""
         if not 0 <= self.shared_heads <= self.heads:
             raise ValueError(f"shared_heads must be 0 to {self.heads}, got {self.shared_heads}")
@@ -83,7 +87,7 @@ class MixtureOfHead(Attention):
                 f"routed_active must be 1 to {self.routed_heads} of {self.heads} heads, "
                 f"got {self.routed_active}"
             )
-        super().build(bias)
+        super().make_projections()
         if self.learned and self.routed_heads:
             self.router = nn.Linear(self.dim, self.routed_heads, bias=False)
         if self.learned and self.shared_heads > 1:
@@ -130,7 +134,7 @@ class MixtureOfHead(Attention):
 
 def _imbalance(p: Tensor, kept: Tensor, inputs: Inputs) -> Tensor:
     """R · Σ mean(p) · mean(kept), over the tokens that are no padding; K when spread evenly."""
-    real = inputs.real_now if inputs.context is None else None
-    each = p.new_ones(p.shape[:2]) if real is None else real.to(p.dtype)
+    valid = inputs.valid_now if inputs.context is None else None
+    each = p.new_ones(p.shape[:2]) if valid is None else valid.to(p.dtype)
     share = (each / each.sum().clamp(min=1))[..., None]
     return p.shape[-1] * ((p * share).sum((0, 1)) * (kept * share).sum((0, 1))).sum()

@@ -52,11 +52,13 @@ class MultiHeadLatent(Attention):
         self._widths = (latent, rotary, query_latent, value_dim)
         super().__init__(dim, heads, *args, **options)
         if self.kv_heads != heads:
-            raise ValueError(f"kv_heads must be heads={heads}: all share a latent, got {self.kv_heads}")
+            raise ValueError(
+                f"kv_heads must be heads={heads}: all share a latent, got {self.kv_heads}"
+            )
         self.rope = RoPE(self.rotary, rotary_base, interleaved=True)
         self.scale = (self.head_dim + self.rotary) ** -0.5
 
-    def build(self, bias: bool) -> None:
+    def make_projections(self) -> None:
         """Down to latents and up to heads; biases, as published, on the way down and at the output."""
         latent, rotary, query_latent, value_dim = self._widths
         width, half = self.head_dim, max(2, self.head_dim // 4 * 2)
@@ -64,13 +66,13 @@ class MultiHeadLatent(Attention):
         self.rotary = half if rotary is None else at_least_one("rotary", rotary)
         self.value_dim = width if value_dim is None else at_least_one("value_dim", value_dim)
         narrow = self.dim if query_latent is None else at_least_one("query_latent", query_latent)
-        down = (nn.Linear(self.dim, narrow, bias=bias), nn.RMSNorm(narrow, eps=1e-6))
+        down = (nn.Linear(self.dim, narrow, bias=self.bias), nn.RMSNorm(narrow, eps=1e-6))
         self.q_down = nn.Sequential(*(() if query_latent is None else down))
         self.q_proj = nn.Linear(narrow, self.heads * (width + self.rotary), bias=False)
-        self.kv_down = nn.Linear(self.dim, self.latent + self.rotary, bias=bias)
+        self.kv_down = nn.Linear(self.dim, self.latent + self.rotary, bias=self.bias)
         self.kv_norm = nn.RMSNorm(self.latent, eps=1e-6)
         self.kv_up = nn.Linear(self.latent, self.heads * (width + self.value_dim), bias=False)
-        self.o_proj = nn.Linear(self.heads * self.value_dim, self.dim, bias=bias)
+        self.o_proj = nn.Linear(self.heads * self.value_dim, self.dim, bias=self.bias)
 
     def project(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, and [latent | rotary key] of one head; there are no values beside the latents."""
@@ -80,11 +82,11 @@ class MultiHeadLatent(Attention):
         return q, k, k[..., :0]
 
     def position(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """The rotary parts turned; where queries and keys stand alike, in one go."""
+        """The rotary parts rotated; where queries and keys stand alike, in one go."""
         (nope, q), (latent, k) = self.parts(q), self.parts(k)
         if inputs.context is None:
-            turned = self.rope.rotate(torch.cat((q, k), dim=1), inputs.positions)
-            q, k = turned[:, :-1], turned[:, -1:]
+            rotated = self.rope.rotate(torch.cat((q, k), dim=1), inputs.positions)
+            q, k = rotated[:, :-1], rotated[:, -1:]
         else:
             q = self.rope.rotate(q, inputs.positions)
             k = self.rope.rotate(k, inputs.token_positions)
@@ -99,16 +101,16 @@ class MultiHeadLatent(Attention):
         q, k, _, mask, inputs = super().prepare(*args, **options)
         return q, k, k[..., : self.latent], mask, inputs
 
-    def score(self, q: Tensor, k: Tensor) -> Tensor:
+    def score(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
         """Absorbed: queries taken through W_UK, so that they meet the latents themselves."""
         return ops.grouped_product(torch.cat(self.absorbed(q), dim=-1) * self.scale, k.mT)
 
-    def aggregate(self, weights: Tensor, v: Tensor) -> Tensor:
+    def aggregate(self, weights: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
         """Absorbed: latents summed, then taken through W_UV."""
-        return super().aggregate(weights, v) @ self.up()[1].mT
+        return super().aggregate(weights, v, inputs) @ self.up()[1].mT
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, inputs: Inputs
+        self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
     ) -> Tensor:
         """Absorbed where all scores take no more room than the latents, expanded otherwise."""
         if q.shape[2] == k.shape[2] or q.shape[2] * self.heads > k.shape[-1]:
@@ -119,8 +121,8 @@ class MultiHeadLatent(Attention):
 
     def absorbed(self, q: Tensor) -> tuple[Tensor, Tensor]:
         """Queries taken through W_UK, which meet latents, and their rotary parts."""
-        nope, turned = self.parts(q)
-        return nope @ self.up()[0], turned
+        nope, rotated = self.parts(q)
+        return nope @ self.up()[0], rotated
 
     def expanded(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None) -> Tensor:
         """Keys and values of every head made of the latents, then plain attention."""

@@ -56,14 +56,14 @@ class MultiMatrix(Attention):
         self.query_rank, self.query_norm = query_rank, query_norm
         super().__init__(dim, heads, kv_heads, *args, **options)
 
-    def build(self, bias: bool) -> None:
+    def make_projections(self) -> None:
         """The two factors of the queries in the place of their projection."""
-        super().build(bias)
+        super().make_projections()
         rank = self.head_dim if self.query_rank is None else self.query_rank
         del self.q_proj
-        self.q_down = nn.Linear(self.dim, at_least_one("query_rank", rank), bias=bias)
+        self.q_down = nn.Linear(self.dim, at_least_one("query_rank", rank), bias=self.bias)
         self.q_norm = nn.RMSNorm(rank, eps=1e-5) if self.query_norm else nn.Identity()
-        self.q_up = nn.Linear(rank, self.heads * self.head_dim, bias=bias)
+        self.q_up = nn.Linear(rank, self.heads * self.head_dim, bias=self.bias)
 
     def project(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         """Queries through both factors; one key and one value."""
@@ -77,9 +77,9 @@ class MultiMatrix(Attention):
 class MultiMatrixKeyReuse(MultiMatrix):
     """Multi-matrix factorization attention whose values are made of the cached keys."""
 
-    def build(self, bias: bool) -> None:
+    def make_projections(self) -> None:
         """As without reuse; N and its gate α in the place of the value projection."""
-        super().build(bias)
+        super().make_projections()
         del self.v_proj
         self.mix = nn.Linear(self.head_dim, self.head_dim, bias=False)
         self.gate = nn.Parameter(torch.zeros(self.head_dim))
@@ -95,7 +95,7 @@ class MultiMatrixKeyReuse(MultiMatrix):
         return self.position_encoding.rotate(q, inputs.positions), k
 
     def prepare(self, *args: Any, **options: Any) -> Prepared:
-        """Values made of all keys, and then the keys turned."""
+        """Values made of all keys, and then the keys rotated."""
         q, k, _, mask, inputs = super().prepare(*args, **options)
         v = k + self.gate * self.mix(k)
         return q, self.position_encoding.rotate(k, inputs.positions_of(k.shape[2])), v, mask, inputs

@@ -60,9 +60,9 @@ class GroupedQuery(Attention):
         made.load_state_dict(made.pooled(layer.state_dict()))
         return made.to(layer.q_proj.weight)
 
-    def adopt(self, weights: Mapping[str, Tensor]) -> list[str]:
+    def load_from(self, weights: Mapping[str, Tensor]) -> list[str]:
         """Take over a plain layer's weights, key and value heads averaged where it has one a head."""
-        return super().adopt(self.pooled(weights))
+        return super().load_from(self.pooled(weights))
 
     def pooled(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Weights in which a multi-head layer's key and value heads are averaged by groups."""

@@ -3,7 +3,7 @@
     Q⁰ = x W_Q,   Qˡ = softmax(Qˡ⁻¹ Qˡ⁻¹ᵀ / √d) Qˡ⁻¹          K⁰ = x W_K,   Kˡ likewise
     y  = W_O softmax(Qᵐ Kᵐᵀ / √d) x W_V
 
-Inner attention sees what the outer one sees (causal where that is) and is turned by the same rotary
+Inner attention sees what the outer one sees (causal where that is) and is rotated by the same rotary
 positions; a bias on scores, and dropout, fall on the outer weights alone.
 
 Cost: at depth m, m more attention passes for queries and as many for keys, fused, and no parameter.

@@ -46,11 +46,13 @@ class Optimised(Attention):
         if self.kv_heads != heads:
             raise ValueError(f"kv_heads must be heads={heads}: each has its slice of the input")
         if self.head_dim * heads != dim:
-            raise ValueError(f"head_dim must be dim / heads = {dim / heads:g}: a slice of the input")
+            raise ValueError(
+                f"head_dim must be dim / heads = {dim / heads:g}: a slice of the input"
+            )
 
-    def build(self, bias: bool) -> None:
+    def make_projections(self) -> None:
         """Queries, keys and the output."""
-        super().build(bias)
+        super().make_projections()
         del self.v_proj
 
     def project(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -68,13 +70,17 @@ class EfficientQK(Optimised):
     claims = (
         Claim(
             "without key and value projections nothing is lost",
-            task="shakespeare-bytes", better="lower", margin=0.02, steps=500, batch=16,
+            task="shakespeare-bytes",
+            better="lower",
+            margin=0.02,
+            steps=500,
+            batch=16,
         ),
     )
 
-    def build(self, bias: bool) -> None:
+    def make_projections(self) -> None:
         """Queries and the output."""
-        super().build(bias)
+        super().make_projections()
         del self.k_proj
 
     def project(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,14 +107,16 @@ class Super(EfficientQK):
         "static-cache": "new values mix in all earlier inputs, for which a StaticCache has no room"
     }
 
-    def __init__(self, dim: int, heads: int = 8, *args: Any, length: int = 512, **options: Any) -> None:
+    def __init__(
+        self, dim: int, heads: int = 8, *args: Any, length: int = 512, **options: Any
+    ) -> None:
         self.length = at_least_one("length", length)
         super().__init__(dim, heads, *args, **options)
 
-    def build(self, bias: bool) -> None:
+    def make_projections(self) -> None:
         """Queries, the output and the kernel W_A."""
-        super().build(bias)
-        self.kernel = nn.Linear(self.length, self.length, bias=bias)
+        super().make_projections()
+        self.kernel = nn.Linear(self.length, self.length, bias=self.bias)
         nn.init.xavier_uniform_(self.kernel.weight)
 
     def project(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -127,7 +135,7 @@ class Super(EfficientQK):
         kernel = self.kernel.weight.tril() if self.causal else self.kernel.weight
         bias, now = self.kernel.bias, at[..., total - new :]
         kernel = kernel[now[..., :, None], at[..., None, :]]
-        if inputs.real is not None:
-            kernel = kernel * inputs.real[:, None].to(kernel.dtype)
+        if inputs.valid is not None:
+            kernel = kernel * inputs.valid[:, None].to(kernel.dtype)
         mixed = kernel @ every
         return mixed if bias is None else mixed + bias[now][..., None]

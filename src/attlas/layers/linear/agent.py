@@ -91,11 +91,11 @@ class AgentAttention(OnGrid):
             raise ValueError(f"agents must be a square number, got {agents}")
         self.agents, self.reduction = agents, at_least_one("reduction", reduction)
         self.kernel_size, self.place_bias = kernel_size, place_bias
-        super().__init__(dim, heads, *args, bias=bias, **options)
+        super().__init__(dim, heads, *args, bias=self.bias, **options)
 
-    def build(self, bias: bool) -> None:
+    def make_projections(self) -> None:
         """Projections that begin small, the convolution, the biases and what reduces the keys."""
-        super().build(bias)
+        super().make_projections()
         start_small(self.q_proj, self.k_proj, self.v_proj, self.o_proj)
         self.conv = (
             None if self.kernel_size is None
@@ -131,8 +131,12 @@ class AgentAttention(OnGrid):
         return q, self.split_heads(self.k_proj(fewer)), self.split_heads(self.v_proj(fewer))
 
     def maps(
-        self, q: Float[Tensor, "batch heads queries width"], k: Float[Tensor, "batch kv_heads keys width"]
-    ) -> tuple[Float[Tensor, "batch heads queries agents"], Float[Tensor, "batch heads agents keys"]]:
+        self,
+        q: Float[Tensor, "batch heads queries width"],
+        k: Float[Tensor, "batch kv_heads keys width"],
+    ) -> tuple[
+        Float[Tensor, "batch heads queries agents"], Float[Tensor, "batch heads agents keys"]
+    ]:
         """What queries read from agents, and agents from keys."""
         grid = self.grid_of(q.shape[2])
         agents = self.pooled(q, grid)
@@ -141,7 +145,9 @@ class AgentAttention(OnGrid):
         if self.place_bias:
             spread = spread + self.spread_bias(grid).mT
             gather = gather + self.gather_bias(self.reduced(grid))
-        dropped = [torch.dropout(ops.softmax(s), self.dropout, self.training) for s in (spread, gather)]
+        dropped = [
+            torch.dropout(ops.softmax(s), self.dropout, self.training) for s in (spread, gather)
+        ]
         return dropped[0], dropped[1]
 
     def pooled(
@@ -153,20 +159,20 @@ class AgentAttention(OnGrid):
         return rearrange(cells, "b (n d) h w -> b n (h w) d", n=q.shape[1])
 
     def weigh(
-        self, q: Tensor, k: Tensor, mask: Mask | Tensor | None, inputs: Inputs
+        self, q: Tensor, k: Tensor, inputs: Inputs
     ) -> Float[Tensor, "batch heads queries keys"]:
         """The product of the two maps."""
         spread, gather = self.maps(q, k)
         return spread @ gather
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, inputs: Inputs
+        self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
     ) -> Float[Tensor, "batch heads queries width"]:
         """Values to the agents, from them to the queries, and the neighbours."""
         spread, gather = self.maps(q, k)
         return self.with_neighbours(spread @ ops.grouped_product(gather, v), v)
 
-    def aggregate(self, weights: Tensor, v: Tensor) -> Tensor:
+    def aggregate(self, weights: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
         """Weighted values and the neighbours; what drops out has done so in the two maps."""
         return self.with_neighbours(ops.grouped_product(weights, v), v)
 

@@ -35,7 +35,7 @@ from attlas.catalog.registry import mechanism
 from attlas.errors import at_least_one
 from attlas.inputs import Inputs
 from attlas.kinds.claim import Claim
-from attlas.layers.linear.base import Gates, LinearAttention
+from attlas.bases.recurrent import Gates, RecurrentAttention
 from attlas.masks import Mask
 
 Gate = Literal["arwkv", "rwkv7", "none"]
@@ -68,7 +68,7 @@ class LowRank(nn.Module):
 
 
 @mechanism("arwkv-rwkv7", aliases=("rwkv7-time-mix", "arwkv"))
-class ARWKV(LinearAttention):
+class ARWKV(RecurrentAttention):
     """RWKV-7's time mixing.
 
     Args:
@@ -89,7 +89,9 @@ class ARWKV(LinearAttention):
         Claim(
             "its state follows swaps and permutations, which an additive state cannot",
             against=("linear-attention", "gated-linear-attention"),
-            task="swaps(items=3, length=12)", steps=800, seeds=2,
+            task="swaps(items=3, length=12)",
+            steps=800,
+            seeds=2,
         ),
     )
 
@@ -118,9 +120,9 @@ class ARWKV(LinearAttention):
         self.rest = 1.0 if layers is None else 1.0 - layer_idx / layers
         super().__init__(dim, heads, *args, layer_idx=layer_idx, **options)
 
-    def build(self, bias: bool) -> None:
+    def make_projections(self) -> None:
         """Projections, mixing with the token before, and the low-rank maps."""
-        super().build(bias)
+        super().make_projections()
         dim, inner, width = self.dim, self.kv_heads * self.head_dim, self.head_dim
         for projection, spread in ((self.q_proj, 0.5), (self.k_proj, 0.05), (self.v_proj, 0.5)):
             nn.init.uniform_(projection.weight, -spread * dim**-0.5, spread * dim**-0.5)
@@ -151,7 +153,7 @@ class ARWKV(LinearAttention):
 
     def mixed(self, name: str, inputs: Inputs) -> Tensor:
         """The tokens with some of those before them."""
-        before, _ = token_before(inputs.x, inputs.real_now, inputs.recall("previous"))
+        before, _ = token_before(inputs.x, inputs.valid_now, inputs.recall("previous"))
         mixed: Tensor = inputs.x + (before - inputs.x) * self.mix[name]
         return mixed
 
@@ -166,7 +168,7 @@ class ARWKV(LinearAttention):
         q, k = self.q_proj(self.mixed("r", inputs)), self.k_proj(self.mixed("k", inputs))
         return self.split_heads(q), self.split_heads(k), self.split_heads(v)
 
-    def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    def features(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """r and k as they are."""
         return q, k
 
@@ -187,20 +189,18 @@ class ARWKV(LinearAttention):
         """The recurrence's, with k̃ for k."""
         q, k, gates = super().terms(q, k, inputs)
         share = 1 + (self.steps(inputs) - 1) * self.alpha
-        return q, k * self.per_query_head(share, q), gates
+        return q, k * ops.repeated(share, q.shape[1]), gates
 
     def recur(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, inputs: Inputs
+        self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
     ) -> Tensor:
         """The recurrence, and the bonus of the token itself: beside it where a norm comes between."""
-        out = super().recur(q, k, v, mask, inputs)
-        return self.joined(out, self.bonus(q, k, inputs) * self.per_query_head(v, q))
+        out = super().recur(q, k, v, inputs)
+        return self.joined(out, self.bonus(q, k, inputs) * ops.repeated(v, q.shape[1]))
 
-    def weigh(
-        self, q: Tensor, k: Tensor, mask: Mask | Tensor | None, inputs: Inputs
-    ) -> Tensor:
+    def weigh(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
         """The state's map and the bonus, which is its diagonal or a map beside it."""
-        weights = super().weigh(q, k, mask, inputs)
+        weights = super().weigh(q, k, inputs)
         return self.joined(weights, torch.diag_embed(self.bonus(q, k, inputs)[..., 0]))
 
     def bonus(
@@ -229,6 +229,6 @@ class ARWKV(LinearAttention):
             gate = gate + 1 if self.gate == "arwkv" else gate
             heads = heads * rearrange(gate, "b t (h d) -> b h t d", d=self.head_dim)
         if inputs.cache is not None:
-            _, last = token_before(inputs.x, inputs.real_now, inputs.recall("previous"))
+            _, last = token_before(inputs.x, inputs.valid_now, inputs.recall("previous"))
             inputs.remember("previous", last)
         return super().output(heads, inputs)

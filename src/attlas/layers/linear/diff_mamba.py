@@ -32,7 +32,7 @@ from attlas.bases.packing import short_convolution
 from attlas.catalog.registry import mechanism
 from attlas.errors import at_least_one
 from attlas.inputs import Inputs
-from attlas.layers.linear.base import Gates, LinearAttention
+from attlas.bases.recurrent import Gates, RecurrentAttention
 from attlas.masks import Mask
 
 #: Mixers.
@@ -40,7 +40,7 @@ TWO = 2
 
 
 @mechanism("diff-mamba", aliases=("differential-mamba",), example={"state": 6})
-class DiffMamba(LinearAttention):
+class DiffMamba(RecurrentAttention):
     """The difference of two Mamba-2 mixers.
 
     Args:
@@ -78,15 +78,15 @@ class DiffMamba(LinearAttention):
         super().__init__(dim, heads, kv_heads, *args, layer_idx=layer_idx, **options)
         self.lambda_init = 0.8 - 0.6 * math.exp(-0.3 * layer_idx)
 
-    def build(self, bias: bool) -> None:
+    def make_projections(self) -> None:
         """Both mixers' projections, convolutions, decays and norms, and λ."""
         inner, heads = self.heads * self.head_dim, TWO * self.heads
         channels = TWO * (inner + 2 * self.groups * self.state)
-        self.in_proj = nn.Linear(self.dim, channels, bias=bias)
-        self.gate_proj = nn.Linear(self.dim, TWO * inner, bias=bias)
-        self.step_proj = nn.Linear(self.dim, heads, bias=bias)
+        self.in_proj = nn.Linear(self.dim, channels, bias=self.bias)
+        self.gate_proj = nn.Linear(self.dim, TWO * inner, bias=self.bias)
+        self.step_proj = nn.Linear(self.dim, heads, bias=self.bias)
         self.conv = nn.Conv1d(channels, channels, self.kernel_size, groups=channels)
-        self.o_proj: Any = nn.ModuleList(nn.Linear(inner, self.dim, bias=bias) for _ in range(TWO))
+        self.o_proj: Any = nn.ModuleList(nn.Linear(inner, self.dim, bias=self.bias) for _ in range(TWO))
         self.rate = nn.Parameter(torch.arange(1.0, self.heads + 1).log().repeat(TWO))
         self.skip = nn.Parameter(torch.ones(heads))
         steps = torch.empty(heads).uniform_(math.log(1e-3), math.log(1e-1)).exp()
@@ -98,7 +98,7 @@ class DiffMamba(LinearAttention):
     def project(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         """C, Δ B and x of all heads, the first mixer's before the second's."""
         mixed, last = short_convolution(
-            self.in_proj(inputs.x), self.conv, inputs.real_now, inputs.recall("conv")
+            self.in_proj(inputs.x), self.conv, inputs.valid_now, inputs.recall("conv")
         )
         inputs.remember("conv", last)
         inner, shared = self.heads * self.head_dim, self.groups * self.state
@@ -113,7 +113,7 @@ class DiffMamba(LinearAttention):
         """Δ of all heads."""
         return softplus(self.step_proj(inputs.x) + self.step_bias).clamp(*self.step_limits).mT
 
-    def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    def features(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Queries and keys as they are."""
         return q, k
 
@@ -122,25 +122,21 @@ class DiffMamba(LinearAttention):
         return {"log_decay": -self.rate.exp()[:, None] * self.steps(inputs)}
 
     def recur(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, inputs: Inputs
+        self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
     ) -> Tensor:
         """The recurrence and D x."""
-        return super().recur(q, k, v, mask, inputs) + self.skip[:, None, None] * v
+        return super().recur(q, k, v, inputs) + self.skip[:, None, None] * v
 
-    def weigh(
-        self, q: Tensor, k: Tensor, mask: Mask | Tensor | None, inputs: Inputs
-    ) -> Tensor:
+    def weigh(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
         """The recurrence's map, and D on its diagonal."""
-        weights = super().weigh(q, k, mask, inputs)
+        weights = super().weigh(q, k, inputs)
         return weights + torch.diag_embed(self.skip[:, None].expand(-1, q.shape[2]))
 
     def output(self, heads: Tensor, inputs: Inputs) -> Tensor:
         """Each mixer's heads gated, normalised and projected; their difference normalised."""
         gates = rearrange(silu(self.gate_proj(inputs.x)), "b t (m c) -> m b t c", m=TWO)
         joined = rearrange(heads, "b (m h) t d -> m b t (h d)", m=TWO) * gates
-        first, second = (
-            self.o_proj[i](self.norms[i](joined[i])) for i in range(TWO)
-        )
+        first, second = (self.o_proj[i](self.norms[i](joined[i])) for i in range(TWO))
         share = self.lambda_q.sum().sigmoid() + self.lambda_init
         y: Tensor = self.sub_norm(first - share * second) * (1 - self.lambda_init)
         return y

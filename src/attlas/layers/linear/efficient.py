@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from attlas.catalog.registry import mechanism
 from attlas.errors import at_least_one
 from attlas.inputs import Inputs
-from attlas.layers.linear.base import Gates, LinearAttention
+from attlas.bases.recurrent import Gates, RecurrentAttention
 
 
 @mechanism("efficient-attention")
-class EfficientAttention(LinearAttention):
+class EfficientAttention(RecurrentAttention):
     """Attention through as many global contexts as keys have channels; bidirectional.
 
     Args:
@@ -43,28 +43,32 @@ class EfficientAttention(LinearAttention):
         self.value_dim = None if value_dim is None else at_least_one("value_dim", value_dim)
         super().__init__(dim, heads, *args, **options)
 
-    def build(self, bias: bool) -> None:
+    def make_projections(self) -> None:
         """Projections, those of values of their own width."""
-        super().build(bias)
+        super().make_projections()
         self.value_dim = self.head_dim if self.value_dim is None else self.value_dim
-        self.v_proj = nn.Linear(self.dim, self.kv_heads * self.value_dim, bias=bias)
-        self.o_proj = nn.Linear(self.heads * self.value_dim, self.dim, bias=bias)
+        self.v_proj = nn.Linear(self.dim, self.kv_heads * self.value_dim, bias=self.bias)
+        self.o_proj = nn.Linear(self.heads * self.value_dim, self.dim, bias=self.bias)
 
     def project(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of their own width."""
         v = rearrange(self.v_proj(inputs.tokens), "b t (h d) -> b h t d", d=self.value_dim)
-        return self.split_heads(self.q_proj(inputs.x)), self.split_heads(self.k_proj(inputs.tokens)), v
+        return (
+            self.split_heads(self.q_proj(inputs.x)),
+            self.split_heads(self.k_proj(inputs.tokens)),
+            v,
+        )
 
-    def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    def features(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """ρ of queries; that of keys needs to know the padding."""
         return q.softmax(-1), k
 
     def terms(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor, Gates]:
         """ρ of both; padding has no share in any context."""
-        q, k = self.features(q, k)
-        k, real = self.per_query_head(k, q), inputs.real_now
-        if real is None:
+        q, k = self.features(q, k, inputs)
+        k, valid = ops.repeated(k, q.shape[1]), inputs.valid_now
+        if valid is None:
             return q, k.softmax(2), {}
-        padding = ~real[:, None, :, None]
+        padding = ~valid[:, None, :, None]
         shares = k.masked_fill(padding, torch.finfo(k.dtype).min).softmax(2)
         return q, shares.masked_fill(padding, 0.0), {}

@@ -24,17 +24,20 @@ from torch import Tensor, nn
 from attlas.catalog.registry import mechanism
 from attlas.inputs import Inputs
 from attlas.kinds.claim import Claim
-from attlas.layers.linear.base import Gates, LinearAttention
+from attlas.bases.recurrent import Gates, RecurrentAttention
 
 
 @mechanism("error-free-linear-attention", aliases=("efla",))
-class ErrorFreeLinearAttention(LinearAttention):
+class ErrorFreeLinearAttention(RecurrentAttention):
     """The delta rule with exact steps and keys of any length."""
 
     claims = (
         Claim(
             "exact steps lose less to noise than the delta rule's",
-            against=("fast-weight-delta-rule",), task="noise", split="16 pairs", steps=600,
+            against=("fast-weight-delta-rule",),
+            task="noise",
+            split="16 pairs",
+            steps=600,
             seeds=2,
         ),
     )
@@ -44,12 +47,12 @@ class ErrorFreeLinearAttention(LinearAttention):
     has_cross_form = False
     takes_masks = "padding"
 
-    def build(self, bias: bool) -> None:
+    def make_projections(self) -> None:
         """Projections, and that of the times over which keys write."""
-        super().build(bias)
-        self.beta_proj = nn.Linear(self.dim, self.kv_heads, bias=bias)
+        super().make_projections()
+        self.beta_proj = nn.Linear(self.dim, self.kv_heads, bias=self.bias)
 
-    def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    def features(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Queries and keys as they are."""
         return q, k
 

@@ -30,7 +30,7 @@ from attlas.catalog.registry import Reduction, mechanism
 from attlas.errors import at_least_one
 from attlas.inputs import Inputs
 from attlas.kinds.claim import Claim
-from attlas.layers.linear.base import Gates, LinearAttention
+from attlas.bases.recurrent import Gates, RecurrentAttention
 from attlas.masks import Mask
 
 Feature = Literal["dpfp", "elu", "identity"]
@@ -43,7 +43,7 @@ Update = Literal["delta", "additive"]
     {"feature": "elu", "norm": "none", "update": "additive", "normalize": True, "eps": 0.0},
     lambda layer, plain: plain.load_state_dict(layer.state_dict()),
 ))  # fmt: skip
-class FastWeightDeltaRule(LinearAttention):
+class FastWeightDeltaRule(RecurrentAttention):
     """Attention whose state is a matrix of weights that every token corrects.
 
     Args:
@@ -64,7 +64,9 @@ class FastWeightDeltaRule(LinearAttention):
             "a state that replaces what stood under a key recalls what was written last, "
             "where a sum cannot",
             against=("fast-weight-delta-rule(update='additive')", "linear-attention"),
-            task="rewriting(pairs=3, writes=8, length=20)", steps=800, seeds=2,
+            task="rewriting(pairs=3, writes=8, length=20)",
+            steps=800,
+            seeds=2,
         ),
     )
 
@@ -84,7 +86,9 @@ class FastWeightDeltaRule(LinearAttention):
             if got not in get_args(takes):
                 raise ValueError(f"{name} must be one of {list(get_args(takes))}, got {got!r}")
         if feature == "identity" and (norm == "sum" or normalize):
-            raise ValueError("feature='identity' has no sum to divide by; norm takes 'l2' or 'none'")
+            raise ValueError(
+                "feature='identity' has no sum to divide by; norm takes 'l2' or 'none'"
+            )
         if eps < 0:
             raise ValueError(f"eps must be at least 0, got {eps}")
         self.feature, self.nu, self.norm = feature, at_least_one("nu", nu), norm
@@ -92,13 +96,13 @@ class FastWeightDeltaRule(LinearAttention):
         super().__init__(dim, heads, *args, **options)
         self.eps = eps
 
-    def build(self, bias: bool) -> None:
+    def make_projections(self) -> None:
         """Projections, and that of the strengths of writing."""
-        super().build(bias)
+        super().make_projections()
         if self.update == "delta":
-            self.beta_proj = nn.Linear(self.dim, self.kv_heads, bias=bias)
+            self.beta_proj = nn.Linear(self.dim, self.kv_heads, bias=self.bias)
 
-    def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    def features(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """φ of both, divided by its norm."""
         return self.mapped(q), self.mapped(k)
 
@@ -148,10 +152,10 @@ class FastWeightDeltaRule(LinearAttention):
         return sums if before is None else sums + before[:, :, None]
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, inputs: Inputs
+        self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
     ) -> Tensor:
         """The recurrence; with `normalize`, a cache keeps z_t beside its state."""
-        out = super().attend(q, k, v, mask, inputs)
+        out = super().attend(q, k, v, inputs)
         if self.normalize_sums and inputs.cache is not None:
             keys = super().terms(q, k, inputs)[1]
             inputs.remember("total", self.totals(keys, inputs)[:, :, -1])

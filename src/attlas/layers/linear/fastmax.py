@@ -26,14 +26,14 @@ from torch import Tensor
 from torch.nn.functional import layer_norm
 
 from attlas.catalog.registry import mechanism
-from attlas.layers.linear.base import LinearAttention
+from attlas.bases.recurrent import RecurrentAttention
 
 #: The highest power of a score that features are made for.
 ORDER = 2
 
 
 @mechanism("fastmax", aliases=("fast-attention",))
-class Fastmax(LinearAttention):
+class Fastmax(RecurrentAttention):
     """Attention whose weights are a polynomial of the scores.
 
     Args:
@@ -57,7 +57,7 @@ class Fastmax(LinearAttention):
         super().__init__(dim, heads, *args, **options)
         self.norm, self.norm_eps = norm, norm_eps
 
-    def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    def features(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """φ of both."""
         return self.moments(q), self.moments(k)
 

@@ -31,11 +31,11 @@ from torch import Tensor
 
 from attlas.catalog.registry import mechanism
 from attlas.inputs import Inputs
-from attlas.layers.linear.base import Gates, LinearAttention
+from attlas.bases.recurrent import Gates, RecurrentAttention
 
 
 @mechanism("flowformer", aliases=("flow-attention",))
-class Flowformer(LinearAttention):
+class Flowformer(RecurrentAttention):
     """Linear attention with competition among sources and an allocation to sinks.
 
     Args:
@@ -51,21 +51,21 @@ class Flowformer(LinearAttention):
     ) -> None:  # fmt: skip
         if eps <= 0:
             raise ValueError(f"eps must be above 0, got {eps}")
-        super().__init__(dim, heads, *args, bias=bias, **options)
+        super().__init__(dim, heads, *args, bias=self.bias, **options)
         self.eps = eps
 
-    def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    def features(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Sigmoids, in float32 at least since they are summed up."""
         wide = torch.promote_types(q.dtype, torch.float32)
         return q.to(wide).sigmoid(), k.to(wide).sigmoid()
 
     def terms(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor, Gates]:
         """Queries by their allocation over their flow, and keys by their strength in competition."""
-        q, k = self.features(q, k)
-        k = self.per_query_head(k, q)
+        q, k = self.features(q, k, inputs)
+        k = ops.repeated(k, q.shape[1])
         sources = k.new_ones(k.shape[0], 1, k.shape[2], 1)
-        if inputs.real_now is not None:
-            sources = sources * inputs.real_now[:, None, :, None]
+        if inputs.valid_now is not None:
+            sources = sources * inputs.valid_now[:, None, :, None]
         sinks = sources if inputs.context is None else q.new_ones(q.shape[0], 1, q.shape[2], 1)
         form = self._running if self.looks_back(inputs.mask) else self._whole
         return form(q, k, sinks, sources, inputs)
@@ -77,7 +77,7 @@ class Flowformer(LinearAttention):
     def _whole(
         self, q: Tensor, k: Tensor, sinks: Tensor, sources: Tensor, inputs: Inputs
     ) -> tuple[Tensor, Tensor, Gates]:
-        """Every sum goes over all sinks or sources; those are 1 at real tokens, 0 at padding."""
+        """Every sum goes over all sinks or sources; those are 1 at valid tokens, 0 at padding."""
         asked, offered = q * sinks, k * sources
         incoming = self.flow(q, offered.sum(2, keepdim=True))
         outgoing = self.flow(k, asked.sum(2, keepdim=True))

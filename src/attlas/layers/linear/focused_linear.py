@@ -65,9 +65,9 @@ class FocusedLinear(LinearOnGrid):
         if reduction > 1 and type(self.position_encoding).rotate is not Position.rotate:
             raise ValueError("position: with reduction > 1 a key stands at no token's place")
 
-    def build(self, bias: bool) -> None:
+    def make_projections(self) -> None:
         """Projections, the convolution, what reduces the keys, their places, and the channels' scale."""
-        super().build(bias)
+        super().make_projections()
         start_small(self.q_proj, self.k_proj, self.v_proj, self.o_proj)
         self.channel_scale = nn.Parameter(torch.zeros(self.kv_heads, 1, self.head_dim))
         if self.reduction > 1:
@@ -91,10 +91,10 @@ class FocusedLinear(LinearOnGrid):
         """Reduced keys stand at no token's place, so nothing turns them."""
         return super().position(q, k, inputs) if self.reduction == 1 else (q, k)
 
-    def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    def features(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Focused queries and keys, these over their number, so that ε is added to a mean."""
         scale = softplus(self.channel_scale)[None]
-        q = (q.relu() + self.eps) / self.per_query_head(scale, q)
+        q = (q.relu() + self.eps) / ops.repeated(scale, q.shape[1])
         k = (k.relu() + self.eps) / scale
         return focus(q, self.power), focus(k, self.power) / k.shape[2]
 

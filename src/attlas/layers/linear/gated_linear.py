@@ -22,11 +22,11 @@ from torch.nn.functional import logsigmoid, silu
 from attlas.catalog.registry import mechanism
 from attlas.errors import at_least_one
 from attlas.inputs import Inputs
-from attlas.layers.linear.base import Gates, LinearAttention
+from attlas.bases.recurrent import Gates, RecurrentAttention
 
 
 @mechanism("gated-linear-attention", paper="", aliases=("gla",))
-class GatedLinearAttention(LinearAttention):
+class GatedLinearAttention(RecurrentAttention):
     """Linear attention with a gate for every token and channel.
 
     Args:
@@ -56,29 +56,33 @@ class GatedLinearAttention(LinearAttention):
         assert self.key_dim is not None
         self.scale = self.key_dim**-0.5
 
-    def build(self, bias: bool) -> None:
+    def make_projections(self) -> None:
         """Projections, the gates of the state and of the output, each head's norm."""
-        super().build(bias)
+        super().make_projections()
         self.key_dim = max(1, self.head_dim // 2) if self.key_dim is None else self.key_dim
-        self.q_proj = nn.Linear(self.dim, self.heads * self.key_dim, bias=bias)
-        self.k_proj = nn.Linear(self.dim, self.kv_heads * self.key_dim, bias=bias)
+        self.q_proj = nn.Linear(self.dim, self.heads * self.key_dim, bias=self.bias)
+        self.k_proj = nn.Linear(self.dim, self.kv_heads * self.key_dim, bias=self.bias)
         self.decay_proj = nn.Sequential(
             nn.Linear(self.dim, self.gate_rank, bias=False),
             nn.Linear(self.gate_rank, self.kv_heads * self.key_dim),
         )
-        self.gate_proj = nn.Linear(self.dim, self.heads * self.head_dim, bias=bias)
+        self.gate_proj = nn.Linear(self.dim, self.heads * self.head_dim, bias=self.bias)
         self.norm = nn.RMSNorm(self.head_dim, eps=1e-5)
 
     def project(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys of their own width, and values."""
         x = inputs.x
-        return self.keyed(self.q_proj(x)), self.keyed(self.k_proj(x)), self.split_heads(self.v_proj(x))
+        return (
+            self.keyed(self.q_proj(x)),
+            self.keyed(self.k_proj(x)),
+            self.split_heads(self.v_proj(x)),
+        )
 
     def keyed(self, x: Tensor) -> Tensor:
         """What stands side by side in each token, as heads of `key_dim` channels."""
         return rearrange(x, "b t (h d) -> b h t d", d=self.key_dim)
 
-    def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    def features(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Queries and keys as they are."""
         return q, k
 

@@ -26,11 +26,11 @@ from torch import Tensor, nn
 
 from attlas.catalog.registry import mechanism
 from attlas.errors import at_least_one
-from attlas.layers.linear.base import LinearAttention
+from attlas.bases.recurrent import RecurrentAttention
 
 
 @mechanism("hedgehog")
-class Hedgehog(LinearAttention):
+class Hedgehog(RecurrentAttention):
     """Linear attention by learned features of exponentials.
 
     Args:
@@ -64,9 +64,9 @@ class Hedgehog(LinearAttention):
         super().__init__(dim, heads, *args, **options)
         self.eps = eps
 
-    def build(self, bias: bool) -> None:
+    def make_projections(self) -> None:
         """Projections, and the maps of every head, which start at the identity."""
-        super().build(bias)
+        super().make_projections()
         width = self.feature_dim or self.head_dim
         for name, heads in (("q", self.heads), ("k", self.kv_heads)):
             start = torch.eye(self.head_dim, width).repeat(heads, 1, 1)
@@ -74,7 +74,7 @@ class Hedgehog(LinearAttention):
             shift = nn.Parameter(torch.zeros(heads, 1, width)) if self.feature_bias else None
             self.register_parameter(f"{name}_map_bias", shift)
 
-    def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    def features(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """φ of queries and keys, each by the map of its head."""
         q, k = q @ self.q_map, k @ self.k_map
         if self.feature_bias:

@@ -55,8 +55,8 @@ class KDEformer(SampledAttention):
         """Queries, keys and values; each key brings the share |[v, 1]| / λ of its value."""
         q, k, v = super().project(inputs)
         with_one = torch.cat((v, torch.ones_like(v[..., :1])), dim=-1).detach()
-        if (real := inputs.real_now) is not None:
-            with_one = with_one.masked_fill(~real[:, None, :, None], 0.0)
+        if (valid := inputs.valid_now) is not None:
+            with_one = with_one.masked_fill(~valid[:, None, :, None], 0.0)
         share = self.shares(with_one)
         return q, torch.cat((k, share[..., None].to(k.dtype)), dim=-1), v
 
@@ -72,7 +72,7 @@ class KDEformer(SampledAttention):
         q, placed = super().position(q, k[..., :-1], inputs)
         return q, torch.cat((placed, k[..., -1:]), dim=-1)
 
-    def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    def features(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Queries and keys without shares."""
         return q, k[..., :-1]
 

@@ -29,7 +29,7 @@ from attlas import ops
 from attlas.bases.grid import GridConv, OnGrid, start_small
 from attlas.catalog.registry import mechanism
 from attlas.inputs import Inputs
-from attlas.layers.linear.base import LinearAttention
+from attlas.bases.recurrent import RecurrentAttention
 
 
 class Concentration(nn.Module):
@@ -58,7 +58,7 @@ class Concentration(nn.Module):
 
 
 @mechanism("l2vit")
-class L2ViT(OnGrid, LinearAttention):
+class L2ViT(OnGrid, RecurrentAttention):
     """Linear attention with rectified features, a floor, temperatures and a concentration module.
 
     Args:
@@ -78,11 +78,11 @@ class L2ViT(OnGrid, LinearAttention):
         if floor <= 0:
             raise ValueError(f"floor must be above 0, got {floor}")
         self.floor, self.kernel_size = floor, kernel_size
-        super().__init__(dim, heads, *args, bias=bias, **options)
+        super().__init__(dim, heads, *args, bias=self.bias, **options)
 
-    def build(self, bias: bool) -> None:
+    def make_projections(self) -> None:
         """Projections, temperatures, the module and its norm."""
-        super().build(bias)
+        super().make_projections()
         start_small(self.q_proj, self.k_proj, self.v_proj, self.o_proj)
         self.temperature = nn.Parameter(torch.full((self.heads, 1, 1), self.head_dim**-0.5))
         self.concentration = None
@@ -90,7 +90,7 @@ class L2ViT(OnGrid, LinearAttention):
             self.norm = nn.LayerNorm(self.dim)
             self.concentration = Concentration(self.dim, self.kernel_size)
 
-    def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    def features(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Rectified queries, times τ over their divisor, and rectified keys."""
         q, k = q.relu(), k.relu()
         return q * (self.temperature / self.total(q, k).clamp(min=self.floor)), k

@@ -30,7 +30,7 @@ from attlas import ops
 from attlas.catalog.registry import mechanism
 from attlas.errors import at_least_one
 from attlas.inputs import Inputs
-from attlas.layers.linear.base import LinearAttention
+from attlas.bases.recurrent import RecurrentAttention
 from attlas.masks import Mask
 
 #: Log of nothing at all, which sums of logarithms and their gradients can still be taken with.
@@ -40,7 +40,7 @@ CUT = 0.87962566103423978
 
 
 @mechanism("latte")
-class Latte(LinearAttention):
+class Latte(RecurrentAttention):
     """Attention through a few latent variables.
 
     Args:
@@ -56,12 +56,12 @@ class Latte(LinearAttention):
         self.latents = None if latents is None else at_least_one("latents", latents)
         super().__init__(dim, heads, *args, **options)
 
-    def build(self, bias: bool) -> None:
+    def make_projections(self) -> None:
         """Projections to latents and values, each of unit variance for inputs of unit variance."""
-        super().build(bias)
+        super().make_projections()
         self.latents = self.head_dim if self.latents is None else self.latents
-        self.q_proj = nn.Linear(self.dim, self.heads * self.latents, bias=bias)
-        self.k_proj = nn.Linear(self.dim, self.kv_heads * self.latents, bias=bias)
+        self.q_proj = nn.Linear(self.dim, self.heads * self.latents, bias=self.bias)
+        self.k_proj = nn.Linear(self.dim, self.kv_heads * self.latents, bias=self.bias)
         for projection in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
             std = projection.in_features**-0.5 / CUT
             nn.init.trunc_normal_(projection.weight, std=std, a=-2 * std, b=2 * std)
@@ -74,25 +74,25 @@ class Latte(LinearAttention):
         )
         return q, k, self.split_heads(self.v_proj(inputs.tokens))
 
-    def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    def features(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """p(l | t) in float32 at least, and the logits of keys."""
         wide = torch.promote_types(q.dtype, torch.float32)
         shares = torch.dropout(q.to(wide).softmax(-1), self.dropout, self.training)
         return shares, k
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, inputs: Inputs
+        self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
     ) -> Tensor:
         """The recurrence, or one sum over the keys; all pairs where a mask asks for them."""
-        if not self.runs_along(mask, inputs):
-            return self.aggregate(self.weigh(q, k, mask, inputs), v)
-        causal = self.looks_back(mask)
-        q, k = self.features(q, k)
+        if not inputs.runs_along(self.pattern):
+            return self.aggregate(self.weigh(q, k, inputs), v, inputs)
+        causal = self.looks_back(inputs)
+        q, k = self.features(q, k, inputs)
         # Z is summed up in float64: what it is off by, all weights would be off by.
-        logits, real = self.per_query_head(k, q).double(), inputs.real_now
-        v = self.per_query_head(v, q)
-        if real is not None:  # padding may hold anything
-            hidden = ~real[:, None, :, None]
+        logits, valid = ops.repeated(k, q.shape[1]).double(), inputs.valid_now
+        v = ops.repeated(v, q.shape[1])
+        if valid is not None:  # padding may hold anything
+            hidden = ~valid[:, None, :, None]
             logits, v = logits.masked_fill(hidden, NOTHING), v.masked_fill(hidden, 0.0)
         total, decay = logits.logsumexp(2, keepdim=True), None
         if causal:
@@ -103,7 +103,7 @@ class Latte(LinearAttention):
             total, decay = totals[:, :, 1:], (-totals.diff(dim=2)).clamp(max=0.0)
             inputs.remember("total", totals[:, :, -1:])
         shares = (logits - total).exp().to(q.dtype)
-        if real is not None:
+        if valid is not None:
             shares = shares.masked_fill(hidden, 0.0)
         out, state = ops.recurrence(
             q, shares, v, log_decay=decay, causal=causal, initial_state=inputs.recall("state")
@@ -112,9 +112,7 @@ class Latte(LinearAttention):
             inputs.remember("state", state)
         return out
 
-    def weigh(
-        self, q: Tensor, k: Tensor, mask: Mask | Tensor | None, inputs: Inputs
-    ) -> Tensor:
+    def weigh(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
         """Σ_l p(l | t) p(s | l), latent by latent.
 
         Raises:
@@ -122,9 +120,9 @@ class Latte(LinearAttention):
         """
         if inputs.cache is not None:
             raise ValueError("cache: the weights of tokens that a state has taken in are not known")
-        visible = ops.as_dense(mask, q.shape[2], k.shape[2], 0, q.device)
-        shares, k = self.features(q, k)
-        k = self.per_query_head(k, q).to(shares.dtype)
+        visible = inputs.visible(q, k)
+        shares, k = self.features(q, k, inputs)
+        k = ops.repeated(k, q.shape[1]).to(shares.dtype)
         weights = shares.new_zeros(*q.shape[:3], k.shape[2])
         for share, logits in zip(shares.unbind(-1), k.unbind(-1), strict=True):
             rows = logits[:, :, None]
@@ -133,6 +131,6 @@ class Latte(LinearAttention):
             weights = weights + share[..., None] * ops.softmax(rows)
         return weights.to(q.dtype)
 
-    def aggregate(self, weights: Tensor, v: Tensor) -> Tensor:
+    def aggregate(self, weights: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
         """One vector for each head and query; what is dropped has been dropped from p(l | t)."""
         return ops.grouped_product(weights, v)

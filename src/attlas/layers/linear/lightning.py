@@ -24,12 +24,12 @@ from torch import Tensor
 from attlas.catalog.registry import mechanism
 from attlas.errors import at_least_one
 from attlas.inputs import Inputs
-from attlas.layers.linear.base import Gates, LinearAttention
+from attlas.bases.recurrent import Gates, RecurrentAttention
 from attlas.positions import ALiBi
 
 
 @mechanism("lightning-attention-2", aliases=("lightning-attention",))
-class LightningAttention(LinearAttention):
+class LightningAttention(RecurrentAttention):
     """Attention by products of queries and keys that decay with the distance.
 
     Args:
@@ -58,7 +58,7 @@ class LightningAttention(LinearAttention):
         log_decay = -ALiBi(heads).slopes * (slope_scale * share)
         self.register_buffer("log_decay", log_decay, persistent=False)
 
-    def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    def features(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Queries and keys as they are."""
         return q, k
 

@@ -63,7 +63,9 @@ class Projection(nn.Module):
 
 
 def _identities(layer: Any, plain: Any) -> None:
-    plain.load_state_dict({k: w for k, w in layer.state_dict().items() if not k.startswith("projection")})
+    plain.load_state_dict(
+        {k: w for k, w in layer.state_dict().items() if not k.startswith("projection")}
+    )
     for weight in layer.projection.parameters():
         weight.copy_(torch.eye(weight.shape[-1]).expand_as(weight))
 
@@ -106,7 +108,7 @@ class Linformer(Attention):
             )
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, inputs: Inputs
+        self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
     ) -> Tensor:
         """One fused call on the mixtures.
 
@@ -117,12 +119,12 @@ class Linformer(Attention):
         return self.fused(q, keys @ _shown(k, inputs), values @ _shown(v, inputs), None)
 
     def weigh(
-        self, q: Tensor, k: Tensor, mask: Mask | Tensor | None, inputs: Inputs
+        self, q: Tensor, k: Tensor, inputs: Inputs
     ) -> Float[Tensor, "batch heads queries keys"]:
         """softmax(Q K'ᵀ / √d) F."""
         keys, values = self.mixing(k, inputs)
         weights = super().weigh(q, keys @ _shown(k, inputs), None, inputs)
-        whole = weights @ self.per_query_head(values.expand(-1, self.kv_heads, -1, -1), q)
+        whole = weights @ ops.repeated(values.expand(-1, self.kv_heads, -1, -1), q.shape[1])
         return _shown(whole.mT, inputs).mT
 
     def mixing(
@@ -138,4 +140,4 @@ class Linformer(Attention):
 
 def _shown(x: Tensor, inputs: Inputs) -> Tensor:
     """[batch, heads, keys, …] with zeros at padding, which may hold anything."""
-    return x if inputs.real is None else x.masked_fill(~inputs.real[:, None, :, None], 0.0)
+    return x if inputs.valid is None else x.masked_fill(~inputs.valid[:, None, :, None], 0.0)

@@ -65,7 +65,7 @@ class LocalLinear(Attention):
         self.steps = 2 * self.head_dim if steps is None else at_least_one("steps", steps)
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, inputs: Inputs
+        self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
     ) -> Float[Tensor, "batch heads queries width"]:
         """Some queries at a time, of whose weights none is kept."""
 
@@ -87,7 +87,7 @@ class LocalLinear(Attention):
         return torch.cat(parts, dim=2)
 
     def weigh(
-        self, q: Tensor, k: Tensor, mask: Mask | Tensor | None, inputs: Inputs
+        self, q: Tensor, k: Tensor, inputs: Inputs
     ) -> Float[Tensor, "batch heads queries keys"]:
         """The weights of all pairs."""
         return self.weights_of(q, k, mask, k.shape[2] - q.shape[2]).to(q.dtype)

@@ -72,18 +72,18 @@ class LinearLogNormalAttention(ExponentialKeys):
         prepared = super().prepare(*args, **options)
         if self.training:
             q, k, *_, inputs = prepared
-            self.calibrate(q, k, inputs.real_now, self.momentum)
+            self.calibrate(q, k, inputs.valid_now, self.momentum)
         return prepared
 
     @torch.no_grad()
     def calibrate(
-        self, q: Tensor, k: Tensor, real: Tensor | None = None, share: float = 1.0
+        self, q: Tensor, k: Tensor, valid: Tensor | None = None, share: float = 1.0
     ) -> None:
         """Move the running deviations to those of these queries and keys, by a share of the way."""
         for buffer, x in ((self.q_std, q), (self.k_std, k)):
-            buffer.lerp_(deviation(x, real).to(buffer.dtype), share)
+            buffer.lerp_(deviation(x, valid).to(buffer.dtype), share)
 
-    def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    def features(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """φ of queries over its largest channel, and logarithms of that of keys."""
         sigmas = (deviation(q), deviation(k)) if self.training else (self.q_std, self.k_std)
         alpha, beta = matched(*sigmas)
@@ -91,25 +91,25 @@ class LinearLogNormalAttention(ExponentialKeys):
         return (q - q.amax(-1, keepdim=True)).exp(), beta.to(k.dtype) * k
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, inputs: Inputs
+        self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
     ) -> Tensor:
         """The recurrence, and the blocks."""
-        out = super().attend(q, k, v, mask, inputs)
+        out = super().attend(q, k, v, inputs)
         if not self.blocks:
             return out
-        return (out + self.diagonal(q, k, v, self.looks_back(mask), inputs)) / 2
+        return (out + self.diagonal(q, k, v, self.looks_back(inputs), inputs)) / 2
 
     def weigh(
-        self, q: Tensor, k: Tensor, mask: Mask | Tensor | None, inputs: Inputs
+        self, q: Tensor, k: Tensor, inputs: Inputs
     ) -> Float[Tensor, "batch heads queries keys"]:
         """The mean of the two maps."""
-        weights = super().weigh(q, k, mask, inputs)
+        weights = super().weigh(q, k, inputs)
         if not self.blocks:
             return weights
         tokens = torch.arange(q.shape[2], device=q.device)[None]
-        own = (tokens if inputs.real is None else ranks(inputs.real)) // self.head_dim
+        own = (tokens if inputs.valid is None else ranks(inputs.valid)) // self.head_dim
         visible = (own[:, :, None] == own[:, None, :])[:, None]
-        pairs = ops.as_dense(mask, q.shape[2], k.shape[2], 0, q.device)
+        pairs = inputs.visible(q, k)
         visible = visible if pairs is None else visible & pairs
         scores = ops.grouped_product(q * self.head_dim**-0.5, k.mT)
         return (weights + ops.softmax(scores.masked_fill(~visible, -torch.inf))) / 2
@@ -117,20 +117,20 @@ class LinearLogNormalAttention(ExponentialKeys):
     def diagonal(
         self, q: Tensor, k: Tensor, v: Tensor, causal: bool, inputs: Inputs
     ) -> Float[Tensor, "batch heads tokens width"]:
-        """Softmax attention within blocks of `head_dim` real tokens; a cache keeps the last block."""
+        """Softmax attention within blocks of `head_dim` valid tokens; a cache keeps the last block."""
         (batch, _, tokens, _), size = q.shape, self.head_dim
-        real = inputs.real_now
-        real = q.new_ones(batch, tokens, dtype=torch.bool) if real is None else real
+        valid = inputs.valid_now
+        valid = q.new_ones(batch, tokens, dtype=torch.bool) if valid is None else valid
         filled, pairs = inputs.recall("filled"), torch.cat((k, v), dim=-1)
-        filled = real.new_zeros(batch, 1, dtype=torch.long) if filled is None else filled
-        at = torch.where(real, ranks(real) + filled, -1)
+        filled = valid.new_zeros(batch, 1, dtype=torch.long) if filled is None else filled
+        at = torch.where(valid, ranks(valid) + filled, -1)
         slots = (tokens // size + 2) * size
         rows = [rearrange(x, "b h t d -> b t (h d)") for x in (q, pairs)]
         room = [x.new_zeros(batch, slots, x.shape[-1]) for x in rows]
         if (before := inputs.recall("block")) is not None:
             room[1][:, :size] = before
         asked, held = (place(x, at, onto) for x, onto in zip(rows, room, strict=True))
-        count = filled + real.sum(-1, keepdim=True)
+        count = filled + valid.sum(-1, keepdim=True)
         if inputs.cache is not None:
             last = count // size * size + torch.arange(size, device=q.device)
             inputs.remember("block", at_places(held, last))
@@ -149,10 +149,10 @@ class LinearLogNormalAttention(ExponentialKeys):
         return self.split_heads(at_places(whole, at))
 
 
-def deviation(x: Tensor, real: Tensor | None = None) -> Tensor:
-    """The unbiased standard deviation of all channels of real tokens; 1 of fewer than two numbers."""
+def deviation(x: Tensor, valid: Tensor | None = None) -> Tensor:
+    """The unbiased standard deviation of all channels of valid tokens; 1 of fewer than two numbers."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32)).movedim(1, 2)
-    numbers = wide.flatten() if real is None else wide[real].flatten()
+    numbers = wide.flatten() if valid is None else wide[valid].flatten()
     found: Tensor = numbers.std() if len(numbers) > 1 else wide.new_ones(())
     return found
 

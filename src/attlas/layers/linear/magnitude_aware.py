@@ -28,14 +28,14 @@ from attlas.catalog.registry import mechanism
 class MagnitudeAwareLinear(GatedOnGrid):
     """Linear attention whose weights are an affine function of the similarities."""
 
-    def build(self, bias: bool) -> None:
+    def make_projections(self) -> None:
         """Projections that begin small."""
-        super().build(bias)
+        super().make_projections()
         start_small(self.q_proj, self.k_proj, self.v_proj, self.gate_proj, self.o_proj)
 
-    def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    def features(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Scaled queries and their offset, [batch, heads, queries, head_dim + 1]; keys likewise."""
-        q, k = super().features(q, k)
+        q, k = super().features(q, k, inputs)
         scale, keys = self.head_dim**-0.5, k.shape[2]
         z = self.mean_product(q, k) * scale
         q = self.rotated(q) * ((1 + 1 / (z + self.eps)) * scale)

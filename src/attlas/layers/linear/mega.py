@@ -82,20 +82,20 @@ class Mega(Attention):
         self.max_positions = at_least_one("max_positions", max_positions)
         if options.get("head_dim") is None:
             options["head_dim"] = max(2, dim // 8 * 2)
-        super().__init__(dim, heads, *args, bias=bias, **options)
+        super().__init__(dim, heads, *args, bias=self.bias, **options)
         if self.heads != 1:
             raise ValueError(f"heads must be 1, got {heads}: the reset gate is what more would do")
         if relative == "rotary" and self.head_dim % 2:
             raise ValueError(f"head_dim must be even for relative='rotary', got {self.head_dim}")
 
-    def build(self, bias: bool) -> None:
+    def make_projections(self) -> None:
         """The average, projections that start small, and the biases of distances."""
         dim, z = self.dim, self.head_dim
         self.average = DampedEMA(dim, self.ema, both_ways=not self.causal)
         self.norm = nn.LayerNorm(dim) if self.prenorm else nn.Identity()
-        self.v_proj = nn.Linear(dim, self.values, bias=bias)
-        self.mixed_proj = nn.Linear(dim, dim + z + self.values + dim, bias=bias)
-        self.o_proj = nn.Linear(self.values, dim, bias=bias)
+        self.v_proj = nn.Linear(dim, self.values, bias=self.bias)
+        self.mixed_proj = nn.Linear(dim, dim + z + self.values + dim, bias=self.bias)
+        self.o_proj = nn.Linear(self.values, dim, bias=self.bias)
         for projection in (self.v_proj, self.mixed_proj, self.o_proj):
             nn.init.normal_(projection.weight, std=0.02)
             if bias:
@@ -112,7 +112,7 @@ class Mega(Attention):
             which = "mask" if inputs.cache is None else "cache"
             raise ValueError(f"{which}: causal=False averages over what comes after a token")
         x = self.norm(inputs.x)
-        averaged, state = self.average(x, inputs.real_now, inputs.recall("average"))
+        averaged, state = self.average(x, inputs.valid_now, inputs.recall("average"))
         if state is not None:
             inputs.remember("average", state)
         mixed = self.mixed_proj(averaged)
@@ -140,7 +140,7 @@ class Mega(Attention):
         number = relative(q_idx, kv_idx).clamp(-far, far) + far
         return score + self.distance[number].to(score.dtype)
 
-    def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    def features(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Queries and keys, longer by the rotated vectors whose product is the bias of a distance."""
         if self.relative == "simple":
             return q, k
@@ -148,7 +148,7 @@ class Mega(Attention):
         first, second = (_rotated(x, k.shape[2]).to(k.dtype).expand(rows) for x in self.distance)
         return torch.cat((q, first[:, :, own]), dim=-1), torch.cat((k, second), dim=-1)
 
-    def normalize(self, scores: Tensor) -> Tensor:
+    def normalize(self, scores: Tensor, inputs: Inputs) -> Tensor:
         """f."""
         if self.weights_by == "relu2":
             return scores.relu().square()
@@ -157,19 +157,19 @@ class Mega(Attention):
         return super().normalize(scores)
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, inputs: Inputs
+        self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
     ) -> Tensor:
         """One fused call for a softmax, else all pairs."""
         if self.weights_by == "softmax":
-            return self.fused(*self.features(q, k), v, mask)
+            return self.fused(*self.features(q, k, inputs), v, inputs.pairs)
         return self.aggregate(Mega.weigh(self, q, k, mask, inputs), v)
 
-    def weigh(self, q: Tensor, k: Tensor, mask: Mask | Tensor | None, inputs: Inputs) -> Tensor:
+    def weigh(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
         """The weights of all pairs."""
         if self.weights_by != "softmax":
-            seen = ops.as_dense(mask, q.shape[2], k.shape[2], k.shape[2] - q.shape[2], q.device)
+            seen = inputs.visible(q, k)
             q = q / (k.shape[2] if seen is None else seen.sum(-1, keepdim=True).clamp(min=1))
-        return super().weigh(q, k, mask, inputs)
+        return super().weigh(q, k, inputs)
 
     def output(self, heads: Tensor, inputs: Inputs) -> Tensor:
         """What the reset gate lets through, and as much of it as the update gate takes in."""
@@ -198,23 +198,25 @@ class MegaChunk(Mega):
     keeps_keys = False
     expected_failures: ClassVar[dict[str, str]] = {}
 
-    def __init__(self, dim: int, heads: int = 1, *args: Any, chunk: int = 128, **options: Any) -> None:
+    def __init__(
+        self, dim: int, heads: int = 1, *args: Any, chunk: int = 128, **options: Any
+    ) -> None:
         self.chunk = at_least_one("chunk", chunk)
         super().__init__(dim, heads, *args, **{"max_positions": chunk, **options})
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, inputs: Inputs
+        self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
     ) -> Tensor:
         """Chunk by chunk, from the unfinished one in the cache on."""
-        names, real = ("chunk keys", "chunk values"), inputs.real_now
-        if real is None:
-            real = torch.ones(len(k), k.shape[2], dtype=torch.bool, device=k.device)
+        names, valid = ("chunk keys", "chunk values"), inputs.valid_now
+        if valid is None:
+            valid = torch.ones(len(k), k.shape[2], dtype=torch.bool, device=k.device)
         if (filled := inputs.recall("filled")) is None:
-            filled = real.new_zeros(len(k), 1, dtype=torch.long)
-        at = ranks(real)
+            filled = valid.new_zeros(len(k), 1, dtype=torch.long)
+        at = ranks(valid)
         at = at.where(at < 0, at + filled)
         slots = -(-(k.shape[2] + (self.chunk - 1 if inputs.cache is not None else 0)) // self.chunk)
-        slots, last = slots * self.chunk, filled + real.sum(-1, keepdim=True)
+        slots, last = slots * self.chunk, filled + valid.sum(-1, keepdim=True)
         placed = [place(q[:, 0], at, q.new_zeros(len(q), slots, q.shape[-1]))]
         begin = last // self.chunk * self.chunk
         left = (begin + torch.arange(self.chunk, device=k.device)).clamp(max=slots - 1)
@@ -232,7 +234,7 @@ class MegaChunk(Mega):
         out = super().attend(q, k, v, inside, inputs)
         return at_places(out.reshape(len(at), slots, -1), at)[:, None]
 
-    def weigh(self, q: Tensor, k: Tensor, mask: Mask | Tensor | None, inputs: Inputs) -> Tensor:
+    def weigh(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
         """The weights of all pairs: none between chunks.
 
         Raises:
@@ -240,9 +242,9 @@ class MegaChunk(Mega):
         """
         if inputs.recall("filled") is not None:
             raise ValueError("cache: keys of the chunks before are not known any more")
-        real = inputs.real_now
-        at = torch.arange(k.shape[2], device=k.device)[None] if real is None else ranks(real)
+        valid = inputs.valid_now
+        at = torch.arange(k.shape[2], device=k.device)[None] if valid is None else ranks(valid)
         number = at.div(self.chunk, rounding_mode="floor")[:, None]
         same = number[..., :, None] == number[..., None, :]
-        visible = ops.as_dense(mask, q.shape[2], k.shape[2], 0, q.device)
+        visible = inputs.visible(q, k)
         return super().weigh(q, k, same if visible is None else same & visible, inputs)

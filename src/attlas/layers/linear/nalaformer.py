@@ -52,12 +52,12 @@ class NormAwareLinear(GatedOnGrid):
         self.power = power
         super().__init__(dim, heads, *args, **options)
 
-    def build(self, bias: bool) -> None:
+    def make_projections(self) -> None:
         """Projections, and the norm before the gate."""
-        super().build(bias)
+        super().make_projections()
         self.norm = nn.LayerNorm(self.heads * self.head_dim)
 
-    def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    def features(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Sharpened queries over their divisor, and keys."""
         q, k = self.sharpened(q), parts(k) ** self.power
         divisor = self.mean_product(q, k) + self.eps

@@ -26,7 +26,7 @@ from attlas.catalog.registry import Reduction, mechanism
 
 def _plain(layer: Any, other: Any) -> None:
     """α = 1 and a gate of 1."""
-    other.adopt(layer.state_dict())
+    other.load_from(layer.state_dict())
     layer.alpha_scale = 0.0
     nn.init.zeros_(layer.gate_proj.weight)
     nn.init.ones_(layer.gate_proj.bias)
@@ -41,16 +41,16 @@ def _plain(layer: Any, other: Any) -> None:
 class RankAugmentedLinear(GatedOnGrid):
     """Linear attention with weighed keys and gated outputs."""
 
-    def build(self, bias: bool) -> None:
+    def make_projections(self) -> None:
         """Projections that begin small."""
-        super().build(bias)
+        super().make_projections()
         self.alpha_scale = self.head_dim**-0.5
         start_small(self.q_proj, self.k_proj, self.v_proj, self.gate_proj, self.o_proj)
 
-    def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    def features(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Queries over their divisor, and weighed keys of every query head."""
-        q, k = super().features(q, k)
-        k = self.per_query_head(k, q)
+        q, k = super().features(q, k, inputs)
+        k = ops.repeated(k, q.shape[1])
         k = k * self.alpha(q, k)
         divisor = self.mean_product(q, k) + self.eps
         return self.rotated(q) / divisor, self.rotated(k) / k.shape[2]

@@ -27,7 +27,7 @@ from torch.nn.functional import logsigmoid
 from attlas.bases.exponential_keys import ExponentialKeys
 from attlas.catalog.registry import mechanism
 from attlas.inputs import Inputs
-from attlas.layers.linear.base import Gates
+from attlas.bases.recurrent import Gates
 
 
 @mechanism("regla")
@@ -38,14 +38,14 @@ class ReGLA(ExponentialKeys):
     has_two_sided_form = False
     has_cross_form = False
 
-    def build(self, bias: bool) -> None:
+    def make_projections(self) -> None:
         """Projections, the gate and what refines it, each head's norm."""
-        super().build(bias)
+        super().make_projections()
         self.gate_proj = nn.Linear(self.dim, self.kv_heads * self.head_dim)
         self.refine_proj = nn.Linear(self.dim, self.kv_heads * self.head_dim)
         self.norm = nn.LayerNorm(self.head_dim)
 
-    def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    def features(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """φ of queries, and logarithms of those of keys."""
         return (q - q.amax(-1, keepdim=True)).exp() * variance_scale(self.head_dim), k
 

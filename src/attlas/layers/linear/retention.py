@@ -17,25 +17,25 @@ from torch.nn.functional import silu
 
 from attlas.catalog.registry import mechanism
 from attlas.inputs import Inputs
-from attlas.layers.linear.base import Gates, LinearAttention
+from attlas.bases.recurrent import Gates, RecurrentAttention
 
 
 @mechanism("retention", paper="")
-class Retention(LinearAttention):
+class Retention(RecurrentAttention):
     """Attention whose weights decay by a head's own factor for every token in between."""
 
     normalized = False
     has_cross_form = False
     log_decay: Tensor
 
-    def build(self, bias: bool) -> None:
+    def make_projections(self) -> None:
         """Projections, the gate, each head's norm and decay."""
-        super().build(bias)
-        self.gate_proj = nn.Linear(self.dim, self.heads * self.head_dim, bias=bias)
+        super().make_projections()
+        self.gate_proj = nn.Linear(self.dim, self.heads * self.head_dim, bias=self.bias)
         self.norm = nn.RMSNorm(self.head_dim, eps=1e-5, elementwise_affine=False)
         self.register_buffer("log_decay", _decays(self.heads), persistent=False)
 
-    def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    def features(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Queries over √d, and keys, as they are."""
         return q * self.head_dim**-0.5, k
 

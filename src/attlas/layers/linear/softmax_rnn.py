@@ -35,7 +35,7 @@ from torch.nn.functional import elu, relu
 from attlas import ops
 from attlas.catalog.registry import Reduction, mechanism
 from attlas.inputs import Inputs
-from attlas.layers.linear.base import Gates, LinearAttention
+from attlas.bases.recurrent import Gates, RecurrentAttention
 from attlas.masks import Mask
 
 Kernel = Literal["exp", "elu", "relu"]
@@ -45,7 +45,7 @@ Divisor = Literal["sum", "length", "none"]
 @mechanism("softmax-as-rnn", reduces_to=Reduction(
     "softmax", {"order": None}, lambda layer, plain: plain.load_state_dict(layer.state_dict()),
 ))  # fmt: skip
-class SoftmaxAsRNN(LinearAttention):
+class SoftmaxAsRNN(RecurrentAttention):
     """Softmax attention up to a power of the scores, or with another kernel or divisor.
 
     Args:
@@ -71,7 +71,9 @@ class SoftmaxAsRNN(LinearAttention):
         for name, got, takes in (("kernel", kernel, Kernel), ("divisor", divisor, Divisor)):
             if got not in get_args(takes):
                 raise ValueError(f"{name} must be one of {list(get_args(takes))}, got {got!r}")
-        if order is not None and (order < 0 or (order % 2 and divisor == "sum" and kernel == "exp")):
+        if order is not None and (
+            order < 0 or (order % 2 and divisor == "sum" and kernel == "exp")
+        ):
             raise ValueError(f"order must be even and at least 0 for a positive sum, got {order}")
         if clamp is not None and (order is not None or kernel != "exp"):
             raise ValueError(f"clamp is for order=None and kernel='exp', got {clamp}")
@@ -82,15 +84,15 @@ class SoftmaxAsRNN(LinearAttention):
         self.scale = self.head_dim**-0.5 if self.pairwise else 1.0
         self.normalized, self.keeps_keys = divisor == "sum", self.pairwise
 
-    def build(self, bias: bool) -> None:
+    def make_projections(self) -> None:
         """Projections, and what stands in the divisor's place."""
-        super().build(bias)
+        super().make_projections()
         if self.gated:
             self.gate_proj = nn.Linear(self.dim, self.heads)
         if self.normed:
             self.norm = nn.RMSNorm(self.head_dim)
 
-    def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    def features(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Of the kernel, whose product is the weight of a pair."""
         if self.kernel == "exp":
             assert self.order is not None
@@ -104,33 +106,41 @@ class SoftmaxAsRNN(LinearAttention):
         return (q / self.counts(inputs)).to(q.dtype) if self.divisor == "length" else q, k, gates
 
     def counts(self, inputs: Inputs) -> Float[Tensor, "batch_or_1 1 queries_or_1 1"]:
-        """How many real keys each query sees, at least 1."""
+        """How many valid keys each query sees, at least 1."""
         keys = inputs.key_positions.shape[-1]
-        real = inputs.real
-        real = torch.ones(1, keys, dtype=torch.bool, device=inputs.x.device) if real is None else real
-        seen = real.cumsum(-1)[:, -inputs.x.shape[1] :] if self.causal else real.sum(-1, keepdim=True)
+        valid = inputs.valid
+        valid = (
+            torch.ones(1, keys, dtype=torch.bool, device=inputs.x.device)
+            if valid is None
+            else valid
+        )
+        seen = (
+            valid.cumsum(-1)[:, -inputs.x.shape[1] :]
+            if self.causal
+            else valid.sum(-1, keepdim=True)
+        )
         return seen.clamp(min=1).to(inputs.x.dtype)[:, None, :, None]
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, inputs: Inputs
+        self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
     ) -> Tensor:
         """The recurrences together; of all powers, softmax attention or all pairs."""
         if not self.pairwise:
-            return super().attend(q, k, v, mask, inputs)
+            return super().attend(q, k, v, inputs)
         if self.divisor == "sum" and self.clamp is None:
-            return self.fused(q, k, v, mask)
-        return self.aggregate(self.weigh(q, k, mask, inputs), v)
+            return self.fused(q, k, v, inputs.pairs)
+        return self.aggregate(self.weigh(q, k, inputs), v, inputs)
 
     def weigh(
-        self, q: Tensor, k: Tensor, mask: Mask | Tensor | None, inputs: Inputs
+        self, q: Tensor, k: Tensor, inputs: Inputs
     ) -> Float[Tensor, "batch heads queries keys"]:
         """Weights of all pairs."""
         if not self.pairwise:
-            return super().weigh(q, k, mask, inputs)
+            return super().weigh(q, k, inputs)
         scores = ops.grouped_product(q * self.scale, k.mT)
         if self.clamp is not None:
             scores = scores.clamp(max=self.clamp)
-        visible = ops.as_dense(mask, q.shape[2], k.shape[2], k.shape[2] - q.shape[2], q.device)
+        visible = inputs.visible(q, k)
         if visible is not None:
             scores = scores.masked_fill(~visible, -torch.inf)
         if self.divisor == "sum":
@@ -147,9 +157,7 @@ class SoftmaxAsRNN(LinearAttention):
         return super().output(heads, inputs)
 
 
-def powers(
-    x: Float[Tensor, "*rows width"], order: int
-) -> Float[Tensor, "*rows features"]:
+def powers(x: Float[Tensor, "*rows width"], order: int) -> Float[Tensor, "*rows features"]:
     """Features whose product is Σ_{n ≤ order} (x·y)ⁿ / n!, every monomial once."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     found = [torch.ones_like(wide[..., :1])]
@@ -166,4 +174,6 @@ def _monomials(width: int, order: int, device: torch.device) -> tuple[Tensor, Te
     shares = [
         prod(factorial(one.count(channel)) for channel in set(one)) ** -0.5 for one in each
     ]  # fmt: skip
-    return torch.tensor(each, device=device), torch.tensor(shares, dtype=torch.float64, device=device)
+    return torch.tensor(each, device=device), torch.tensor(
+        shares, dtype=torch.float64, device=device
+    )

@@ -86,11 +86,11 @@ class TransformerVQ(Attention):
         super().__init__(dim, heads, *args, **options)
         self.scale = 1.0  # queries and keys carry it
 
-    def build(self, bias: bool) -> None:
+    def make_projections(self) -> None:
         """Projections, the biases u and w, and the codebooks."""
 
         def linear(inside: int, outside: int, bias: bool = bias) -> nn.Linear:
-            made = nn.Linear(inside, outside, bias=bias)
+            made = nn.Linear(inside, outside, bias=self.bias)
             nn.init.normal_(made.weight, std=inside**-0.5)
             if bias:
                 nn.init.zeros_(made.bias)
@@ -152,22 +152,22 @@ class TransformerVQ(Attention):
         """Move the codebooks towards these keys, and ask keys to keep near them."""
         words = self.codebook.to(k.dtype).expand(len(k), -1, -1, -1)
         apart = (k - words.take_along_dim(codes[..., None], dim=2)).square().sum((1, 3))
-        real = inputs.real_now
-        real = torch.ones_like(apart, dtype=torch.bool) if real is None else real
-        away = apart.masked_fill(~real, 0.0).sum() / real.sum().clamp(min=1)
+        valid = inputs.valid_now
+        valid = torch.ones_like(apart, dtype=torch.bool) if valid is None else valid
+        away = apart.masked_fill(~valid, 0.0).sum() / valid.sum().clamp(min=1)
         self.auxiliary_loss = self.commitment * away
         with torch.no_grad():
             dtype = self.code_sums.dtype
-            which = one_hot(codes, self.codes).to(dtype) * real[:, None, :, None]
-            sums = (which.mT @ k.to(dtype).masked_fill(~real[:, None, :, None], 0.0)).sum(0)
+            which = one_hot(codes, self.codes).to(dtype) * valid[:, None, :, None]
+            sums = (which.mT @ k.to(dtype).masked_fill(~valid[:, None, :, None], 0.0)).sum(0)
             self.code_sums.lerp_(sums, 1 - self.gamma)
             self.code_counts.lerp_(which.sum((0, 2)), 1 - self.gamma)
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, inputs: Inputs
+        self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
     ) -> Float[Tensor, "batch heads queries value_dim"]:
         """Block by block, from where the cache has left it."""
-        codes, tokens, real = self.nearest(k), k.shape[2], inputs.real_now
+        codes, tokens, valid = self.nearest(k), k.shape[2], inputs.valid_now
         k_hat, biases = self.quantised(k, codes), self.distances(q)
         which = one_hot(codes, self.codes).to(v.dtype)
         self.auxiliary_loss = None
@@ -175,9 +175,9 @@ class TransformerVQ(Attention):
             self.learn(k, codes, inputs)
         size = min(self.block, tokens)
         slots = -(-tokens // size) * size
-        if real is None:
-            real = torch.ones(len(k), tokens, dtype=torch.bool, device=k.device)
-        at = ranks(real)  # with which padding is left out
+        if valid is None:
+            valid = torch.ones(len(k), tokens, dtype=torch.bool, device=k.device)
+        at = ranks(valid)  # with which padding is left out
         q = q + self.content_bias * self.head_dim**-0.25
         q, biases, k_hat, v, which = (
             place_heads(x, at, slots) for x in (q, biases, k_hat, v, which)
@@ -185,7 +185,7 @@ class TransformerVQ(Attention):
         before = self._recalled(inputs, v)
         k_hat = torch.cat((before[0] @ self.codebook.to(k.dtype), k_hat), dim=2)
         which, v = torch.cat((before[0], which), dim=2), torch.cat((before[1], v), dim=2)
-        self._remember(inputs, which, v, before, real.sum(-1), slots)
+        self._remember(inputs, which, v, before, valid.sum(-1), slots)
         out = self._blocks(q, biases, k_hat, v, which, before, size)
         return heads_at_places(out, at)
 
@@ -238,7 +238,7 @@ class TransformerVQ(Attention):
         self, inputs: Inputs, which: Tensor, v: Tensor, before: tuple[Tensor, ...], new: Tensor,
         slots: int,
     ) -> None:  # fmt: skip
-        """The last M real tokens of every row, and by code all that stand before them."""
+        """The last M valid tokens of every row, and by code all that stand before them."""
         if inputs.cache is None:
             return
         left = torch.arange(slots, device=v.device) < new[:, None]
@@ -251,7 +251,7 @@ class TransformerVQ(Attention):
         inputs.remember("values", v.take_along_dim(last, dim=2))
 
     def weigh(
-        self, q: Tensor, k: Tensor, mask: Mask | Tensor | None, inputs: Inputs
+        self, q: Tensor, k: Tensor, inputs: Inputs
     ) -> Float[Tensor, "batch heads queries keys"]:
         """Softmax over all quantised keys, none of them by code.
 
@@ -260,8 +260,8 @@ class TransformerVQ(Attention):
         """
         if inputs.recall("codes") is not None:
             raise ValueError("cache: the weights of tokens that a state has taken in are not known")
-        real, tokens = inputs.real_now, q.shape[2]
-        at = torch.arange(tokens, device=q.device)[None] if real is None else ranks(real)
+        valid, tokens = inputs.valid_now, q.shape[2]
+        at = torch.arange(tokens, device=q.device)[None] if valid is None else ranks(valid)
         apart = (at[:, :, None] - at[:, None, :])[:, None]
         k = self.quantised(k, self.nearest(k))
         biased = _biased(self.distances(q), apart)

@@ -34,7 +34,7 @@ class LRPE(nn.Module):
     """Linearised relative positions: trained frequencies, one for every channel of every head.
 
     Args:
-        heads: heads of what is turned.
+        heads: heads of what is rotated.
         head_dim: their width.
         base: of the frequencies at the beginning.
     """
@@ -45,7 +45,9 @@ class LRPE(nn.Module):
         self.theta = nn.Parameter(base ** (-2.0 / (heads * head_dim) * channels))
 
     def forward(
-        self, x: Float[Tensor, "batch heads tokens dim"], positions: Integer[Tensor, "*batch tokens"]
+        self,
+        x: Float[Tensor, "batch heads tokens dim"],
+        positions: Integer[Tensor, "*batch tokens"],
     ) -> Float[Tensor, "batch heads tokens 2*dim"]:
         """Every channel times the cosine and the sine of its angle."""
         # The query heads of a group share their key head's frequencies, or products were not relative.
@@ -73,10 +75,10 @@ class TransNormer(LightningAttention):
         self.turns, self.eps_norm = layer_idx == 0 if lrpe is None else lrpe, eps
         super().__init__(dim, heads, *args, layer_idx=layer_idx, **options)
 
-    def build(self, bias: bool) -> None:
+    def make_projections(self) -> None:
         """Projections, the gate's, the norm and the frequencies."""
-        super().build(bias)
-        self.gate_proj = nn.Linear(self.dim, self.heads * self.head_dim, bias=bias)
+        super().make_projections()
+        self.gate_proj = nn.Linear(self.dim, self.heads * self.head_dim, bias=self.bias)
         self.lrpe = LRPE(self.kv_heads, self.head_dim) if self.turns else None
         self.norm = self.make_norm(self.heads * self.head_dim)
 
@@ -108,7 +110,13 @@ class TNLAttention(TransNormer):
     """The layer of the authors' later example: sigmoid gate, SiLU on values, LayerNorm, no LRPE."""
 
     def __init__(
-        self, dim: int, heads: int = 8, *args: Any, lrpe: bool = False, eps: float = 1e-5, **options: Any
+        self,
+        dim: int,
+        heads: int = 8,
+        *args: Any,
+        lrpe: bool = False,
+        eps: float = 1e-5,
+        **options: Any,
     ) -> None:
         super().__init__(dim, heads, *args, lrpe=lrpe, eps=eps, **options)
 

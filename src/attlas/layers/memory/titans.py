@@ -121,9 +121,9 @@ class NeuralMemory(Attention):
             raise ValueError("position: a bias on scores means nothing without scores")
         self.scale = 1.0
 
-    def build(self, bias: bool) -> None:
+    def make_projections(self) -> None:
         """Projections, their norms and convolutions, the gates, and the memory's first weights."""
-        super().build(bias)
+        super().make_projections()
         self.read_norm, self.write_norm = _norm(self.dim), _norm(self.dim)
         wide = self.heads * self.head_dim
         self.convs = nn.ModuleList(
@@ -147,7 +147,7 @@ class NeuralMemory(Attention):
             assert isinstance(conv, nn.Conv1d)
             name = f"convolution {i}"
             found[i], last = short_convolution(
-                found[i], conv, inputs.real_now, inputs.recall(name)
+                found[i], conv, inputs.valid_now, inputs.recall(name)
             )  # fmt: skip
             inputs.remember(name, last)
         if self.activation:
@@ -169,7 +169,7 @@ class NeuralMemory(Attention):
         return torch.stack((step, *rest), dim=-1).transpose(1, 2)
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, inputs: Inputs
+        self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
     ) -> Float[Tensor, "batch heads queries head_dim"]:
         """Write chunk by chunk, read what each token's chunk has left."""
         dtype, tokens, grid = v.dtype, v.shape[2], self.grid(inputs)
@@ -196,21 +196,21 @@ class NeuralMemory(Attention):
 
     def grid(self, inputs: Inputs) -> Grid:
         """Slots for the tokens of an unfinished chunk, which stand in front, and for this pass's."""
-        tokens, size, real = inputs.x.shape[1], self.chunk, inputs.real
+        tokens, size, valid = inputs.x.shape[1], self.chunk, inputs.valid
         seen, period = inputs.key_positions.shape[-1] - tokens, self.batch or self.chunk
-        if real is None:  # all rows are at the same place, and slots may begin where they are
-            real = torch.ones(
+        if valid is None:  # all rows are at the same place, and slots may begin where they are
+            valid = torch.ones(
                 len(inputs.x), seen + tokens, dtype=torch.bool, device=inputs.x.device
             )
             skipped, most = seen % period // size, seen % size
         else:
             skipped, most = 0, min(seen, period - 1)
-        before = real[:, :seen].sum(-1, keepdim=True) % period - skipped * size
+        before = valid[:, :seen].sum(-1, keepdim=True) % period - skipped * size
         part = before % size
         left = torch.arange(size - 1, device=part.device) < part
-        at = ranks(torch.cat((left, real[:, seen:]), dim=1))
+        at = ranks(torch.cat((left, valid[:, seen:]), dim=1))
         at = at.where(at < 0, at + before - part)
-        stop = before + real[:, seen:].sum(-1, keepdim=True)
+        stop = before + valid[:, seen:].sum(-1, keepdim=True)
         return Grid(at, before - part, stop, (most + tokens) // size, skipped)
 
     def with_unfinished(
@@ -289,7 +289,7 @@ class NeuralMemory(Attention):
         return self.output(self.attend(q, k, v, None, inputs), inputs)
 
     def weigh(
-        self, q: Tensor, k: Tensor, mask: Mask | Tensor | None, inputs: Inputs
+        self, q: Tensor, k: Tensor, inputs: Inputs
     ) -> Float[Tensor, "batch heads queries keys"]:
         """None.
 

@@ -56,12 +56,12 @@ class WithMemory(Attention):
         if self.score_mod is not None:
             raise ValueError("position: a bias on scores tells nothing of persistent tokens")
 
-    def build(self, bias: bool) -> None:
+    def make_projections(self) -> None:
         """Projections, persistent tokens, the memory, and what ⊗ takes."""
-        super().build(bias)
+        super().make_projections()
         self.tokens = nn.Parameter(0.02 * torch.randn(1, self.persistent, self.dim))
         self.memory = NeuralMemory(
-            self.dim, self.heads, head_dim=self.head_dim, bias=bias, **self.options
+            self.dim, self.heads, head_dim=self.head_dim, bias=self.bias, **self.options
         )  # fmt: skip
         eps = torch.finfo(torch.float32).eps
         self.own_norm = nn.RMSNorm(self.dim, eps=eps)
@@ -105,14 +105,14 @@ class _Windowed(WithMemory):
 
     def visible(self, k: Tensor, inputs: Inputs) -> Mask:
         """Which keys, persistent ones included, a query sees."""
-        if inputs.real is None:
+        if inputs.valid is None:
             return self.near
-        real = inputs.real[:, -k.shape[2] :]
-        always = real.new_ones(len(real), self.persistent)
-        return self.near & masks.padding(torch.cat((always, real), dim=1))
+        valid = inputs.valid[:, -k.shape[2] :]
+        always = valid.new_ones(len(valid), self.persistent)
+        return self.near & masks.padding(torch.cat((always, valid), dim=1))
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, inputs: Inputs
+        self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
     ) -> Float[Tensor, "batch heads queries width"]:
         """One fused call."""
         own = self.keys_of(self.tokens)
@@ -121,7 +121,7 @@ class _Windowed(WithMemory):
         )  # fmt: skip
 
     def weigh(
-        self, q: Tensor, k: Tensor, mask: Mask | Tensor | None, inputs: Inputs
+        self, q: Tensor, k: Tensor, inputs: Inputs
     ) -> Float[Tensor, "batch heads queries persistent_and_keys"]:
         """Weights of persistent tokens, and of all pairs."""
         k, visible = self.before(k, self.keys_of(self.tokens)[0]), self.visible(k, inputs)
@@ -160,9 +160,9 @@ class MemoryAsGate(_Windowed):
 class MemoryAsLayer(_Windowed):
     """Attention to what the memory makes of each token."""
 
-    def build(self, bias: bool) -> None:
+    def make_projections(self) -> None:
         """Nothing is gated here."""
-        super().build(bias)
+        super().make_projections()
         del self.own_norm, self.memory_norm
 
     def project(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:

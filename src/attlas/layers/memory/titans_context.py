@@ -72,7 +72,7 @@ class MemoryAsContext(WithMemory):
             raise ValueError(f"memory must have kernel=1, got {self.memory.kernel}")
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, inputs: Inputs
+        self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
     ) -> Float[Tensor, "batch one queries dim"]:
         """Segment by segment, from the first token of the unfinished one on."""
         size, state = self.segment, self.memory.state(inputs, _wide(q))
@@ -94,15 +94,15 @@ class MemoryAsContext(WithMemory):
         self, inputs: Inputs
     ) -> tuple[Integer[Tensor, "batch tokens"], Integer[Tensor, "batch 1"], int]:
         """(slots of this pass's tokens, one behind every row's last, how many slots there are)."""
-        real, tokens, size = inputs.real, inputs.x.shape[1], self.segment
+        valid, tokens, size = inputs.valid, inputs.x.shape[1], self.segment
         seen = inputs.key_positions.shape[-1] - tokens
-        most = seen % size if real is None else min(seen, size - 1)
-        if real is None:
-            real = torch.ones(
+        most = seen % size if valid is None else min(seen, size - 1)
+        if valid is None:
+            valid = torch.ones(
                 len(inputs.x), seen + tokens, dtype=torch.bool, device=inputs.x.device
             )
-        before, at = real[:, :seen].sum(-1, keepdim=True) % size, ranks(real[:, seen:])
-        stop = before + real[:, seen:].sum(-1, keepdim=True)
+        before, at = valid[:, :seen].sum(-1, keepdim=True) % size, ranks(valid[:, seen:])
+        stop = before + valid[:, seen:].sum(-1, keepdim=True)
         return at.where(at < 0, at + before), stop, -(-(most + tokens) // size) * size
 
     def with_unfinished(
@@ -147,7 +147,7 @@ class MemoryAsContext(WithMemory):
         return super().output(self.fused(q, keys, values, visible), inputs)
 
     def weigh(
-        self, q: Tensor, k: Tensor, mask: Mask | Tensor | None, inputs: Inputs
+        self, q: Tensor, k: Tensor, inputs: Inputs
     ) -> Float[Tensor, "batch heads queries keys"]:
         """None.
 

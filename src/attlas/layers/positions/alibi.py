@@ -29,7 +29,7 @@ class ALiBiAttention(Attention):
 
     has_cross_form = False
     has_own_position = True
-    stages = ("position", "score")
+    changes = ("position", "score")
 
     def __init__(self, dim: int, heads: int = 8, *args: Any, **options: Any) -> None:
         super().__init__(dim, heads, *args, **options)

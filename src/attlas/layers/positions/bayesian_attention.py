@@ -100,8 +100,10 @@ class Bayesian(Attention):
     claims = (
         Claim(
             "a learned prior over distances goes on working far beyond the trained length",
-            against=("softmax", "softmax(position='sinusoidal')"), task="extrapolation",
-            split="64 tokens", steps=600,
+            against=("softmax", "softmax(position='sinusoidal')"),
+            task="extrapolation",
+            split="64 tokens",
+            steps=600,
         ),
     )
 
@@ -116,16 +118,16 @@ class Bayesian(Attention):
         self.position_encoding = GaussianPrior(heads, train_loc=train_loc, eps=eps)
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, inputs: Inputs
+        self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
     ) -> Tensor:
         """One fused call; FlexAttention refuses the prior's gradients, so a GPU takes them by chunks."""
         prior = self.position_encoding
         assert isinstance(prior, GaussianPrior)
         if not q.is_cuda or (self.training and self.dropout > 0):
-            return super().attend(q, k, v, mask, inputs)
+            return super().attend(q, k, v, inputs)
         if torch.is_grad_enabled():
             return ops.attend(
                 q, k, v, mask=mask, score_mod=self.score_mod, scale=self.scale, route="chunked"
             )
         with prior.tabled(k.shape[2]):
-            return super().attend(q, k, v, mask, inputs)
+            return super().attend(q, k, v, inputs)

@@ -4,7 +4,7 @@
     k_mn = q_m ∘ t_n                                    the key of token n as query m sees it
     score[m, n] = R_m q_m · R_n k_mn / √d = Σ_i t_n,i |q_m,i|² cos((m − n) θ_i) / √d
 
-So the angle between query and key is 0 before they are turned, and no score grows with distance in a
+So the angle between query and key is 0 before they are rotated, and no score grows with distance in a
 plane before half a turn. The sum is the product of R_m (|q_i|², 0) and R_n (t_i, 0): keys
 need no memory for pairs, and a cache holds R_n (t_i, 0).
 
@@ -12,7 +12,7 @@ Cost: that of rotary attention.
 Reduces to no other mechanism here: a key without its query has no direction of its own.
 Source: "Cure the headache of Transformers via Collinear Constrained Attention". The authors' code
 multiplies channel by channel, (R_m q_m) · (q_m ∘ R_n (t, t)), which is another function once tokens
-are turned (`form="released"`).
+are rotated (`form="released"`).
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ class CollinearConstrained(Attention):
     claims = (
         Claim(
             "collinear keys keep rotary attention working beyond the trained length",
-            task="extrapolation", split="64 tokens", steps=600,
+            task="extrapolation",
+            split="64 tokens",
+            steps=600,
         ),
     )
 
@@ -64,8 +66,8 @@ class CollinearConstrained(Attention):
         if self.form == "released":
             first, second = k.chunk(2, dim=-1)
             t = ((first + second) / 2).relu()
-            turned, k = super().position(q, torch.cat((t, t), dim=-1), inputs)
-            return q * turned, k
+            rotated, k = super().position(q, torch.cat((t, t), dim=-1), inputs)
+            return q * rotated, k
         rope = self.position_encoding
         assert isinstance(rope, RoPE)
         return (
@@ -77,8 +79,8 @@ class CollinearConstrained(Attention):
 @fused
 def _squares(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """R (|q_i|², 0) in each plane."""
-    real, imaginary = q.chunk(2, dim=-1)
-    squared = real.square() + imaginary.square()
+    valid, imaginary = q.chunk(2, dim=-1)
+    squared = valid.square() + imaginary.square()
     return torch.cat((squared * cos, squared * sin), dim=-1)
 
 

@@ -48,7 +48,10 @@ class ComplexFormer(Attention):
     claims = (
         Claim(
             "phases adapted by each head model language better than rotary heads",
-            task="shakespeare-bytes", better="lower", steps=500, batch=16,
+            task="shakespeare-bytes",
+            better="lower",
+            steps=500,
+            batch=16,
         ),
     )
 
@@ -67,9 +70,9 @@ class ComplexFormer(Attention):
         self.delta = nn.Parameter(torch.randn(self.kv_heads, pairs) * pairs**-0.5)
         self.phase_bias = nn.Parameter(torch.zeros(heads, pairs))
 
-    def build(self, bias: bool) -> None:
+    def make_projections(self) -> None:
         """The plain projections, begun as the paper begins them."""
-        super().build(bias)
+        super().make_projections()
         for projection in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
             nn.init.xavier_uniform_(projection.weight)
 

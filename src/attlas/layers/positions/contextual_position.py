@@ -43,7 +43,9 @@ class ContextualPosition(Attention):
         Claim(
             "counts what matters, also at distances that training did not show",
             ours="contextual-position-encoding(position='none')",
-            against=("softmax", "softmax(position='none')"), task="counting", split="more passes",
+            against=("softmax", "softmax(position='none')"),
+            task="counting",
+            split="more passes",
         ),
     )
 
@@ -61,11 +63,11 @@ class ContextualPosition(Attention):
         super().__init__(dim, heads, *args, **options)
         self.embedding = nn.Parameter(torch.zeros(npos, self.head_dim))
 
-    def build(self, bias: bool) -> None:
+    def make_projections(self) -> None:
         """The plain projections, and the gates' keys where they have their own."""
-        super().build(bias)
+        super().make_projections()
         if self.gate_keys:
-            self.gate_proj = nn.Linear(self.dim, self.kv_heads * self.head_dim, bias=bias)
+            self.gate_proj = nn.Linear(self.dim, self.kv_heads * self.head_dim, bias=self.bias)
 
     def project(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values; what gates read travels beside the keys, into the cache too."""
@@ -83,19 +85,17 @@ class ContextualPosition(Attention):
         q, keys = super().position(q, keys, inputs)
         return q, torch.cat((keys, gates), dim=-1)
 
-    def weigh(
-        self, q: Tensor, k: Tensor, mask: Mask | Tensor | None, inputs: Inputs
-    ) -> Tensor:
+    def weigh(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
         """Weights, the gates seeing what the mask shows."""
         if self.score_mod is not None:
             raise ValueError("position: a bias on scores cannot be given together with CoPE")
         keys, gates = k[..., : self.head_dim], k[..., self.head_dim :]
         gates = gates if gates.shape[-1] else keys
         visible = as_dense(mask, q.shape[2], k.shape[2], k.shape[2] - q.shape[2], q.device)
-        gate = (self.scale * q @ self.per_query_head(gates, q).transpose(-1, -2)).sigmoid()
+        gate = (self.scale * q @ ops.repeated(gates, q.shape[1]).transpose(-1, -2)).sigmoid()
         if visible is not None:
             gate = gate * visible
-        scores = self.score(q, keys) + self.bias_at(q, self.count(gate))
+        scores = self.score(q, keys, inputs) + self.bias_at(q, self.count(gate))
         return self.normalize(
             scores if visible is None else scores.masked_fill(~visible, -torch.inf)
         )

@@ -51,13 +51,15 @@ class RopeNopeHybrid(Attention):
         period: every so many layers one is full and without positions.
         base: of the rotary wavelengths.
         interleaved: rotary pairs are channels (0, 1), (2, 3), … as in Cohere's models.
-        qk_norm: queries and keys of every head go through a layer norm before they are turned.
+        qk_norm: queries and keys of every head go through a layer norm before they are rotated.
     """
 
     claims = (
         Claim(
             "windowed rotary layers among layers without positions retrieve beyond the trained length",
-            ours="rope-nope-hybrid(window=16, period=2)", task="extrapolation", split="64 tokens",
+            ours="rope-nope-hybrid(window=16, period=2)",
+            task="extrapolation",
+            split="64 tokens",
             steps=600,
         ),
     )
@@ -99,7 +101,7 @@ class RopeNopeHybrid(Attention):
             inputs = replace(inputs, mask=inputs.mask[..., -k.shape[2] :])
         pairs = super().mask(q, k, inputs)
         gone = inputs.key_positions.shape[-1] - k.shape[2]
-        if gone and inputs.real is None and isinstance(pairs, Mask) and not pairs.relative:
+        if gone and inputs.valid is None and isinstance(pairs, Mask) and not pairs.relative:
             all_keys = gone + k.shape[2]
             return masks.dense(pairs, q.shape[2], all_keys, device=q.device)[..., gone:]
         return pairs

@@ -88,17 +88,21 @@ class AdaptiveFilter(Attention):
         self.tau, self.nu = nn.Parameter(torch.ones(heads)), nn.Parameter(torch.ones(heads))
         normed = input_norm.replace("none", "") + "o" * output_norm
         counts = {n: self.kv_heads if n in "kv" else heads for n in normed}
-        self.gains = nn.ParameterDict({n: torch.ones(h, self.head_dim // 2) for n, h in counts.items()})
+        self.gains = nn.ParameterDict(
+            {n: torch.ones(h, self.head_dim // 2) for n, h in counts.items()}
+        )
 
-    def build(self, bias: bool) -> None:
+    def make_projections(self) -> None:
         """Projections that begin as complex matrices of random moduli and phases."""
         if self.head_dim % 4:
             raise ValueError(f"head_dim must be a multiple of 4, got {self.head_dim}")
-        super().build(bias)
+        super().make_projections()
         for name, axes in zip("qkvo", 3 * ["(h two d) x"] + ["x (h two d)"], strict=True):
             weight = self.get_parameter(f"{name}_proj.weight").data
             parts = rearrange(weight, f"{axes} -> two h d x", two=2, d=self.head_dim // 2)
-            modulus = torch.randn_like(parts[0]) * (2 / (self.dim + parts[0, ..., 0].numel())) ** 0.5
+            modulus = (
+                torch.randn_like(parts[0]) * (2 / (self.dim + parts[0, ..., 0].numel())) ** 0.5
+            )
             phase = 2 * math.pi * torch.rand_like(modulus)
             parts.copy_(torch.stack((modulus * phase.cos(), modulus * phase.sin())))
 
@@ -106,11 +110,9 @@ class AdaptiveFilter(Attention):
         """q̃, k̃ and ṽ, turned back to time 0; a cache holds them so."""
         q, k, v = (self.normed(n, x) for n, x in zip("qkv", super().project(inputs), strict=True))
         at = inputs.token_positions
-        return self.turned(q, -inputs.positions), self.turned(k, -at), self.turned(v, -at)
+        return self.rotated(q, -inputs.positions), self.rotated(k, -at), self.rotated(v, -at)
 
-    def weigh(
-        self, q: Tensor, k: Tensor, mask: Mask | Tensor | None, inputs: Inputs
-    ) -> Tensor:
+    def weigh(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
         """Weights by the likelihood of each residual, times the decay; rows sum to at most 1."""
         dtype = torch.promote_types(q.dtype, torch.float32)
         times = inputs.positions_of(k.shape[2])
@@ -119,9 +121,11 @@ class AdaptiveFilter(Attention):
         (sigma, eta, gamma, nu), mu = noises[..., None, None], self.decay(dtype)[:, None, None]
         eta, gamma, nu = eta + self.eps, gamma + self.eps, nu + self.eps
         exponent = (mu * far).clamp(min=-10.0)
-        elapsed = torch.where(mu == 0, far, (2 * exponent).expm1() / torch.where(mu == 0, 1.0, 2 * mu))
+        elapsed = torch.where(
+            mu == 0, far, (2 * exponent).expm1() / torch.where(mu == 0, 1.0, 2 * mu)
+        )
         variance = sigma * elapsed + eta * (2 * exponent).exp() + gamma
-        decay, q, k = exponent.exp(), q.to(dtype), self.per_query_head(k, q).to(dtype)
+        decay, q, k = exponent.exp(), q.to(dtype), ops.repeated(k, q.shape[1]).to(dtype)
         keys = k.square().sum(-1)[..., None, :] * decay.square()
         residual = q.square().sum(-1, keepdim=True) + keys - 2 * decay * (q @ k.mT)
         ratio = residual.clamp(min=0.0) / (self.head_dim // 2)
@@ -131,20 +135,20 @@ class AdaptiveFilter(Attention):
         if self.additive != "none":
             scores = scores - (variance.log() if self.additive == "dle" else nu * far)
         scores = scores * self.tau.to(dtype).square()[:, None, None]
-        visible = ops.as_dense(mask, q.shape[2], k.shape[2], k.shape[2] - q.shape[2], q.device)
+        visible = inputs.visible(q, k)
         shown = scores if visible is None else scores.masked_fill(~visible, -torch.inf)
         return (self.normalize(shown) * decay).to(inputs.x.dtype)
 
     def output(self, heads: Tensor, inputs: Inputs) -> Tensor:
         """The estimate at the query's time, or one step further, projected."""
-        heads = self.turned(heads, inputs.positions)
+        heads = self.rotated(heads, inputs.positions)
         if self.residual:
             own = self.split_heads(self.v_proj(inputs.x))
-            heads = heads + self.per_query_head(own, heads)
+            heads = heads + ops.repeated(own, heads.shape[1])
         heads = self.normed("o", heads)
         if self.predict:
             step = self.decay(torch.promote_types(heads.dtype, torch.float32)).exp()[:, None, None]
-            heads = self.turned(heads, torch.ones_like(inputs.positions)) * step.to(heads.dtype)
+            heads = self.rotated(heads, torch.ones_like(inputs.positions)) * step.to(heads.dtype)
         return super().output(heads, inputs)
 
     def decay(self, dtype: torch.dtype) -> Tensor:
@@ -160,7 +164,7 @@ class AdaptiveFilter(Attention):
         gained: Tensor = x * self.gains[name].repeat(1, 2)[:, None].to(x.dtype)
         return gained
 
-    def turned(self, x: Tensor, times: Tensor) -> Tensor:
+    def rotated(self, x: Tensor, times: Tensor) -> Tensor:
         """x e^{iωt}, the angles in float32 at least."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         omega = self.omega.to(dtype) * (10 * math.pi / self.length)
@@ -168,5 +172,5 @@ class AdaptiveFilter(Attention):
         omega = omega.repeat_interleave(x.shape[1] // len(omega), dim=0)
         angle = times[..., None, :, None].to(dtype) * omega[:, None]
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-        real, imaginary = x.chunk(2, dim=-1)
-        return torch.cat((real * cos - imaginary * sin, real * sin + imaginary * cos), dim=-1)
+        valid, imaginary = x.chunk(2, dim=-1)
+        return torch.cat((valid * cos - imaginary * sin, valid * sin + imaginary * cos), dim=-1)

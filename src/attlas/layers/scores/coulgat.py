@@ -64,12 +64,14 @@ class CoulGAT(Attention):
         self.nodes, self.join = at_least_one("nodes", nodes), join
         self.activation, self.slope = activation, slope
         width = dim if join == "mean" and head_dim is None else head_dim
-        super().__init__(dim, heads, kv_heads, width, bias=bias, **options)
+        super().__init__(dim, heads, kv_heads, width, bias=self.bias, **options)
 
-    def build(self, bias: bool) -> None:
+    def make_projections(self) -> None:
         """W, and for every node a, its powers and b."""
         if self.head_dim * (self.heads if self.join == "concat" else 1) != self.dim:
-            raise ValueError(f"head_dim={self.head_dim} must make heads, joined, dim={self.dim} wide")
+            raise ValueError(
+                f"head_dim={self.head_dim} must make heads, joined, dim={self.dim} wide"
+            )
         self.v_proj = nn.Linear(self.dim, self.kv_heads * self.head_dim, bias=False)
         self.a = nn.Parameter(torch.empty(self.heads, self.nodes, self.head_dim))
         self.power = nn.Parameter(torch.empty(self.heads, self.nodes, self.nodes))
@@ -89,11 +91,11 @@ class CoulGAT(Attention):
             v = v + self.b[:, at].transpose(0, 1)
         return self.a[:, at].transpose(0, 1).expand(len(x), -1, -1, -1), v, v
 
-    def score(self, q: Tensor, k: Tensor) -> Tensor:
+    def score(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
         """LeakyReLU of products, not scaled."""
         return leaky_relu(ops.grouped_product(q, k.transpose(-1, -2)), self.slope)
 
-    def weigh(self, q: Tensor, k: Tensor, mask: Mask | Tensor | None, inputs: Inputs) -> Tensor:
+    def weigh(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
         """Attention to neighbourhoods."""
         near = self.neighbourhoods(mask, inputs)
         return super().weigh(q, ops.grouped_product(near, k), mask, inputs)

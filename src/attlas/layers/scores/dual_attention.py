@@ -76,9 +76,9 @@ class DualAttention(Attention):
         self.library, self.symbol_heads = at_least_one("library", library), symbol_heads
         super().__init__(dim, heads, *args, **options)
 
-    def build(self, bias: bool) -> None:
+    def make_projections(self) -> None:
         """The plain projections, of which relational heads have values and outputs of their own."""
-        super().build(bias)
+        super().make_projections()
         n, d, group = self.relational, self.head_dim, self.heads // self.kv_heads
         if n % group or n * d % self.relations:
             name = "kv_heads" if n % group else "relations"
@@ -86,10 +86,10 @@ class DualAttention(Attention):
         if n == 0:
             return
         own = self.dim * n // self.heads
-        self.v_proj = nn.Linear(self.dim, (self.heads - n) // group * d, bias=bias)
-        self.o_proj = nn.Linear((self.heads - n) * d, self.dim - own, bias=bias)
-        self.symbol_proj = nn.Linear(self.dim, n // group * d, bias=bias)
-        self.relational_o_proj = nn.Linear(n * d, own, bias=bias)
+        self.v_proj = nn.Linear(self.dim, (self.heads - n) // group * d, bias=self.bias)
+        self.o_proj = nn.Linear((self.heads - n) * d, self.dim - own, bias=self.bias)
+        self.symbol_proj = nn.Linear(self.dim, n // group * d, bias=self.bias)
+        self.relational_o_proj = nn.Linear(n * d, own, bias=self.bias)
         self.relation_q = nn.Linear(self.dim, n * d, bias=False)
         self.relation_k = None if self.symmetric else nn.Linear(self.dim, n * d, bias=False)
         self.relation_out = nn.Parameter(torch.empty(n, d, self.relations))
@@ -117,7 +117,9 @@ class DualAttention(Attention):
         """The symbol of each sender, [batch, tokens, dim]."""
         if self.symbols == "positional":
             if (tokens := inputs.key_positions.shape[-1]) > self.library:
-                raise ValueError(f"library={self.library} symbols are too few for {tokens} positions")
+                raise ValueError(
+                    f"library={self.library} symbols are too few for {tokens} positions"
+                )
             return self.symbol_library[inputs.token_positions].expand_as(inputs.tokens)
         asked = self.symbol_query(inputs.tokens).flatten(0, 1)
         q, k, v = (
@@ -133,7 +135,7 @@ class DualAttention(Attention):
         q = torch.cat((own_q, q[:, self.heads :]), dim=1)
         return q, rearrange(k, "b h t d -> b 1 t (h d)")
 
-    def weigh(self, q: Tensor, k: Tensor, mask: Mask | Tensor | None, inputs: Inputs) -> Tensor:
+    def weigh(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
         """The maps of the heads; then, for every relational head, its map times each relation."""
         k = self.split_heads(k[:, 0])
         maps = super().weigh(q[:, : self.heads], k[:, : self.kv_heads], mask, inputs)
@@ -151,7 +153,7 @@ class DualAttention(Attention):
         relations: Tensor = ACTIVATIONS[self.activation]((q * q.shape[-1] ** -0.5) @ k.mT)
         return relations
 
-    def aggregate(self, weights: Tensor, v: Tensor) -> Tensor:
+    def aggregate(self, weights: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
         """Values summed by each head's map, and relations by theirs."""
         n, v = self.relational, self.split_heads(v[:, 0])
         weights = torch.dropout(weights, self.dropout, self.training)
@@ -159,9 +161,9 @@ class DualAttention(Attention):
         if n and self.symbols == "relative":
             named = self.split_heads(self.symbol_proj(self.symbol_library)[None])
             parts = (self._by_distance(maps[:, :n]), named), (maps[:, n:], v)
-            heads = torch.cat([m @ self.per_query_head(x, m) for m, x in parts], dim=1)
+            heads = torch.cat([m @ ops.repeated(x, m.shape[1]) for m, x in parts], dim=1)
         else:
-            heads = maps @ self.per_query_head(v, maps)
+            heads = maps @ ops.repeated(v, maps.shape[1])
         if n == 0:
             return heads
         related = weights[:, self.heads :].sum(-1).unflatten(1, (n, -1)).transpose(2, 3)

@@ -49,20 +49,20 @@ class _Walk(Attention):
     #: Weights rest on the queries before, so that a decoder must show it all of them at each step.
     needs_earlier_queries: ClassVar[bool] = True
 
-    def build(self, bias: bool) -> None:
+    def make_projections(self) -> None:
         """Only the way out; what steers the walk is the subclass's."""
         if self.heads != 1 or self.head_dim != self.dim:
             raise ValueError(f"heads must be 1 and head_dim as wide as dim, got {self.heads}")
-        self.o_proj = nn.Linear(self.dim, self.dim, bias=bias)
+        self.o_proj = nn.Linear(self.dim, self.dim, bias=self.bias)
 
     def project(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         """The inputs as they are."""
         return inputs.x[:, None], inputs.tokens[:, None], inputs.tokens[:, None]
 
-    def weigh(self, q: Tensor, k: Tensor, mask: Mask | Tensor | None, inputs: Inputs) -> Tensor:
+    def weigh(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
         """The alignment, step by step; precise, since it adds up."""
-        visible = ops.as_dense(mask, q.shape[2], k.shape[2], k.shape[2] - q.shape[2], q.device)
-        walks = None if inputs.context is not None else inputs.real
+        visible = inputs.visible(q, k)
+        walks = None if inputs.context is not None else inputs.valid
         weights = self.align(inputs, visible, walks)[:, None].to(q.dtype)
         return weights if visible is None else weights.masked_fill(~visible, 0.0)
 
@@ -103,7 +103,9 @@ class GMM(_Walk):
 
     def mixture(self, x: Tensor, walks: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Shares (over Z), means and widths, each [batch, queries, components]."""
-        shares, delta, sigma = self.mlp(x).to(torch.promote_types(x.dtype, torch.float32)).chunk(3, -1)
+        shares, delta, sigma = (
+            self.mlp(x).to(torch.promote_types(x.dtype, torch.float32)).chunk(3, -1)
+        )
         if self.version in "01":
             delta = delta.clamp(max=80.0).exp()
             sigma = sigma.clamp(-80.0, 80.0)

@@ -65,7 +65,7 @@ class Luong(Attention):
         self.score_dim = score_dim
         super().__init__(dim, heads, *args, **options)
 
-    def build(self, bias: bool) -> None:
+    def make_projections(self) -> None:
         """What the score, the alignment and the attentional state need."""
         if self.heads != 1 or self.head_dim != self.dim:
             raise ValueError(f"heads must be 1 and head_dim as wide as dim, got {self.heads}")
@@ -79,7 +79,7 @@ class Luong(Attention):
         if self.alignment == "predictive":
             self.p_proj = nn.Linear(self.dim, self.dim, bias=False)
             self.v_p = nn.Linear(self.dim, 1, bias=False)
-        self.o_proj = nn.Linear(2 * self.dim, self.dim, bias=bias)
+        self.o_proj = nn.Linear(2 * self.dim, self.dim, bias=self.bias)
 
     def project(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         """States as the score reads them; values are the source itself."""
@@ -90,23 +90,21 @@ class Luong(Attention):
             k = self.k_proj(k)
         return q[:, None], k[:, None], inputs.tokens[:, None]
 
-    def score(self, q: Tensor, k: Tensor) -> Tensor:
+    def score(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
         """Scores, not scaled."""
         if self.scoring == "concat":
             scores: Tensor = self.v_score((q[..., None, :] + k[..., None, :, :]).tanh())
             return scores.squeeze(-1)
         return q @ k.transpose(-1, -2)
 
-    def weigh(
-        self, q: Tensor, k: Tensor, mask: Mask | Tensor | None, inputs: Inputs
-    ) -> Tensor:
+    def weigh(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
         """Weights over the source, or over the window around p."""
-        visible = ops.as_dense(mask, q.shape[2], k.shape[2], k.shape[2] - q.shape[2], q.device)
+        visible = inputs.visible(q, k)
         distance = None if self.alignment == "global" else self.distance(inputs)
         if distance is not None:
             near = distance.abs() <= self.window
             visible = near if visible is None else visible & near
-        scores = self.score(q, k)
+        scores = self.score(q, k, inputs)
         if visible is not None:
             scores = scores.masked_fill(~visible, -torch.inf)
         weights = self.normalize(scores)
@@ -121,7 +119,7 @@ class Luong(Attention):
             steps: Tensor = torch.atleast_2d(inputs.positions)[:, None, :, None]
             return places - steps
         shares = self.v_p(self.p_proj(inputs.x).tanh()).sigmoid()
-        length = places.shape[-1] if inputs.real is None else inputs.real.sum(-1)[:, None, None]
+        length = places.shape[-1] if inputs.valid is None else inputs.valid.sum(-1)[:, None, None]
         # In half precision whole places beyond 256 would run together.
         exact = shares.to(torch.promote_types(shares.dtype, torch.float32))
         distances: Tensor = places - (length * exact)[:, None]

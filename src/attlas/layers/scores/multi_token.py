@@ -55,7 +55,9 @@ class MultiToken(Attention):
         Claim(
             "finds what only several tokens together identify",
             ours="multi-token-attention(kernel=[2,7], norm=False, head_kernel=1)",
-            task="blocks(blocks=5, size=4, letters=12)", steps=800, layers=1,
+            task="blocks(blocks=5, size=4, letters=12)",
+            steps=800,
+            layers=1,
         ),
     )
 
@@ -99,15 +101,15 @@ class MultiToken(Attention):
         """Of the kernel's keys, those before the score's own."""
         return {"both": keys // 2, "left": keys - 1, "right": 0}[self.key_padding]
 
-    def weigh(self, q: Tensor, k: Tensor, mask: Mask | Tensor | None, inputs: Inputs) -> Tensor:
+    def weigh(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
         """score → convolve → mix → mask → normalize → convolve → mix, with all pairs in memory."""
-        scores, offset = self.score(q, k), k.shape[2] - q.shape[2]
+        scores, offset = self.score(q, k, inputs), k.shape[2] - q.shape[2]
         if self.score_mod is not None:
             scores = self.score_mod(scores, *ops.indices(scores, offset))
         visible = ops.as_dense(mask, q.shape[2], k.shape[2], offset, q.device)
         hidden = None if visible is None else ~visible
-        if inputs.real_now is not None and inputs.context is None and hidden is not None:
-            hidden = hidden | ~inputs.real_now[:, None, :, None]  # padding's rows enter no other
+        if inputs.valid_now is not None and inputs.context is None and hidden is not None:
+            hidden = hidden | ~inputs.valid_now[:, None, :, None]  # padding's rows enter no other
         scores = self._convolved(scores, hidden, self.kernel, "scores", inputs)
         if self.score_mix is not None:
             scores = torch.einsum("bhqk,gh->bgqk", scores, self.score_mix)

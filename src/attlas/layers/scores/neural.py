@@ -43,7 +43,10 @@ class Neural(Attention):
     claims = (
         Claim(
             "a small network for every pair scores better than a dot product",
-            task="shakespeare-bytes", better="lower", steps=500, batch=16,
+            task="shakespeare-bytes",
+            better="lower",
+            steps=500,
+            batch=16,
         ),
     )
 
@@ -67,12 +70,12 @@ class Neural(Attention):
         self.third = nn.Linear(width // 2, 1, bias=False)
 
     def position(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """Queries and keys turned by their position, then their shares of the first layer."""
+        """Queries and keys rotated by their position, then their shares of the first layer."""
         q, k = super().position(q, k, inputs)
         for_q, for_k = self.first.weight.chunk(2, dim=1)
         return linear(self.q_narrow(q), for_q, self.first.bias), linear(self.k_narrow(k), for_k)
 
-    def score(self, q: Tensor, k: Tensor) -> Tensor:
+    def score(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
         """Scores of all pairs, a block of queries at a time."""
         again = q.shape[2] > BLOCK and torch.is_grad_enabled()
         return torch.cat([

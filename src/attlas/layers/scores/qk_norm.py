@@ -38,6 +38,6 @@ class QKNorm(Attention):
         self.g = nn.Parameter(torch.tensor(math.log2(length**2 - length)))
         self.scale = 1.0
 
-    def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    def features(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Unit queries times g, and unit keys."""
         return self.g * normalize(q, dim=-1), normalize(k, dim=-1)

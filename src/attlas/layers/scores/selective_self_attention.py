@@ -51,7 +51,11 @@ class SelectiveSelfAttention(Attention):
     def project(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and values at their temperatures; a cache holds the values so."""
         q, k, v = super().project(inputs)
-        return q * self.query_temperature(q, inputs.positions), k, v * (1 + gated(v, self.value_gate))
+        return (
+            q * self.query_temperature(q, inputs.positions),
+            k,
+            v * (1 + gated(v, self.value_gate)),
+        )
 
     def query_temperature(self, q: Tensor, positions: Tensor) -> Tensor:
         """τ_q [batch, heads, tokens, 1], the number that multiplies a query's logits."""

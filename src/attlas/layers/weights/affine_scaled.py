@@ -55,7 +55,11 @@ class AffineScaled(Attention):
     claims = (
         Claim(
             "scaled and shifted weights train to no higher a loss",
-            task="shakespeare-bytes", better="lower", margin=0.0, steps=500, batch=16,
+            task="shakespeare-bytes",
+            better="lower",
+            margin=0.0,
+            steps=500,
+            batch=16,
         ),
     )
 
@@ -73,10 +77,10 @@ class AffineScaled(Attention):
         self.activation, self.momentum = activation, momentum
         self.register_buffer("mean_alpha", torch.zeros(heads))
 
-    def build(self, bias: bool) -> None:
+    def make_projections(self) -> None:
         """The plain projections, and one to a logit of α for each head."""
-        super().build(bias)
-        self.gate_proj = nn.Linear(self.dim, self.heads, bias=bias)
+        super().make_projections()
+        self.gate_proj = nn.Linear(self.dim, self.heads, bias=self.bias)
 
     def alpha(self, x: Tensor) -> Tensor:
         """α [batch, heads, queries, 1]."""
@@ -86,38 +90,36 @@ class AffineScaled(Attention):
         return (0.1 * logits + 0.5).clamp(0.0, 1.0)
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, inputs: Inputs
+        self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
     ) -> Tensor:
         """Plain attention in one fused call, scaled, and a share of the visible values' mean."""
         alpha = self.alpha(inputs.x)
         if self.training:
             self._follow(alpha.detach(), inputs)
-        out = self.fused(q, k, v, mask)
+        out = self.fused(q, k, v, inputs.pairs)
         shift = self.mean_alpha.to(alpha.dtype)[:, None, None] - alpha
-        return alpha * out + shift * self.per_query_head(self._mean(q, k, v, mask, inputs), out)
+        return alpha * out + shift * ops.repeated(self._mean(q, k, v, mask, inputs), out.shape[1])
 
-    def weigh(
-        self, q: Tensor, k: Tensor, mask: Mask | Tensor | None, inputs: Inputs
-    ) -> Tensor:
+    def weigh(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
         """α softmax + β, hidden keys at 0."""
-        weights, alpha = super().weigh(q, k, mask, inputs), self.alpha(inputs.x)
+        weights, alpha = super().weigh(q, k, inputs), self.alpha(inputs.x)
         shift = self.mean_alpha.to(alpha.dtype)[:, None, None] - alpha
-        visible = ops.as_dense(mask, q.shape[2], k.shape[2], k.shape[2] - q.shape[2], q.device)
+        visible = inputs.visible(q, k)
         if visible is None:
             return alpha * weights + shift / k.shape[2]
         return alpha * weights + visible * shift / visible.sum(-1, keepdim=True).clamp(min=1)
 
     def _mean(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, inputs: Inputs
+        self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
     ) -> Tensor:
         """Mean of the values that each query sees, of one key head for its group if it is the same."""
-        if not self.runs_along(mask, inputs):
+        if not inputs.runs_along(self.pattern):
             return ops.attend(torch.zeros_like(q), torch.zeros_like(k), v, mask=mask)
         dtype = torch.promote_types(v.dtype, torch.float32)
         count = torch.ones(1, 1, k.shape[2], 1, dtype=dtype, device=v.device)
-        if inputs.real is not None:
-            real = inputs.real[:, None, -k.shape[2] :, None]
-            v, count = v * real, count * real
+        if inputs.valid is not None:
+            valid = inputs.valid[:, None, -k.shape[2] :, None]
+            v, count = v * valid, count * valid
         if masks.causal in (self.pattern, mask) and q.shape[2] > 1:  # a lone query sees them all
             mean, _ = ops.running_mean(v, count.cumsum(2).clamp(min=1))
             return mean[:, :, -q.shape[2] :]
@@ -125,8 +127,10 @@ class AffineScaled(Attention):
         return (sums / count.sum(2, keepdim=True).clamp(min=1)).to(v)
 
     def _follow(self, alpha: Tensor, inputs: Inputs) -> None:
-        """Move ᾱ towards the mean of this batch's real tokens."""
-        real = None if inputs.real is None or inputs.context is not None else inputs.real_now
-        share = torch.ones_like(alpha[:, :1]) if real is None else real[:, None, :, None].to(alpha)
+        """Move ᾱ towards the mean of this batch's valid tokens."""
+        valid = None if inputs.valid is None or inputs.context is not None else inputs.valid_now
+        share = (
+            torch.ones_like(alpha[:, :1]) if valid is None else valid[:, None, :, None].to(alpha)
+        )
         mean = (alpha * share).sum((0, 2, 3)) / share.sum().clamp(min=1)
         self.mean_alpha.lerp_(mean.to(self.mean_alpha), 1 - self.momentum)

@@ -33,22 +33,25 @@ class Cog(Attention):
     claims = (
         Claim(
             "negative weights make heads more expressive",
-            task="shakespeare-bytes", better="lower", steps=500, batch=16,
+            task="shakespeare-bytes",
+            better="lower",
+            steps=500,
+            batch=16,
         ),
     )
 
-    def normalize(self, scores: Tensor) -> Tensor:
+    def normalize(self, scores: Tensor, inputs: Inputs) -> Tensor:
         """sign(p) · softmax(|p|)."""
         hidden = scores == -torch.inf
         signs = scores.masked_fill(hidden, 0.0).sign()
         return signs * ops.softmax(scores.abs().masked_fill(hidden, -torch.inf))
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, inputs: Inputs
+        self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
     ) -> Tensor:
         """Positive and negative logits as heads 2h and 2h + 1 of one fused call, then merged."""
         if q.shape[2] == 1:  # for a lone query the weights are little to hold
-            return self.aggregate(self.weigh(q, k, mask, inputs), v)
+            return self.aggregate(self.weigh(q, k, inputs), v, inputs)
         if isinstance(mask, Mask) and mask.heads:
             mask = masks.by_groups(mask, 2)
         elif isinstance(mask, Tensor) and mask.shape[1] > 1:
@@ -60,9 +63,7 @@ class Cog(Attention):
         positive, negative = (out[:, 0::2], lse[:, 0::2]), (-out[:, 1::2], lse[:, 1::2])
         return ops.merge([positive, negative])[0]
 
-    def _signed(
-        self, score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor
-    ) -> Tensor:
+    def _signed(self, score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         """|p| where p has the sub-head's sign; a half of exp(0) each, which cancel, where it has none."""
         inner = self.position_encoding.score_mod
         p = score if inner is None else inner(score, b, h // 2, q_idx, kv_idx)

@@ -37,8 +37,10 @@ class Dint(Differential):
         Claim(
             "adds to the differential map what the whole sequence attends to, and retrieves "
             "better than it",
-            also="noise", against=("differential-transformer", "softmax"),
-            task="noise(needles=2, pairs=8, keys=8)", split="32 pairs",
+            also="noise",
+            against=("differential-transformer", "softmax"),
+            task="noise(needles=2, pairs=8, keys=8)",
+            split="32 pairs",
         ),
     )
 
@@ -47,17 +49,17 @@ class Dint(Differential):
     }
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, inputs: Inputs
+        self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
     ) -> Tensor:
         """Both maps in one fused call, and the mean of what the first gives."""
         causal = masks.causal in (self.pattern, mask)
-        if not self.runs_along(mask, inputs):
+        if not inputs.runs_along(self.pattern):
             if inputs.cache is not None:
                 raise ValueError(
                     "mask: with a cache, DINT takes causal masks and padding alone, "
                     f"got {mask if isinstance(mask, Mask) else 'a mask of pairs'}"
                 )
-            return self.aggregate(self.weigh(q, k, mask, inputs), v)
+            return self.aggregate(self.weigh(q, k, inputs), v, inputs)
         first, second = self.outs(q, k, v, mask, inputs)
         mean = self.mean_of(first, causal, inputs)
         return _joined(first, second, mean, self.lambda_.to(first.dtype))
@@ -66,9 +68,9 @@ class Dint(Differential):
         """G·V [batch, heads, queries or 1, width]: the mean of A₁V, up to each query if causal."""
         dtype = torch.promote_types(first.dtype, torch.float32)
         count = first.new_ones(first.shape[0], 1, first.shape[2], 1, dtype=dtype)
-        if (real := inputs.real_now) is not None and inputs.context is None:
-            count = count * real[:, None, :, None]
-            first = first * real[:, None, :, None]
+        if (valid := inputs.valid_now) is not None and inputs.context is None:
+            count = count * valid[:, None, :, None]
+            first = first * valid[:, None, :, None]
         if not causal:
             sums = first.sum(2, keepdim=True, dtype=dtype)
             return (sums / count.sum(2, keepdim=True).clamp(min=1)).to(first)
@@ -79,12 +81,10 @@ class Dint(Differential):
         inputs.remember("dint-count", count[:, :, -1:])
         return mean
 
-    def weigh(
-        self, q: Tensor, k: Tensor, mask: Mask | Tensor | None, inputs: Inputs
-    ) -> Tensor:
+    def weigh(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
         """A₁ − λ A₂ + λ G, of all queries at once."""
         first, second = self.both(q, k, mask, inputs)
-        visible = ops.as_dense(mask, q.shape[2], k.shape[2], k.shape[2] - q.shape[2], q.device)
+        visible = inputs.visible(q, k)
         if visible is None:
             mean = first.mean(2, keepdim=True)
         else:

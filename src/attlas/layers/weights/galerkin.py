@@ -52,13 +52,13 @@ class _Integral(Attention):
         if coordinates < 0:
             raise ValueError(f"coordinates must be at least 0, got {coordinates}")
         self.coordinates, self.eps = coordinates, eps
-        super().__init__(dim, heads, *args, bias=bias, **options)
+        super().__init__(dim, heads, *args, bias=self.bias, **options)
         if self.score_mod is not None:
             raise ValueError("position: a bias on scores means nothing without a softmax")
 
-    def build(self, bias: bool) -> None:
+    def make_projections(self) -> None:
         """Projections that start near a hundredth of the identity, and a norm for every head."""
-        super().build(bias)
+        super().make_projections()
         for projection in (self.q_proj, self.k_proj, self.v_proj):
             nn.init.xavier_uniform_(projection.weight, gain=1e-4)
             with torch.no_grad():
@@ -70,7 +70,7 @@ class _Integral(Attention):
             self.register_parameter(f"{name}_gain", nn.Parameter(torch.ones(shape)))
             self.register_parameter(f"{name}_shift", nn.Parameter(torch.zeros(shape)))
         width = self.head_dim + self.coordinates
-        self.o_proj = nn.Linear(self.heads * width, self.dim, bias=bias)
+        self.o_proj = nn.Linear(self.heads * width, self.dim, bias=self.bias)
         self.scale = width**-0.5 if self.scaled else 1.0
 
     def project(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,29 +87,29 @@ class _Integral(Attention):
         q, k = super().position(q, k, inputs)
         return self._placed(q, inputs, keys=False), self._placed(k, inputs, keys=True)
 
-    def normalize(self, scores: Tensor) -> Tensor:
+    def normalize(self, scores: Tensor, inputs: Inputs) -> Tensor:
         """Divided by the number of points that a row sees."""
         seen = scores != -torch.inf
         count = seen.sum(-1, keepdim=True).clamp(min=1).to(scores.dtype)
         return scores.masked_fill(~seen, 0.0) / count
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, inputs: Inputs
+        self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
     ) -> Tensor:
         """The product from the right where all queries see the same points."""
-        one_domain = self.pattern is None and (inputs.mask is None or inputs.real is not None)
+        one_domain = self.pattern is None and (inputs.mask is None or inputs.valid is not None)
         # The Fourier type's dropout falls on its weights, so they must be there.
         if not one_domain or (self.scaled and self.training and self.dropout):
-            return self.aggregate(self.weigh(q, k, mask, inputs), v)
+            return self.aggregate(self.weigh(q, k, inputs), v, inputs)
         product = torch.dropout(self.matrix(k, v, inputs), self.dropout, self.training)
-        return ops.grouped_product(self.features(q, k)[0], product * self.scale)
+        return ops.grouped_product(self.features(q, k, inputs)[0], product * self.scale)
 
     def matrix(self, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
         """kᵀ v / n of every key head [batch, kv_heads, d, d]."""
         count = torch.tensor(k.shape[2], device=k.device)
-        if inputs.real is not None:
-            real = inputs.real[:, None, :, None]
-            k, count = k.masked_fill(~real, 0.0), real.sum(2, keepdim=True).clamp(min=1)
+        if inputs.valid is not None:
+            valid = inputs.valid[:, None, :, None]
+            k, count = k.masked_fill(~valid, 0.0), valid.sum(2, keepdim=True).clamp(min=1)
         return k.transpose(-1, -2) @ (v / count.to(v.dtype))
 
     def _placed(self, x: Tensor, inputs: Inputs, *, keys: bool) -> Tensor:
@@ -130,7 +130,10 @@ class Galerkin(_Integral):
     claims = (
         Claim(
             "attention without softmax learns solution operators as well or better",
-            task="burgers", better="lower", steps=500, batch=16,
+            task="burgers",
+            better="lower",
+            steps=500,
+            batch=16,
         ),
     )
 
@@ -150,14 +153,14 @@ class GalerkinLinear(_Integral):
 
     normed = "kv"
 
-    def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    def features(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Queries that sum to 1 over their channels."""
         return q.softmax(-1), k
 
-    def weigh(self, q: Tensor, k: Tensor, mask: Mask | Tensor | None, inputs: Inputs) -> Tensor:
+    def weigh(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
         """Every query's own divisor: the sum over the points that it sees, channel by channel."""
-        q, k = q.softmax(-1), self.per_query_head(k, q)
-        visible = ops.as_dense(mask, q.shape[2], k.shape[2], k.shape[2] - q.shape[2], q.device)
+        q, k = q.softmax(-1), ops.repeated(k, q.shape[1])
+        visible = inputs.visible(q, k)
         if visible is None:
             return self.normalize(q @ k.softmax(2).transpose(-1, -2))
         shown = visible.any(-2)[..., None]
@@ -169,6 +172,6 @@ class GalerkinLinear(_Integral):
 
     def matrix(self, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
         """Keys that sum to 1 over the real points, times values over n."""
-        if inputs.real is not None:
-            k = k.masked_fill(~inputs.real[:, None, :, None], -torch.inf)
+        if inputs.valid is not None:
+            k = k.masked_fill(~inputs.valid[:, None, :, None], -torch.inf)
         return super().matrix(ops.softmax(k.transpose(-1, -2)).transpose(-1, -2), v, inputs)

@@ -86,7 +86,7 @@ class LongShort(Attention):
         return pairs & masks.dense(reach, q.shape[2], k.shape[2], device=q.device)
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, inputs: Inputs
+        self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
     ) -> Tensor:
         """Long and short heads in a fused call each, so that short ones skip what they do not see."""
         long, group = self.long_heads, self.heads // self.kv_heads
@@ -97,7 +97,7 @@ class LongShort(Attention):
         else:  # a pattern that tells heads apart by itself
             parts, long = (mask, None), self.heads
         if long % group:  # a key head of both kinds
-            k, v, group = self.per_query_head(k, q), self.per_query_head(v, q), 1
+            k, v, group = ops.repeated(k, q.shape[1]), ops.repeated(v, q.shape[1]), 1
         kinds = (slice(0, long), slice(long, self.heads))
         outs = [
             ops.attend(
@@ -124,7 +124,9 @@ def largest_logits(layer: Attention, x: Tensor, **given: Any) -> Tensor:
         if isinstance(mask, Mask):
             seen = ops.as_dense(mask, rows.shape[2], k.shape[2], offset + start, q.device)
         else:
-            seen = mask[:, :, start : start + 256] if mask is not None and mask.shape[2] > 1 else mask
+            seen = (
+                mask[:, :, start : start + 256] if mask is not None and mask.shape[2] > 1 else mask
+            )
         if seen is not None:
             scores = scores.masked_fill(~seen, -torch.inf)
         found.append(scores.amax((0, 2, 3)))

@@ -53,7 +53,7 @@ class Normalized(Attention):
         self.shift = nn.Parameter(torch.zeros(heads, 1, 1))
         self.norm = nn.LayerNorm(heads * self.head_dim, eps=1e-3) if norm else nn.Identity()
 
-    def normalize(self, scores: Tensor) -> Tensor:
+    def normalize(self, scores: Tensor, inputs: Inputs) -> Tensor:
         """g z + b at visible keys, 0 at hidden ones."""
         visible = scores != -torch.inf
         count = visible.sum(-1, keepdim=True).clamp(min=1)
@@ -64,21 +64,21 @@ class Normalized(Attention):
         return torch.where(visible, weights, 0.0).to(scores.dtype)
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, inputs: Inputs
+        self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
     ) -> Tensor:
         """By sums over keys where all queries see the same ones, else by the map."""
-        alike = mask is None or (self.pattern is None and inputs.real is not None)
+        alike = mask is None or (self.pattern is None and inputs.valid is not None)
         if not alike or self.score_mod is not None or (self.training and self.dropout):
-            return super().attend(q, k, v, mask, inputs)
+            return super().attend(q, k, v, inputs)
         exact = torch.promote_types(q.dtype, torch.float32)
         queries, keys, values = (x.to(exact) for x in (self.scale * q, k, v))
-        real = values.new_ones(1, 1, k.shape[2], 1)
-        if inputs.real is not None:
-            real = real * inputs.real[:, None, -k.shape[2] :, None]
-        count = real.sum(2, keepdim=True).clamp(min=1)
-        keys = (keys - (keys * real).sum(2, keepdim=True) / count) * real
-        spread, mixed, total = (self.per_query_head(x, q) for x in (
-            keys.mT @ keys / count, keys.mT @ values, (values * real).sum(2, keepdim=True)
+        valid = values.new_ones(1, 1, k.shape[2], 1)
+        if inputs.valid is not None:
+            valid = valid * inputs.valid[:, None, -k.shape[2] :, None]
+        count = valid.sum(2, keepdim=True).clamp(min=1)
+        keys = (keys - (keys * valid).sum(2, keepdim=True) / count) * valid
+        spread, mixed, total = (ops.repeated(x, q.shape[1]) for x in (
+            keys.mT @ keys / count, keys.mT @ values, (values * valid).sum(2, keepdim=True)
         ))  # fmt: skip
         variance = ((queries @ spread) * queries).sum(-1, keepdim=True)
         flat = variance <= 0  # where the root's slope is infinite
@@ -103,17 +103,19 @@ class SumPooling(Attention):
         ("finite-differences", "gradients-reach", "no-trace"), "it has no parameter to train"
     )
 
-    def build(self, bias: bool) -> None:
+    def make_projections(self) -> None:
         """No projections: heads are slices of the tokens."""
         if bias or {self.kv_heads, self.dim / self.head_dim} != {self.heads}:
             raise ValueError("bias, kv_heads and head_dim: pooling has no projections")
 
     def project(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens as values; no queries or keys but a channel each, which nothing reads."""
-        q, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (inputs.x, inputs.tokens))
+        q, v = (
+            x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (inputs.x, inputs.tokens)
+        )
         return q[..., :1], v[..., :1], v
 
-    def normalize(self, scores: Tensor) -> Tensor:
+    def normalize(self, scores: Tensor, inputs: Inputs) -> Tensor:
         """1 at visible keys, 0 at hidden ones."""
         return (scores != -torch.inf).to(scores.dtype)
 
@@ -126,7 +128,7 @@ class SumPooling(Attention):
 class MaxPooling(SumPooling):
     """Every query gets, channel by channel, the largest of the tokens that it sees."""
 
-    def aggregate(self, weights: Tensor, v: Tensor) -> Tensor:
+    def aggregate(self, weights: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
         """Largest visible value, 0 where nothing is visible; a query at a time bounds the memory."""
         weights = torch.dropout(weights, self.dropout, self.training)
         rows = [v.masked_fill(row[..., None] == 0, -torch.inf).amax(2) for row in weights.unbind(2)]

@@ -78,7 +78,7 @@ class Probabilistic(Attention):
         q, k, v = super().project(inputs)
         initial = _given(inputs, "initial", (*k.shape[:2], *q.shape[2:]), k)
         if initial is not None:
-            q = torch.cat((q, self.per_query_head(initial, q)), dim=-1)
+            q = torch.cat((q, ops.repeated(initial, q.shape[1])), dim=-1)
         for name, own in {"alpha": self.alpha, "beta": self.beta}.items():
             given = _given(inputs, name, k.shape[:3], v)
             each = torch.full_like(v[..., :1], own) if given is None else given[..., None]
@@ -89,9 +89,11 @@ class Probabilistic(Attention):
         """Queries and ζ alone know where they stand."""
         d = self.head_dim
         placed = super().position(q[..., :d], k[..., :d], inputs)
-        return torch.cat((placed[0], q[..., d:]), dim=-1), torch.cat((placed[1], k[..., d:]), dim=-1)
+        return torch.cat((placed[0], q[..., d:]), dim=-1), torch.cat(
+            (placed[1], k[..., d:]), dim=-1
+        )
 
-    def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    def features(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """What multiplies to log w, but for what is the same along a row."""
         zeta, mu, alpha, beta = self.parts(k)
         q, v = q[..., : self.head_dim], q[..., self.head_dim :]
@@ -103,37 +105,37 @@ class Probabilistic(Attention):
         k = torch.cat((alpha * zeta, beta * mu[..., : v.shape[-1]], *bias), dim=-1)
         return torch.cat((q, v, sizes), dim=-1), k
 
-    def score(self, q: Tensor, k: Tensor) -> Tensor:
+    def score(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
         """log w, but for what is the same along a row."""
-        q, k = self.features(q, k)
+        q, k = self.features(q, k, inputs)
         return ops.grouped_product(q, k.transpose(-1, -2))
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, inputs: Inputs
+        self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
     ) -> Tensor:
         """Fused where nothing adapts; else the values, too, are those after the last step."""
         if self.key_steps or inputs.extras:
             return self.aggregate(*self.infer(q, k, mask, inputs))
         dropout = self.dropout if self.training else 0.0
-        q, k = self.features(q, k)
+        q, k = self.features(q, k, inputs)
         return ops.attend(q, k, v, mask=mask, score_mod=self.score_mod, scale=1.0, dropout=dropout)
 
-    def weigh(self, q: Tensor, k: Tensor, mask: Mask | Tensor | None, inputs: Inputs) -> Tensor:
+    def weigh(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
         """Weights after the last step."""
         return self.infer(q, k, mask, inputs)[0]
 
     def infer(
-        self, q: Tensor, k: Tensor, mask: Mask | Tensor | None, inputs: Inputs
+        self, q: Tensor, k: Tensor, inputs: Inputs
     ) -> tuple[Tensor, Tensor]:
         """Weights and values after the last step, both for every query head."""
-        parts, width = [*self.parts(self.per_query_head(k, q))], k.shape[-1] - self.head_dim - 2
+        parts, width = [*self.parts(ops.repeated(k, q.shape[1]))], k.shape[-1] - self.head_dim - 2
         takes = torch.ones_like(q[..., :1], dtype=torch.bool)
-        if inputs.context is None and inputs.real_now is not None:
-            takes = takes & inputs.real_now[:, None, :, None]
+        if inputs.context is None and inputs.valid_now is not None:
+            takes = takes & inputs.valid_now[:, None, :, None]
         phases = [(0, self.key_steps, q[..., : self.head_dim], takes, self.key_prior)]
         fixed = _given(inputs, "fixed", (*k.shape[:2], q.shape[2], width + 1), q)
         if fixed is not None:
-            fixed = self.per_query_head(fixed, q)
+            fixed = ops.repeated(fixed, q.shape[1])
             known = takes & (fixed[..., width:] > 0)
             phases.append((1, self.value_steps, fixed[..., :width], known, self.value_prior))
         for at, steps, points, who, prior in phases:
@@ -142,9 +144,9 @@ class Probabilistic(Attention):
                 parts[at] = _drawn(parts[at], points, scores, who, parts[at + 2], prior)
         return self.normalize(self.joint(q, torch.cat(parts, dim=-1), mask, inputs)), parts[1]
 
-    def joint(self, q: Tensor, k: Tensor, mask: Mask | Tensor | None, inputs: Inputs) -> Tensor:
+    def joint(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
         """Scores with log π, −∞ where hidden."""
-        scores, offset = self.score(q, k), k.shape[2] - q.shape[2]
+        scores, offset = self.score(q, k, inputs), k.shape[2] - q.shape[2]
         if self.score_mod is not None:
             scores = self.score_mod(scores, *ops.indices(scores, offset))
         if "log_prior" in inputs.extras:

@@ -32,7 +32,7 @@ class SharedProjection(nn.Module):
     def __init__(self, dim: int, heads: int, head_dim: int, rank: int, bias: bool) -> None:
         super().__init__()
         self.head_dim = head_dim
-        self.base = nn.Linear(dim, heads * head_dim, bias=bias)
+        self.base = nn.Linear(dim, heads * head_dim, bias=self.bias)
         self.down = nn.Linear(dim, 2 * rank, bias=False)
         self.up = nn.Parameter(torch.empty(2, rank, heads * head_dim))
         nn.init.uniform_(self.up, -(rank**-0.5), rank**-0.5)
@@ -75,8 +75,10 @@ class SharedDiff(Differential):
     claims = (
         Claim(
             "keeps the differential map's gain with fewer parameters",
-            against=("differential-transformer",), task="noise(needles=2, pairs=8, keys=8)",
-            split="32 pairs", margin=0.02,
+            against=("differential-transformer",),
+            task="noise(needles=2, pairs=8, keys=8)",
+            split="32 pairs",
+            margin=0.02,
         ),
     )
 
@@ -89,9 +91,9 @@ class SharedDiff(Differential):
         self.rank = None if rank is None else at_least_one("rank", rank)
         super().__init__(dim, heads, *args, **options)
 
-    def build(self, bias: bool) -> None:
+    def make_projections(self) -> None:
         """The differential layer's projections, those of queries and keys shared."""
-        super().build(bias)
+        super().make_projections()
         rank = self.rank = self.rank or self.head_dim
         self.q_proj = SharedProjection(self.dim, self.heads, self.head_dim, rank, bias)
         self.k_proj = SharedProjection(self.dim, self.kv_heads, self.head_dim, rank, bias)

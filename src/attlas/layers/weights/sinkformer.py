@@ -49,7 +49,7 @@ class Sinkformer(Attention):
         super().__init__(dim, heads, *args, **options)
         self.half_steps, self.epsilon = half_steps, epsilon
 
-    def normalize(self, scores: Tensor) -> Tensor:
+    def normalize(self, scores: Tensor, inputs: Inputs) -> Tensor:
         """n times the transport plan; a token whose column is hidden everywhere is padding."""
         log_plan = scores / self.epsilon
         padded = (scores == -torch.inf).all(-2)

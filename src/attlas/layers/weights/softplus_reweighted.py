@@ -87,14 +87,16 @@ class Softplus(Attention):
             k = normalize(k, dim=-1, eps=1e-6)
         return q, k, v, pairs, inputs
 
-    def _count(self, q: Tensor, k: Tensor, mask: Mask | Tensor | None, inputs: Inputs) -> Tensor:
+    def _count(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
         """Keys that each query sees [batch or 1, heads or 1, queries or 1, 1]."""
-        real = torch.ones(1, k.shape[2], dtype=torch.bool, device=q.device)
-        real = (real if inputs.real is None else inputs.real[:, -k.shape[2] :])[:, None, :, None]
-        if self.runs_along(mask, inputs):
+        valid = torch.ones(1, k.shape[2], dtype=torch.bool, device=q.device)
+        valid = (valid if inputs.valid is None else inputs.valid[:, -k.shape[2] :])[
+            :, None, :, None
+        ]
+        if inputs.runs_along(self.pattern):
             causal = masks.causal in (self.pattern, mask)
-            return real.cumsum(2)[:, :, -q.shape[2] :] if causal else real.sum(2, keepdim=True)
-        visible = ops.as_dense(mask, q.shape[2], k.shape[2], k.shape[2] - q.shape[2], q.device)
+            return valid.cumsum(2)[:, :, -q.shape[2] :] if causal else valid.sum(2, keepdim=True)
+        visible = inputs.visible(q, k)
         assert visible is not None  # else sums run along
         count: Tensor = visible.sum(-1, keepdim=True)
         return count
@@ -112,7 +114,9 @@ class SoftplusReweighted(Softplus):
     claims = (
         Claim(
             "length-scaled, re-weighted scores go on working beyond the trained length",
-            task="extrapolation", split="64 tokens", steps=600,
+            task="extrapolation",
+            split="64 tokens",
+            steps=600,
         ),
     )
 
@@ -124,7 +128,7 @@ class SoftplusReweighted(Softplus):
         super().__init__(dim, heads, *args, **options)
         self.power, self.spared = at_least_one("power", power), at_least_one("spared", spared)
 
-    def normalize(self, scores: Tensor) -> Tensor:
+    def normalize(self, scores: Tensor, inputs: Inputs) -> Tensor:
         """Both stages."""
         exact = scores.to(torch.promote_types(scores.dtype, torch.float32))
         weights = super().normalize(exact)

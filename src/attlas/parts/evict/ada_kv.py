@@ -81,12 +81,12 @@ class AdaKV(ScoredPolicy):
         found = self.scorer.budgets(state, slots)
         if self.budget.bytes is None:
             return found
-        return torch.where(found < slots.real, (found - 1).clamp(min=1), found)
+        return torch.where(found < slots.total, (found - 1).clamp(min=1), found)
 
     def drop(self, layer: StoredLayer, slots: Slots, scores: Float[Tensor, "b h slots"]) -> None:
         """Hold each head's share alone, in a ragged body; the dense slots are emptied."""
         keep = shared(scores, slots.valid, slots.budget, self.alpha)
-        layer.put("kept", RaggedBody.kept(slots.keys, slots.values, slots.column, keep))
+        layer.put("kept", RaggedBody.kept(slots.keys, slots.values, slots.original_position, keep))
         layer.keys, layer.values = slots.keys[:, :, :0].clone(), slots.values[:, :, :0].clone()
 
 

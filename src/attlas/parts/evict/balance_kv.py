@@ -75,7 +75,7 @@ class BalanceKV(CachePart):
     """
 
     #: Weights are added to the scores of the pairs that stay.
-    stages = ("mask", "score")
+    changes = ("mask", "score")
     role: ClassVar[Role] = "evict"
     comparable: ClassVar[tuple[str, ...]] = ("(keep=0.5)", "(keep=0.25)")
 
@@ -103,9 +103,7 @@ class BalanceKV(CachePart):
         self.gamma, self.temperature, self.beta = gamma, temperature, beta
         self.use_values, self.seed, self.while_decoding = use_values, seed, while_decoding
 
-    def settle(
-        self, layer: StoredLayer, state: LayerState, rows: Rows
-    ) -> None:
+    def compress(self, layer: StoredLayer, state: LayerState, rows: Rows) -> None:
         """Reduce all between the sinks and the window."""
         self._reduce(layer, state, rows, span=1)
 
@@ -114,9 +112,7 @@ class BalanceKV(CachePart):
         if self.while_decoding:
             self._reduce(layer, state, call.rows, span=self.block << self.halvings)
 
-    def _reduce(
-        self, layer: StoredLayer, state: LayerState, rows: Rows, span: int
-    ) -> None:
+    def _reduce(self, layer: StoredLayer, state: LayerState, rows: Rows, span: int) -> None:
         """Turn the oldest dense tokens of each row into weighted ones, a multiple of `span`."""
         if not self.halvings:
             return

@@ -68,7 +68,7 @@ class DuoAttention(Calibrated, CachePart):
     """
 
     #: Streaming heads see fewer pairs.
-    stages = ("mask",)
+    changes = ("mask",)
     role: ClassVar[Role] = "evict"
 
     def __init__(
@@ -133,9 +133,7 @@ class DuoAttention(Calibrated, CachePart):
         device = next(model.parameters()).device
         self.retrieves = dict(zip(layers, chosen.to(device), strict=True))
 
-    def settle(
-        self, layer: StoredLayer, state: LayerState, rows: Rows
-    ) -> None:
+    def compress(self, layer: StoredLayer, state: LayerState, rows: Rows) -> None:
         """Free what streaming heads do not hold."""
         self._leave(layer, state, rows, block=1)
 
@@ -143,9 +141,7 @@ class DuoAttention(Calibrated, CachePart):
         """The same with what has left the window, a block at a time."""
         self._leave(layer, state, call.rows, block=self.block)
 
-    def _leave(
-        self, layer: StoredLayer, state: LayerState, rows: Rows, block: int
-    ) -> None:
+    def _leave(self, layer: StoredLayer, state: LayerState, rows: Rows, block: int) -> None:
         """Take what is no longer recent out of the dense slots, in whole blocks."""
         retrieves = self.retrieves[state.layer]
         if layer.dense_slots - self.recent < block or bool(retrieves.all()):

@@ -27,7 +27,7 @@ from attlas.cache.policy import CachePolicy, Slots
 from attlas.catalog.registry import mechanism
 from attlas.errors import UserError
 from attlas.storage.layer import LayerState
-from attlas.storage.rotary import Angles, Rotary, turn
+from attlas.storage.rotary import Angles, Rotary, rotate
 
 
 @mechanism("expected-attention", example={"keep": 0.5})
@@ -89,7 +89,7 @@ class ExpectedAttention(CachePolicy):
         queries = call.q.float()
         if state.rotary is not None:
             cos, sin = self._angles(state.rotary, call, positions, tensors)
-            queries = turn(queries, cos, sin)
+            queries = rotate(queries, cos, sin)
         mean = torch.einsum("bhtd,bt->bhd", queries, weight) / fresh.clamp(min=1)
         if self.use_covariance:
             centred = (queries - mean[:, :, None]).mul_(weight[:, None, :, None])
@@ -110,11 +110,11 @@ class ExpectedAttention(CachePolicy):
         self, call: Call
     ) -> tuple[Float[Tensor, "batch query"], Int[Tensor, "batch query"]]:  # fmt: skip
         """(1 for the queries that count, positions with -1 for padding), once for all layers."""
-        shared = call.step.shared
+        shared = call.forward_pass.shared
         if (key := ("asked", self.sinks)) not in shared:
-            rank, real = call.ranks
-            weight = (real & (rank >= self.sinks)).float()
-            shared[key] = weight, call.positions.masked_fill(~real, -1)
+            rank, valid = call.ranks
+            weight = (valid & (rank >= self.sinks)).float()
+            shared[key] = weight, call.positions.masked_fill(~valid, -1)
         found: tuple[Tensor, Tensor] = shared[key]
         return found
 
@@ -122,7 +122,7 @@ class ExpectedAttention(CachePolicy):
         self, rotary: Rotary, call: Call, positions: Tensor, tensors: dict[str, Tensor]
     ) -> Angles:
         """What undoes the queries' rotation, once for all layers; keeps the mean rotation to come."""
-        shared = call.step.shared
+        shared = call.forward_pass.shared
         if (key := ("angles", self.n_future, rotary)) not in shared:
             cos, sin = rotary.back(call.positions)
             ahead = positions.amax(dim=-1) + 1
@@ -172,9 +172,9 @@ class ExpectedAttention(CachePolicy):
             covariance = tensors["squares"] / tensors["count"].clamp(min=1)[..., None]
         if state.rotary is not None:
             cos, sin = tensors["cos"][:, None], tensors["sin"][:, None]
-            mean = turn(mean, cos, sin)
+            mean = rotate(mean, cos, sin)
             if covariance is not None:
                 cos, sin = cos[:, None], sin[:, None]
-                covariance = turn(covariance, cos, sin).transpose(-1, -2)
-                covariance = turn(covariance, cos, sin)
+                covariance = rotate(covariance, cos, sin).transpose(-1, -2)
+                covariance = rotate(covariance, cos, sin)
         return mean, covariance

@@ -98,9 +98,9 @@ class GuiKV(SnapKV):
             )
         fresh = {"norms": call.hidden.float().norm(dim=-1)}
         if self.image_token is not None:
-            if call.step.ids is None:
+            if call.forward_pass.ids is None:
                 raise UserError("image_token needs input_ids; with inputs_embeds give images=")
-            fresh["shown"] = call.step.ids.to(call.q.device) == self.image_token
+            fresh["shown"] = call.forward_pass.ids.to(call.q.device) == self.image_token
         for name, new in fresh.items():
             known = state.tensors.get(name)
             state.tensors[name] = new if known is None else torch.cat([known, new], dim=1)
@@ -108,14 +108,14 @@ class GuiKV(SnapKV):
     def scores(self, state: LayerState, slots: Slots) -> Float[Tensor, "batch kv_heads slots"]:
         """Attention of the last queries, with both terms; the queries' own tokens above all others."""
         asked = (state.tensors["columns"] >= 0).sum(dim=-1)
-        window = slots.rank >= (slots.real - asked)[:, None, None]
+        window = slots.rank >= (slots.total - asked)[:, None, None]
         scores = super().scores(state, slots) * asked[:, None, None]
         scores = scores.masked_fill(window | ~slots.valid, 0.0)
         for row in range(len(scores)):
             there = slots.valid[row, 0].nonzero()[:, 0]
             number = self._numbers(state, row, there)
             self._spatial(scores[row], there[number == 1], state.tensors["norms"][row])
-            pruned = 1.0 - int(slots.budget[row]) / int(slots.real[row])
+            pruned = 1.0 - int(slots.budget[row]) / int(slots.total[row])
             earlier = there[number > 1]
             self._temporal(scores[row], slots.keys[row], there[number == 1], earlier, pruned)
         return scores.masked_fill(window & slots.valid, scores.max().item() + 1)

@@ -87,31 +87,29 @@ class ObservedAttention(CachePolicy):
         """Count on with the keys that are still held, and enforce the budget."""
         if not self.while_decoding:
             return
-        columns, keys, values = layer.dense_columns(), layer.keys, layer.values
+        columns, keys, values = layer.dense_positions(), layer.keys, layer.values
         assert keys is not None
         assert values is not None
         there = layer.there(call.rows)
         seen = there[:, :, None] & (columns[:, :, None] <= call.queries[:, None])
         seen = seen.repeat_interleave(call.groups, dim=1)
-        self.learn(state, replace(call, k=keys, v=values, columns=columns, mask=seen))
-        self.settle(layer, state, call.rows)
+        self.learn(state, replace(call, k=keys, v=values, original_positions=columns, mask=seen))
+        self.compress(layer, state, call.rows)
 
-    def settle(
-        self, layer: StoredLayer, state: LayerState, rows: Rows
-    ) -> None:
+    def compress(self, layer: StoredLayer, state: LayerState, rows: Rows) -> None:
         """Keep the best slots, and their sums where these will be counted on."""
-        before = layer.dense_columns()
-        super().settle(layer, state, rows)
+        before = layer.dense_positions()
+        super().compress(layer, state, rows)
         if self.while_decoding:
             # A hole takes the column before it, so that columns stay in order.
             order = before.cummax(dim=-1).values.contiguous()
-            at = torch.searchsorted(order, layer.dense_columns().clamp(min=0).contiguous())
+            at = torch.searchsorted(order, layer.dense_positions().clamp(min=0).contiguous())
             state.tensors["sums"] = state.tensors["sums"].gather(-1, at)
 
     def scores(self, state: LayerState, slots: Slots) -> Float[Tensor, "batch kv_heads slots"]:
         """Mean attention received; the recent tokens above all others."""
         scores = state.tensors["sums"]
         if self.divide:
-            scores = scores / (slots.real[:, None, None] - slots.rank).clamp(min=1)
-        recent = slots.rank >= (slots.real - self.recent)[:, None, None]
+            scores = scores / (slots.total[:, None, None] - slots.rank).clamp(min=1)
+        recent = slots.rank >= (slots.total - self.recent)[:, None, None]
         return scores.masked_fill(recent & slots.valid, scores.max().item() + 1)

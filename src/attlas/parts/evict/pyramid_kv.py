@@ -76,9 +76,9 @@ class PyramidKV(ScoredPolicy):
         """This layer's step of the pyramid, for each row by its own length."""
         layers = [layer for layer in state.full if layer not in self.skipped]
         place = layers.index(state.layer), len(layers)
-        rows = zip(slots.budget.tolist(), slots.real.tolist(), strict=True)
+        rows = zip(slots.budget.tolist(), slots.total.tolist(), strict=True)
         found = [
-            pyramid(Fraction(mean), real, self.floor[1], self.beta, *place) for mean, real in rows
+            pyramid(Fraction(mean), total, self.floor[1], self.beta, *place) for mean, total in rows
         ]
         return torch.tensor(found, device=slots.budget.device)
 

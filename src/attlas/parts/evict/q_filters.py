@@ -47,8 +47,8 @@ class QueryDirections(Calibrator):
         """Add the queries of a call that are no padding."""
         heads = call.k.shape[1]
         queries = rearrange(call.q.float(), "b (h g) t d -> b t h g d", h=heads)
-        real = call.real
-        queries = queries.flatten(0, 1) if real is None else queries[real]
+        valid = call.valid
+        queries = queries.flatten(0, 1) if valid is None else queries[valid]
         self.add(f"{call.layer}.squares", torch.einsum("thgd,thge->hgde", queries, queries))
         self._sample(f"{call.layer}.sample", f"{call.layer}.lot", queries)
         self.add(f"{call.layer}.count", torch.tensor(len(queries)))
@@ -146,5 +146,5 @@ class QFilters(Calibrated, CachePolicy):
         """The product of each key with the direction of its queries; the window comes first."""
         filters = self.statistics[f"{state.layer}.filter"]
         scores = -torch.einsum("bhtd,hd->bht", slots.keys.float(), filters)
-        recent = (slots.rank >= (slots.real - self.window)[:, None, None]) & slots.valid
+        recent = (slots.rank >= (slots.total - self.window)[:, None, None]) & slots.valid
         return scores.masked_fill(recent, torch.inf)

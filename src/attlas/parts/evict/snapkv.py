@@ -25,24 +25,13 @@ from attlas.attach.call import Call
 from attlas.cache.policy import CachePolicy, Slots
 from attlas.catalog.registry import mechanism
 from attlas.errors import UserError
+from attlas.options import option
 from attlas.storage.layer import LayerState
 
 
 @mechanism("snapkv", example={"keep": 0.5, "window": 4})
 class SnapKV(CachePolicy):
-    """Keep what the prompt's last queries read, and the tokens of these queries.
-
-    Args:
-        keep: share of the context kept, in (0, 1], the window included.
-        tokens: or tokens kept, the window included.
-        bytes: or bytes of the whole cache.
-        window: how many of the last queries are asked.
-        kernel: width of the pooling along positions, odd.
-        pooling: "avg" or "max".
-
-    Raises:
-        ValueError: a budget out of range or smaller than the window; an even kernel.
-    """
+    """Keep what the prompt's last queries read, and the tokens of these queries."""
 
     comparable: ClassVar[tuple[str, ...]] = (
         "(keep=0.5)", "(keep=0.25)", "(keep=0.125)",
@@ -51,24 +40,15 @@ class SnapKV(CachePolicy):
         "(keep=0.5)+quantized-cache(bits=4)", "(keep=0.25)+quantized-cache(bits=4)",
     )  # fmt: skip
 
-    def __init__(
-        self,
-        keep: float | None = None,
-        *,
-        tokens: int | None = None,
-        bytes: int | None = None,
-        window: int = 64,
-        kernel: int = 5,
-        pooling: Literal["avg", "max"] = "avg",
-    ) -> None:
-        super().__init__(keep, tokens=tokens, bytes=bytes)
-        if window < 1:
-            raise UserError(f"window must be at least 1, got {window}")
-        if kernel < 1 or kernel % 2 == 0:
-            raise UserError(f"kernel must be odd and positive, got {kernel}")
-        if pooling not in ("avg", "max"):
-            raise UserError(f"pooling must be 'avg' or 'max', got {pooling!r}")
-        self.window, self.kernel, self.pooling = window, kernel, pooling
+    window: int = option("how many of the last queries are asked", default=64, at_least=1)
+    kernel: int = option("width of the pooling along positions, odd", default=5, at_least=1)
+    pooling: Literal["avg", "max"] = option("how neighbours are pooled", default="avg")
+
+    def setup(self) -> None:
+        """Refuse a kernel without a middle."""
+        super().setup()
+        if self.kernel % 2 == 0:
+            raise UserError(f"kernel must be odd, got {self.kernel}")
 
     @property
     def floor(self) -> tuple[str, int]:
@@ -76,14 +56,14 @@ class SnapKV(CachePolicy):
         return "window", self.window
 
     def learn(self, state: LayerState, call: Call) -> None:
-        """The last w real queries so far, with their columns (-1 where a row has fewer)."""
-        _, real = call.ranks
-        columns = torch.where(real, call.queries, -1)
+        """The last w valid queries so far, with their columns (-1 where a row has fewer)."""
+        _, valid = call.ranks
+        columns = torch.where(valid, call.queries, -1)
         queries = call.q
         if "queries" in state.tensors:
             queries = torch.cat([state.tensors["queries"], queries], dim=2)
             columns = torch.cat([state.tensors["columns"], columns], dim=1)
-        if call.rows.real is None:
+        if call.rows.valid is None:
             queries, columns = queries[:, :, -self.window :], columns[:, -self.window :]
         else:
             last = columns.topk(min(self.window, columns.shape[1]), dim=1).indices.flip(1)
@@ -102,7 +82,7 @@ class SnapKV(CachePolicy):
         asked = columns >= 0
         # No slot before the first asked query lies in anyone's future: slots are in order.
         first = int(columns.clamp(min=0).min())
-        late = slots.column[:, :, None, first:] > columns[:, None, :, None]
+        late = slots.original_position[:, :, None, first:] > columns[:, None, :, None]
         logits[..., first:].masked_fill_((late & asked[:, None, :, None])[:, :, None], -torch.inf)
         if not slots.valid.all():
             logits.masked_fill_(~slots.valid[:, :, None, None], -torch.inf)
@@ -112,7 +92,7 @@ class SnapKV(CachePolicy):
         else:
             share = asked / asked.sum(dim=-1, keepdim=True)
             mean = torch.einsum("bhgwt,bw->bhgt", weights, share)
-        window = (slots.rank >= (slots.real - asked.sum(dim=-1))[:, None, None]) & slots.valid
+        window = (slots.rank >= (slots.total - asked.sum(dim=-1))[:, None, None]) & slots.valid
         mean = mean.masked_fill(window[:, :, None] | ~slots.valid[:, :, None], 0.0)
         pooled: Tensor = self._pool(mean.flatten(0, 1)).unflatten(0, mean.shape[:2]).mean(dim=2)
         return pooled.masked_fill(window, pooled.max().item() + 1)

@@ -55,6 +55,6 @@ class TOVA(SnapKV):
 
     def scores(self, state: LayerState, slots: Slots) -> Float[Tensor, "batch kv_heads slots"]:
         """Mean attention of the last query over all heads; its own token above all others."""
-        last = (slots.rank == (slots.real - 1)[:, None, None]) & slots.valid
+        last = (slots.rank == (slots.total - 1)[:, None, None]) & slots.valid
         mean = super().scores(state, slots).mean(dim=1, keepdim=True).expand(last.shape)
         return mean.masked_fill(last, mean.masked_fill(last, 0.0).max().item() + 1)

@@ -12,7 +12,7 @@
 
 H spreads a channel that is large in all tokens, or a number that is large in one, over all channels.
 A pivot is a token with |ln‖x‖ − median| > `pivot_cut` · (median of these distances), by key head, for
-its key x or its value. Codes are turned back as they are read. Cost: the last queries' attention once
+its key x or its value. Codes are rotated back as they are read. Cost: the last queries' attention once
 for every block encoded, and dim² multiplications a token read. Reduces to full attention at bits=16.
 
 Established are the rotation, the two bits and who is salient (text in early layers, pivots in all);
@@ -45,7 +45,7 @@ from attlas.catalog.registry import mechanism
 from attlas.errors import UserError
 from attlas.ops.quantize import check, encode
 from attlas.storage.body import Body
-from attlas.storage.changed import TurnedBody, turned
+from attlas.storage.changed import TurnedBody, rotated
 from attlas.storage.layer import LayerState, StoredLayer, Taken
 from attlas.storage.packed import PackedBody
 from attlas.storage.rows import Rows
@@ -118,19 +118,17 @@ class AKVQ(Quantizer):
     def later(self, layer: StoredLayer, state: LayerState, call: Call) -> None:
         """Keep the last queries, and encode a block at a time."""
         self.learn(state, call)
-        self.settle(layer, state, call.rows)
+        self.compress(layer, state, call.rows)
 
     def _early(self, state: LayerState) -> bool:
         return state.layer in state.full[: self.early_layers]
 
-    def settle(
-        self, layer: StoredLayer, state: LayerState, rows: Rows
-    ) -> None:
+    def compress(self, layer: StoredLayer, state: LayerState, rows: Rows) -> None:
         """Say who is salient, and encode all but the newest tokens."""
         if max(layer.lengths(rows), default=0) - self.recent < self.block:
             return
         if self._early(state):
-            rank = rows.at(layer.dense_columns())[1]
+            rank = rows.at(layer.dense_positions())[1]
             worth = torch.ones_like(rank, dtype=torch.float32)
             for start, stop in self.images:
                 worth.masked_fill_((rank >= start) & (rank < stop), 0.0)
@@ -139,17 +137,19 @@ class AKVQ(Quantizer):
                 [w.sum(dim=(2, 3)) for w in attention_paid(layer, state, rows)]
             ).sum(dim=0)
         state.tensors["worth"] = spread(layer, worth)
-        super().settle(layer, state, rows)
+        super().compress(layer, state, rows)
         del state.tensors["worth"]
 
     def encode(self, state: LayerState, taken: Taken) -> dict[str, Body]:
         """A body for each of the three classes."""
         columns = taken_columns(taken)
-        real = columns >= 0
+        valid = columns >= 0
         worth = state.tensors["worth"].gather(-1, columns.clamp(min=0).long())
-        pivot = real & (far(taken.k, real, self.pivot_cut) | far(taken.v, real, self.pivot_cut))
-        plain = real & ~pivot
-        salient = plain & (worth > 0) if self._early(state) else greatest(worth, plain, self.salient)
+        pivot = valid & (far(taken.k, valid, self.pivot_cut) | far(taken.v, valid, self.pivot_cut))
+        plain = valid & ~pivot
+        salient = (
+            plain & (worth > 0) if self._early(state) else greatest(worth, plain, self.salient)
+        )
         classes = {
             "rest": (plain & ~salient, self.bits),
             "salient": (salient, self.salient_bits),
@@ -161,7 +161,10 @@ class AKVQ(Quantizer):
     def _body(self, taken: Taken, bits: int) -> Body:
         if bits == 16:
             return PackedBody(taken.k, taken.v, taken.index)
-        k, v = turned(taken.k.float()).to(taken.k.dtype), turned(taken.v.float()).to(taken.v.dtype)
+        k, v = (
+            rotated(taken.k.float()).to(taken.k.dtype),
+            rotated(taken.v.float()).to(taken.v.dtype),
+        )
         if self.key_group:
             keys = encode(k, bits, token_group=self.key_group, channel_group=1)
         else:
@@ -170,11 +173,13 @@ class AKVQ(Quantizer):
 
 
 def far(
-    x: Float[Tensor, "batch heads tokens dim"], real: Bool[Tensor, "batch heads tokens"], cut: float
+    x: Float[Tensor, "batch heads tokens dim"],
+    valid: Bool[Tensor, "batch heads tokens"],
+    cut: float,
 ) -> Bool[Tensor, "batch heads tokens"]:
     """Tokens whose norm is far from the median, measured by the median distance from it."""
     norm = torch.linalg.vector_norm(x.float(), dim=-1).clamp(min=1e-12).log()
-    norm = norm.masked_fill(~real, torch.nan)
+    norm = norm.masked_fill(~valid, torch.nan)
     away = (norm - norm.nanmedian(dim=-1, keepdim=True).values).abs()
     found: Tensor = away > cut * away.nanmedian(dim=-1, keepdim=True).values
     return found

@@ -44,7 +44,7 @@ from attlas.errors import UserError, at_least_one, exactly_one
 from attlas.hf.caches import DynamicLayer
 from attlas.storage.body import Body
 from attlas.storage.layer import LayerState, StoredLayer, Taken
-from attlas.storage.low_rank import Bases, LowRankBody, turned
+from attlas.storage.low_rank import Bases, LowRankBody, rotated
 from attlas.storage.rotary import Rotary
 
 
@@ -84,10 +84,10 @@ class Subspaces(Calibrator):
         q = call.q[:, :: call.groups].double()
         if self.rotary is not None:
             positions = call.positions[:, None]
-            k, q = (turned(x, self.rotary, positions, back=True) for x in (k, q))
-        if (real := call.real) is not None:
-            real = real[:, None, :, None].to(k)
-            k, q, v = k * real, q * real, v * real
+            k, q = (rotated(x, self.rotary, positions, back=True) for x in (k, q))
+        if (valid := call.valid) is not None:
+            valid = valid[:, None, :, None].to(k)
+            k, q, v = k * valid, q * valid, v * valid
         both = torch.einsum("bhtd,bhte->hde", k, k) + torch.einsum("bhtd,bhte->hde", q, q)
         if self.rotary is not None:
             both = both.sum(dim=0, keepdim=True)
@@ -207,7 +207,7 @@ class EigenAttention(Calibrated, Quantizer):
         positions = call.positions.to(torch.int32)
         known = state.tensors.get("positions")
         if known is not None:
-            positions = torch.cat([known[:, : call.step.offset], positions], dim=1)
+            positions = torch.cat([known[:, : call.forward_pass.offset], positions], dim=1)
         state.tensors["positions"] = positions
 
     def later(self, layer: StoredLayer, state: LayerState, call: Call) -> None:

@@ -121,11 +121,9 @@ class QAQ(Quantizer):
     def later(self, layer: StoredLayer, state: LayerState, call: Call) -> None:
         """Keep the last queries, and encode a block at a time."""
         self.learn(state, call)
-        self.settle(layer, state, call.rows)
+        self.compress(layer, state, call.rows)
 
-    def settle(
-        self, layer: StoredLayer, state: LayerState, rows: Rows
-    ) -> None:
+    def compress(self, layer: StoredLayer, state: LayerState, rows: Rows) -> None:
         """Find what attention tokens get, and encode all but the newest."""
         counts = [max(0, n - self.recent) // self.block * self.block for n in layer.lengths(rows)]
         if not max(counts, default=0):
@@ -185,7 +183,7 @@ class QAQ(Quantizer):
 def largest_paid(
     layer: StoredLayer, state: LayerState, rows: Rows
 ) -> Float[Tensor, "batch kv_heads seen"]:
-    """The most that a remembered query attends to each token, by original column."""
+    """The most that a remembered query attends to each token, by original positions."""
     found = [w.amax(dim=(2, 3)) for w in attention_paid(layer, state, rows)]
     return spread(layer, torch.stack(found).amax(dim=0))
 

@@ -118,9 +118,7 @@ class ZipCache(Quantizer):
         newest = rank >= count - (self.probes * span).ceil()
         return newest | (drawn(rank, self.seed) < self.probes)
 
-    def settle(
-        self, layer: StoredLayer, state: LayerState, rows: Rows
-    ) -> None:
+    def compress(self, layer: StoredLayer, state: LayerState, rows: Rows) -> None:
         """Measure who gets attention, and encode all but the newest tokens."""
         self._encode(layer, state, rows)
         for name in ("queries", "columns"):
@@ -130,19 +128,22 @@ class ZipCache(Quantizer):
         if max(layer.lengths(rows)) - self.recent < self.block:
             return
         state.tensors["saliency"] = spread(layer, saliency(layer, state, rows))
-        super().settle(layer, state, rows)
+        super().compress(layer, state, rows)
         del state.tensors["saliency"]
 
     def encode(self, state: LayerState, taken: Taken) -> dict[str, Body]:
         """A body of salient tokens and one of the others."""
         columns = taken_columns(taken)
-        real = columns >= 0
+        valid = columns >= 0
         scores = state.tensors["saliency"].gather(-1, columns.clamp(min=0).long())
-        other = least(scores, real, self.ratio)
+        other = least(scores, valid, self.ratio)
         for name, x in self._separated(taken).items():
             if name not in state.tensors:  # those of the prompt serve what follows
-                state.tensors[name] = channel_scale(x, real).to(torch.float16)
-        classes = {"salient": (real & ~other, self.salient_bits), "other": (other, self.other_bits)}
+                state.tensors[name] = channel_scale(x, valid).to(torch.float16)
+        classes = {
+            "salient": (valid & ~other, self.salient_bits),
+            "other": (other, self.other_bits),
+        }
         found = ((name, parted(taken, of), bits) for name, (of, bits) in classes.items())
         return {name: self._body(state, t, bits) for name, t, bits in found if t is not None}
 
@@ -168,7 +169,7 @@ def saliency(
     layer: StoredLayer, state: LayerState, rows: Rows
 ) -> Float[Tensor, "batch kv_heads slots"]:
     """Attention that the probes pay to each dense slot, by the number of queries that can see it."""
-    rank = rows.at(layer.dense_columns())[1]
+    rank = rows.at(layer.dense_positions())[1]
     paid = torch.zeros(rank.shape, device=rank.device)
     for weights in attention_paid(layer, state, rows):
         paid += weights.sum(dim=(2, 3))
@@ -177,16 +178,16 @@ def saliency(
 
 def least(
     scores: Float[Tensor, "batch kv_heads slots"],
-    real: Bool[Tensor, "batch kv_heads slots"],
+    valid: Bool[Tensor, "batch kv_heads slots"],
     ratio: float,
 ) -> Bool[Tensor, "batch kv_heads slots"]:
-    """The ⌊ratio · n⌋ real slots of least score, n of them by row and head."""
-    return greatest(-scores, real, ratio)
+    """The ⌊ratio · n⌋ valid slots of least score, n of them by row and head."""
+    return greatest(-scores, valid, ratio)
 
 
 def channel_scale(
-    x: Float[Tensor, "batch heads tokens dim"], real: Bool[Tensor, "batch heads tokens"]
+    x: Float[Tensor, "batch heads tokens dim"], valid: Bool[Tensor, "batch heads tokens"]
 ) -> Float[Tensor, "batch heads 1 dim"]:
-    """√(max |x|) of each channel over the real tokens; 1 for a channel that is 0 throughout."""
-    largest = x.float().abs().masked_fill(~real[..., None], 0.0).amax(dim=2, keepdim=True).sqrt()
+    """√(max |x|) of each channel over the valid tokens; 1 for a channel that is 0 throughout."""
+    largest = x.float().abs().masked_fill(~valid[..., None], 0.0).amax(dim=2, keepdim=True).sqrt()
     return torch.where(largest == 0, 1.0, largest)

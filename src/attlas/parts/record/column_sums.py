@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attlas.attach.call import Call, Step
+from attlas.attach.call import Call, ForwardPass
 from attlas.attach.part import Recorder
 from attlas.attach.where import Heads, Layers
 from attlas.catalog.registry import mechanism
@@ -36,17 +36,17 @@ class ColumnSums(Recorder):
         super().__init__(layers=layers, heads=heads)
         self._sums: dict[int, Tensor] = {}
 
-    def begin(self, step: Step) -> None:
+    def begin(self, forward_pass: ForwardPass) -> None:
         """A call without a past begins a new sequence."""
-        if step.offset == 0:
+        if forward_pass.offset == 0:
             self._sums.clear()
 
     def update(self, call: Call, weights: Tensor, queries: Tensor, keys: Tensor) -> None:
         """Add a block's columns up."""
         batch, heads = weights.shape[:2]
-        columns = max(call.step.offset + call.q.shape[2], call.k.shape[2])
-        if call.columns is not None:
-            columns = call.step.offset + call.q.shape[2]
+        columns = max(call.forward_pass.offset + call.q.shape[2], call.k.shape[2])
+        if call.original_positions is not None:
+            columns = call.forward_pass.offset + call.q.shape[2]
         sums = self._sums.get(call.layer)
         if sums is None or sums.shape[-1] < columns:
             grown = weights.new_zeros(batch, heads, columns)

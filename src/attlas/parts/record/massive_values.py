@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from attlas.attach.call import Call, Site, Step
+from attlas.attach.call import Call, ForwardPass, Site
 from attlas.attach.part import Patch, Recorder
 from attlas.attach.where import Heads, Layers
 from attlas.catalog.registry import mechanism
@@ -41,32 +41,38 @@ class MassiveValues(Recorder):
         layers: numbers of layers that are looked at; all unless given.
     """
 
-    stages = ("project",)
+    changes = ("project",)
     points = ("residual",)
 
     def __init__(self, *, layers: Layers = None) -> None:
         super().__init__(layers=layers)
         self._squares: defaultdict[str, dict[int, Tensor]] = defaultdict(dict)
 
-    def begin(self, step: Step) -> None:
+    def begin(self, forward_pass: ForwardPass) -> None:
         """A call without a past begins a new sequence."""
-        if step.offset == 0:
+        if forward_pass.offset == 0:
             self._squares.clear()
 
     def observe(self, call: Call) -> None:
         """Add up the squares of this call's queries, keys and values."""
-        tokens, real = call.q.shape[2], call.real
-        for name, x in (("q", call.q), ("k", call.k[:, :, -tokens:]), ("v", call.v[:, :, -tokens:])):
-            x = x.float() if real is None else x.float() * real[:, None, :, None]
+        tokens, valid = call.q.shape[2], call.valid
+        for name, x in (
+            ("q", call.q),
+            ("k", call.k[:, :, -tokens:]),
+            ("v", call.v[:, :, -tokens:]),
+        ):
+            x = x.float() if valid is None else x.float() * valid[:, None, :, None]
             self._add(name, call.layer, x.square().sum(dim=2))
 
     @torch.no_grad()
     def stream(self, site: Site, x: Float[Tensor, "batch query width"]) -> None:
         """Add up the squares of the residual stream."""
-        step = site.step
-        if step.real is not None:
-            real = step.real[:, step.offset : step.offset + x.shape[1]].to(x.device)
-            x = x * real[..., None]
+        forward_pass = site.forward_pass
+        if forward_pass.valid is not None:
+            valid = forward_pass.valid[
+                :, forward_pass.offset : forward_pass.offset + x.shape[1]
+            ].to(x.device)
+            x = x * valid[..., None]
         self._add("residual", site.layer, x.float().square().sum(dim=1))
 
     def _add(self, name: str, layer: int, squares: Tensor) -> None:
@@ -105,7 +111,7 @@ class MassiveValuesDisruption(Patch):
         ValueError: a negative number, or another `which`.
     """
 
-    stages = ("project",)
+    changes = ("project",)
     nothing: ClassVar[dict[str, Any] | None] = {"dimensions": 0}
 
     def __init__(
@@ -131,16 +137,16 @@ class MassiveValuesDisruption(Patch):
         heads = self.where.over_heads(call.layer, q.shape[1], q.device)
         own = k[:, :, -tokens:]
         serving = heads.unflatten(0, (k.shape[1], -1)).any(dim=1)
-        own = self._disrupted(own, call.real, serving)
-        return self._disrupted(q, call.real, heads), torch.cat([k[:, :, :-tokens], own], dim=2)
+        own = self._disrupted(own, call.valid, serving)
+        return self._disrupted(q, call.valid, heads), torch.cat([k[:, :, :-tokens], own], dim=2)
 
     def _disrupted(
         self,
         x: Float[Tensor, "batch heads tokens dim"],
-        real: Bool[Tensor, "batch tokens"] | None,
+        valid: Bool[Tensor, "batch tokens"] | None,
         heads: Bool[Tensor, " heads"],
     ) -> Float[Tensor, "batch heads tokens dim"]:
-        there = torch.ones_like(x[:, 0, :, 0], dtype=torch.bool) if real is None else real
+        there = torch.ones_like(x[:, 0, :, 0], dtype=torch.bool) if valid is None else valid
         shown = there[:, None, :, None].to(x.dtype)
         norms = (x * shown).float().norm(dim=2)
         count = min(self.dimensions, x.shape[-1])

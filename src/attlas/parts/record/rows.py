@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from attlas.attach.call import Call, Step
+from attlas.attach.call import Call, ForwardPass
 from attlas.attach.part import Recorder
 from attlas.attach.where import Heads, Layers
 
@@ -29,9 +29,9 @@ class RowRecorder(Recorder):
         super().__init__(layers=layers, heads=heads)
         self._rows: defaultdict[int, list[Tensor]] = defaultdict(list)
 
-    def begin(self, step: Step) -> None:
+    def begin(self, forward_pass: ForwardPass) -> None:
         """A call without a past begins a new sequence."""
-        if step.offset == 0:
+        if forward_pass.offset == 0:
             self._rows.clear()
 
     def measure(

@@ -2,7 +2,7 @@
 
     S(i) = Σ_{j < s} A_ij
 
-Padding does not count: the first tokens are each row's first real ones. Cost: one pass over the
+Padding does not count: the first tokens are each row's first valid ones. Cost: one pass over the
 weights, held a block at a time.
 """
 
@@ -31,9 +31,7 @@ class SinkMass(RowRecorder):
         ValueError: sinks below 1.
     """
 
-    def __init__(
-        self, sinks: int = 1, *, layers: Layers = None, heads: Heads = None
-    ) -> None:
+    def __init__(self, sinks: int = 1, *, layers: Layers = None, heads: Heads = None) -> None:
         if sinks < 1:
             raise UserError(f"sinks must be at least 1, got {sinks}")
         super().__init__(layers=layers, heads=heads)
@@ -42,7 +40,7 @@ class SinkMass(RowRecorder):
     def measure(
         self, call: Call, weights: Tensor, queries: Tensor, keys: Tensor
     ) -> Float[Tensor, "batch heads query"]:
-        """Σ A over the first real tokens."""
+        """Σ A over the first valid tokens."""
         there, rank = call.rows.at(keys.expand(weights.shape[0], -1) if keys.ndim == 1 else keys)
         first = there & (rank < self.sinks)
         first = first[:, None] if first.ndim == 2 else first

@@ -34,9 +34,7 @@ class TopLinks(RowRecorder):
         ValueError: k below 1.
     """
 
-    def __init__(
-        self, k: int = 8, *, layers: Layers = None, heads: Heads = None
-    ) -> None:
+    def __init__(self, k: int = 8, *, layers: Layers = None, heads: Heads = None) -> None:
         if k < 1:
             raise UserError(f"k must be at least 1, got {k}")
         super().__init__(layers=layers, heads=heads)

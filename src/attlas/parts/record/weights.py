@@ -21,7 +21,7 @@ from attlas.parts.record.rows import RowRecorder
 
 @mechanism("weights", paper="")
 class Weights(RowRecorder):
-    """Records all weights, [layers, batch, heads, tokens, columns], in original columns."""
+    """Records all weights, [layers, batch, heads, tokens, columns], in original positions."""
 
     def measure(
         self, call: Call, weights: Tensor, queries: Tensor, keys: Tensor
@@ -29,7 +29,7 @@ class Weights(RowRecorder):
         """The block, with zeros for tokens that a cache dropped."""
         if keys.ndim == 1:
             return weights
-        columns = call.step.offset + call.q.shape[2]
+        columns = call.forward_pass.offset + call.q.shape[2]
         at = keys.clamp(min=0).long()[:, :, None].expand_as(weights)
         return weights.new_zeros(*weights.shape[:3], columns).scatter_add_(-1, at, weights)
 

@@ -76,8 +76,8 @@ class ActQKV(Selection):
         ValueError: no budget or two, or a number that is out of range or no number of pages.
     """
 
-    stages = ("score", "mask")
-    #: Keys are turned back by their place in the text, which other parts would change.
+    changes = ("score", "mask")
+    #: Keys are rotated back by their place in the text, which other parts would change.
     joins: ClassVar[tuple[Role, ...]] = ()
     rotates = True
     exact_prefill = False
@@ -112,16 +112,16 @@ class ActQKV(Selection):
         """
         layer, size = call.cache_layer, self.window
         state = layer.learned.get(self.name) if isinstance(layer, StoredLayer) else None
-        if state is None or size is None or layer.settled or call.q.shape[2] == 1:
+        if state is None or size is None or layer.compressed or call.q.shape[2] == 1:
             return None
         if call.score_mod is not None or call.sinks is not None:
             raise UserError("ActQKV reads a prompt by windows, and cannot honour changed scores")
         before, after = call.counts
         new = [b - a for a, b in zip(before, after, strict=True)]
         far = max(after) - self.local > self.sinks + self.page
-        rank, real = call.ranks
-        q = call.q if call.rows.real is None else left_aligned(call.q, real)
-        positions = left_aligned(call.positions[:, None, :, None], real)[:, 0, :, 0]
+        rank, valid = call.ranks
+        q = call.q if call.rows.valid is None else left_aligned(call.q, valid)
+        positions = left_aligned(call.positions[:, None, :, None], valid)[:, 0, :, 0]
         asked = self._at_the_edge(state, q, positions)
         k, v = (call.rows.aligned(x) for x in (call.k, call.v))
         pages = self._page_keys(state, k, call.row_starts) if far else None
@@ -184,18 +184,16 @@ class ActQKV(Selection):
     def learn(self, state: LayerState, call: Call) -> None:
         """Where each row's positions begin."""
         first = call.row_starts
-        if call.rows.real is not None and "first" in state.tensors:
+        if call.rows.valid is not None and "first" in state.tensors:
             some = call.ranks[1].any(1)
             first = torch.where(some, first, state.tensors["first"])
         state.tensors["first"] = first
 
-    def settle(
-        self, layer: StoredLayer, state: LayerState, rows: Rows
-    ) -> None:
+    def compress(self, layer: StoredLayer, state: LayerState, rows: Rows) -> None:
         """Pack pages; the statistics of the prompt's queries are not needed any more."""
         for name in Running._fields:
             state.tensors.pop(name, None)
-        super().settle(layer, state, rows)
+        super().compress(layer, state, rows)
 
     def summarize(self, state: LayerState, body: Body) -> None:
         """The mean key of every page."""
@@ -232,9 +230,9 @@ class ActQKV(Selection):
         most: Int[Tensor, " batch"],
     ) -> Int[Tensor, " batch"]:
         """Pages of this layer: of what the layers before it left, in proportion to its entropy."""
-        layers: list[Any] = call.step.cache.layers
+        layers: list[Any] = call.forward_pass.cache.layers
         behind = [i for i in state.full if i > state.layer]
-        left = call.step.shared.get((self.name, "left"))
+        left = call.forward_pass.shared.get((self.name, "left"))
         left = mean * len(state.full) if left is None else left
         own = state.tensors["entropy"].nanmean(1)
         total = own
@@ -247,7 +245,7 @@ class ActQKV(Selection):
         low = torch.maximum(least, left - largest * len(behind))
         high = torch.minimum(largest, left - least * len(behind))
         pages = (share * left + HALF).floor().long().maximum(low).minimum(high)
-        call.step.shared[self.name, "left"] = left - pages
+        call.forward_pass.shared[self.name, "left"] = left - pages
         return pages
 
     def _note(
@@ -285,11 +283,11 @@ class ActQKV(Selection):
     ) -> Float[Tensor, "batch kv_heads pages dim"]:
         """Means of whole pages of keys, the first at position `first`, without rotation."""
         k = k[:, :, : k.shape[2] // self.page * self.page]
-        turned = k
+        rotated = k
         if state.rotary is not None:
             positions = first[:, None] + torch.arange(k.shape[2], device=k.device)
-            turned = state.rotary.unrotate(k, positions)
-        means: Tensor = turned.unflatten(2, (-1, self.page)).mean(3).to(k.dtype)
+            rotated = state.rotary.unrotate(k, positions)
+        means: Tensor = rotated.unflatten(2, (-1, self.page)).mean(3).to(k.dtype)
         return means
 
 

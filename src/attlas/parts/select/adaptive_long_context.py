@@ -122,12 +122,12 @@ class AdaptiveLongContext(Selection):
         if not count:  # every head of a group reads the same
             index = index[:, : state.tensors["sum"].shape[1]]
         unread = (looks.numel() - count) * (pages - min(sinks, pages)) if count else 0
-        call.step.shared[self.name, state.layer] = unread
+        call.forward_pass.shared[self.name, state.layer] = unread
         return Chosen(index, self.page, body.slots, scored=_scored(state))
 
     def later(self, layer: StoredLayer, state: LayerState, call: Call) -> None:
         """Take what lists were filled up with off the bytes read, then pack what left the window."""
-        unread, body = call.step.shared.get((self.name, state.layer), 0), first_body(layer)
+        unread, body = call.forward_pass.shared.get((self.name, state.layer), 0), first_body(layer)
         if unread and body is not None:
             tokens = state.tensors["counted"].numel() * body.slots
             layer.read_bytes -= unread * self.page * body.segment().nbytes // tokens

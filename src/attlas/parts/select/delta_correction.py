@@ -6,7 +6,7 @@ Works behind whatever makes the prompt's attention sparse, given before it:
 
     attach(model, SparsePrefill(sinks=4, window=2048), DeltaCorrection(gamma=64))
 
-Queries are counted by each row's own real tokens. Of a prompt in several calls each call is corrected
+Queries are counted by each row's own valid tokens. Of a prompt in several calls each call is corrected
 by itself: groups are counted from its first token, and its last queries are dense. Texts packed into
 one row borrow across their border. Decoding is left as it is. Dense is what the model's own mask lets
 a query see.
@@ -43,7 +43,7 @@ class DeltaCorrection(Selector):
     """
 
     #: What is summed is corrected.
-    stages = ("aggregate",)
+    changes = ("aggregate",)
 
     def __init__(self, gamma: int = 64, *, tail: int = 128) -> None:
         self.gamma, self.tail = at_least_one("gamma", gamma), at_least_one("tail", tail)
@@ -54,11 +54,13 @@ class DeltaCorrection(Selector):
         """The heads' outputs with what sparse attention missed."""
         if not is_prompt(call):
             return heads
-        end = call.step.offset + call.q.shape[2]  # a static cache has room behind the last token
+        end = (
+            call.forward_pass.offset + call.q.shape[2]
+        )  # a static cache has room behind the last token
         visible = None if call.model_mask is None else call.model_mask[..., :end]
         corrected = delta_correction(
             call.q, call.k[:, :, :end], call.v[:, :, :end], heads.transpose(1, 2),
             gamma=self.gamma, tail=self.tail, visible=visible, score_mod=call.score_mod,
-            scale=call.scaling, sinks=call.sinks, real=call.real,
+            scale=call.scaling, sinks=call.sinks, valid=call.valid,
         )  # fmt: skip
         return corrected.transpose(1, 2).contiguous()

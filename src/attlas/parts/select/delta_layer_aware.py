@@ -120,7 +120,7 @@ class DeltaLayerAware(Selection):
 
     def choose(self, state: LayerState, body: Body, call: Call) -> Chosen | None:
         """What the nearest selection layer below published in this step."""
-        published: Chosen | None = call.step.shared.get(
+        published: Chosen | None = call.forward_pass.shared.get(
             (self.name, self.source(state.layer, state.full))
         )
         return published
@@ -129,7 +129,7 @@ class DeltaLayerAware(Selection):
         """In a selection layer publish, before anything is packed, in the slots of this step."""
         body, single = first_body(layer), call.q.shape[2] == 1
         if single and body is not None and state.layer in self.selecting(state.full):
-            call.step.shared[self.name, state.layer] = self.published(layer, body, call)
+            call.forward_pass.shared[self.name, state.layer] = self.published(layer, body, call)
             layer.read_bytes += key_bytes(body)
         super().later(layer, state, call)
 

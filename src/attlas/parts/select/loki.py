@@ -65,13 +65,13 @@ class KeyComponents(Calibrator):
             self.rotaries = {i: Rotary.of(model, i) for i in range(config.num_hidden_layers)}
 
     def observe(self, call: Call) -> None:
-        """Sum up k and k kᵀ over real tokens."""
+        """Sum up k and k kᵀ over valid tokens."""
         k = call.k[:, :, -call.q.shape[2] :]
         if (rotary := self.rotaries.get(call.layer)) is not None:
             k = rotary.unrotate(k, call.positions)
         k, count = k.double(), torch.tensor(k.shape[0] * k.shape[2])
-        if (real := call.real) is not None:
-            k, count = k * real[:, None, :, None], real.sum()
+        if (valid := call.valid) is not None:
+            k, count = k * valid[:, None, :, None], valid.sum()
         self.add(f"{call.layer}.outer", torch.einsum("bhnd,bhne->hde", k, k))
         self.add(f"{call.layer}.sum", k.sum((0, 2)))
         self.add(f"{call.layer}.count", count.reshape(1))
@@ -110,7 +110,7 @@ class Loki(Calibrated, Selection):
     """
 
     #: Approximate logits choose which pairs meet.
-    stages = ("score", "mask")
+    changes = ("score", "mask")
 
     everything: ClassVar[dict[str, Any]] = {"keep": 1.0}
     comparable: ClassVar[tuple[str, ...]] = (

@@ -40,7 +40,7 @@ from attlas.ops.reference import merge
 from attlas.storage.body import Body
 from attlas.storage.layer import Chosen, LayerState, StoredLayer
 from attlas.storage.packed import PackedBody
-from attlas.storage.rotary import turn
+from attlas.storage.rotary import rotate
 
 #: Numbers of keys gathered at once when a prompt is read.
 AT_ONCE = 2**22
@@ -64,7 +64,7 @@ class LongHeads(Selection):
     joins: ClassVar[tuple[Role, ...]] = ()
     rotates = True
     exact_prefill = False
-    stages = ("position", "mask")
+    changes = ("position", "mask")
 
     def __init__(
         self,
@@ -98,9 +98,9 @@ class LongHeads(Selection):
 
     def learn(self, state: LayerState, call: Call) -> None:
         """The keys of the chunks that this call completed, unless its attention made them already."""
-        if (self.name, state.layer) not in call.step.shared:
+        if (self.name, state.layer) not in call.forward_pass.shared:
             ChunkKeys(self.chunk, state).grow(call)
-            call.step.shared[self.name, state.layer] = True
+            call.forward_pass.shared[self.name, state.layer] = True
 
     def later(self, layer: StoredLayer, state: LayerState, call: Call) -> None:
         """Likewise, and pack whole chunks."""
@@ -157,14 +157,14 @@ class LongHeads(Selection):
         return merge([(out, mass.to(lse.dtype)) for out, mass in parts])[0]
 
     def _seen(self, layer: StoredLayer, call: Call) -> Bool[Tensor, "batch 1 1 seen"] | None:
-        """What may be attended, in original columns; None for everything."""
-        real = call.rows.real
-        if real is None and self.attend_self:
+        """What may be attended, in original positions; None for everything."""
+        valid = call.rows.valid
+        if valid is None and self.attend_self:
             return None
         shape = (call.q.shape[0], layer.seen)
         seen = torch.ones(shape, dtype=torch.bool, device=call.q.device)
-        if real is not None:
-            seen &= real.to(seen.device)
+        if valid is not None:
+            seen &= valid.to(seen.device)
         if not self.attend_self:
             seen[:, -1] = False
         return seen[:, None, None]
@@ -174,10 +174,13 @@ class LongHeads(Selection):
     ) -> Float[Tensor, "batch heads query v_dim"]:
         """Several tokens: causal attention before `begin`, then block by block of queries."""
         k, v, _ = layer.read()
-        columns = layer.columns()
+        columns = layer.original_positions()
         k, v = (call.rows.aligned(x, columns) for x in (k, v))
-        rank, real = call.ranks
-        plain, choosing = (rank < self.first_choosing) & real, (rank >= self.first_choosing) & real
+        rank, valid = call.ranks
+        plain, choosing = (
+            (rank < self.first_choosing) & valid,
+            (rank >= self.first_choosing) & valid,
+        )
         heads = call.q.new_zeros(*call.q.shape[:3], v.shape[-1])
         if bool(plain.any()):
             span = _span(plain)
@@ -196,12 +199,12 @@ class LongHeads(Selection):
     ) -> Float[Tensor, "batch heads span v_dim"]:
         k, v = k[:, :, : self.first_choosing], v[:, :, : self.first_choosing]
         mask: Any = masks.causal
-        if call.rows.real is not None:
+        if call.rows.valid is not None:
             numbers = torch.arange(k.shape[2], device=rank.device)
             mask = (numbers <= rank[:, None, span, None]).expand(-1, 1, -1, -1)
         return ops.attend(
             call.q[:, :, span], k, v, mask=mask, scale=call.scaling,
-            q_offset=call.step.offset + span.start,
+            q_offset=call.forward_pass.offset + span.start,
         )  # fmt: skip
 
     def _chosen(
@@ -264,7 +267,7 @@ class LongHeads(Selection):
         cos, sin = (
             x.unflatten(1, stand.shape[1:]).to(wide) for x in rotary.angles(stand.flatten(1))
         )
-        return index, turn(raw[..., None, :].expand(*index.shape, -1), cos, sin).to(q.dtype)
+        return index, rotate(raw[..., None, :].expand(*index.shape, -1), cos, sin).to(q.dtype)
 
 
 def _span(there: Bool[Tensor, "batch query"]) -> slice:

@@ -74,7 +74,7 @@ class LRQK(Selection):
     """
 
     #: Codes choose which pairs meet.
-    stages = ("score", "mask")
+    changes = ("score", "mask")
 
     everything: ClassVar[dict[str, Any]] = {"keep": 1.0}
     comparable: ClassVar[tuple[str, ...]] = ("(keep=0.25)", "(keep=0.125)")
@@ -109,38 +109,36 @@ class LRQK(Selection):
     # The prompt.
 
     def learn(self, state: LayerState, call: Call) -> None:
-        """Sum up QᵀQ, KᵀK and the channels' sizes over real tokens, and hold the last query."""
-        known, real, q = state.tensors, call.real, call.q
+        """Sum up QᵀQ, KᵀK and the channels' sizes over valid tokens, and hold the last query."""
+        known, valid, q = state.tensors, call.valid, call.q
         k, last = call.k[:, :, -q.shape[2] :], q[:, :, -1:]
-        if real is not None:
-            count = torch.arange(1, real.shape[1] + 1, device=q.device)
-            at = ((real * count).amax(1) - 1)[:, None, None, None]
+        if valid is not None:
+            count = torch.arange(1, valid.shape[1] + 1, device=q.device)
+            at = ((valid * count).amax(1) - 1)[:, None, None, None]
             last = q.gather(2, at.clamp(min=0).expand(-1, q.shape[1], -1, q.shape[3]))
             if "query" in known:
                 last = torch.where(at >= 0, last, known["query"])
-            q, k = (x * real[:, None, :, None] for x in (q, k))
+            q, k = (x * valid[:, None, :, None] for x in (q, k))
         q, k = wide(q), repeated(wide(k), q.shape[1])
         sizes = q.abs().sum(2) + k.abs().sum(2)
         sums = {"gram_q": q.mT @ q, "gram_k": k.mT @ k, "sizes": sizes}
         sums = {name: known[name] + x if name in known else x for name, x in sums.items()}
         state.tensors |= {**sums, "query": last.clone()}
 
-    def settle(
-        self, layer: StoredLayer, state: LayerState, rows: Rows
-    ) -> None:
+    def compress(self, layer: StoredLayer, state: LayerState, rows: Rows) -> None:
         """Pack, and take the codes of what is packed along; first of all, find the prompt's."""
         known = state.tensors
         fresh = "gram_q" in known
         if fresh:
             sums = (known.pop(name) for name in ("gram_q", "gram_k", "sizes"))
             self._factorise(state, *sums)
-        super().settle(layer, state, rows)
+        super().compress(layer, state, rows)
         if (body := first_body(layer)) is not None:
             self._code(layer, state, body)
         if fresh:
             self._begin(layer, state, rows)
         elif known["tail"].shape[2] != layer.dense_slots:
-            columns = layer.dense_columns()
+            columns = layer.dense_positions()
             known |= {"tail": at_columns(known, columns), "tail_columns": columns}
 
     def _factorise(self, state: LayerState, gram_q: Tensor, gram_k: Tensor, sizes: Tensor) -> None:
@@ -157,16 +155,16 @@ class LRQK(Selection):
                 keys = repeated(keys_of(body, start, stop)[rows].to(m_k.dtype), m_k.shape[1])
                 return {"codes": (keys @ m_k[rows]).to(dtype)}
             batch, heads = known["tail_columns"].shape[:2]
-            columns = body.columns(batch, heads, known["tail"].device)[rows, :, start:stop]
+            columns = body.original_positions(batch, heads, known["tail"].device)[
+                rows, :, start:stop
+            ]
             return {"codes": at_columns(known, columns, rows)}
 
         extend(state, body, 1, ("codes",), codes)
 
-    def _begin(
-        self, layer: StoredLayer, state: LayerState, rows: Rows
-    ) -> None:
+    def _begin(self, layer: StoredLayer, state: LayerState, rows: Rows) -> None:
         """Codes of what stays as it is, and what the prompt's last query would have read."""
-        known, keys, columns = state.tensors, layer.keys, layer.dense_columns()
+        known, keys, columns = state.tensors, layer.keys, layer.dense_positions()
         assert keys is not None
         there = layer.there(rows)
         m_k, query, m_q = (known.pop(name) for name in ("m_k", "query", "m_q"))
@@ -182,14 +180,14 @@ class LRQK(Selection):
 
     def choose(self, state: LayerState, body: Body, call: Call) -> Chosen | None:
         """Code the new query and key, and name the tokens whose codes go best with the query's."""
-        known, real = state.tensors, call.real
+        known, valid = state.tensors, call.valid
         q, k = wide(call.q), repeated(wide(call.k[:, :, -1:]), call.q.shape[1])
         pull, gram, read = at_hand(known, body, call.cache_layer, q)
         q_hat, k_hat, b_q, b_k = decoded(
             q, k, known["b_q"], known["b_k"], pull, gram, self.refinements
         )
-        if real is not None:  # padding has no code and moves no basis
-            there = real[:, None, :, None]
+        if valid is not None:  # padding has no code and moves no basis
+            there = valid[:, None, :, None]
             k_hat = k_hat * there
             b_q, b_k = torch.where(there, b_q, known["b_q"]), torch.where(there, b_k, known["b_k"])
         index = self._best(state, body, q_hat)
@@ -200,11 +198,11 @@ class LRQK(Selection):
 
     def later(self, layer: StoredLayer, state: LayerState, call: Call) -> None:
         """Hold the new tokens' codes, then pack what is no longer recent."""
-        known, real, count = state.tensors, call.real, call.q.shape[2]
+        known, valid, count = state.tensors, call.valid, call.q.shape[2]
         new = known.pop("new", None)
         if new is None:
             new = coded(repeated(wide(call.k[:, :, -count:]), call.q.shape[1]), known["b_k"])
-            new = new if real is None else new * real[:, None, :, None]
+            new = new if valid is None else new * valid[:, None, :, None]
         tail, columns = known["tail"], known["tail_columns"]
         at = torch.arange(
             layer.seen - count, layer.seen, dtype=columns.dtype, device=columns.device

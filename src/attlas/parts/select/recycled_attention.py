@@ -78,19 +78,17 @@ class RecycledAttention(Selection):
         self.stride = STRIDE if stride is None else at_least_one("stride", stride)
 
     def learn(self, state: LayerState, call: Call) -> None:
-        """The last real query so far."""
+        """The last valid query so far."""
         query, known = call.q[:, :, -1:], state.tensors.get("query")
-        if call.rows.real is not None:
-            _, real = call.ranks
-            numbers = torch.arange(real.shape[1], device=real.device)
-            last = torch.where(real, numbers, -1).amax(dim=1)[:, None, None, None]
+        if call.rows.valid is not None:
+            _, valid = call.ranks
+            numbers = torch.arange(valid.shape[1], device=valid.device)
+            last = torch.where(valid, numbers, -1).amax(dim=1)[:, None, None, None]
             query = call.q.gather(2, last.clamp(min=0).expand_as(query))
             query = query if known is None else torch.where(last >= 0, query, known)
         state.tensors["query"] = query.clone()
 
-    def settle(
-        self, layer: StoredLayer, state: LayerState, rows: Rows
-    ) -> None:
+    def compress(self, layer: StoredLayer, state: LayerState, rows: Rows) -> None:
         """After a full step: pack every token and remember which it read most."""
         self._recycle(layer, state, rows, None)
 
@@ -110,14 +108,14 @@ class RecycledAttention(Selection):
             return Chosen(recycled, 1, body.slots)
         if bool(full.all()):
             return None
-        call.step.shared[self.name, state.layer] = full
+        call.forward_pass.shared[self.name, state.layer] = full
         every = torch.arange(body.slots, dtype=torch.int32, device=recycled.device)
         index = torch.where(full[:, None, None], every, _widened(recycled, body.slots))
         return Chosen(index, 1, body.slots)
 
     def later(self, layer: StoredLayer, state: LayerState, call: Call) -> None:
         """Count a recycled step; after a full one, of all rows or of some, recycle anew."""
-        full = call.step.shared.get((self.name, state.layer))
+        full = call.forward_pass.shared.get((self.name, state.layer))
         if call.chosen is not None and full is None:
             steps = state.tensors["steps"]
             state.tensors["steps"] = steps.new_empty(steps.shape[0], steps.shape[1] + 1, 0)

@@ -2,7 +2,7 @@
 
     token t of the prompt sees   {0 … s−1} ∪ {t−w+1 … t}
 
-Tokens are counted by each row's own real ones, so that padding is neither sink nor window. Every call
+Tokens are counted by each row's own valid ones, so that padding is neither sink nor window. Every call
 of several tokens is taken for a prompt or a piece of one, unless its cache has been compressed;
 sliding-window layers and models that are not causal stay as they are. Recorders are shown the weights
 of full attention.
@@ -46,7 +46,7 @@ class SparsePrefill(Selector):
     """
 
     #: A pattern chooses which pairs may meet.
-    stages = ("mask",)
+    changes = ("mask",)
 
     everything: ClassVar[dict[str, Any]] = {"window": 4096}
 
@@ -63,59 +63,61 @@ class SparsePrefill(Selector):
             return None
         heads = attend_with_sinks(
             call.q, call.k, call.v, mask=self._visible(call), score_mod=call.score_mod,
-            scale=call.scaling, q_offset=call.step.offset, sinks=call.sinks,
+            scale=call.scaling, q_offset=call.forward_pass.offset, sinks=call.sinks,
         )  # fmt: skip
         return heads.transpose(1, 2).contiguous()
 
     def _visible(self, call: Call) -> Mask | Bool[Tensor, "batch heads query keys"]:
         """The pattern where nothing else is hidden, so that its empty blocks are known; else booleans."""
         pattern: Mask = self.pattern
-        if (real := call.rows.of_keys(call.k.shape[2])) is not None:
+        if (valid := call.rows.of_keys(call.k.shape[2])) is not None:
             key = ("sparse-prefill", self.sinks, self.window)
-            if key not in call.step.shared:
-                call.step.shared[key] = Ranked(pattern, real) & masks.padding(real)
-            pattern = call.step.shared[key]
+            if key not in call.forward_pass.shared:
+                call.forward_pass.shared[key] = Ranked(pattern, valid) & masks.padding(valid)
+            pattern = call.forward_pass.shared[key]
         if call.mask is None or _only_causal(call):
             return pattern
         sizes = call.q.shape[2], call.k.shape[2]
-        seen = masks.dense(pattern, *sizes, q_offset=call.step.offset, device=call.q.device)
+        seen = masks.dense(pattern, *sizes, q_offset=call.forward_pass.offset, device=call.q.device)
         return seen & call.mask
 
 
 def is_prompt(call: Call) -> bool:
     """Whether a call reads a prompt, or a piece of one, with full causal attention."""
     layer = call.cache_layer
-    whole = call.columns is None and not (isinstance(layer, StoredLayer) and layer.settled)
+    whole = call.original_positions is None and not (
+        isinstance(layer, StoredLayer) and layer.compressed
+    )
     slides = call.kwargs.get("sliding_window") is not None
     return call.q.shape[2] > 1 and call.is_causal and whole and not slides
 
 
 def _only_causal(call: Call) -> bool:
     """Whether the mask in force hides later tokens and padding and nothing else."""
-    mask, shared = call.mask, call.step.shared
+    mask, shared = call.mask, call.forward_pass.shared
     if mask is None or mask is not call.model_mask:
         return mask is None
     if (key := ("only causal", id(mask))) not in shared:
-        real = call.rows.of_keys(call.k.shape[2])
-        plain = masks.causal if real is None else masks.causal & masks.padding(real)
+        valid = call.rows.of_keys(call.k.shape[2])
+        plain = masks.causal if valid is None else masks.causal & masks.padding(valid)
         sizes = call.q.shape[2], call.k.shape[2]
-        seen = masks.dense(plain, *sizes, q_offset=call.step.offset, device=mask.device)
+        seen = masks.dense(plain, *sizes, q_offset=call.forward_pass.offset, device=mask.device)
         shared[key] = torch.equal(seen.expand_as(mask), mask)
     found: bool = shared[key]
     return found
 
 
 class Ranked(Mask):
-    """A pattern whose positions count each row's real tokens alone.
+    """A pattern whose positions count each row's valid tokens alone.
 
     Args:
         inner: the pattern.
-        real: which tokens are no padding.
+        valid: which tokens are no padding.
     """
 
-    def __init__(self, inner: Mask, real: Bool[Tensor, "batch tokens"]) -> None:
-        self.inner, self.heads, self.batch = inner, inner.heads, real.shape[0]
-        self.rank = (real.cumsum(dim=-1) - 1).clamp(min=0)
+    def __init__(self, inner: Mask, valid: Bool[Tensor, "batch tokens"]) -> None:
+        self.inner, self.heads, self.batch = inner, inner.heads, valid.shape[0]
+        self.rank = (valid.cumsum(dim=-1) - 1).clamp(min=0)
 
     def visible(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         """By the ranks of query and key."""

@@ -48,7 +48,7 @@ class Spotlight(Steerer):
     """
 
     #: A bias on the scores of the marked tokens.
-    stages = ("score",)
+    changes = ("score",)
     nothing: ClassVar[dict[str, Any]] = {"share": 0.0}
 
     def __init__(
@@ -67,7 +67,9 @@ class Spotlight(Steerer):
         if over not in ("row", "layer"):
             raise UserError(f"over must be 'row' or 'layer', got {over!r}")
         if exact and over == "layer":  # one bias for all rows leaves their mean short of the target
-            raise UserError("exact reaches the target of each query; it takes over='row', got 'layer'")
+            raise UserError(
+                "exact reaches the target of each query; it takes over='row', got 'layer'"
+            )
         self.marked, self.share, self.over, self.exact = spans, share, over, exact
 
     def score_mod(self, call: Call) -> ScoreMod | None:
@@ -79,7 +81,7 @@ class Spotlight(Steerer):
         bias = self.bias(self.shares(call, inside, here)) * here[None, :, None]
         if not bool((bias != 0).any()):
             return None
-        first, last = call.step.offset, inside.shape[1] - 1
+        first, last = call.forward_pass.offset, inside.shape[1] - 1
 
         def marked(s: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             at = q - first if bias.shape[2] > 1 else q * 0

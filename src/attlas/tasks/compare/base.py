@@ -40,9 +40,7 @@ class Section:
 
 FOUND = Section("found", "What is found ({lengths} tokens; with 95 % intervals)")
 KEPT = Section("kept", "What is kept ({longest} tokens; with 95 % intervals)")
-COST = Section(
-    "cost", "What it costs ({longest} tokens; floor: the least this machine could need)"
-)
+COST = Section("cost", "What it costs ({longest} tokens; floor: the least this machine could need)")
 #: In the order in which they are shown, and in which their tasks are run.
 SECTIONS = (FOUND, KEPT, COST)
 
@@ -80,7 +78,9 @@ class Context:
         """Rough work of one observation, in tokens of prefill, so that the time left is told well."""
         raise NotImplementedError
 
-    def text(self, tokenizer: Any, preset: Preset, length: int, depth: float | None, seed: str) -> Any:
+    def text(
+        self, tokenizer: Any, preset: Preset, length: int, depth: float | None, seed: str
+    ) -> Any:
         """What is read, decided by the seed alone.
 
         Raises:

@@ -57,7 +57,9 @@ class DigitsShifted(Task):
         chosen = integers(rng, 0, len(classes), rows)
         corners = integers(rng, 0, self.size - SIDE + 1, rows, 2)
         pixels = torch.zeros(rows, 1, self.size, self.size)
-        for picture, digit, (top, left) in zip(pixels, digits[chosen], corners.tolist(), strict=True):
+        for picture, digit, (top, left) in zip(
+            pixels, digits[chosen], corners.tolist(), strict=True
+        ):
             picture[:, top : top + SIDE, left : left + SIDE] = (digit + 1) / 2
         bright = torch.rand(pixels.shape, generator=rng)
         bright = bright * (torch.rand(pixels.shape, generator=rng) < self.specks)

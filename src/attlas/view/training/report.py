@@ -52,9 +52,7 @@ def _table(summary: Summary) -> str:
     for name in summary.table:
         cells = "".join(_cell(summary, name, column) for column in summary.columns)
         text = escape(name)
-        rows.append(
-            f'<tr><th scope="row" data-value="{text}"><code>{text}</code></th>{cells}</tr>'
-        )
+        rows.append(f'<tr><th scope="row" data-value="{text}"><code>{text}</code></th>{cells}</tr>')
     meanings = "".join(
         f"<dt>{escape(c.title)}</dt><dd>{escape(c.meaning)}</dd>" for c in summary.columns
     )

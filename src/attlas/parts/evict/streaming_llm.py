@@ -20,46 +20,28 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from attlas.attach.call import Call
-from attlas.cache.policy import CachePolicy, Slots
+from attlas.cache.policy import ContinualPolicy, Slots
 from attlas.catalog.registry import mechanism
-from attlas.errors import UserError
+from attlas.options import option
 from attlas.storage.layer import LayerState, StoredLayer
-from attlas.storage.rotary import turn
+from attlas.storage.rotary import rotate
 
 
-@mechanism("window", paper="", aliases=("streaming-llm", "sinks-window"), example={"keep": 0.5})
-class SinksWindow(CachePolicy):
-    """Keep the first tokens and the most recent ones.
-
-    Args:
-        keep: share of the context kept, in (0, 1], sinks included.
-        tokens: or tokens kept, sinks included.
-        bytes: or bytes of the whole cache.
-        sinks: how many of the first tokens stay; the paper's four.
-        rerotate: move the sinks' keys next to the window.
-        while_decoding: enforce the budget again after every later call.
-
-    Raises:
-        ValueError: a budget out of range, or not larger than the sinks.
-    """
+@mechanism("streaming-llm", paper="", aliases=("sinks-window",), example={"keep": 0.5})
+class StreamingLLM(ContinualPolicy):
+    """Keep the first tokens and the most recent ones."""
 
     comparable: ClassVar[tuple[str, ...]] = ("(keep=0.5)", "(keep=0.25)", "(keep=0.125)")
 
-    def __init__(
-        self,
-        keep: float | None = None,
-        *,
-        tokens: int | None = None,
-        bytes: int | None = None,
-        sinks: int = 4,
-        rerotate: bool = False,
-        while_decoding: bool = False,
-    ) -> None:
-        super().__init__(keep, tokens=tokens, bytes=bytes, while_decoding=while_decoding)
-        if sinks < 0:
-            raise UserError(f"sinks must be at least 0, got {sinks}")
-        self.sinks = sinks
-        self.rotates = rerotate
+    sinks: int = option(
+        "how many of the first tokens stay; the paper's four", default=4, at_least=0
+    )
+    rerotate: bool = option("move the sinks' keys next to the newest tokens", default=False)
+
+    def setup(self) -> None:
+        """Ask for the model's rotation where keys are to be moved."""
+        super().setup()
+        self.rotates = self.rerotate
 
     @property
     def floor(self) -> tuple[str, int]:
@@ -68,7 +50,7 @@ class SinksWindow(CachePolicy):
 
     def scores(self, state: LayerState, slots: Slots) -> Float[Tensor, "batch kv_heads slots"]:
         """1 for what stays, 0 for the tokens between sinks and window."""
-        pruned = (slots.real - slots.budget)[:, None, None]
+        pruned = (slots.total - slots.budget)[:, None, None]
         between = (slots.rank >= self.sinks) & (slots.rank < self.sinks + pruned)
         return (~between).float()
 
@@ -76,26 +58,26 @@ class SinksWindow(CachePolicy):
         """The positions of the first token and of the next one, for `rerotate`."""
         if not self.rotates:
             return
-        rank, real = call.ranks
-        latest = call.positions.masked_fill(~real, -1).amax(dim=-1) + 1
-        first = (call.positions - rank).masked_fill(~real, torch.iinfo(torch.int64).max).amin(-1)
+        rank, valid = call.ranks
+        latest = call.positions.masked_fill(~valid, -1).amax(dim=-1) + 1
+        first = (call.positions - rank).masked_fill(~valid, torch.iinfo(torch.int64).max).amin(-1)
         tensors = state.tensors
         tensors["next"] = torch.maximum(tensors["next"], latest) if "next" in tensors else latest
         tensors["first"] = torch.minimum(tensors["first"], first) if "first" in tensors else first
 
-    def placed(self, layer: StoredLayer, state: LayerState, real: Int[Tensor, " batch"]) -> None:
+    def placed(self, layer: StoredLayer, state: LayerState, total: Int[Tensor, " batch"]) -> None:
         """Move the sinks' keys next to the window, from where they were first rotated to."""
         rotary, tensors, keys = state.rotary, state.tensors, layer.keys
         if not self.rotates or rotary is None or not self.sinks or keys is None:
             return
         number = torch.arange(self.sinks, device=keys.device)
-        held = (layer.index[:, 0] >= 0).sum(dim=-1) if layer.index is not None else real
+        held = (layer.index[:, 0] >= 0).sum(dim=-1) if layer.index is not None else total
         old = tensors["first"][:, None] + number
         new = (tensors["next"] - held)[:, None] + number
         original = tensors.get("sinks")
         if original is None:
             cos, sin = rotary.back(old)
-            original = turn(keys[:, :, : self.sinks].float(), cos[:, None], sin[:, None])
+            original = rotate(keys[:, :, : self.sinks].float(), cos[:, None], sin[:, None])
             if self.while_decoding:
                 tensors["sinks"] = original
         moved = rotary.rotate(original, new).to(keys.dtype)

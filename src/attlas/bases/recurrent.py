@@ -1,31 +1,25 @@
-"""Linear attention: a product of features takes the softmax's place, and a state that of all keys.
+"""Recurrent attention: a product of features takes the softmax's place, and a state that of all keys.
 
-    weights_ts = φ(q_t)·φ(k_s) / Σ_r φ(q_t)·φ(k_r)        φ(x) = elu(x) + 1
+    weights_ts = φ(q_t)·φ(k_s) / Σ_r φ(q_t)·φ(k_r)
     S_t = S_{t−1} + φ(k_t) v_tᵀ      z_t = z_{t−1} + φ(k_t)      y_t = S_tᵀ φ(q_t) / z_tᵀ φ(q_t)
 
 A mechanism of this family overrides `features` (the map φ) and `gates` (decays, the delta rule's
 strength). All that is a recurrence is then in place: chunks, steps with a state of constant size in a
 Transformers cache, padding, and the map of weights that the recurrence stands for.
-
-Cost: 2·n·d² multiply-adds a head, memory linear in n; dropout and pair-by-pair masks need the n² weights.
-Reduces to nothing simpler.
-Source: "Transformers are RNNs: Fast Autoregressive Transformers with Linear Attention".
 """
 
 from __future__ import annotations
 
-from typing import Any, TypedDict, cast
+from typing import Any, ClassVar, TypedDict, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import elu
 
 from attlas import masks, ops
 from attlas.attention import Attention
-from attlas.catalog.registry import mechanism
 from attlas.inputs import Inputs
-from attlas.masks import Mask
+from attlas.supports import Supports
 
 
 class Gates(TypedDict, total=False):
@@ -36,29 +30,25 @@ class Gates(TypedDict, total=False):
     low_rank: tuple[Tensor, Tensor]
 
 
-@mechanism("linear-attention", paper="")
-class LinearAttention(Attention):
+class RecurrentAttention(Attention):
     """Attention by a product of features: any order of the product gives the same.
 
     Raises:
         ValueError: a position encoding that adds to scores, which there are none of.
     """
 
-    keeps_keys = False
+    supports: ClassVar[Supports] = Supports(cache="state")
     #: Whether outputs are divided by the sum of their weights.
-    normalized: bool = True
+    normalized = True
     #: Added to that sum.
-    eps: float = 0.0
+    eps = 0.0
 
-    def __init__(self, dim: int, heads: int = 8, *args: Any, **options: Any) -> None:
-        super().__init__(dim, heads, *args, **options)
+    def setup(self) -> None:
+        """Refuse positions that add to scores."""
+        super().setup()
         if self.score_mod is not None:
             raise ValueError("position: a bias on scores means nothing without a softmax")
         self.scale = 1.0
-
-    def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries and keys as their product weighs; elu + 1 here, which is never negative."""
-        return elu(q) + 1, elu(k) + 1
 
     def gates(self, k: Tensor, inputs: Inputs) -> Gates:
         """Decays and strengths of writing for these keys (features already), as many heads as keys or
@@ -66,46 +56,46 @@ class LinearAttention(Attention):
         return {}
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, inputs: Inputs
+        self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
     ) -> Float[Tensor, "batch heads queries width"]:
         """The recurrence from where the cache has left it; or all pairs, where they are needed.
 
         Raises:
             ValueError: a cache with a mask of pairs, which a state cannot tell from each other.
         """
-        drops, along = self.training and self.dropout > 0, self.runs_along(mask, inputs)
+        drops, along = self.training and self.dropout > 0, inputs.runs_along(self.pattern)
         weighed = None
         if drops or not along:
             if not along and inputs.cache is not None:
                 raise ValueError("mask: a state in a cache takes causal masks and padding only")
-            weighed = self.aggregate(self.weigh(q, k, mask, inputs), v)
+            weighed = self.aggregate(self.weigh(q, k, inputs), v, inputs)
             if inputs.cache is None:
                 return weighed
-        out = self.recur(q, k, v, mask, inputs)
+        out = self.recur(q, k, v, inputs)
         return out if weighed is None else weighed
 
     def recur(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, inputs: Inputs
+        self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
     ) -> Float[Tensor, "batch heads queries width"]:
         """The recurrence from where the cache has left it, which gets the state behind it."""
         q, k, gates = self.terms(q, k, inputs)
-        v = self.per_query_head(v, q)
-        if (real := inputs.real_now) is not None:  # whose padding may hold anything
-            v = v.masked_fill(~real[:, None, :, None], 0.0)
+        v = ops.repeated(v, q.shape[1])
+        if (valid := inputs.valid_now) is not None:  # whose padding may hold anything
+            v = v.masked_fill(~valid[:, None, :, None], 0.0)
         out, state = ops.recurrence(
             q, k, v, **gates, scale=self.scale, normalize=self.normalized, eps=self.eps,
-            causal=self.looks_back(mask), initial_state=inputs.recall("state"),
+            causal=self.looks_back(inputs), initial_state=inputs.recall("state"),
         )  # fmt: skip
         if state is not None:
             inputs.remember("state", state)
         return out
 
-    def looks_back(self, mask: Mask | Tensor | None) -> bool:
+    def looks_back(self, inputs: Inputs) -> bool:
         """Whether this call is causal, by the layer's pattern or the call's."""
-        return masks.causal in (self.pattern, mask)
+        return masks.causal in (self.pattern, inputs.pairs)
 
     def weigh(
-        self, q: Tensor, k: Tensor, mask: Mask | Tensor | None, inputs: Inputs
+        self, q: Tensor, k: Tensor, inputs: Inputs
     ) -> Float[Tensor, "batch heads queries keys"]:
         """The map that the recurrence stands for: what it gives for values that tell tokens apart.
 
@@ -114,13 +104,13 @@ class LinearAttention(Attention):
         """
         if inputs.recall("state") is not None:
             raise ValueError("cache: the weights of tokens that a state has taken in are not known")
-        visible = ops.as_dense(mask, q.shape[2], k.shape[2], 0, q.device)
+        visible = inputs.visible(q, k)
         dtype = q.dtype
         q, k, gates = self.terms(q, k, inputs)
         tokens = torch.eye(k.shape[2], dtype=q.dtype, device=q.device)
         each = tokens.expand(*k.shape[:2], -1, -1)
         weights, _ = ops.recurrence(
-            q, k, each, **gates, scale=self.scale, causal=self.looks_back(mask), form="parallel"
+            q, k, each, **gates, scale=self.scale, causal=self.looks_back(inputs), form="parallel"
         )
         if visible is not None:
             weights = weights.masked_fill(~visible, 0.0)
@@ -131,11 +121,11 @@ class LinearAttention(Attention):
 
     def terms(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor, Gates]:
         """Features, one key for every query head, and gates; at padding, nothing happens to a state."""
-        q, k = self.features(q, k)
-        gates, real = self.gates(k, inputs), inputs.real_now
-        k, gates = self.per_query_head(k, q), _repeated(gates, q.shape[1])
-        if real is not None:
-            k, gates = k.masked_fill(~real[:, None, :, None], 0.0), _only(real, gates)
+        q, k = self.features(q, k, inputs)
+        gates, valid = self.gates(k, inputs), inputs.valid_now
+        k, gates = ops.repeated(k, q.shape[1]), _repeated(gates, q.shape[1])
+        if valid is not None:
+            k, gates = k.masked_fill(~valid[:, None, :, None], 0.0), _only(valid, gates)
         return q, k, gates
 
 
@@ -150,10 +140,10 @@ def _repeated(gates: Gates, heads: int) -> Gates:
     return cast("Gates", each)
 
 
-def _only(real: Tensor, gates: Gates) -> Gates:
-    """Gates that hold at real tokens alone."""
+def _only(valid: Tensor, gates: Gates) -> Gates:
+    """Gates that hold at valid tokens alone."""
     kept: Gates = {}
-    padding = ~real[:, None, :]
+    padding = ~valid[:, None, :]
     if (beta := gates.get("beta")) is not None:
         kept["beta"] = beta.masked_fill(padding, 0.0)
     if (pair := gates.get("low_rank")) is not None:
@@ -161,7 +151,7 @@ def _only(real: Tensor, gates: Gates) -> Gates:
         kept["low_rank"] = (a, b)
     if (decay := gates.get("log_decay")) is not None:
         if decay.ndim == 1:  # one number a head, now one a token
-            decay = decay[None, :, None].expand(real.shape[0], -1, real.shape[1])
+            decay = decay[None, :, None].expand(valid.shape[0], -1, valid.shape[1])
         padding = padding if decay.ndim == 3 else padding[..., None]
         kept["log_decay"] = decay.masked_fill(padding, 0.0)
     return kept

@@ -1,0 +1,53 @@
+"""A sum of attention maps: what differential attention and its kin have in common.
+
+    weights = Σ_m c_m · softmax(q_m k_mᵀ · scale)
+
+Each map is a fused call of its own, and their outputs are summed; for a lone query the weights are
+summed instead, so that the values are read once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from attlas.attention import Attention
+from attlas.inputs import Inputs
+
+
+class SumOfMaps(Attention):
+    """Attention by several maps over the same values. A subclass gives `maps` and `coefficients`."""
+
+    def maps(self, q: Tensor, k: Tensor, inputs: Inputs) -> Sequence[tuple[Tensor, Tensor]]:
+        """(q_m, k_m) of each map, as `attend` takes queries and keys."""
+        raise NotImplementedError(f"{type(self).__name__} needs maps(q, k, inputs)")
+
+    def coefficients(self, inputs: Inputs) -> Sequence[Tensor | float]:
+        """c_m of each map: a number, or a tensor that spreads over [batch, heads, queries, keys]."""
+        raise NotImplementedError(f"{type(self).__name__} needs coefficients(inputs)")
+
+    def summed(self, each: Sequence[Tensor], inputs: Inputs) -> Tensor:
+        """Σ_m c_m · each_m, of maps or of what they give."""
+        pairs = zip(self.coefficients(inputs), each, strict=True)
+        terms = [x * (c.to(x.dtype) if isinstance(c, Tensor) else c) for c, x in pairs]
+        total, *rest = terms
+        for term in rest:
+            total = total + term
+        return total
+
+    def weigh(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
+        """The sum of the maps, [batch, heads, queries, keys]."""
+        maps = [super(SumOfMaps, self).weigh(*each, inputs) for each in self.maps(q, k, inputs)]
+        return self.summed(maps, inputs)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
+        """The sum of what the maps give."""
+        if q.shape[2] == 1:
+            return self.aggregate(self.weigh(q, k, inputs), v, inputs)
+        return self.summed(self.outs(q, k, v, inputs), inputs)
+
+    def outs(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> list[Tensor]:
+        """What each map gives, in fused calls."""
+        each = [self.features(*pair, inputs) for pair in self.maps(q, k, inputs)]
+        return [self.fused(*pair, v, inputs.pairs) for pair in each]

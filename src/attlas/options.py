@@ -1,0 +1,303 @@
+"""Options, said once: in the body of a class, with their type, default and one line of meaning.
+
+    class SoftCap(Attention):
+        cap: float = option("largest logit", default=50.0, above=0)
+
+That is the constructor's parameter, its check, the attribute, what `help()` and `attlas show` print,
+and what an editor completes. Subclasses inherit it; one that declares it again gives it another default
+or meaning in the same place. When all options are set the constructor calls `setup`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, ClassVar, TypeVar, overload
+
+from typing_extensions import dataclass_transform
+
+from attlas.errors import UserError
+
+T = TypeVar("T")
+_NOTHING: Any = inspect.Parameter.empty
+
+
+class BadOption(UserError, TypeError):
+    """An option that is unknown, missing, or of the wrong type."""
+
+
+@dataclass(eq=False)
+class Option:
+    """One option of a class, see `option`.
+
+    Attributes:
+        meaning: one line.
+        default: its value unless given; the parameter is required without one.
+        factory: what the value is worked out with, from the object whose earlier options are set.
+        kw_only: whether it is given by name alone.
+        limits: bounds by the words of the message that refuses what lies outside.
+        former: a name that it once had, which an error message answers.
+        parameter: the constructor's name for it.
+        attribute: the object's name for it.
+        type: its annotation, as written.
+        module: in which the annotation is understood.
+    """
+
+    meaning: str
+    default: Any
+    factory: Callable[[Any], Any] | None
+    kw_only: bool
+    limits: Mapping[str, float]
+    former: str
+    parameter: str
+    attribute: str = ""
+    type: str = ""
+    module: str = ""
+
+    @property
+    def required(self) -> bool:
+        """Whether it has no default."""
+        return self.default is _NOTHING and self.factory is None
+
+    @property
+    def annotation(self) -> str:
+        """Its type as a caller may give it: None asks for a default that is worked out."""
+        return f"{self.type} | None" if self.factory and "None" not in self.type else self.type
+
+    @property
+    def as_parameter(self) -> inspect.Parameter:
+        """It, in a signature."""
+        kind = (
+            inspect.Parameter.KEYWORD_ONLY
+            if self.kw_only
+            else inspect.Parameter.POSITIONAL_OR_KEYWORD
+        )
+        default = None if self.factory else self.default
+        return inspect.Parameter(self.parameter, kind, default=default, annotation=self.annotation)
+
+    def check(self, value: object) -> None:
+        """Refuse a value of another type, or outside its bounds.
+
+        Raises:
+            BadOption: it is of another type.
+            ValueError: it lies outside the bounds, or is none of the words that it may be.
+        """
+        hint = _hint(self.type, self.module)
+        words = _words(hint)
+        if words and isinstance(value, str) and value not in words:
+            near = get_close_matches(value, words, n=1)
+            raise UserError(
+                f"{self.parameter} must be {' or '.join(map(repr, words))}, got {value!r}"
+                + (f"; did you mean {near[0]!r}?" if near else "")
+            )
+        if not _fits(value, hint):
+            raise BadOption(f"{self.parameter} takes {self.type}, got {value!r}")
+        for number in value if isinstance(value, tuple | list) else (value,):
+            outside = _outside(number, self.limits)
+            if outside:
+                raise UserError(f"{self.parameter} must be {outside}, got {value!r}")
+
+
+@overload
+def option(
+    meaning: str, *, kw_only: bool = ..., alias: str = ..., former: str = ..., at_least: float = ...,
+    above: float = ..., at_most: float = ..., below: float = ...,
+) -> Any: ...  # fmt: skip
+@overload
+def option(
+    meaning: str, *, default: T, kw_only: bool = ..., alias: str = ..., former: str = ...,
+    at_least: float = ..., above: float = ..., at_most: float = ..., below: float = ...,
+) -> T: ...  # fmt: skip
+@overload
+def option(
+    meaning: str, *, factory: Callable[[Any], T], kw_only: bool = ..., alias: str = ...,
+    former: str = ..., at_least: float = ..., above: float = ..., at_most: float = ...,
+    below: float = ...,
+) -> T: ...  # fmt: skip
+def option(
+    meaning: str, *, default: Any = _NOTHING, factory: Callable[[Any], Any] | None = None,
+    kw_only: bool = True, alias: str = "", former: str = "", **limits: float,
+) -> Any:  # fmt: skip
+    """Declare an option: `window: int = option("newest tokens kept", default=64, at_least=1)`.
+
+    Args:
+        meaning: one line, for `help()` and `attlas show`.
+        default: the value unless given; without default and factory the option is required.
+        factory: takes the object, whose options declared before this one are set, and gives the value
+            unless one is given; a caller's None asks for it too.
+        kw_only: False for one that may be given by place.
+        alias: the constructor's name for it, where a method of the class has that name.
+        former: a name that it once had; who uses it is told the present one.
+        limits: `at_least`, `above`, `at_most`, `below`: bounds of a number, or of each of several.
+    """
+    unknown = set(limits) - set(_LIMITS)
+    if unknown:
+        raise TypeError(f"option takes the limits {sorted(_LIMITS)}, got {sorted(unknown)[0]!r}")
+    return Option(meaning, default, factory, kw_only, limits, former, alias)
+
+
+@dataclass_transform(kw_only_default=True, field_specifiers=(option,))
+class Configured:
+    """What is made with options: declared with `option`, and set before `setup` is called."""
+
+    #: Every option by its parameter, inherited ones first.
+    declared_options: ClassVar[Mapping[str, Option]] = {}
+
+    def __init_subclass__(cls, **rest: Any) -> None:
+        super().__init_subclass__(**rest)
+        found: dict[str, Option] = {}
+        for base in reversed(cls.__mro__[1:]):
+            found |= vars(base).get("declared_options", {})
+        found |= _own_options(cls)
+        cls.declared_options = found
+        if cls.__init__ is Configured.__init__:
+            ordered = sorted(found.values(), key=lambda o: (o.kw_only, o.required and o.kw_only))
+            cls.__signature__ = inspect.Signature([o.as_parameter for o in ordered])  # type: ignore[attr-defined]
+            _tell(cls, ordered)
+
+    def __init__(self, *given: object, **named: object) -> None:
+        options = type(self).declared_options
+        values = _bound(type(self), options, given, named)
+        super().__init__()
+        for name, one in options.items():
+            value = values.get(name)
+            if one.factory and value is None:
+                value = one.factory(self)
+            elif name in values:
+                one.check(value)
+            else:
+                value = one.default
+            # An option is what was asked for: a module among them is registered by `setup` alone.
+            object.__setattr__(self, one.attribute, value)
+        self.setup()
+
+    def setup(self) -> None:
+        """Called when all options are set; checks how they go together and makes what they ask for."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The value of every option, by its parameter."""
+        return {n: getattr(self, o.attribute) for n, o in type(self).declared_options.items()}
+
+
+def _own_options(cls: type) -> dict[str, Option]:
+    """The options that a class body declares, which then leave it: an object has values instead."""
+    found: dict[str, Option] = {}
+    for name, annotation in vars(cls).get("__annotations__", {}).items():
+        value = vars(cls).get(name)
+        text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+        if isinstance(value, Option):
+            value.attribute, value.parameter = name, value.parameter or name
+            value.type, value.module = text, cls.__module__
+            found[value.parameter] = value
+            delattr(cls, name)
+        elif name in vars(cls) and "ClassVar" not in text:
+            raise TypeError(
+                f"{cls.__name__}.{name}: an option is declared with option('its meaning', "
+                f"default={value!r}), and what is no option is a ClassVar[{text}]"
+            )
+    bare = [n for n, v in vars(cls).items() if isinstance(v, Option)]
+    if bare:
+        raise TypeError(
+            f"{cls.__name__}.{bare[0]}: an option needs a type, {bare[0]}: int = option(...)"
+        )
+    return found
+
+
+def _tell(cls: type, options: list[Option]) -> None:
+    """Put the meanings into the docstring, where `help()` finds them."""
+    own = vars(cls).get("__doc__") or ""
+    if options and "Args:\n" not in own:
+        told = "\n".join(f"        {o.parameter}: {o.meaning}." for o in options)
+        head, raises, tail = own.rstrip().partition("\n\n    Raises:\n")
+        cls.__doc__ = f"{head}\n\n    Args:\n{told}\n{raises.removeprefix(chr(10))}{tail}"
+
+
+def _bound(
+    cls: type, options: Mapping[str, Option], given: tuple[object, ...], named: Mapping[str, object]
+) -> dict[str, object]:
+    """What was given, by parameter.
+
+    Raises:
+        BadOption: too many values, one given twice, an unknown or a missing option.
+    """
+    places = [name for name, one in options.items() if not one.kw_only]
+    if len(given) > len(places):
+        raise BadOption(
+            f"{cls.__name__} takes {len(places)} options by place {places}, got {len(given)}; "
+            "the others are given by name"
+        )
+    values = dict(zip(places, given, strict=False))
+    twice = sorted(set(values) & set(named))
+    if twice:
+        raise BadOption(f"{cls.__name__} got {twice[0]} twice, by place and by name")
+    for name in named:
+        if name not in options:
+            raise unknown_option(cls.__name__, name, options)
+    values |= named
+    missing = [name for name, one in options.items() if one.required and name not in values]
+    if missing:
+        raise BadOption(f"{cls.__name__} needs the option {missing[0]!r}")
+    return values
+
+
+def unknown_option(whose: str, name: str, options: Mapping[str, object]) -> BadOption:
+    """The error that names what an unknown option was probably meant to be."""
+    known = list(options)
+    renamed = [n for n, o in options.items() if isinstance(o, Option) and name == o.former]
+    near = renamed or get_close_matches(name, known, n=2, cutoff=0.6)
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"it takes {known}"
+    return BadOption(f"{whose} takes no option {name!r}; {hint}")
+
+
+# What a value may be ---------------------------------------------------------------------------------
+
+#: Limits by the word that declares them: how it is told, and what breaks it.
+_LIMITS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
+    "at_least": ("at least", lambda value, limit: value >= limit),
+    "above": ("above", lambda value, limit: value > limit),
+    "at_most": ("at most", lambda value, limit: value <= limit),
+    "below": ("below", lambda value, limit: value < limit),
+}
+
+
+def _outside(value: object, limits: Mapping[str, float]) -> str:
+    """How limits that a number breaks are told; empty where it breaks none, or is no number."""
+    if not isinstance(value, int | float) or all(
+        _LIMITS[n][1](value, v) for n, v in limits.items()
+    ):
+        return ""
+    return " and ".join(f"{_LIMITS[name][0]} {limit:g}" for name, limit in limits.items())
+
+
+def _hint(text: str, module: str) -> Any:
+    """The type that an annotation means; Any where a name in it is known to type checkers alone."""
+    names = {**vars(typing), **vars(sys.modules.get(module, typing))}
+    try:
+        return eval(text, names)
+    except NameError:
+        return Any
+
+
+def _words(hint: Any) -> list[str]:
+    """The words of a Literal, or of one within a union."""
+    found = typing.get_args(hint)
+    if typing.get_origin(hint) is typing.Literal:
+        return [word for word in found if isinstance(word, str)]
+    union = typing.get_origin(hint) in (typing.Union, type(int | str))
+    literal = [one for one in found if typing.get_origin(one) is typing.Literal]
+    return _words(literal[0]) if union and literal and str not in found else []
+
+
+def _fits(value: object, hint: Any) -> bool:
+    """Whether a value is of a type; a whole number is a float too, and True no number."""
+    from beartype import BeartypeConf
+    from beartype.door import is_bearable
+
+    if isinstance(value, bool) and hint is not Any and bool not in (hint, *typing.get_args(hint)):
+        return hint is object
+    return is_bearable(value, hint, conf=BeartypeConf(is_pep484_tower=True))

@@ -1,0 +1,132 @@
+"""What a layer can be asked for. What it cannot is refused by name, before anything is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import Tensor
+
+from attlas import masks
+from attlas.masks import Mask
+
+if TYPE_CHECKING:
+    from attlas.attention import Attention
+
+
+@dataclass(frozen=True, kw_only=True)
+class Supports:
+    """A class says what differs: `supports = Supports(cross=False)`; a subclass of one that differs
+    already, `supports = replace(LinearAttention.supports, cross=False)`.
+
+    Attributes:
+        causal: it has a causal form; without one it cannot decode step by step either.
+        bidirectional: queries may see what comes after them.
+        cross: queries may come from one sequence and keys from another.
+        position: it takes a position encoding; False where it brings its own positions.
+        masks: it honours "pairs", any mask; "padding", valid tokens only; "none", no mask at all.
+        cache: decoding keeps "keys" and values of all tokens, or a "state" that does not grow.
+        memory: how a forward pass's extra memory grows with the length, "linear" or "quadratic".
+        single_queries: a query's weights rest on that query alone, so that it can cross-attend alone.
+        extras: names of further tensors that `forward` takes by keyword, for stages to read from
+            `inputs.extras`.
+    """
+
+    causal: bool = True
+    bidirectional: bool = True
+    cross: bool = True
+    position: bool = True
+    masks: Literal["pairs", "padding", "none"] = "pairs"
+    cache: Literal["keys", "state"] = "keys"
+    memory: Literal["linear", "quadratic"] = "linear"
+    single_queries: bool = True
+    extras: tuple[str, ...] = ()
+
+    def check_made(self, layer: Attention) -> None:
+        """Refuse a layer of a form that its class has not, or of sizes that do not divide.
+
+        Raises:
+            ValueError: naming the option.
+        """
+        name = type(layer).__name__
+        if layer.heads % layer.kv_heads:
+            raise ValueError(f"kv_heads must divide heads={layer.heads}, got {layer.kv_heads}")
+        if layer.causal and not self.causal:
+            raise ValueError(f"causal=True: {name} has no causal form")
+        if not layer.causal and not self.bidirectional:
+            raise ValueError(f"causal=False: {name} has no other form than a causal one")
+        self.check_mask(name, layer.own_mask)
+        if layer.own_position is not None and not self.position:
+            raise ValueError(
+                f"position: {name} brings its own positions, got {layer.own_position!r}"
+            )
+
+    def check_call(
+        self, layer: Attention, x: Tensor, context: Tensor | None, mask: Any, cache: Any,
+        extras: Mapping[str, Tensor],
+    ) -> None:  # fmt: skip
+        """Refuse what a forward pass cannot honour.
+
+        Raises:
+            ValueError: inputs of another width, a context where there is no cross form or with a
+                cache, a mask of another shape, a cache without a causal form.
+            TypeError: an unknown keyword, or a mask that is none.
+        """
+        name = type(layer).__name__
+        unknown = sorted(set(extras) - set(self.extras))
+        if unknown:
+            takes = f"takes {list(self.extras)}" if self.extras else "takes no extras"
+            raise TypeError(f"{name} {takes}, got {unknown[0]!r}")
+        for what, tokens in (("x", x), ("context", context)):
+            if tokens is not None and (tokens.ndim != 3 or tokens.shape[-1] != layer.dim):
+                raise ValueError(
+                    f"{what} must be [batch, tokens, {layer.dim}], got {list(tokens.shape)}"
+                )
+        if context is not None:
+            self._check_context(layer, cache)
+        if cache is not None and not self.causal:
+            raise ValueError(f"cache was given, but {name} has no causal form")
+        self.check_mask(name, mask)
+        if mask is not None and not isinstance(mask, Mask | Tensor):
+            raise TypeError(f"mask takes a Mask or a boolean tensor, got {type(mask).__name__}")
+        if isinstance(mask, Tensor) and mask.ndim not in (2, 4):
+            raise ValueError(f"mask must have 2 or 4 axes, got {list(mask.shape)}")
+
+    def _check_context(self, layer: Attention, cache: Any) -> None:
+        if cache is not None or layer.causal or not self.cross:
+            form = "causal=True" if layer.causal else type(layer).__name__
+            why = form if cache is None else "a cache"
+            raise ValueError(f"context cannot be given together with {why}")
+        if layer.position_encoding.score_mod is not None:
+            position = type(layer.position_encoding).__name__
+            raise ValueError(
+                f"context cannot be given together with position={position}: distances between two "
+                "sequences mean nothing"
+            )
+
+    def check_mask(self, name: str, mask: Any) -> None:
+        """Refuse a mask of a sort that the layer called `name` does not honour.
+
+        Raises:
+            ValueError: saying which it takes.
+        """
+        patterns = (None, masks.causal) if self.causal else (None,)
+        per_pair = mask.ndim == 4 if isinstance(mask, Tensor) else mask not in patterns
+        refused = per_pair if self.masks == "padding" else mask is not None
+        if self.masks != "pairs" and refused:
+            takes = "only padding, [batch, keys]" if self.masks == "padding" else "none"
+            raise ValueError(f"mask: {name} takes {takes}, got {mask!r}")
+
+
+def share_of_dim(layer: Attention) -> int:
+    """dim / heads, the width of a head.
+
+    Raises:
+        ValueError: `heads` does not divide `dim`.
+    """
+    if layer.dim % layer.heads:
+        raise ValueError(
+            f"heads must divide dim={layer.dim} unless head_dim is given, got {layer.heads}"
+        )
+    return layer.dim // layer.heads
