@@ -25,7 +25,6 @@ from attlas import masks, ops
 from attlas.attention import Attention
 from attlas.errors import at_least_one
 from attlas.inputs import Inputs, MaskLike
-from attlas.masks import Mask
 
 
 class Draws(NamedTuple):

@@ -14,9 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attlas import masks
-from attlas.inputs import Inputs
 from attlas.bases.recurrent import Gates, RecurrentAttention
-from attlas.masks import Mask
+from attlas.inputs import Inputs
 
 #: The maximum of no key at all.
 NOTHING = -1e30

@@ -17,10 +17,9 @@ from torch.nn.functional import elu
 
 from attlas import ops
 from attlas.attention import Attention
+from attlas.bases.recurrent import RecurrentAttention
 from attlas.errors import at_least_one
 from attlas.inputs import Inputs
-from attlas.bases.recurrent import RecurrentAttention
-from attlas.masks import Mask
 from attlas.positions import RoPE
 
 

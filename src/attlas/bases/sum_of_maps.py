@@ -19,6 +19,8 @@ from attlas.inputs import Inputs
 class SumOfMaps(Attention):
     """Attention by several maps over the same values. A subclass gives `maps` and `coefficients`."""
 
+    changes = ("normalize",)
+
     def maps(self, q: Tensor, k: Tensor, inputs: Inputs) -> Sequence[tuple[Tensor, Tensor]]:
         """(q_m, k_m) of each map, as `attend` takes queries and keys."""
         raise NotImplementedError(f"{type(self).__name__} needs maps(q, k, inputs)")

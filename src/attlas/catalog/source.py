@@ -116,12 +116,14 @@ def _called(call: ast.Call) -> str:
 def _stages(line: list[tuple[ast.ClassDef, str]], kind: Kind) -> tuple[str, ...]:
     defined: set[str] = set()
     told: list[str] = []
+    bases = {  # of kinds: what they define is no paper's change
+        base.name for each, module in line if "kind" in _members(each)[0]
+        for base, _ in _line(each, module)
+    }  # fmt: skip
     for each, module in line:
         names, stages = _members(each)
         told += stages
-        if "kind" not in names and is_paper(
-            module
-        ):  # what a kind's base defines is no paper's change
+        if each.name not in bases and is_paper(module):
             defined |= names
     return changed(kind, told, defined)
 

@@ -34,9 +34,10 @@ def stages_of(obj: Callable[..., Any], kind: Kind) -> tuple[str, ...]:
     The plain layer changes none; a mask is the mask stage, an op the stages from score to aggregate.
     """
     own = [c for c in getattr(obj, "__mro__", ()) if c.__module__.split(".")[0] != "torch"]
-    below = [c for c in own if "kind" not in vars(c) and c is not object]
+    bases = {b for c in own if "kind" in vars(c) for b in c.__mro__}  # a kind's, no paper's
     told = [stage for c in own for stage in vars(c).get("changes", ())]
-    return changed(kind, told, {n for c in below if is_paper(c.__module__) for n in vars(c)})
+    papers = [c for c in own if c not in bases and is_paper(c.__module__)]
+    return changed(kind, told, {name for c in papers for name in vars(c)})
 
 
 def is_paper(module: str) -> bool:

@@ -52,6 +52,8 @@ class Differential(SumOfMaps):
         ),
     )
 
+    beyond = {"project": "each of the two maps has queries and keys of its own"}
+
     head_dim: int = option(
         "width of a map's queries and keys; dim / heads / 2 unless given", factory=half_share,
         at_least=1, kw_only=False,
