@@ -44,9 +44,9 @@ class Attention(Configured, nn.Module):
     kind: ClassVar[Kind] = LAYER
     #: What it can be asked for; all, unless a subclass says otherwise.
     supports: ClassVar[Supports] = Supports()
-    #: Stages changed that no overridden method tells; why some are that the paper leaves alone.
+    #: Stages changed that no overridden method tells; "stage: why", of stages that the paper leaves.
     changes: ClassVar[tuple[str, ...]] = ()
-    beyond: ClassVar[Mapping[str, str]] = {}
+    beyond: ClassVar[tuple[str, ...]] = ()
     dim: int = option("width of the inputs and outputs", at_least=1, kw_only=False)
     heads: int = option("query heads", default=8, at_least=1, kw_only=False)
     kv_heads: int = option(

@@ -23,7 +23,8 @@ from typing_extensions import dataclass_transform
 from attlas.errors import UserError
 
 T = TypeVar("T")
-_NOTHING: Any = inspect.Parameter.empty
+#: Stands for no default, where None could be one.
+_NOTHING: Any = object()
 
 
 class BadOption(UserError, TypeError):
@@ -76,7 +77,9 @@ class Option:
             if self.kw_only
             else inspect.Parameter.POSITIONAL_OR_KEYWORD
         )
-        default = None if self.factory else self.default
+        default = (
+            None if self.factory else inspect.Parameter.empty if self.required else self.default
+        )
         return inspect.Parameter(self.parameter, kind, default=default, annotation=self.annotation)
 
     def check(self, value: object) -> None:

@@ -40,10 +40,10 @@ def test_latent_attention_counts_what_its_layer_does() -> None:
     layer = attlas.make("mla", dim=32, heads=4, latent=12, rotary=6, causal=True)
     cache = layer.init_cache()
     layer(torch.randn(1, 10, 32), cache=cache)
-    q, k, v, mask, inputs = layer.prepare(torch.randn(1, 1, 32), cache=cache)
+    q, k, v, inputs = layer.prepare(torch.randn(1, 1, 32), cache=cache)
     up_and_down = 2 * 4 * 12 * (layer.head_dim + layer.value_dim)
     with FlopCounterMode(display=False) as counter:
-        layer.attend(q, k, v, mask, inputs)
+        layer.attend(q, k, v, inputs)
     wanted = latent(heads=4, latent=12, rotary=6, length=11, dtype_bytes=4)
     assert counter.get_total_flops() - up_and_down == wanted.flops
     assert cache.layers[0].keys.nbytes == wanted.bytes

@@ -8,23 +8,25 @@ import torch
 from torch import Tensor, nn
 
 from attlas import Attention
+from attlas.inputs import Inputs
 from attlas.ops import softmax
+from attlas.supports import Supports
 
 
 class Good(Attention):
     """Attention that doubles its values: nothing is wrong with it."""
 
-    def aggregate(self, weights: Tensor, v: Tensor) -> Tensor:
-        return 2 * super().aggregate(weights, v)
+    supports = Supports(memory="quadratic")
 
-    memory_law = "quadratic"
+    def aggregate(self, weights: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
+        return 2 * super().aggregate(weights, v, inputs)
 
 
 class Leaks(Attention):
     """Every token gets the mean of all values, those to come included."""
 
-    def attend(self, q, k, v, mask, inputs):
-        return super().attend(q, k, v, mask, inputs) + v.mean(2, keepdim=True)
+    def attend(self, q, k, v, inputs):
+        return super().attend(q, k, v, inputs) + v.mean(2, keepdim=True)
 
 
 class ForgetsWhereItIs(Attention):
@@ -38,9 +40,9 @@ class ForgetsWhereItIs(Attention):
 class BlindRowsAreNaN(Attention):
     """A plain softmax, whose row of nothing but −∞ is 0 / 0."""
 
-    memory_law = "quadratic"
+    supports = Supports(memory="quadratic")
 
-    def normalize(self, scores):
+    def normalize(self, scores, inputs):
         return scores.softmax(-1)
 
 
@@ -54,39 +56,39 @@ class SeesPadding(Attention):
 class HasADeadParameter(Attention):
     """A parameter that no output depends on."""
 
-    def build(self, bias):
-        super().build(bias)
+    def setup(self):
+        super().setup()
         self.dead = nn.Parameter(torch.ones(3))
 
 
 class HoldsAllPairs(Attention):
     """Declares linear memory, and makes all weights."""
 
-    def normalize(self, scores):
+    def normalize(self, scores, inputs):
         return softmax(scores)
 
 
 class ReadsUnwrittenMemory(Attention):
     """Adds what torch.empty happens to hold."""
 
-    def attend(self, q, k, v, mask, inputs):
-        heads = super().attend(q, k, v, mask, inputs)
+    def attend(self, q, k, v, inputs):
+        heads = super().attend(q, k, v, inputs)
         return heads + 0 * torch.empty_like(heads)
 
 
 class IsCoarse(Attention):
     """A fused route of lower precision than its stages."""
 
-    def attend(self, q, k, v, mask, inputs):
-        return super().attend(q, k, v, mask, inputs).half().to(q.dtype)
+    def attend(self, q, k, v, inputs):
+        return super().attend(q, k, v, inputs).half().to(q.dtype)
 
 
 class Reseeds(Attention):
     """Sets the seed of the whole program."""
 
-    def attend(self, q, k, v, mask, inputs):
+    def attend(self, q, k, v, inputs):
         torch.manual_seed(0)
-        return super().attend(q, k, v, mask, inputs)
+        return super().attend(q, k, v, inputs)
 
 
 class IsRandom(Attention):

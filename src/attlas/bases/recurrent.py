@@ -10,7 +10,6 @@ Transformers cache, padding, and the map of weights that the recurrence stands f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, ClassVar, TypedDict, cast
 
 import torch
@@ -40,11 +39,11 @@ class RecurrentAttention(Attention):
 
     supports: ClassVar[Supports] = Supports(cache="state")
     changes = ("normalize", "aggregate")
-    beyond: ClassVar[Mapping[str, str]] = {
-        "score": "features are multiplied, whatever stands for the exponential",
-        "normalize": "rows are divided by the sum of their features, if by anything",
-        "aggregate": "values are summed up in a state, from token to token",
-    }
+    beyond = (
+        "score: features are multiplied, whatever stands for the exponential",
+        "normalize: rows are divided by the sum of their features, if by anything",
+        "aggregate: values are summed up in a state, from token to token",
+    )
     #: Whether outputs are divided by the sum of their weights.
     normalized = True
     #: Added to that sum.

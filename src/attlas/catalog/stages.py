@@ -63,5 +63,6 @@ def reasons(obj: Callable[..., Any]) -> dict[str, str]:
     """Why a class changes stages that its paper does not, by stage: the `beyond` of it and its bases."""
     found: dict[str, str] = {}
     for each in reversed(getattr(obj, "__mro__", ())):
-        found |= vars(each).get("beyond", {})
+        told = (line.partition(": ") for line in vars(each).get("beyond", ()))
+        found |= {stage: why for stage, _, why in told}
     return found

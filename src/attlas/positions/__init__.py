@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from attlas.errors import UnknownName
 from attlas.positions.absolute import Learned, Sinusoidal
@@ -25,6 +25,7 @@ __all__ = [
 ]
 
 
+@runtime_checkable
 class Sizes(Protocol):
     """What a layer tells of its sizes."""
 

@@ -81,12 +81,12 @@ def _watch(layer: Any, seen: list[float]) -> None:
     """Have a layer go through its stages, and note the largest score of each call."""
     score = layer.score
 
-    def noting(q: Tensor, k: Tensor) -> Tensor:
-        scores: Tensor = score(q, k)
+    def noting(q: Tensor, k: Tensor, inputs: Any) -> Tensor:
+        scores: Tensor = score(q, k, inputs)
         seen.append(float(scores.abs().max()))
         return scores
 
-    def by_stages(q: Tensor, k: Tensor, v: Tensor, mask: Any, inputs: Any) -> Any:
-        return layer.aggregate(layer.weigh(q, k, mask, inputs), v)
+    def by_stages(q: Tensor, k: Tensor, v: Tensor, inputs: Any) -> Any:
+        return layer.aggregate(layer.weigh(q, k, inputs), v, inputs)
 
     layer.score, layer.attend = noting, by_stages

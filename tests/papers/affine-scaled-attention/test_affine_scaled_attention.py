@@ -39,7 +39,7 @@ def test_affine_scaled_attention_rows_sum_to_alpha_and_n_beta(pattern: str) -> N
     """By the definition, from the softmax of the same layer's scores; and so ᾱ for every row."""
     layer = _layer(mask=PATTERNS[pattern])
     x = torch.randn(2, 11, 32, dtype=torch.float64)
-    q, k, v, mask, inputs = layer.prepare(x)
+    q, k, v, inputs = layer.prepare(x)
     seen = torch.ones(1, 4, 11, 11, dtype=torch.bool)
     if mask is not None:
         seen = masks.dense(mask, 11, 11).expand(1, 4, 11, 11)
@@ -51,7 +51,7 @@ def test_affine_scaled_attention_rows_sum_to_alpha_and_n_beta(pattern: str) -> N
     torch.testing.assert_close(weights, alpha * soft + seen * beta)
     torch.testing.assert_close(weights.sum(-1, keepdim=True), alpha + n * beta)
     torch.testing.assert_close(weights.sum(-1), layer.mean_alpha[:, None].expand(2, 4, 11))
-    torch.testing.assert_close(layer.attend(q, k, v, mask, inputs), weights @ v)
+    torch.testing.assert_close(layer.attend(q, k, v, inputs), weights @ v)
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
@@ -63,9 +63,9 @@ def test_affine_scaled_attention_running_mean_is_the_definition(
     x = torch.randn(2, 9, 32, dtype=torch.float64)
     valid = torch.tensor([[False] * 3 + [True] * 6, [True] * 8 + [False]])
     for mask in (None, valid):
-        q, k, v, pairs, inputs = layer.prepare(x, mask=mask)
-        wanted = layer.aggregate(layer.weigh(q, k, pairs, inputs), v)
-        torch.testing.assert_close(layer.attend(q, k, v, pairs, inputs), wanted)
+        q, k, v, inputs = layer.prepare(x, mask=mask)
+        wanted = layer.aggregate(layer.weigh(q, k, inputs), v, inputs)
+        torch.testing.assert_close(layer.attend(q, k, v, inputs), wanted)
 
 
 def test_affine_scaled_attention_follows_alpha_while_training() -> None:

@@ -55,7 +55,7 @@ def time_mix(case: Case) -> Iterator[Check]:
     x, extras = case.inputs["x"], {}
     if behind:
         extras["v_first"] = case.inputs["v_first"]
-    q, k, v, _, inputs = layer.prepare(x, **extras)
+    q, k, v, inputs = layer.prepare(x, extras=extras)
     if "v_first" in case.outs and not behind:
         yield case.compare("out.v_first", v.transpose(1, 2).flatten(2))
     keys = layer.terms(q, k, inputs)

@@ -24,7 +24,7 @@ def _made(**options: object) -> torch.nn.Module:
 def test_layer_is_its_recurrence_token_by_token(kv_heads: int) -> None:
     layer = _made(kv_heads=kv_heads)
     x = torch.randn(1, 7, 16).double()
-    q, k, v, mask, inputs = layer.prepare(x)
+    q, k, v, inputs = layer.prepare(x)
     gates = layer.gates(k, inputs)
     eta = layer.steps(inputs)
     kappa = torch.nn.functional.normalize(k * layer.kappa, dim=-1)
@@ -41,7 +41,7 @@ def test_layer_is_its_recurrence_token_by_token(kv_heads: int) -> None:
         read = (q[:, :, t, None] @ state)[:, :, 0]
         bonus = (q[:, :, t] * layer.rho[:, 0] * keys[:, :, t]).sum(-1, keepdim=True)
         outs.append(read + bonus * values[:, :, t])
-    torch.testing.assert_close(layer.attend(q, k, v, mask, inputs), torch.stack(outs, dim=2))
+    torch.testing.assert_close(layer.attend(q, k, v, inputs), torch.stack(outs, dim=2))
 
 
 def test_decays_lie_between_the_fastest_and_none() -> None:

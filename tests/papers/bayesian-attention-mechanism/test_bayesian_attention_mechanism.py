@@ -90,8 +90,8 @@ def test_bayesian_attention_mechanism_gradients_on_the_route_of_long_sequences()
 
 
 def _by_definition(layer, x: Tensor) -> Tensor:
-    q, k, v, mask, inputs = layer.prepare(x)
-    return layer.output(layer.aggregate(layer.weigh(q, k, mask, inputs), v), inputs)
+    q, k, v, inputs = layer.prepare(x)
+    return layer.output(layer.aggregate(layer.weigh(q, k, inputs), v, inputs), inputs)
 
 
 class _Model(nn.Module):

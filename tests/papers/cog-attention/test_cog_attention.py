@@ -50,7 +50,7 @@ def test_cog_attention_in_two_softmaxes_is_the_definition(position: str, kv_head
     pattern = masks.per_head(masks.causal, masks.window(3), masks.full, masks.causal)
     layer = _layer(kv_heads=kv_heads, position=position, mask=pattern)
     x = torch.randn(2, 13, 32, dtype=torch.float64)
-    *_, v, _, inputs = layer.prepare(x)
+    *_, v, inputs = layer.prepare(x)
     torch.testing.assert_close(layer(x), layer.output(layer.aggregate(layer.weights(x), v), inputs))
 
 

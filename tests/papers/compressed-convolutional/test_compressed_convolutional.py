@@ -33,10 +33,10 @@ def test_compressed_convolutional_cache_and_flops_shrink(compression: int, kv_he
     """Scores and sums by C, the cache by C · heads / kv_heads; time is the benchmark's to measure."""
     flops, held = [], []
     for layer in (_layer(compression=compression, kv_heads=kv_heads), _layer("softmax")):
-        q, k, v, mask, inputs = layer.prepare(X)
+        q, k, v, inputs = layer.prepare(X)
         held.append(k.numel() + v.numel())
         with FlopCounterMode(display=False) as counter:
-            layer.aggregate(layer.weigh(q, k, mask, inputs), v)
+            layer.aggregate(layer.weigh(q, k, inputs), v, inputs)
         flops.append(counter.get_total_flops())
     assert flops[0] * compression == flops[1]
     assert held[0] * compression * 4 == held[1] * kv_heads

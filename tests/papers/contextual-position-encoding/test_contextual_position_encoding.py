@@ -17,7 +17,7 @@ def _layer(**options):
 def test_contextual_position_encoding_of_open_gates_is_learned_relative_positions() -> None:
     layer = _layer(npos=20, gate_keys=True, bias=True)
     x = torch.randn(2, 11, 32, dtype=torch.float64)
-    q, k, _, mask, inputs = layer.prepare(x)
+    q, k, _, inputs = layer.prepare(x)
     # Gate keys along each query, so long that every gate is 1: that of query i only reads key by
     # key, so keys are made for one query at a time.
     for i in range(11):

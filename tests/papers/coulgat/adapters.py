@@ -31,6 +31,6 @@ def coulgat(case: Case) -> Iterator[Check]:
     x, extras = pad(x, (0, dim - features)), {"adjacency": case.inputs["potential"]}
     yield case.compare("out.y", layer(x, **extras)[..., :hidden].mT)
     if "WH" in case.mids:
-        yield case.compare("mid.WH", layer.prepare(x, **extras)[2][:, 0, :, :hidden].mT)
+        yield case.compare("mid.WH", layer.prepare(x, extras=extras)[2][:, 0, :, :hidden].mT)
     if "weights" in case.mids:
         yield case.compare("mid.weights", layer.weights(x, **extras)[:, 0])

@@ -70,5 +70,5 @@ def test_differential_transformer_gives_both_maps_of_a_head_the_same_mask(positi
     assert (weights[0, 0].triu(1) == 0).all()
     far = masks.dense(~masks.window(3), 9, 9)[0, 0]
     assert (weights[0, 1][far] == 0).all()
-    *_, v, _, inputs = layer.prepare(x)
+    *_, v, inputs = layer.prepare(x)
     torch.testing.assert_close(layer(x), layer.output(layer.aggregate(weights, v), inputs))

@@ -72,7 +72,7 @@ def test_dint_transformer_integral_is_the_mean_of_the_first_map(causal: bool) ->
     """From the definition: column means of A₁ over all queries, or over those up to each."""
     layer = _layer(causal=causal)
     x = torch.randn(1, 6, 32, dtype=torch.float64)
-    q, k, v, mask, inputs = layer.prepare(x)
+    q, k, v, inputs = layer.prepare(x)
     scores = torch.stack([q @ k.mT * layer.head_dim**-0.5 for q, k in layer.maps(q, k)])
     if causal:
         scores = scores.masked_fill(torch.ones(6, 6).triu(1).bool(), -torch.inf)
@@ -80,7 +80,7 @@ def test_dint_transformer_integral_is_the_mean_of_the_first_map(causal: bool) ->
     mean = torch.stack([first[:, :, : i + 1 if causal else 6].mean(2) for i in range(6)], dim=2)
     wanted = first - layer.lambda_ * second + layer.lambda_ * mean
     torch.testing.assert_close(layer.weights(x), wanted)
-    torch.testing.assert_close(layer.attend(q, k, v, mask, inputs), wanted @ v)
+    torch.testing.assert_close(layer.attend(q, k, v, inputs), wanted @ v)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

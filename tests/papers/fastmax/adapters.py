@@ -22,5 +22,5 @@ def fastmax(case: Case) -> Iterator[Check]:
             coefficients=[config[f"a{power}"] for power in range(int(order[1:]) + 1)], norm=False,
         ).eval()  # fmt: skip
         x = v.transpose(1, 2).flatten(2)  # whose length and padding the stages behind look at
-        _, _, _, pairs, inputs = layer.to(v.dtype).prepare(x)
-        yield case.compare(f"out.{form}", layer.attend(q, k, v, pairs, inputs))
+        _, _, _, inputs = layer.to(v.dtype).prepare(x)
+        yield case.compare(f"out.{form}", layer.attend(q, k, v, inputs))

@@ -25,13 +25,13 @@ def _standardised(x):
 def test_fastmax_factored_is_the_polynomial_of_all_pairs(coefficients, causal: bool) -> None:
     layer = _layer(coefficients=coefficients, causal=causal, norm=False)
     x = torch.randn(2, 70, 16).double()
-    q, k, v, mask, inputs = layer.prepare(x)
+    q, k, v, inputs = layer.prepare(x)
     s = q @ k.mT
     f = sum(a * s**power for power, a in enumerate(coefficients)) + 0 * s
     f = f.tril() if causal else f
     weights = f / f.sum(-1, keepdim=True)
     torch.testing.assert_close(layer.weights(x), weights)
-    torch.testing.assert_close(layer.attend(q, k, v, mask, inputs), weights @ v)
+    torch.testing.assert_close(layer.attend(q, k, v, inputs), weights @ v)
 
 
 def test_fastmax_standardises_every_query_and_key() -> None:
@@ -73,7 +73,7 @@ def test_fastmax_of_faint_scores_is_softmax_up_to_the_third_power() -> None:
 
 def test_fastmax_without_scores_gives_means() -> None:
     layer, x = _layer(coefficients=(2.0,), causal=True), torch.randn(1, 9, 16).double()
-    _, _, v, _, inputs = layer.prepare(x)
+    _, _, v, inputs = layer.prepare(x)
     means = v.cumsum(2) / torch.arange(1, 10).double()[:, None]
     torch.testing.assert_close(layer(x), layer.output(means, inputs))
 

@@ -47,19 +47,19 @@ def _wanted(q, k, v, causal: bool):
 def test_flowformer_is_its_equations(causal: bool, loud: float) -> None:
     """Loud queries and keys spread flows, so that the bound on sources binds for some only."""
     layer, x = _layer(loud, causal=causal, eps=1e-13), torch.randn(2, 11, 16).double()
-    q, k, v, mask, inputs = layer.prepare(x)
+    q, k, v, inputs = layer.prepare(x)
     wanted = torch.stack([
         torch.stack([_wanted(q[b, h], k[b, h], v[b, h], causal) for h in range(2)]) for b in range(2)
     ])  # fmt: skip
-    torch.testing.assert_close(layer.attend(q, k, v, mask, inputs), wanted)
+    torch.testing.assert_close(layer.attend(q, k, v, inputs), wanted)
     torch.testing.assert_close(layer.weights(x) @ v, wanted)
 
 
 def test_flowformer_of_two_sequences_is_its_equations() -> None:
     layer, x, context = _layer(3.0, eps=1e-13), torch.randn(1, 5, 16), torch.randn(1, 9, 16)
-    q, k, v, mask, inputs = layer.prepare(x.double(), context.double())
+    q, k, v, inputs = layer.prepare(x.double(), context.double())
     wanted = torch.stack([_wanted(q[0, h], k[0, h], v[0, h], False) for h in range(2)])
-    torch.testing.assert_close(layer.attend(q, k, v, mask, inputs)[0], wanted)
+    torch.testing.assert_close(layer.attend(q, k, v, inputs)[0], wanted)
 
 
 def test_flowformer_conserves_both_sides_of_the_flow() -> None:

@@ -30,11 +30,11 @@ def test_hedgehog_starts_from_the_identity(activation: str) -> None:
 def test_hedgehog_linear_and_explicit_forms_agree(activation: str) -> None:
     layer = attlas.make("hedgehog", dim=16, heads=2, activation=activation, causal=True).double()
     x = torch.randn(2, 70, 16).double()
-    q, k, v, mask, inputs = layer.prepare(x)
-    weights = layer.weigh(q, k, mask, inputs)
+    q, k, v, inputs = layer.prepare(x)
+    weights = layer.weigh(q, k, inputs)
     torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
     assert bool((weights >= 0).all())
-    torch.testing.assert_close(layer.attend(q, k, v, mask, inputs), weights @ v)
+    torch.testing.assert_close(layer.attend(q, k, v, inputs), weights @ v)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

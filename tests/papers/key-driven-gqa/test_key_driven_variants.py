@@ -144,8 +144,8 @@ def test_key_driven_gqa_dynamic_under_gradient_checkpointing_is_the_same(
 
 def _flat(layer, x: Tensor) -> Tensor:
     """What the heads of grouped-query attention give, [batch, groups, heads of a group, numbers]."""
-    q, k, v, mask, inputs = layer.prepare(x)
-    return layer.attend(q, k, v, mask, inputs).flatten(2).unflatten(1, (layer.kv_heads, -1))
+    q, k, v, inputs = layer.prepare(x)
+    return layer.attend(q, k, v, inputs).flatten(2).unflatten(1, (layer.kv_heads, -1))
 
 
 def _projected(layer, heads: Tensor) -> Tensor:

@@ -27,9 +27,9 @@ def test_latte_forms_agree_even_where_exponentials_would_overflow(
     causal: bool, loud: float
 ) -> None:
     layer, x = _layer(loud, causal=causal), torch.randn(2, 70, 16).double()
-    q, k, v, mask, inputs = layer.prepare(x)
+    q, k, v, inputs = layer.prepare(x)
     assert (k.abs().max() > 750) == (loud > 1)  # e^750 is no float64
-    dense = layer.output(layer.aggregate(layer.weigh(q, k, mask, inputs), v), inputs)
+    dense = layer.output(layer.aggregate(layer.weigh(q, k, inputs), v, inputs), inputs)
     torch.testing.assert_close(layer(x), dense, atol=1e-5, rtol=0)
     if causal:
         cache = layer.init_cache()
@@ -39,7 +39,7 @@ def test_latte_forms_agree_even_where_exponentials_would_overflow(
 
 def test_latte_is_the_sum_over_latents_of_two_distributions() -> None:
     layer, x = _layer(causal=True), torch.randn(1, 6, 16).double()
-    q, k, v, _, inputs = layer.prepare(x)
+    q, k, v, inputs = layer.prepare(x)
     wanted = torch.zeros(1, 2, 6, 8).double()
     for head in range(2):
         for t in range(6):
@@ -58,8 +58,8 @@ def test_latte_weights_are_distributions_over_what_is_seen(pattern) -> None:
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 2, 9).double())
     assert bool((weights >= 0).all())
     assert bool(((weights == 0) == ~seen).all())
-    q, k, v, mask, inputs = layer.prepare(x)
-    torch.testing.assert_close(layer.attend(q, k, v, mask, inputs), weights @ v)
+    q, k, v, inputs = layer.prepare(x)
+    torch.testing.assert_close(layer.attend(q, k, v, inputs), weights @ v)
 
 
 def test_latte_keeps_a_state_that_is_its_latents_means() -> None:

@@ -20,7 +20,7 @@ def test_slopes_are_alibis_and_vanish_with_depth() -> None:
 def test_outputs_are_the_decayed_sum_written_out() -> None:
     layer = attlas.make("lightning-attention-2", dim=16, heads=2, causal=True).double()
     x = torch.randn(1, 70, 16, dtype=torch.float64)
-    q, k, v, _, inputs = layer.prepare(x)
+    q, k, v, inputs = layer.prepare(x)
     apart = torch.arange(70.0).double()[:, None] - torch.arange(70.0).double()
     kept = torch.exp(layer.log_decay.double()[:, None, None] * apart).tril()
     expected = layer.output((q @ k.mT * kept) @ v, inputs)
@@ -30,7 +30,7 @@ def test_outputs_are_the_decayed_sum_written_out() -> None:
 def test_without_slopes_nothing_is_forgotten() -> None:
     layer = attlas.make("lightning-attention-2", dim=16, heads=2, causal=True, slope_scale=0.0)
     x = torch.randn(1, 20, 16)
-    q, k, v, _, inputs = layer.prepare(x)
+    q, k, v, inputs = layer.prepare(x)
     assert torch.allclose(layer(x), layer.output((q @ k.mT).tril() @ v, inputs), atol=1e-5)
 
 

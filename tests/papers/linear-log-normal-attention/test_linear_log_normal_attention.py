@@ -52,7 +52,7 @@ def test_matched_features_share_their_spread_between_queries_and_keys() -> None:
 def test_blocks_are_softmax_attention_to_neighbours_alone() -> None:
     layer = attlas.make(NAME, dim=8, heads=2, causal=True).double().eval()
     x = torch.randn(1, 11, 8).double()
-    q, k, v, mask, inputs = layer.prepare(x)
+    q, k, v, inputs = layer.prepare(x)
     found = layer.diagonal(q, k, v, True, inputs)
     at = torch.arange(11) // 4
     hidden = (at[:, None] != at) | torch.ones(11, 11, dtype=torch.bool).triu(1)
@@ -74,11 +74,11 @@ def test_training_moves_the_running_deviations_and_answers_do_not_rest_on_other_
 
 def test_one_large_key_far_behind_brings_no_earlier_sum_to_zero() -> None:
     layer = attlas.make(NAME, dim=8, heads=1, causal=True, blocks=False, eps=0.0).eval()
-    q, k, v, mask, inputs = layer.prepare(torch.randn(1, 6, 8))
+    q, k, v, inputs = layer.prepare(torch.randn(1, 6, 8))
     k[:, :, 5] = 500.0
-    weights = layer.weigh(q, k, mask, inputs)
+    weights = layer.weigh(q, k, inputs)
     torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
-    torch.testing.assert_close(layer.attend(q, k, v, mask, inputs), weights @ v)
+    torch.testing.assert_close(layer.attend(q, k, v, inputs), weights @ v)
 
 
 def test_meters_know_the_extremes() -> None:

@@ -39,10 +39,10 @@ def test_output_is_the_intercept_of_the_regression(kv_heads: int, causal: bool) 
     layer = attlas.make(
         NAME, dim=16, heads=4, kv_heads=kv_heads, causal=causal, ridge=0.02
     ).double()  # fmt: skip
-    q, k, v, mask, inputs = _prepared(layer, 12)
+    q, k, v, inputs = _prepared(layer, 12)
     plain = attlas.make("softmax", dim=16, heads=4, kv_heads=kv_heads, causal=causal).double()
-    p = plain.weigh(q, k, mask, inputs)
-    torch.testing.assert_close(layer.attend(q, k, v, mask, inputs), _fitted(p, q, k, v, 0.02))
+    p = plain.weigh(q, k, inputs)
+    torch.testing.assert_close(layer.attend(q, k, v, inputs), _fitted(p, q, k, v, 0.02))
 
 
 def test_both_ways_of_writing_the_weights_agree() -> None:
@@ -61,9 +61,9 @@ def test_both_ways_of_writing_the_weights_agree() -> None:
 )
 def test_blocks_of_queries_agree_with_all_pairs_at_once(options: dict[str, object]) -> None:
     layer = attlas.make(NAME, dim=8, heads=2, **options).double()
-    q, k, v, mask, inputs = _prepared(layer, 300)
-    found = layer.attend(q, k, v, mask, inputs)
-    torch.testing.assert_close(found, layer.weigh(q, k, mask, inputs) @ v)
+    q, k, v, inputs = _prepared(layer, 300)
+    found = layer.attend(q, k, v, inputs)
+    torch.testing.assert_close(found, layer.weigh(q, k, inputs) @ v)
 
 
 def test_weights_sum_to_one_and_some_are_negative() -> None:
@@ -75,8 +75,8 @@ def test_weights_sum_to_one_and_some_are_negative() -> None:
 def test_constant_weights_give_ridge_regression_on_all_keys() -> None:
     layer = attlas.make(NAME, dim=6, heads=1, ridge=0.3).double()
     layer.scale = 0.0
-    q, k, v, mask, inputs = _prepared(layer, 15)
-    out = layer.attend(q, k, v, mask, inputs)[:, 0]
+    q, k, v, inputs = _prepared(layer, 15)
+    out = layer.attend(q, k, v, inputs)[:, 0]
     k, v, q = k[:, 0], v[:, 0], q[:, 0]
     centre, mean = k.mean(1, keepdim=True), v.mean(1, keepdim=True)
     moment = (k - centre).mT @ (k - centre) + 15 * 0.3 * torch.eye(6).double()
@@ -87,7 +87,7 @@ def test_constant_weights_give_ridge_regression_on_all_keys() -> None:
 def test_lines_are_found_exactly() -> None:
     """What no mean of values does: a linear map is told even at queries beyond all keys."""
     layer = attlas.make(NAME, dim=4, heads=1, ridge=1e-9, causal=False, steps=40).double()
-    q, k, _, mask, inputs = _prepared(layer, 30)
+    q, k, _, inputs = _prepared(layer, 30)
     true = torch.randn(4, 4).double()
     torch.testing.assert_close(
         layer.attend(q, k, k @ true + 1, mask, inputs), q @ true + 1, rtol=1e-5, atol=1e-5

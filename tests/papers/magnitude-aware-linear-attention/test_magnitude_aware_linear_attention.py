@@ -40,7 +40,7 @@ def test_magnitude_aware_linear_attention_scores_depend_on_the_query_length() ->
     layer, plain = _layer(rotary=False, eps=1e-12), _layer("linear-attention")
     plain.load_from(layer.state_dict())
     x = torch.randn(2, 12, 16).double()
-    q, k, _, mask, inputs = layer.prepare(x)
+    q, k, _, inputs = layer.prepare(x)
     features = elu(q) + 1
 
     def weights(of, size: float):

@@ -23,7 +23,7 @@ def test_mla_arithmetic_intensity_absorbed_is_expanded(
     options: dict[str, int], queries: int
 ) -> None:
     layer = _layer(**options)
-    q, k, v, _, inputs = layer.prepare(X)
+    q, k, v, inputs = layer.prepare(X)
     q = q[:, :, -queries:]
     expanded = layer.expanded(q, k, v, masks.causal)
     absorbed = layer.aggregate(layer.weigh(q, k, masks.causal, inputs), v)

@@ -49,7 +49,7 @@ def test_nalaformer_powers_grow_with_the_query_and_keys_keep_their_length() -> N
 
 def test_nalaformer_entropy_falls_as_the_query_grows() -> None:
     layer = _layer(rotary=False, eps=1e-15)
-    q, k, _, mask, inputs = layer.prepare(torch.randn(4, 25, 16).double())
+    q, k, _, inputs = layer.prepare(torch.randn(4, 25, 16).double())
     ours, plain = [], []
     for size in (0.01, 0.1, 0.3, 1.0):
         ours.append(_entropies(layer.weigh(size * q, k, mask, inputs)).mean().item())
@@ -65,8 +65,8 @@ def test_nalaformer_entropy_falls_as_the_query_grows() -> None:
 def test_nalaformer_forms_agree_on_a_grid_of_any_shape() -> None:
     layer = _layer(grid=(2, 6), kv_heads=1)
     x = torch.randn(2, 12, 16).double()
-    q, k, v, mask, inputs = layer.prepare(x)
-    weights = layer.weigh(q, k, mask, inputs)
+    q, k, v, inputs = layer.prepare(x)
+    weights = layer.weigh(q, k, inputs)
     torch.testing.assert_close(layer(x), layer.output(layer.aggregate(weights, v), inputs))
 
 

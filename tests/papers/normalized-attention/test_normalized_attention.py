@@ -50,9 +50,9 @@ def test_normalized_attention_by_sums_is_by_the_map(kv_heads: int, position) -> 
     x = torch.randn(2, 9, 32, dtype=torch.float64)
     valid = torch.tensor([[False] * 3 + [True] * 6, [True] * 8 + [False]])
     for mask in (None, valid):
-        q, k, v, pairs, inputs = layer.prepare(x, mask=mask)
-        wanted = layer.aggregate(layer.weigh(q, k, pairs, inputs), v)
-        torch.testing.assert_close(layer.attend(q, k, v, pairs, inputs), wanted)
+        q, k, v, inputs = layer.prepare(x, mask=mask)
+        wanted = layer.aggregate(layer.weigh(q, k, inputs), v, inputs)
+        torch.testing.assert_close(layer.attend(q, k, v, inputs), wanted)
 
 
 def test_normalized_attention_without_a_mask_takes_linear_memory() -> None:

@@ -51,9 +51,9 @@ def probabilistic(case: Case) -> Iterator[Check]:
     x = torch.zeros(q.shape[0], q.shape[2], layer.dim)
     inputs = Inputs(x, None, places, places, extras=extras)
     k = torch.cat((zeta, mu, *precisions), dim=-1)
-    yield case.compare("out.y", layer.attend(q, k, mu, mask, inputs).mT)
+    yield case.compare("out.y", layer.attend(q, k, mu, inputs).mT)
     if "weights" in case.mids:
-        yield case.compare("mid.weights", layer.weigh(q, k, mask, inputs))
+        yield case.compare("mid.weights", layer.weigh(q, k, inputs))
 
 
 def _per_key(prior: Tensor | None) -> float | Tensor | None:

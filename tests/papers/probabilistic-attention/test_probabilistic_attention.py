@@ -81,7 +81,7 @@ def test_probabilistic_attention_is_the_equations_after_each_step(options, extra
     given = {name: every[name] for name in extras}
     weights, heads = _by_hand(layer, x, **given)
     torch.testing.assert_close(layer.weights(x, **given), weights)
-    torch.testing.assert_close(layer.attend(*layer.prepare(x, **given)), heads)
+    torch.testing.assert_close(layer.attend(*layer.prepare(x, extras=given)), heads)
 
 
 def test_probabilistic_attention_without_steps_is_softmax_to_1e_5() -> None:
@@ -137,11 +137,11 @@ def test_probabilistic_attention_propagates_clicks_faster_than_values_stand() ->
         values[:, :3] = torch.where(clicked > 0, truth, guess)
         for steps in (0, 3):
             layer.value_steps = steps
-            q, k, v, mask, inputs = layer.prepare(
+            q, k, v, inputs = layer.prepare(
                 x[None], fixed=torch.cat((fixed, clicked), dim=-1)[None, None]
             )
             k = torch.cat((k[..., :16], values[None, None], k[..., 32:]), dim=-1)
-            found[steps] = _iou(layer.attend(q, k, v, mask, inputs)[0, 0, :, :3], which)
+            found[steps] = _iou(layer.attend(q, k, v, inputs)[0, 0, :, :3], which)
         at_clicks.append((found[3], found[0]))
     carried, still = zip(*at_clicks, strict=True)
     assert carried[0] == still[0]

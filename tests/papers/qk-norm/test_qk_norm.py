@@ -24,9 +24,9 @@ def test_qk_norm_logits_are_bounded_by_g() -> None:
 def test_qk_norm_does_not_feel_the_size_of_queries_or_keys() -> None:
     layer = _layer(causal=True)
     x = torch.randn(2, 11, 32, dtype=torch.float64)
-    q, k, v, mask, inputs = layer.prepare(x)
+    q, k, v, inputs = layer.prepare(x)
     rescaled = layer.attend(1e3 * q, 1e-3 * k, v, mask, inputs)
-    torch.testing.assert_close(rescaled, layer.attend(q, k, v, mask, inputs), atol=1e-6, rtol=0)
+    torch.testing.assert_close(rescaled, layer.attend(q, k, v, inputs), atol=1e-6, rtol=0)
 
 
 def test_qk_norm_starts_at_log2_of_the_pairs() -> None:

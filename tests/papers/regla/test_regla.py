@@ -47,8 +47,8 @@ def test_regla_scales_products_of_gaussian_exponentials_to_unit_variance() -> No
 
 def test_regla_is_a_decayed_sum_of_exponentials_whatever_the_largest_key() -> None:
     layer = attlas.make("regla", dim=16, heads=2).double()
-    q, k, v, mask, inputs = layer.prepare(torch.randn(1, 30, 16).double() * 3)
-    found = layer.attend(q, k, v, mask, inputs)
+    q, k, v, inputs = layer.prepare(torch.randn(1, 30, 16).double() * 3)
+    found = layer.attend(q, k, v, inputs)
     decay = layer.gates(k, inputs)["log_decay"].exp()
     state, expected = torch.zeros(1, 2, 8, 8).double(), []
     for t in range(30):  # without a maximum at all

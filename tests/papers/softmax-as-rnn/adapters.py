@@ -61,9 +61,9 @@ def softmax_rnn(case: Case) -> Iterator[Check]:
         if name in case.outs:
             yield case.compare(f"out.{name}", made(**options)(x))
     plain = made(order=None, divisor="none", clamp=MOST)
-    q, k, v, mask, inputs = plain.prepare(x)
+    q, k, v, inputs = plain.prepare(x)
     if "softmax_clamp_denom" in case.outs:  # a sum of at least 1
-        weights = plain.weigh(q, k, mask, inputs)
+        weights = plain.weigh(q, k, inputs)
         heads = weights / weights.sum(-1, keepdim=True).clamp(min=1) @ v
         yield case.compare("out.softmax_clamp_denom", plain.output(heads, inputs))
     if "linear_cosine" in case.outs:  # normalised over heads, values by how many came before each

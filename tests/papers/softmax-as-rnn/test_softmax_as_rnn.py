@@ -56,8 +56,8 @@ def test_recurrences_give_what_all_pairs_give_and_decode_with_a_constant_state(
 ) -> None:
     layer = attlas.make(NAME, dim=8, heads=2, causal=True, **options).double()
     x = torch.randn(2, 9, 8).double()
-    q, k, v, mask, inputs = layer.prepare(x)
-    direct = layer.output(layer.weigh(q, k, mask, inputs) @ v, inputs)
+    q, k, v, inputs = layer.prepare(x)
+    direct = layer.output(layer.weigh(q, k, inputs) @ v, inputs)
     torch.testing.assert_close(layer(x), direct)
     cache = layer.init_cache()
     steps = [layer(part, cache=cache) for part in x.split([4, 1, 1, 3], dim=1)]

@@ -34,7 +34,7 @@ def _x(tokens: int = 17, batch: int = 2) -> Tensor:
 
 def _token_by_token(layer: torch.nn.Module, x: Tensor) -> Tensor:
     """From the definition, one row and head and token after the other, gradients by autograd."""
-    q, k, v, _, inputs = layer.prepare(x)
+    q, k, v, inputs = layer.prepare(x)
     gates, size = layer.gates(inputs), layer.chunk
     heads = torch.zeros_like(q)
 
@@ -77,11 +77,11 @@ def test_scans_give_what_the_definition_gives(options: dict[str, object]) -> Non
 def test_a_linear_memory_without_momentum_and_forgetting_is_the_delta_rule() -> None:
     layer = _layer(chunk=1, batch=1, depth=1, residual=False, momentum=False)
     _never_forget(layer)
-    q, k, v, mask, inputs = layer.prepare(_x(40))
+    q, k, v, inputs = layer.prepare(_x(40))
     beta = 2 * layer.gates(inputs)[..., 0] / layer.head_dim
     first = layer.memory.first[0].expand(len(q), -1, -1, -1)
     wanted, _ = ops.recurrence(q, k, v, beta=beta, initial_state=first)
-    torch.testing.assert_close(layer.attend(q, k, v, mask, inputs), wanted)
+    torch.testing.assert_close(layer.attend(q, k, v, inputs), wanted)
 
 
 def test_larger_batches_differ_from_the_latest_weights_by_the_square_of_the_step() -> None:

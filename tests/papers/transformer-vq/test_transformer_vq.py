@@ -27,8 +27,8 @@ def _x(tokens: int = 21, batch: int = 2) -> Tensor:
 
 
 def _dense(layer: torch.nn.Module, x: Tensor) -> Tensor:
-    q, k, v, mask, inputs = layer.prepare(x)
-    return layer.output(layer.aggregate(layer.weigh(q, k, mask, inputs), v), inputs)
+    q, k, v, inputs = layer.prepare(x)
+    return layer.output(layer.aggregate(layer.weigh(q, k, inputs), v, inputs), inputs)
 
 
 @pytest.mark.parametrize("older", [True, False])
@@ -60,7 +60,7 @@ def test_weights_are_the_softmax_of_the_scores_that_the_paper_names() -> None:
 
 def test_a_codebook_of_all_keys_is_softmax_attention_to_the_keys_themselves() -> None:
     layer, x = _layer(heads=1, head_dim=4, codes=21), _x(21, 1)
-    q, k, v, _, inputs = layer.prepare(x)
+    q, k, v, inputs = layer.prepare(x)
     with torch.no_grad():
         layer.code_sums.copy_(k[0])
         layer.code_counts.fill_(1.0)

@@ -15,8 +15,8 @@ from attlas.contract.measure import Measure, Subject, check, distance, finite, h
 
 def staged(layer: Any, x: Tensor) -> Tensor:
     """The layer by its stages, one after the other, nothing fused."""
-    q, k, v, mask, inputs = layer.prepare(x)
-    y: Tensor = layer.output(layer.aggregate(layer.weigh(q, k, mask, inputs), v), inputs)
+    q, k, v, inputs = layer.prepare(x)
+    y: Tensor = layer.output(layer.aggregate(layer.weigh(q, k, inputs), v, inputs), inputs)
     return y
 
 

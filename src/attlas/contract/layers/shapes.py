@@ -35,7 +35,7 @@ def grouped_heads(subject: Subject) -> Iterator[Measure]:
     held: dict[int, int] = {}
     for kv_heads in (1, 2, 4):
         layer = subject.layer(heads=4, kv_heads=kv_heads)
-        q, k, v, mask, inputs = layer.prepare(x)
+        q, k, v, inputs = layer.prepare(x)
         held[kv_heads] = k.numel() + v.numel()
         stages = layer.output(layer.aggregate(layer.weigh(q, k, inputs), v, inputs), inputs)
         yield same(f"kv_heads={kv_heads}", layer(x), stages)

@@ -52,7 +52,7 @@ class Differential(SumOfMaps):
         ),
     )
 
-    beyond = {"project": "each of the two maps has queries and keys of its own"}
+    beyond = ("project: each of the two maps has queries and keys of its own",)
 
     head_dim: int = option(
         "width of a map's queries and keys; dim / heads / 2 unless given", factory=half_share,
