@@ -42,7 +42,6 @@ class Attention(Configured, nn.Module):
     """Multi-head softmax attention with grouped keys, any mask, any position and a decode cache."""
 
     kind: ClassVar[Kind] = LAYER
-    #: What it can be asked for; all, unless a subclass says otherwise.
     supports: ClassVar[Supports] = Supports()
     #: Stages changed that no overridden method tells; "stage: why", of stages that the paper leaves.
     changes: ClassVar[tuple[str, ...]] = ()

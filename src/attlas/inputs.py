@@ -13,9 +13,9 @@ from torch import Tensor
 
 from attlas import masks, ops
 from attlas.masks import Mask
+from attlas.supports import Layer
 
 if TYPE_CHECKING:
-    from attlas.attention import Attention
     from attlas.hf.caches import Cache
     from attlas.storage.layer import StoredLayer
 
@@ -55,7 +55,7 @@ class Inputs:
 
     @classmethod
     def of(
-        cls, layer: Attention, x: Tensor, context: Tensor | None, mask: MaskLike | None,
+        cls, layer: Layer, x: Tensor, context: Tensor | None, mask: MaskLike | None,
         positions: Tensor | None, cache: Cache | None, extras: Mapping[str, Tensor],
     ) -> Inputs:  # fmt: skip
         """What a layer was called with, checked; positions are told, and absolute ones added.

@@ -16,9 +16,7 @@ import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, ClassVar, TypeVar, overload
-
-from typing_extensions import dataclass_transform
+from typing import Any, ClassVar, TypeVar, dataclass_transform, overload
 
 from attlas.errors import UserError
 
@@ -150,17 +148,20 @@ class Configured:
     #: Every option by its parameter, inherited ones first.
     declared_options: ClassVar[Mapping[str, Option]] = {}
 
-    def __init_subclass__(cls, **rest: Any) -> None:
+    def __init_subclass__(cls, **rest: object) -> None:
         super().__init_subclass__(**rest)
         found: dict[str, Option] = {}
         for base in reversed(cls.__mro__[1:]):
             found |= vars(base).get("declared_options", {})
         found |= _own_options(cls)
         cls.declared_options = found
-        if cls.__init__ is Configured.__init__:
-            ordered = sorted(found.values(), key=lambda o: (o.kw_only, o.required and o.kw_only))
-            cls.__signature__ = inspect.Signature([o.as_parameter for o in ordered])  # type: ignore[attr-defined]
+        ordered = sorted(found.values(), key=lambda o: o.kw_only)
+        own = [o.as_parameter for o in ordered]
+        if cls.__init__ is not Configured.__init__:  # a constructor of its own
+            own = list(inspect.signature(cls.__init__).parameters.values())[1:]
+        else:
             _tell(cls, ordered)
+        cls.__signature__ = inspect.Signature(own)  # type: ignore[attr-defined]
 
     def __init__(self, *given: object, **named: object) -> None:
         options = type(self).declared_options

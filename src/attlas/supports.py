@@ -4,15 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from attlas import masks
 from attlas.masks import Mask
+from attlas.positions import Position
 
-if TYPE_CHECKING:
-    from attlas.attention import Attention
+
+@runtime_checkable
+class Layer(Protocol):
+    """What the checks read of a layer."""
+
+    dim: int
+    heads: int
+    kv_heads: int
+    causal: bool
+    own_mask: Mask | None
+    own_position: Position | str | None
+    position_encoding: Position
+    layer_idx: int
+    supports: ClassVar[Supports]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +56,7 @@ class Supports:
     single_queries: bool = True
     extras: tuple[str, ...] = ()
 
-    def check_made(self, layer: Attention) -> None:
+    def check_made(self, layer: Layer) -> None:
         """Refuse a layer of a form that its class has not, or of sizes that do not divide.
 
         Raises:
@@ -63,7 +76,7 @@ class Supports:
             )
 
     def check_call(
-        self, layer: Attention, x: Tensor, context: Tensor | None, mask: Any, cache: Any,
+        self, layer: Layer, x: Tensor, context: Tensor | None, mask: Any, cache: Any,
         extras: Mapping[str, Tensor],
     ) -> None:  # fmt: skip
         """Refuse what a forward pass cannot honour.
@@ -93,7 +106,7 @@ class Supports:
         if isinstance(mask, Tensor) and mask.ndim not in (2, 4):
             raise ValueError(f"mask must have 2 or 4 axes, got {list(mask.shape)}")
 
-    def _check_context(self, layer: Attention, cache: Any) -> None:
+    def _check_context(self, layer: Layer, cache: Any) -> None:
         if cache is not None or layer.causal or not self.cross:
             form = "causal=True" if layer.causal else type(layer).__name__
             why = form if cache is None else "a cache"
@@ -119,7 +132,7 @@ class Supports:
             raise ValueError(f"mask: {name} takes {takes}, got {mask!r}")
 
 
-def share_of_dim(layer: Attention) -> int:
+def share_of_dim(layer: Any) -> int:
     """dim / heads, the width of a head.
 
     Raises:
@@ -129,4 +142,4 @@ def share_of_dim(layer: Attention) -> int:
         raise ValueError(
             f"heads must divide dim={layer.dim} unless head_dim is given, got {layer.heads}"
         )
-    return layer.dim // layer.heads
+    return int(layer.dim // layer.heads)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
 from typing import Annotated
@@ -13,9 +12,10 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from attlas.catalog.describe import described
 from attlas.catalog.papers import Paper, paper, papers
 from attlas.catalog.registry import Entry
-from attlas.catalog.stages import STAGES
+from attlas.catalog.stages import STAGES, reasons
 
 _ImplementedOption = Annotated[
     bool | None, typer.Option("--implemented/--missing", help="Only what exists, or what does not.")
@@ -73,34 +73,34 @@ def _existing(entry: Entry) -> list[RenderableType]:
     law = entry.memory
     parts: list[RenderableType] = [
         Text(f"\n{entry.doc}"),
-        _section("Signature", f"{entry.name}{_signature(entry)}"),
+        Text(f"\nOptions of {entry.name}", "bold"), _options(entry),
         _section(
             "Exists", f"{entry.kind.run.replace('NAME', entry.name)}\n"
             + (f"also called {', '.join(entry.aliases)}\n" if entry.aliases else "") + entry.file
             + (f"\nmemory of a forward pass: {law} in length" if law else ""),
         ),
     ]  # fmt: skip
+    why = {s: w for s, w in reasons(entry.object).items() if s in entry.stages}
+    if why:
+        told = "\n".join(f"{stage}: {reason}" for stage, reason in why.items())
+        parts.append(_section("Why it changes more than its paper", told))
     if entry.reduces_to is not None:
         options = ", ".join(f"{k}={v!r}" for k, v in entry.reduces_to.options.items())
         parts.append(_section("Reduces to", f"{entry.reduces_to.to} ({options or 'its defaults'})"))
     return parts
 
 
-def _signature(entry: Entry) -> str:
-    """The signature without annotations of other packages' insides, with inherited options."""
-    seen: dict[str, inspect.Parameter] = {}
-    for cls in getattr(entry.object, "__mro__", (entry.object,)):
-        init = vars(cls).get("__init__") if inspect.isclass(cls) else cls
-        if init is None or cls.__module__.startswith("torch"):
-            continue
-        for parameter in inspect.signature(init).parameters.values():
-            if parameter.name != "self" and parameter.kind not in (
-                parameter.VAR_KEYWORD,
-                parameter.VAR_POSITIONAL,
-            ):
-                seen.setdefault(parameter.name, parameter)
-    shown = [p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in seen.values()]
-    return f"({', '.join(shown)})"
+def _options(entry: Entry) -> RenderableType:
+    """Every option with its type, default and meaning, a line each."""
+    found = described(entry.object)
+    if not found:
+        return Text("  it takes none", "dim")
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(style="cyan", overflow="fold", ratio=2)
+    table.add_column(overflow="fold", ratio=3)
+    for each in found:
+        table.add_row(Text(f"  {each.told}"), Text(each.meaning))
+    return table
 
 
 def _bar(row: Paper) -> Text:

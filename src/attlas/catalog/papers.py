@@ -14,7 +14,9 @@ from importlib.resources import files
 from typing import Any
 
 from attlas.catalog import registry
+from attlas.catalog.kinds import LAYER, OP, PARTS
 from attlas.catalog.registry import Entry
+from attlas.catalog.stages import STAGES
 from attlas.errors import UnknownName
 
 
@@ -27,7 +29,7 @@ class Paper:
         title: of the paper, or the mechanism's first line.
         group: family: heads, weights, sparse, cache, …
         kind: what it is built as: layer, op, position, cache, select, steer, record, …
-        stages: the stages of attention that it changes.
+        stages: the stages of attention that it changes; of what exists, as its code does.
         build: what is to be built.
         works_when: when it counts as working.
         headline: the paper's own claim.
@@ -137,8 +139,11 @@ def _row(raw: dict[str, Any], entries: Iterable[Entry]) -> Paper:
     entries = tuple(entries)
     # What exists is of the kind that it declares; what does not, of the one that the row plans.
     kind = entries[0].kind.name if entries else _KINDS.get(raw["kind"], raw["kind"])
+    derived = [entry for entry in entries if entry.kind in (LAYER, OP, *PARTS)]
+    by_code = [s for s in STAGES if any(s in entry.stages for entry in derived)]
+    stages = tuple(by_code if derived else raw["stages"])
     return Paper(
-        raw["slug"], raw["title"], raw["group"], kind, tuple(raw["stages"]), raw["build"],
+        raw["slug"], raw["title"], raw["group"], kind, stages, raw["build"],
         raw["works_when"], raw["headline"], raw["sure"], entries,
     )  # fmt: skip
 

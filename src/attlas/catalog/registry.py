@@ -127,6 +127,7 @@ def mechanism(
     *,
     paper: str | None = None,
     aliases: tuple[str, ...] = (),
+    former: tuple[str, ...] = (),
     kind: Kind | None = None,
     reduces_to: Reduction | None = None,
     example: Mapping[str, Any] | None = None,
@@ -137,6 +138,7 @@ def mechanism(
         name: how users ask for it, in kebab-case.
         paper: the catalogue row that it implements; `name` unless given, "" for building blocks.
         aliases: other names for it.
+        former: names that it once had; who asks for one is told the present name.
         kind: of a function; a class carries its kind.
         reduces_to: the special case that the contract checks.
         example: constructor options of a small instance for the contract's checks.
@@ -157,7 +159,7 @@ def mechanism(
                 f"{obj.__qualname__} is a {found.name}, and {obj.__module__} is no room for it; move "
                 f"it to {' or '.join(found.rooms)}"
             )
-        entry = _entry_of(obj, name, name if paper is None else paper, aliases, found)
+        entry = _entry_of(obj, name, name if paper is None else paper, (aliases, former), found)
         _add(entry)
         _registered[name] = Registration(obj, reduces_to, dict(example or {}))
         return obj
@@ -166,13 +168,17 @@ def mechanism(
 
 
 def _entry_of(
-    obj: Callable[..., Any], name: str, paper: str, aliases: tuple[str, ...], kind: Kind
+    obj: Callable[..., Any],
+    name: str,
+    paper: str,
+    others: tuple[tuple[str, ...], tuple[str, ...]],
+    kind: Kind,
 ) -> Entry:
     of_module = inspect.getdoc(sys.modules.get(obj.__module__)) or ""
     own = inspect.getdoc(obj) or ""
     doc = of_module or own if inspect.isclass(obj) else own
     where = (obj.__module__, obj.__qualname__)
-    return Entry(name, paper, aliases, kind, *where, doc, stages_of(obj, kind))
+    return Entry(name, paper, *others, kind, *where, doc, stages_of(obj, kind))
 
 
 def _add(entry: Entry) -> None:
@@ -213,8 +219,9 @@ def find(name: str, *kinds: Kind) -> Entry:
     entry = _entries.get(_by_name.get(key, ""))
     if entry is None or (kinds and entry.kind not in kinds):
         what = " or ".join(kind.name for kind in kinds) or "mechanism"
-        known = [n for e in _entries.values() if not kinds or e.kind in kinds for n in e.names]
-        raise UnknownName(what, name, known)
+        fitting = [e for e in _entries.values() if not kinds or e.kind in kinds]
+        renamed = next((e.name for e in fitting if key in e.former), "")
+        raise UnknownName(what, name, [n for e in fitting for n in e.names], renamed)
     return entry
 
 

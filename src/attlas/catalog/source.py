@@ -33,6 +33,7 @@ class Declared:
         name: under which it is registered.
         paper: slug of its catalogue row; empty for building blocks that no row names.
         aliases: other names.
+        former: names that it once had and that an error message answers.
         kind: that its class's nearest base carries, or its decorator names.
         module: that defines it.
         qualname: its name there.
@@ -43,6 +44,7 @@ class Declared:
     name: str
     paper: str
     aliases: tuple[str, ...]
+    former: tuple[str, ...]
     kind: Kind
     module: str
     qualname: str
@@ -79,7 +81,10 @@ def _read(node: ast.ClassDef | ast.FunctionDef, call: ast.Call, module: str, doc
         name = ast.literal_eval(call.args[0])
         unless_given = "" if kind is TASK else name
         paper = ast.literal_eval(given["paper"]) if "paper" in given else unless_given
-        aliases = tuple(ast.literal_eval(given["aliases"])) if "aliases" in given else ()
+        aliases, former = (
+            tuple(ast.literal_eval(given[names])) if names in given else ()
+            for names in ("aliases", "former")
+        )
     except (ValueError, IndexError) as error:
         raise ValueError(
             f"{module}, line {call.lineno}: what is registered derives from the base of a kind or names "
@@ -88,7 +93,7 @@ def _read(node: ast.ClassDef | ast.FunctionDef, call: ast.Call, module: str, doc
     own = ast.get_docstring(node) or ""
     told = doc or own if line else own
     stages = _stages(line, kind)
-    return Declared(name, paper, aliases, kind, module, node.name, told, stages)
+    return Declared(name, paper, aliases, former, kind, module, node.name, told, stages)
 
 
 def _kind(line: list[tuple[ast.ClassDef, str]], given: dict[str | None, ast.expr]) -> Kind | None:

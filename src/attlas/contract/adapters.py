@@ -52,7 +52,7 @@ def small(family: str, dtype: torch.dtype = torch.float64) -> Any:
     return model
 
 
-def made(subject: Subject, **options: Any) -> Adapter:
+def made(subject: Subject, **options: object) -> Adapter:
     """The adapter of the example, and these options over it."""
     found: Adapter = subject.object(**{**subject.example, **options})
     return found
@@ -69,7 +69,7 @@ def disturbed(subject: Subject, model: Any) -> Adapter:
     return adapter
 
 
-def logits(model: Any, ids: Tensor, **options: Any) -> Tensor:
+def logits(model: Any, ids: Tensor, **options: object) -> Tensor:
     """Of all tokens, without gradients."""
     with torch.no_grad():
         found: Tensor = model(ids, **options).logits

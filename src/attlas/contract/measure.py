@@ -107,12 +107,12 @@ class Subject:
         """Check name -> reason, as the object declares."""
         return dict(getattr(self.object, "expected_failures", {}))
 
-    def made(self, **options: Any) -> Any:
+    def made(self, **options: object) -> Any:
         """A small instance: the kind's sizes, the object's example, and these options over both."""
         return self.object(**{**self.kind.small, **self.example, **options})
 
     def layer(
-        self, *, noise: float = 0.1, dtype: torch.dtype = torch.float64, **options: Any
+        self, *, noise: float = 0.1, dtype: torch.dtype = torch.float64, **options: object
     ) -> Any:
         """A small layer in evaluation mode, no parameter of it left at a special value."""
         torch.manual_seed(0)
@@ -122,7 +122,7 @@ class Subject:
                 parameter += noise * torch.randn_like(parameter)
         return made
 
-    def takes(self, **options: Any) -> bool:
+    def takes(self, **options: object) -> bool:
         """Whether it can be made with these options; refusing one by its name is allowed."""
         try:
             self.made(**options)

@@ -50,7 +50,7 @@ def leaves_prompt(subject: Subject) -> bool:
     return exact or is_recorder(subject)
 
 
-def made(subject: Subject, **options: Any) -> Any:
+def made(subject: Subject, **options: object) -> Any:
     """The part, with the example's budget unless the options set another."""
     example = dict(subject.example)
     if any(name in options for name in BUDGETS):
@@ -88,7 +88,7 @@ def prompt(tokens: int, batch: int = 1, seed: int = 1) -> Tensor:
     return torch.randint(2, 64, (batch, tokens))
 
 
-def continued(model: Any, ids: Tensor, mask: Tensor | None = None, **options: Any) -> Tensor:
+def continued(model: Any, ids: Tensor, mask: Tensor | None = None, **options: object) -> Tensor:
     """Logits of six greedily generated tokens, [steps, batch, vocabulary]."""
     mask = torch.ones_like(ids) if mask is None else mask
     given = {"max_new_tokens": 6, "do_sample": False, **options}

@@ -137,7 +137,7 @@ class Bytes:
 
     chat_template = None
 
-    def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
+    def __call__(self, text: str, **options: object) -> dict[str, list[int]]:
         """Ids of a text."""
         return {"input_ids": list(text.encode("latin-1", "replace"))}
 

@@ -162,7 +162,7 @@ class _Refusal:
     def __init__(self, names: list[str]) -> None:
         self.names = names
 
-    def __call__(self, *args: Any, **options: Any) -> None:
+    def __call__(self, *args: object, **options: object) -> None:
         raise UserError(
             f"save_pretrained would write a model that Transformers cannot load while "
             f"{' and '.join(self.names)} is injected; merge() first, or save() the difference alone"

@@ -65,7 +65,7 @@ class SwapReport:
 
 
 def swap(
-    model: PreTrainedModel, mechanism: str, layers: Sequence[int] | None = None, **options: Any
+    model: PreTrainedModel, mechanism: str, layers: Sequence[int] | None = None, **options: object
 ) -> SwapReport:
     """Put a mechanism in place of a pretrained model's self-attention.
 

@@ -37,7 +37,7 @@ class Body(ABC):
     bias: Float[Tensor, "batch kv_heads slots"] | None = None
     first: int = 0
 
-    def __init_subclass__(cls, **options: Any) -> None:
+    def __init_subclass__(cls, **options: object) -> None:
         super().__init_subclass__(**options)
         if cls.kind:
             KINDS[cls.kind] = cls

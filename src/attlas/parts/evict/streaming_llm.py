@@ -27,7 +27,9 @@ from attlas.storage.layer import LayerState, StoredLayer
 from attlas.storage.rotary import rotate
 
 
-@mechanism("streaming-llm", paper="", aliases=("sinks-window",), example={"keep": 0.5})
+@mechanism(
+    "streaming-llm", paper="", aliases=("sinks-window",), former=("window",), example={"keep": 0.5}
+)  # fmt: skip
 class StreamingLLM(ContinualPolicy):
     """Keep the first tokens and the most recent ones."""
 

@@ -1,0 +1,162 @@
+"""Options are said once: in the class body, from which come signature, checks, help and messages."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+from typing import ClassVar, Literal
+
+import pytest
+from torch import nn
+
+from attlas.catalog import registry
+from attlas.catalog.describe import described
+from attlas.options import BadOption, Configured, Option, _hint, option
+
+
+class Plain(Configured):
+    """Something with options.
+
+    Raises:
+        ValueError: what its parts refuse.
+    """
+
+    size: int = option("how large it is", at_least=1, kw_only=False)
+    half: int = option("half of it; size / 2 unless given", factory=lambda it: it.size // 2)
+    share: float = option("a share", default=0.5, above=0, at_most=1)
+    mode: Literal["fast", "exact"] = option("how it is done", default="fast", former="method")
+    steps: tuple[int, ...] = option("some steps", default=(), at_least=0)
+    own_name: str | None = option("what it is called", default=None, alias="name")
+    flags: ClassVar[int] = 3
+
+    def setup(self) -> None:
+        self.done = self.size + self.half
+
+    def name(self) -> str:
+        return self.own_name or "none"
+
+
+class Finer(Plain):
+    """One with another default and an option more."""
+
+    share: float = option("a small share", default=0.1, above=0, at_most=1)
+    depth: int = option("how deep", default=0)
+
+
+def test_values_come_from_the_call_the_default_or_the_factory():
+    one = Plain(8, share=1, name="x")
+    assert one.options == {
+        "size": 8, "half": 4, "share": 1, "mode": "fast", "steps": (), "name": "x"
+    }  # fmt: skip
+    assert (one.done, one.name(), Plain(8, half=None).half) == (12, "x", 4)
+    assert Plain(**one.options).options == one.options
+
+
+def test_subclasses_inherit_options_and_change_defaults_in_place():
+    assert list(inspect.signature(Finer).parameters) == [
+        "size", "half", "share", "mode", "steps", "name", "depth"
+    ]  # fmt: skip
+    assert Finer(4).share == 0.1
+    assert Plain(4).share == 0.5
+    assert inspect.signature(Finer).parameters["size"].kind.name == "POSITIONAL_OR_KEYWORD"
+
+
+def test_help_tells_types_defaults_and_meanings():
+    assert "share: 'float' = 0.1" in str(inspect.signature(Finer))
+    assert "share: a small share." in (Finer.__doc__ or "")
+    assert (Plain.__doc__ or "").index("Args:") < (Plain.__doc__ or "").index("Raises:")
+    told = {each.name: each for each in described(Finer)}
+    assert told["half"].told == "half: int | None = None"
+    assert told["depth"].meaning == "how deep"
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "words"),
+    [
+        ({"sise": 3}, BadOption, "takes no option 'sise'; did you mean 'size'"),
+        ({"size": 3, "method": "fast"}, BadOption, "did you mean 'mode'"),
+        ({}, BadOption, "needs the option 'size'"),
+        ({"size": "3"}, TypeError, "size takes int, got '3'"),
+        ({"size": True}, TypeError, "size takes int, got True"),
+        ({"size": None}, TypeError, "size takes int"),
+        ({"size": 2.5}, TypeError, "size takes int"),
+        ({"size": 0}, ValueError, "size must be at least 1, got 0"),
+        ({"size": 3, "share": 0}, ValueError, "share must be above 0 and at most 1, got 0"),
+        ({"size": 3, "share": float("nan")}, ValueError, "share must be"),
+        ({"size": 3, "steps": (1, -1)}, ValueError, "steps must be at least 0"),
+        ({"size": 3, "steps": ("a",)}, TypeError, "steps takes"),
+        ({"size": 3, "mode": "exakt"}, ValueError, "'fast' or 'exact', got 'exakt'.*'exact'"),
+        ({"size": 3, "mode": 1}, TypeError, "mode takes"),
+    ],
+)
+def test_what_is_wrong_is_refused_by_name(given, error, words):
+    with pytest.raises(error, match=words):
+        Plain(**given)
+
+
+def test_places_are_told():
+    with pytest.raises(BadOption, match=r"1 options by place \['size'\], got 2"):
+        Plain(3, 4)
+    with pytest.raises(BadOption, match="size twice"):
+        Plain(3, size=4)
+
+
+def test_a_body_that_says_an_option_by_halves_is_refused():
+    with pytest.raises(TypeError, match="needs a type"):
+        type("Bare", (Configured,), {"size": option("a size", default=1)})
+    with pytest.raises(TypeError, match=r"option\('its meaning', default=3\)"):
+
+        class Field(Configured):
+            size: int = 3
+
+    with pytest.raises(TypeError, match="at_leest"):
+        option("a size", default=1, at_leest=1)  # type: ignore[call-overload]
+
+
+def test_a_constructor_of_ones_own_still_works():
+    class Old(Plain):
+        def __init__(self, size, *, extra=1, **options):
+            super().__init__(size, **options)
+            self.extra = extra
+
+    assert (Old(4, extra=2, share=0.2).share, Old(4).extra) == (0.2, 1)
+    assert set(registry.signature(Old)) == {*registry.signature(Plain), "extra"}
+
+
+def test_a_module_given_as_an_option_is_registered_by_setup_alone():
+    class Holder(Configured, nn.Module):
+        given: nn.Module = option("a module")
+
+        def setup(self) -> None:
+            self.held = self.given
+
+    holder = Holder(given=nn.Linear(2, 2))
+    assert list(holder.state_dict()) == ["held.weight", "held.bias"]
+    assert copy.deepcopy(holder).given is not holder.given
+
+
+def test_objects_copy_and_pickle():
+    one = pickle.loads(pickle.dumps(Plain(8, mode="exact")))
+    assert one.options == Plain(8, mode="exact").options
+    assert copy.deepcopy(one).options == one.options
+
+
+@pytest.mark.parametrize("name", [entry.name for entry in registry.entries()])
+def test_every_object_tells_all_its_options(name):
+    for each in described(registry.find(name).object):
+        assert each.type, f"{name}: {each.name} has no type"
+        assert each.meaning, f"{name}: {each.name} has no meaning"
+    declared = getattr(registry.find(name).object, "declared_options", {})
+    for one in declared.values():
+        assert isinstance(one, Option)
+        assert one.meaning[0] == one.meaning[0].lower() or one.meaning.split()[0].isupper() or (
+            not one.meaning[0].isascii() or one.meaning.split()[0] in NAMES
+        ), one.meaning  # fmt: skip
+        assert not one.meaning.endswith("."), one.meaning
+        assert "\n" not in one.meaning
+        assert _hint(one.type, one.module) is not None
+
+
+#: Words that begin a meaning in capitals.
+NAMES = {"SnapKV", "Hugging"}
