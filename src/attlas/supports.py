@@ -14,18 +14,24 @@ from attlas.positions import Position
 
 
 @runtime_checkable
-class Layer(Protocol):
-    """What the checks read of a layer."""
+class Form(Protocol):
+    """What a layer was asked to be."""
 
     dim: int
     heads: int
     kv_heads: int
     causal: bool
+    layer_idx: int
     own_mask: Mask | None
     own_position: Position | str | None
-    position_encoding: Position
-    layer_idx: int
     supports: ClassVar[Supports]
+
+
+@runtime_checkable
+class Layer(Form, Protocol):
+    """A layer that is ready."""
+
+    position_encoding: Position
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +62,7 @@ class Supports:
     single_queries: bool = True
     extras: tuple[str, ...] = ()
 
-    def check_made(self, layer: Layer) -> None:
+    def check_made(self, layer: Form) -> None:
         """Refuse a layer of a form that its class has not, or of sizes that do not divide.
 
         Raises:
