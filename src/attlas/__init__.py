@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from attlas.catalog.registry import Reduction, make, mechanism
+from attlas.options import option
 
 if TYPE_CHECKING:
     from attlas.attach import Call, Part, attach
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from attlas.models.seq2seq import Seq2Seq, Seq2SeqConfig
     from attlas.models.swap import swap
     from attlas.models.vit import ViT, ViTConfig
+    from attlas.supports import Supports
 
 __version__ = "0.1.0"
 __all__ = [
@@ -43,6 +45,7 @@ __all__ = [
     "Reduction",
     "Seq2Seq",
     "Seq2SeqConfig",
+    "Supports",
     "ViT",
     "ViTConfig",
     "attach",
@@ -50,6 +53,7 @@ __all__ = [
     "load",
     "make",
     "mechanism",
+    "option",
     "papers",
     "prefill",
     "swap",
@@ -68,6 +72,7 @@ _LATER = {
     "Part": "attlas.attach",
     "Seq2Seq": "attlas.models.seq2seq",
     "Seq2SeqConfig": "attlas.models.seq2seq",
+    "Supports": "attlas.supports",
     "ViT": "attlas.models.vit",
     "ViTConfig": "attlas.models.vit",
     "attach": "attlas.attach",

@@ -33,12 +33,31 @@ class Reduction:
     Attributes:
         to: name of the registered mechanism that it becomes, with the same `dim` and `heads`.
         options: constructor options of the special case.
-        prepare: takes (this layer, the other layer) and sets the weights that make them equal.
+        prepare: takes (this layer, the other layer) and sets the weights that make them equal; unless
+            given, the other takes over this one's weights by name.
     """
 
     to: str
     options: Mapping[str, Any] = field(default_factory=dict)
     prepare: Callable[[Any, Any], None] | None = None
+
+    def align(self, made: Any, other: Any) -> None:
+        """Set the weights that make both equal.
+
+        Raises:
+            ValueError: weights that the other has and this one not, and no `prepare` says what they are.
+        """
+        if self.prepare is not None:
+            self.prepare(made, other)
+            return
+        own, wanted = made.state_dict(), other.state_dict()
+        missing = [n for n, w in wanted.items() if n not in own or own[n].shape != w.shape]
+        if missing:
+            raise ValueError(
+                f"{self.to} has the weights {missing}, which {type(made).__name__} has not, or not of "
+                "their shape: say how they come about, Reduction(..., prepare=lambda layer, other: ...)"
+            )
+        other.load_state_dict({name: own[name] for name in wanted})
 
 
 @dataclass(frozen=True)
@@ -174,7 +193,9 @@ def _entry_of(
     others: tuple[tuple[str, ...], tuple[str, ...]],
     kind: Kind,
 ) -> Entry:
-    of_module = inspect.getdoc(sys.modules.get(obj.__module__)) or ""
+    # What a notebook or a prompt says of itself tells nothing of a class that is typed there.
+    home = None if obj.__module__ == "__main__" else sys.modules.get(obj.__module__)
+    of_module = (home and inspect.getdoc(home)) or ""
     own = inspect.getdoc(obj) or ""
     doc = of_module or own if inspect.isclass(obj) else own
     where = (obj.__module__, obj.__qualname__)

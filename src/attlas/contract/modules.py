@@ -200,7 +200,6 @@ def reduces_to(subject: Subject) -> Iterator[Measure]:
     other: Any = registry.find(reduction.to).object(made.channels)
     other = other.double().eval()
     with torch.no_grad():
-        if reduction.prepare is not None:
-            reduction.prepare(made, other)
+        reduction.align(made, other)
     given = subject.inputs(made)
     yield same(reduction.to, made(*given), other(*given))

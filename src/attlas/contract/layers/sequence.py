@@ -198,7 +198,6 @@ def reduces_to(subject: Subject) -> Iterator[Measure]:
         )
         plain = plain.double().eval()
         with torch.no_grad():
-            if reduction.prepare is not None:
-                reduction.prepare(layer, plain)
+            reduction.align(layer, plain)
         x = _inputs(layer)
         yield same(f"{case} to {reduction.to}", layer(x), plain(x))

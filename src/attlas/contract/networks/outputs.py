@@ -81,5 +81,9 @@ def described(subject: Subject) -> Iterator[Measure]:
     if not subject.registered:
         yield holds("docstring", bool(inspect.getdoc(subject.object)), "no docstring")
         return
-    for word in ("Cost:", "Reduces to", "Source"):
-        yield holds(word, word in docs, f"the docstring says no {word!r}")
+    for word, of in (
+        ("Cost:", "operations and memory, in a line"),
+        ("Reduces to", "what it becomes in a special case, or to nothing"),
+        ("Source", "the paper's title"),
+    ):
+        yield holds(word, word in docs, f"the docstring has no {word!r}: write it with {of}")
