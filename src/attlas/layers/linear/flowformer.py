@@ -11,7 +11,7 @@ of T queries and S keys. In the causal form t and s end all their sums at themse
     Î_t = φ(q_t)·(1/n_t) Σ_{s≤t} φ(k_s) n_s / O_s        Ô_s alike        a_t = sigmoid(Î_t)
     c_s = n_s e^{Ô_s} / Σ_{r≤s} e^{Ô_r}
 
-so that a source's strength is settled when it comes in: six running sums and one recurrence. A tiny ε is
+so that a source's strength is fixed when it comes in: six running sums and one recurrence. A tiny ε is
 added to both factors of each product of flows, and Ô is kept in [−1, 1].
 
 Cost: 2·n·d² multiply-adds a head, memory linear in n; one state of d × d and four of d a head while
