@@ -100,7 +100,8 @@ def merged(
     """The tokens that a convolution makes of the squares of patches that it steps over."""
     reduced(grid, conv.stride[0])
     picture = rearrange(x, "b (h w) c -> b c h w", h=grid[0], w=grid[1])
-    return rearrange(conv(picture), "b c h w -> b (h w) c")
+    fewer: Tensor = conv(picture)
+    return rearrange(fewer, "b c h w -> b (h w) c")
 
 
 class OnGrid(Configured):
