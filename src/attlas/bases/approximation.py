@@ -13,7 +13,7 @@ each without its padding.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from einops import rearrange
@@ -23,8 +23,9 @@ from torch.nn.functional import pad
 
 from attlas import masks, ops
 from attlas.attention import Attention
-from attlas.errors import at_least_one
 from attlas.inputs import Inputs, MaskLike
+from attlas.options import option
+from attlas.supports import Supports
 
 
 class Draws(NamedTuple):
@@ -35,34 +36,30 @@ class Draws(NamedTuple):
 
 
 class SampledAttention(Attention):
-    """Softmax attention that computes blocks of alike queries and keys, and samples the rest.
+    """Softmax attention that computes blocks of alike queries and keys, and samples the rest."""
 
-    Args:
-        block: keys in a block.
-        samples: keys drawn from all of them.
-        projections: directions of the hash.
-        seed: of directions and draws.
+    supports = Supports(masks="padding")
+    changes: ClassVar[tuple[str, ...]] = ("normalize", "aggregate")
+    beyond: ClassVar[tuple[str, ...]] = (
+        "normalize: a pair counts as often as it was drawn, over the chance of that",
+        "aggregate: values are summed up over blocks and samples, never over all pairs",
+    )
 
-    Raises:
-        ValueError: sizes below 1, or a position encoding that adds to scores.
-    """
+    block: int = option("keys in a block", at_least=1)
+    samples: int = option("keys drawn from all of them", at_least=1)
+    projections: int = option("directions of the hash", default=7, at_least=1)
+    seed: int = option("seed of directions and draws", default=0)
 
-    takes_masks = "padding"
-    planes: Tensor
+    def setup(self) -> None:
+        """The directions of the hash.
 
-    def __init__(
-        self, dim: int, heads: int = 8, *args: Any, block: int, samples: int, projections: int = 7,
-        seed: int = 0, **options: Any,
-    ) -> None:  # fmt: skip
-        self.block, self.samples = at_least_one("block", block), at_least_one("samples", samples)
-        self.projections, self.seed = at_least_one("projections", projections), seed
-        super().__init__(dim, heads, *args, **options)
+        Raises:
+            ValueError: a position encoding that adds to scores.
+        """
+        super().setup()
         if self.score_mod is not None:
             raise ValueError("position: a bias on scores does not follow keys into their blocks")
-
-    def make_projections(self) -> None:
-        """Projections, and the directions of the hash."""
-        super().make_projections()
+        self.planes: Tensor
         planes = torch.randn(self.head_dim, self.projections, generator=seeded(self.seed))
         self.register_buffer("planes", planes, persistent=False)
 
@@ -74,9 +71,11 @@ class SampledAttention(Attention):
         number = (bits << torch.arange(bits.shape[-1], device=x.device)).sum(-1)
         return number ^ (number >> 1)
 
-    def chances(self, k: Tensor) -> Tensor | None:
-        """What a key is drawn in proportion to [batch, heads, keys]; None where all are alike."""
-        return None
+    def chances(self, q: Tensor, inputs: Inputs) -> Tensor | None:
+        """What a key is drawn in proportion to, for every query head [batch, heads, keys]: what keys
+        carry as "share"; None where all are alike."""
+        shares = inputs.carried.get("share")
+        return None if shares is None else ops.repeated(shares, q.shape[1])[..., 0]
 
     def draw(self, k: Tensor, chances: Tensor | None, rng: Generator) -> Draws:
         """Keys in the order of their hashes, drawn with replacement; the same in each sequence."""
@@ -88,15 +87,28 @@ class SampledAttention(Attention):
         ranks = torch.searchsorted(p.cumsum(-1), u, right=True).clamp(max=k.shape[2] - 1)
         return Draws(ranks, -(self.samples * p.gather(-1, ranks)).log())
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
-    ) -> Tensor:
+    def score(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
+        """Scores of all pairs, plus the logarithm of how often the approximation counts each."""
+        scores = super().score(q, k, inputs)
+        if self._is_step(q, k):
+            return scores
+        chances, (q, k) = self.chances(q, inputs), self.features(q, k, inputs)
+        k = ops.repeated(k, q.shape[1])
+        counts = self._by_rows(
+            torch.zeros_like(scores), inputs, lambda b, rows, keys: _columns(self.counts(
+                q[b][:, :, rows], k[b][:, :, keys],
+                None if chances is None else chances[b][:, :, keys], causal=self._causal(inputs),
+            ).to(scores.dtype), keys, k.shape[2]),
+        )  # fmt: skip
+        return scores + counts.log()
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
         """Blocks and samples; all keys exactly where a cache holds earlier ones."""
         if self._is_step(q, k):
             return self.fused(*self.features(q, k, inputs), v, inputs.pairs)
         if self.training and self.dropout:
             return self.aggregate(self.weigh(q, k, inputs), v, inputs)
-        chances, (q, k) = self.chances(k), self.features(q, k, inputs)
+        chances, (q, k) = self.chances(q, inputs), self.features(q, k, inputs)
         k, v = ops.repeated(k, q.shape[1]), ops.repeated(v, q.shape[1])
         out = q.new_zeros(*q.shape[:3], v.shape[-1])
         return self._by_rows(
@@ -105,23 +117,6 @@ class SampledAttention(Attention):
                 None if chances is None else chances[b][:, :, keys], causal=self._causal(inputs),
             )[0],
         )  # fmt: skip
-
-    def weigh(
-        self, q: Tensor, k: Tensor, inputs: Inputs
-    ) -> Float[Tensor, "batch heads queries keys"]:
-        """Softmax weights of all pairs, each counted as often as the approximation counts it."""
-        if self._is_step(q, k):
-            return super().weigh(q, k, inputs)
-        chances, (q, k) = self.chances(k), self.features(q, k, inputs)
-        k = ops.repeated(k, q.shape[1])
-        scores = q * self.scale @ k.transpose(-1, -2)
-        counts = self._by_rows(
-            torch.zeros_like(scores), inputs, lambda b, rows, keys: _columns(self.counts(
-                q[b][:, :, rows], k[b][:, :, keys],
-                None if chances is None else chances[b][:, :, keys], causal=self._causal(inputs),
-            ).to(scores.dtype), keys, k.shape[2]),
-        )  # fmt: skip
-        return self.normalize(scores + counts.log())
 
     def estimate(
         self,
@@ -141,7 +136,7 @@ class SampledAttention(Attention):
         back = q_order.argsort(-1)
         q, k, v = _taken(q, q_order), _taken(k, k_order), _taken(v, k_order)
         if chances is not None:
-            chances = _taken(self.per_query_head(chances[..., None], q), k_order)[..., 0]
+            chances = chances.gather(2, k_order)
         draws = self.draw(k, chances, rng)
         q = _folded(pad(q, (0, 0, 0, blocks * size - q.shape[2])), size)
         parts = [self.near(q, k, v, blocks), self.far(q, k, v, draws, blocks)]
@@ -207,7 +202,7 @@ class SampledAttention(Attention):
             return q.new_ones(*q.shape[:3], k.shape[2])
         q_order, k_order, size, _ = self.order(q, k)
         if chances is not None:
-            chances = _taken(self.per_query_head(chances[..., None], q), k_order)[..., 0]
+            chances = chances.gather(2, k_order)
         ranks, log_weights = self.draw(_taken(k, k_order), chances, rng)
         drawn = torch.zeros_like(k[..., 0], dtype=torch.float64)
         drawn = drawn.scatter_add(2, ranks, log_weights.exp().double())
@@ -225,11 +220,11 @@ class SampledAttention(Attention):
         norm: Literal["fro", 2] = "fro",
     ) -> Float[Tensor, "batch heads"]:
         """Error of each head relative to exact attention, in the Frobenius or the spectral norm."""
-        q, k, v, pairs, inputs = self.prepare(x, context, mask)
-        exact = self.fused(*self.features(q, k, inputs), v, pairs)
+        q, k, v, inputs = self.prepare(x, context, mask)
+        exact = self.fused(*self.features(q, k, inputs), v, inputs.pairs)
         if inputs.valid is not None and context is None:
             exact = exact.masked_fill(~inputs.valid[:, None, :, None], 0.0)
-        off = self.attend(q, k, v, pairs, inputs) - exact
+        off = self.attend(q, k, v, inputs) - exact
         off, exact = off.float(), exact.float()
         size: Tensor = torch.linalg.matrix_norm(exact, ord=norm)
         relative: Tensor = torch.linalg.matrix_norm(off, ord=norm) / size

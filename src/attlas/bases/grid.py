@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from einops import rearrange
@@ -16,23 +17,24 @@ from torch import Tensor, nn
 from torch.nn.functional import elu
 
 from attlas import ops
-from attlas.attention import Attention
 from attlas.bases.recurrent import RecurrentAttention
-from attlas.errors import at_least_one
 from attlas.inputs import Inputs
+from attlas.options import Configured, option
 from attlas.positions import RoPE
+from attlas.supports import Supports
 
 
-def grid_of(tokens: int, grid: tuple[int, int] | None = None) -> tuple[int, int]:
+def grid_of(tokens: int, grid: Sequence[int] | None = None) -> tuple[int, int]:
     """Height and width of a picture: as given, else the square of the tokens, else one row.
 
     Raises:
         ValueError: a grid of another number of tokens.
     """
     if grid is not None:
-        if grid[0] * grid[1] != tokens:
-            raise ValueError(f"grid={grid} takes {grid[0] * grid[1]} tokens, got {tokens}")
-        return grid
+        height, width = grid
+        if height * width != tokens:
+            raise ValueError(f"grid={(height, width)} takes {height * width} tokens, got {tokens}")
+        return height, width
     side = math.isqrt(tokens)
     return (side, side) if side * side == tokens else (1, tokens)
 
@@ -60,6 +62,17 @@ class GridConv(nn.Conv2d):
         picture = rearrange(x, "b (h w) c -> b c h w", h=grid[0], w=grid[1])
         return rearrange(super().forward(picture), "b c h w -> b (h w) c")
 
+    def of_values(
+        self, v: Float[Tensor, "b heads tokens width"], grid: tuple[int, int]
+    ) -> Float[Tensor, "b heads tokens width"]:
+        """All heads' values convolved: by the same kernels if the convolution has as many channels as
+        one head, else by kernels of each head's own."""
+        if self.in_channels == v.shape[-1]:
+            alike = self.forward(rearrange(v, "b h t d -> (b h) t d"), grid)
+            return rearrange(alike, "(b h) t d -> b h t d", h=v.shape[1])
+        joined = self.forward(rearrange(v, "b h t d -> b t (h d)"), grid)
+        return rearrange(joined, "b t (h d) -> b h t d", h=v.shape[1])
+
 
 def start_small(*modules: nn.Linear | nn.Conv2d) -> None:
     """Weights from a normal distribution of deviation 0.02, biases 0, as vision transformers begin."""
@@ -69,123 +82,89 @@ def start_small(*modules: nn.Linear | nn.Conv2d) -> None:
             nn.init.zeros_(module.bias)
 
 
-class OnGrid(Attention):
-    """Attention whose tokens are a picture, all of which sees all of it.
-
-    Args:
-        grid: height and width; the square of the tokens, or one row if they make none, unless given.
+def reduced(grid: Sequence[int], by: int) -> tuple[int, int]:
+    """Height and width of a picture whose squares of `by` × `by` patches are made one.
 
     Raises:
-        ValueError: a grid that is no height and width, or of another number of tokens.
+        ValueError: a side that does not divide them.
     """
+    height, width = grid
+    if height % by or width % by:
+        raise ValueError(f"reduction={by} must divide the grid, got {(height, width)}")
+    return height // by, width // by
 
-    has_causal_form = False
-    has_cross_form = False
-    takes_masks = "none"
 
-    def __init__(
-        self, dim: int, heads: int = 8, *args: Any, grid: Sequence[int] | None = None,
-        **options: Any,
-    ) -> None:  # fmt: skip
-        if grid is not None:
-            if len(grid) != 2:
-                raise ValueError(f"grid must be (height, width), got {grid}")
-            grid = (at_least_one("grid", grid[0]), at_least_one("grid", grid[1]))
-        self.grid: tuple[int, int] | None = grid
-        super().__init__(dim, heads, *args, **options)
+def merged(
+    x: Float[Tensor, "batch tokens dim"], conv: nn.Conv2d, grid: tuple[int, int]
+) -> Float[Tensor, "batch fewer dim"]:
+    """The tokens that a convolution makes of the squares of patches that it steps over."""
+    reduced(grid, conv.stride[0])
+    picture = rearrange(x, "b (h w) c -> b c h w", h=grid[0], w=grid[1])
+    fewer: Tensor = conv(picture)
+    return rearrange(fewer, "b c h w -> b (h w) c")
+
+
+class OnGrid(Configured):
+    """What is mixed into a layer whose tokens are a picture, all of which sees all of it."""
+
+    supports: ClassVar[Supports] = Supports(causal=False, cross=False, masks="none")
+
+    grid: Sequence[int] | None = option(
+        "height and width; the square of the tokens, or one row if they make none, unless given",
+        default=None, at_least=1,
+    )  # fmt: skip
+
+    def setup(self) -> None:
+        """Refuse a grid that is no height and width."""
+        super().setup()
+        if self.grid is not None and len(self.grid) != 2:
+            raise ValueError(f"grid must be (height, width), got {self.grid}")
 
     def grid_of(self, tokens: int) -> tuple[int, int]:
         """Height and width of so many tokens."""
         return grid_of(tokens, self.grid)
 
-    def project(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of a picture of the right size."""
-        self.grid_of(inputs.x.shape[1])
-        return super().project(inputs)
+
+def neighbours(
+    conv: GridConv | None, v: Float[Tensor, "b kv_heads tokens width"], grid: tuple[int, int],
+    heads: int,
+) -> Float[Tensor, "b heads tokens width"] | float:  # fmt: skip
+    """What a convolution of the values adds to the heads' outputs; 0 without one."""
+    return 0.0 if conv is None else ops.repeated(conv.of_values(v, grid), heads)
 
 
-class LinearOnGrid(OnGrid, RecurrentAttention):
-    """Linear attention plus a depthwise convolution of the values: heads + conv(v).
+class GatedOnGrid(OnGrid, RecurrentAttention):
+    """Linear attention with rotated features, a convolution of the values, and gated outputs.
 
-    Args:
-        kernel_size: rows and columns of the convolution, odd; None for none.
+    Divisors are told by features that are not rotated, so a subclass's `features` divides the queries
+    itself.
     """
 
-    #: Whether all heads are convolved with the same kernels, one for each of a head's channels.
-    shares_kernels: ClassVar[bool] = False
-
-    def __init__(
-        self, dim: int, heads: int = 8, *args: Any, kernel_size: int | None = 5, bias: bool = True,
-        **options: Any,
-    ) -> None:  # fmt: skip
-        self.kernel_size = kernel_size
-        super().__init__(dim, heads, *args, bias=self.bias, **options)
-
-    def make_projections(self) -> None:
-        """Projections and the convolution."""
-        super().make_projections()
-        heads = 1 if self.shares_kernels else self.kv_heads
-        self.conv = (
-            None if self.kernel_size is None else GridConv(heads * self.head_dim, self.kernel_size)
-        )
-
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
-    ) -> Tensor:
-        """The product from the right, and the neighbours."""
-        if self.training and self.dropout > 0:  # which falls on the weights
-            return self.aggregate(self.weigh(q, k, inputs), v, inputs)
-        return self.with_neighbours(super().attend(q, k, v, inputs), v)
-
-    def aggregate(self, weights: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
-        """Weighted values, and the neighbours."""
-        return self.with_neighbours(super().aggregate(weights, v, inputs), v)
-
-    def with_neighbours(
-        self,
-        heads: Float[Tensor, "b heads tokens width"],
-        v: Float[Tensor, "b kv_heads tokens width"],
-    ) -> Float[Tensor, "b heads tokens width"]:
-        """Heads plus the convolution of the values."""
-        if self.conv is None:
-            return heads
-        grid = self.grid_of(v.shape[2])
-        if self.shares_kernels:
-            near = self.conv(v.flatten(0, 1), grid).unflatten(0, v.shape[:2])
-        else:
-            near = self.split_heads(self.conv(rearrange(v, "b h t d -> b t (h d)"), grid))
-        return heads + ops.repeated(near, heads.shape[1])
-
-
-class GatedOnGrid(LinearOnGrid):
-    """A linear layer whose features are rotated by row and column, and whose outputs have a gate.
-
-    Divisors are told by features that are not rotated, so `features` divides the queries itself.
-
-    Args:
-        rotary: whether features are rotated; the first half of a head's channels by the row, the
-            second by the column.
-        eps: added to what divides.
-
-    Raises:
-        ValueError: heads whose halves are not pairs of channels.
-    """
-
-    has_own_position = True
+    supports = replace(OnGrid.supports, position=False, cache="state")
+    changes = ("output",)
+    beyond = ("output: in the published layers a gate multiplies the heads' outputs",)
     normalized = False
 
-    def __init__(
-        self, dim: int, heads: int = 8, *args: Any, rotary: bool = True, eps: float = 1e-6,
-        **options: Any,
-    ) -> None:  # fmt: skip
-        self.rotary = rotary
-        super().__init__(dim, heads, *args, **options)
-        self.eps = eps
+    bias: bool = option("whether the projections have one", default=True)
+    kernel_size: int | None = option(
+        "rows and columns of the convolution of the values, odd; None for none", default=5
+    )
+    rotary: bool = option(
+        "whether features are rotated, half of a head's channels by the row, half by the column",
+        default=True,
+    )
+    eps: float = option("added to what divides", default=1e-6)
 
-    def make_projections(self) -> None:
-        """Projections, a convolution that begins small, the gate and the angles."""
-        super().make_projections()
-        if self.conv is not None:
+    def setup(self) -> None:
+        """A convolution that begins small, the gate and the angles.
+
+        Raises:
+            ValueError: heads whose halves are not pairs of channels.
+        """
+        super().setup()
+        self.conv = None
+        if self.kernel_size is not None:
+            self.conv = GridConv(self.kv_heads * self.head_dim, self.kernel_size)
             start_small(self.conv)
         self.gate_proj = nn.Linear(self.dim, self.heads * self.head_dim, bias=self.bias)
         if not self.rotary:
@@ -220,6 +199,18 @@ class GatedOnGrid(LinearOnGrid):
             [self.rope.rotate(rows, at // width), self.rope.rotate(columns, at % width)]
         )
         return rearrange(rotated, "two b (h n) t d -> b h t (n two d)", h=x.shape[1])
+
+    def recur(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
+        """The product from the right, and the neighbours."""
+        return super().recur(q, k, v, inputs) + self.near(v, q.shape[1])
+
+    def aggregate(self, weights: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
+        """Weighted values, and the neighbours."""
+        return super().aggregate(weights, v, inputs) + self.near(v, weights.shape[1])
+
+    def near(self, v: Tensor, heads: int) -> Tensor | float:
+        """What neighbouring values add to each of the query heads."""
+        return neighbours(self.conv, v, self.grid_of(v.shape[2]), heads)
 
     def output(self, heads: Tensor, inputs: Inputs) -> Tensor:
         """Heads times a linear gate, projected."""

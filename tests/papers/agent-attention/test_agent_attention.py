@@ -16,8 +16,9 @@ OPTIONS = {"dim": 16, "heads": 2, "agents": 4}
 def test_the_map_is_a_product_of_two_softmaxes() -> None:
     layer = attlas.make("agent-attention", grid=(4, 6), **OPTIONS).eval()
     x = torch.randn(2, 24, 16)
-    q, k, _, _ = layer.prepare(x)
-    spread, gather = layer.maps(q, k)
+    q, k, _, inputs = layer.prepare(x)
+    spread, gather = layer.features(q, k, inputs)
+    gather = gather.mT
     assert torch.allclose(spread.sum(-1), torch.ones(2, 2, 24))
     assert torch.allclose(gather.sum(-1), torch.ones(2, 2, 4))
     assert torch.allclose(layer.weights(x), spread @ gather)
@@ -37,7 +38,7 @@ def test_as_many_agents_as_patches_are_the_queries() -> None:
     )
     x = torch.randn(1, 16, 16)
     q, k, _, _ = layer.prepare(x)
-    twice = (q @ q.mT * layer.scale).softmax(-1) @ (q @ k.mT * layer.scale).softmax(-1)
+    twice = (q @ q.mT * 8**-0.5).softmax(-1) @ (q @ k.mT * 8**-0.5).softmax(-1)
     assert torch.allclose(layer.weights(x), twice, atol=1e-6)
 
 

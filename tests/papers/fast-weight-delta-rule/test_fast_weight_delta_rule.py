@@ -35,7 +35,7 @@ def test_additive_update_keeps_both_values_of_a_key() -> None:
 def test_dpfp_features_are_products_of_neighbours_and_sum_to_one(nu: int) -> None:
     layer = _made(nu=nu)
     x = torch.randn(2, 2, 5, 8).double()
-    found, _ = layer.features(x, x)
+    found = layer.mapped(x)
     assert found.shape[-1] == 2 * nu * 8
     torch.testing.assert_close(found.sum(-1), torch.ones_like(found[..., 0]))
     r = torch.cat((x, -x), dim=-1).relu()
@@ -45,7 +45,7 @@ def test_dpfp_features_are_products_of_neighbours_and_sum_to_one(nu: int) -> Non
 
 def test_l2_keys_with_full_strength_are_projected_out_before_they_are_written() -> None:
     layer = _made(feature="identity", norm="l2")
-    k = layer.features(*2 * (torch.randn(1, 2, 12, 8).double(),))[1]
+    k = layer.mapped(torch.randn(1, 2, 12, 8).double())
     v = torch.randn(1, 2, 12, 8).double()
     out, _ = ops.recurrence(k, k, v, beta=torch.ones(1, 2, 12).double())
     torch.testing.assert_close(out, v)  # what was just written is read again exactly

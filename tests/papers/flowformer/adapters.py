@@ -27,5 +27,5 @@ def flowformer(case: Case) -> Iterator[Check]:
     q, k, v = projected("query", queries), projected("key", keys), projected("value", values)
     # Ours takes two inputs of the model's width, so its stages run from behind the projections.
     _, _, _, inputs = layer.to(q.dtype).prepare(q, None if layer.causal else k)
-    heads = layer.attend(*(layer.split_heads(x) for x in (q, k, v)), pairs, inputs)
+    heads = layer.attend(*(layer.split_heads(x) for x in (q, k, v)), inputs)
     yield case.compare("out.y", projected("out", rearrange(heads, "b h t d -> b t (h d)")))

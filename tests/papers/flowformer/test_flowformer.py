@@ -64,8 +64,8 @@ def test_flowformer_of_two_sequences_is_its_equations() -> None:
 
 def test_flowformer_conserves_both_sides_of_the_flow() -> None:
     layer, x = _layer(3.0, eps=1e-13), torch.randn(2, 12, 16).double()
-    q, k, *_ = layer.prepare(x)
-    q, k = layer.features(q, k)
+    q, k, _, inputs = layer.prepare(x)
+    q, k = layer.features(q, k, inputs)
     incoming = layer.flow(q, k.sum(2, keepdim=True))
     outgoing = layer.flow(k, q.sum(2, keepdim=True))
     ones = torch.ones(2, 2, 12).double()
@@ -81,12 +81,11 @@ def test_flowformer_conserves_both_sides_of_the_flow() -> None:
 def test_flowformer_sources_that_offer_more_win_the_competition() -> None:
     """Strengths are 1 on average, and rise with what sinks draw, up to the bound."""
     layer, x = _layer(6.0), torch.randn(1, 12, 16).double()
-    q, k, _, _, inputs = layer.prepare(x)
+    q, k, _, inputs = layer.prepare(x)
     _, sources, _ = layer.terms(q, k, inputs)
-    _, plain = layer.features(q, k)
+    asked, plain = layer.features(q, k, inputs)
     strength = (sources / plain).mean(-1)
     torch.testing.assert_close(strength.mean(-1), torch.ones(1, 2).double())
-    asked = layer.features(q, k)[0]
     drawn = layer.flow(plain, (asked / layer.flow(asked, plain.sum(2, keepdim=True))).sum(2, True))
     order = drawn.squeeze(-1).clamp(max=1.0).argsort(-1)
     assert bool((strength.gather(-1, order).diff(dim=-1) > -1e-9).all())

@@ -74,11 +74,12 @@ def test_focused_linear_attention_is_relu_linear_attention_without_its_parts(kv_
 def test_focused_linear_attention_restores_the_rank_of_the_map() -> None:
     layer = _layer(heads=4)
     x = torch.randn(1, 25, 16).double()
+    inputs = layer.prepare(x)[-1]
     weights = layer.weights(x)
     assert matrix_rank(weights).max() <= 4
     # One token told apart at a time, in all channels of all heads: rows of what the layer stands for.
     v = torch.eye(25).double()[:, None, :, None].expand(-1, 4, -1, 4)
-    rows = layer.aggregate(weights.expand(25, -1, -1, -1), v)
+    rows = layer.aggregate(weights.expand(25, -1, -1, -1), v, inputs)
     assert matrix_rank(rows.permute(1, 3, 2, 0)).min() == 25
 
 
@@ -109,7 +110,7 @@ def test_focused_linear_attention_drops_weights_and_not_neighbours() -> None:
     dropped = layer(x)
     torch.manual_seed(1)
     weights = torch.dropout(layer.weights(x), 0.5, True)
-    near = layer.with_neighbours(torch.zeros_like(v), v)
+    near = layer.near(v, v)
     torch.testing.assert_close(dropped, Attention.output(layer, weights @ v + near, inputs))
 
 

@@ -15,8 +15,8 @@ def test_gated_linear_attention_with_open_gates_forgets_nothing() -> None:
     with torch.no_grad():
         layer.decay_proj[1].weight.zero_()
         layer.decay_proj[1].bias.fill_(1e4)
-    q, k, *rest = layer.prepare(torch.randn(1, 9, 16).double())
-    weights = layer.weigh(q, k, rest[1], rest[2])
+    q, k, _, inputs = layer.prepare(torch.randn(1, 9, 16).double())
+    weights = layer.weigh(q, k, inputs)
     torch.testing.assert_close(weights, (q @ k.mT).tril() / math.sqrt(layer.key_dim))
 
 

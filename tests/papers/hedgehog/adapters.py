@@ -24,7 +24,6 @@ def hedgehog(case: Case) -> Iterator[Check]:
     q, k, v = (case.inputs[name] for name in "qkv")
     heads, tokens, width = q.shape[1:]
     at = torch.arange(tokens)
-    inputs = Inputs(torch.zeros(len(q), tokens, heads * width), None, at, at)
     for kind, options in KINDS.items():
         for form in ("causal", "full"):
             wanted = f"{form}_{kind}"
@@ -42,9 +41,11 @@ def hedgehog(case: Case) -> Iterator[Check]:
                     bias = case.params[f"feature_map_{name}.bias"][0]
                     own[f"{name}_map_bias"] = bias.expand(heads, 1, case.config["F"])
             load_weights(layer, own)
-            yield case.compare(f"out.{wanted}", layer.attend(q, k, v, layer.pattern, inputs))
+            x = torch.zeros(len(q), tokens, heads * width)
+            inputs = Inputs(x, None, at, at, pairs=layer.pattern)
+            yield case.compare(f"out.{wanted}", layer.attend(q, k, v, inputs))
             if f"attn_{wanted}" in case.mids:
-                weights = layer.weigh(q, k, layer.pattern, inputs)
+                weights = layer.weigh(q, k, inputs)
                 yield case.compare(f"mid.attn_{wanted}", weights)
             if f"phi_q_{kind}" in case.mids:
-                yield case.compare(f"mid.phi_q_{kind}", layer.features(q, k)[0])
+                yield case.compare(f"mid.phi_q_{kind}", layer.features(q, k, inputs)[0])

@@ -19,7 +19,7 @@ def _entropy(weights: torch.Tensor) -> float:
 def test_hedgehog_starts_from_the_identity(activation: str) -> None:
     layer = attlas.make("hedgehog", dim=16, heads=2, activation=activation)
     q = torch.randn(1, 2, 5, 8)
-    found, _ = layer.features(q, q)
+    found, _ = layer.features(q, q, layer.prepare(torch.zeros(1, 5, 16))[-1])
     halves = [each.softmax(-1) for each in (q, -q)]
     if activation == "exp":
         halves = [half / half.amax(-1, keepdim=True) for half in halves]
@@ -55,11 +55,12 @@ def test_hedgehog_maps_queries_and_keys_of_every_head_apart() -> None:
     assert layer.q_map.shape == (4, 8, 5)
     assert layer.k_map.shape == (2, 8, 5)
     q, k = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 3, 8)
-    before = layer.features(q, k)
+    inputs = layer.prepare(torch.zeros(1, 3, 32))[-1]
+    before = layer.features(q, k, inputs)
     with torch.no_grad():
         layer.q_map[1] += 1.0
         layer.q_map[1, 0] += 1.0
-    after = layer.features(q, k)
+    after = layer.features(q, k, inputs)
     changed = (after[0] != before[0]).flatten(2).any(-1)[0]
     assert changed.tolist() == [False, True, False, False]
     torch.testing.assert_close(after[1], before[1])

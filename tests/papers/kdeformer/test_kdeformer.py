@@ -30,8 +30,8 @@ def _layer(kind=KDEformer, **options) -> KDEformer:
 def test_kdeformer_is_unbiased_above_and_below_the_line() -> None:
     layer = _layer(Enumerated, samples=1)
     x = torch.randn(2, 27, 16).double()
-    q, with_shares, v, *_ = layer.prepare(x)
-    (q, k), shares = layer.features(q, with_shares), layer.chances(with_shares)
+    q, k, v, inputs = layer.prepare(x)
+    shares = layer.chances(q, inputs)
     below = above = 0.0
     for layer.rank in range(27):
         out, lse = layer.estimate(q, k, v, shares)

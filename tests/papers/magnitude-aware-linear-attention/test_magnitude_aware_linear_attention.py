@@ -44,7 +44,7 @@ def test_magnitude_aware_linear_attention_scores_depend_on_the_query_length() ->
     features = elu(q) + 1
 
     def weights(of, size: float):
-        return of.weigh(_unmapped(size * features), k, mask, inputs)
+        return of.weigh(_unmapped(size * features), k, inputs)
 
     for size in (1.0, 4.0):
         same = weights(plain, size)

@@ -52,7 +52,7 @@ def test_nalaformer_entropy_falls_as_the_query_grows() -> None:
     q, k, _, inputs = layer.prepare(torch.randn(4, 25, 16).double())
     ours, plain = [], []
     for size in (0.01, 0.1, 0.3, 1.0):
-        ours.append(_entropies(layer.weigh(size * q, k, mask, inputs)).mean().item())
+        ours.append(_entropies(layer.weigh(size * q, k, inputs)).mean().item())
         scores = (size * q).relu() @ k.relu().mT
         plain.append(
             _entropies(scores / scores.sum(-1, keepdim=True).clamp(min=1e-300)).mean().item()
@@ -67,7 +67,7 @@ def test_nalaformer_forms_agree_on_a_grid_of_any_shape() -> None:
     x = torch.randn(2, 12, 16).double()
     q, k, v, inputs = layer.prepare(x)
     weights = layer.weigh(q, k, inputs)
-    torch.testing.assert_close(layer(x), layer.output(layer.aggregate(weights, v), inputs))
+    torch.testing.assert_close(layer(x), layer.output(layer.aggregate(weights, v, inputs), inputs))
 
 
 def test_nalaformer_norms_all_heads_together_before_the_gate() -> None:

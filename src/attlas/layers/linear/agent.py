@@ -20,7 +20,8 @@ out of both maps.
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from einops import rearrange
@@ -29,11 +30,11 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
 from attlas import ops
-from attlas.bases.grid import GridConv, OnGrid, start_small
+from attlas.bases.grid import GridConv, OnGrid, merged, neighbours, reduced, start_small
+from attlas.bases.recurrent import RecurrentAttention
 from attlas.catalog.registry import mechanism
-from attlas.errors import at_least_one
 from attlas.inputs import Inputs
-from attlas.masks import Mask
+from attlas.options import option
 
 #: Rows and columns of the pictures that are stretched to biases.
 SIDE = 7
@@ -48,7 +49,7 @@ class PlaceBias(nn.Module):
         grid: height and width that rows and columns have numbers for; None for no such numbers.
     """
 
-    def __init__(self, heads: int, agents: int, grid: tuple[int, int] | None) -> None:
+    def __init__(self, heads: int, agents: int, grid: Sequence[int] | None) -> None:
         super().__init__()
         self.picture = nn.Parameter(torch.zeros(heads, agents, SIDE, SIDE))
         self.rows = self.columns = None
@@ -67,41 +68,38 @@ class PlaceBias(nn.Module):
 
 
 @mechanism("agent-attention", aliases=("agent",))
-class AgentAttention(OnGrid):
-    """Two softmax attentions by way of a few agents.
+class AgentAttention(OnGrid, RecurrentAttention):
+    """Two softmax attentions by way of a few agents."""
 
-    Args:
-        agents: of every head, a square number.
-        reduction: side of the square of patches that one key stands for.
-        kernel_size: rows and columns of the convolution, odd; None for none.
-        place_bias: whether scores have biases.
+    supports = replace(OnGrid.supports, position=False, cache="state")
+    beyond = ("project: the published PVT model makes keys from squares of patches",)
+    normalized = False
 
-    Raises:
-        ValueError: agents that make no square, a reduction that does not divide the grid.
-    """
+    bias: bool = option("whether the projections have one", default=True)
+    agents: int = option("agents of every head, a square number", default=49, at_least=1)
+    reduction: int = option(
+        "side of the square of patches that one key stands for", default=1, at_least=1
+    )
+    kernel_size: int | None = option(
+        "rows and columns of the convolution of the values, odd; None for none", default=3
+    )
+    place_bias: bool = option("whether scores have biases", default=True)
 
-    has_own_position = True
+    def setup(self) -> None:
+        """Projections that begin small, the convolution, the biases and what reduces the keys.
 
-    def __init__(
-        self, dim: int, heads: int = 8, *args: Any, agents: int = 49, reduction: int = 1,
-        kernel_size: int | None = 3, place_bias: bool = True, bias: bool = True, **options: Any,
-    ) -> None:  # fmt: skip
-        self.side = math.isqrt(at_least_one("agents", agents))
-        if self.side**2 != agents:
-            raise ValueError(f"agents must be a square number, got {agents}")
-        self.agents, self.reduction = agents, at_least_one("reduction", reduction)
-        self.kernel_size, self.place_bias = kernel_size, place_bias
-        super().__init__(dim, heads, *args, bias=self.bias, **options)
-
-    def make_projections(self) -> None:
-        """Projections that begin small, the convolution, the biases and what reduces the keys."""
-        super().make_projections()
+        Raises:
+            ValueError: agents that make no square, a reduction that does not divide the grid.
+        """
+        super().setup()
+        self.side = math.isqrt(self.agents)
+        if self.side**2 != self.agents:
+            raise ValueError(f"agents must be a square number, got {self.agents}")
         start_small(self.q_proj, self.k_proj, self.v_proj, self.o_proj)
-        self.conv = (
-            None if self.kernel_size is None
-            else GridConv(self.kv_heads * self.head_dim, self.kernel_size)
-        )  # fmt: skip
-        fewer = None if self.grid is None else self.reduced(self.grid)
+        self.conv = None
+        if self.kernel_size is not None:
+            self.conv = GridConv(self.kv_heads * self.head_dim, self.kernel_size)
+        fewer = None if self.grid is None else reduced(self.grid, self.reduction)
         if self.place_bias:
             self.gather_bias = PlaceBias(self.heads, self.agents, fewer)
             self.spread_bias = PlaceBias(self.heads, self.agents, self.grid)
@@ -109,46 +107,27 @@ class AgentAttention(OnGrid):
             self.reduce = nn.Conv2d(self.dim, self.dim, self.reduction, stride=self.reduction)
             self.reduce_norm = nn.LayerNorm(self.dim)
 
-    def reduced(self, grid: tuple[int, int]) -> tuple[int, int]:
-        """Height and width of the keys of such a picture.
-
-        Raises:
-            ValueError: a reduction that does not divide them.
-        """
-        if grid[0] % self.reduction or grid[1] % self.reduction:
-            raise ValueError(f"reduction={self.reduction} must divide the grid, got {grid}")
-        return grid[0] // self.reduction, grid[1] // self.reduction
-
     def project(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         """Queries of all patches, keys and values of those that are left."""
-        q, k, v = super().project(inputs)
-        if self.reduction == 1:
-            return q, k, v
-        height, width = self.grid_of(inputs.x.shape[1])
-        self.reduced((height, width))
-        picture = rearrange(inputs.x, "b (h w) c -> b c h w", h=height, w=width)
-        fewer = self.reduce_norm(rearrange(self.reduce(picture), "b c h w -> b (h w) c"))
-        return q, self.split_heads(self.k_proj(fewer)), self.split_heads(self.v_proj(fewer))
+        x, grid = inputs.x, self.grid_of(inputs.x.shape[1])
+        fewer = x if self.reduction == 1 else self.reduce_norm(merged(x, self.reduce, grid))
+        q, k, v = self.q_proj(x), self.k_proj(fewer), self.v_proj(fewer)
+        return self.split_heads(q), self.split_heads(k), self.split_heads(v)
 
-    def maps(
-        self,
-        q: Float[Tensor, "batch heads queries width"],
-        k: Float[Tensor, "batch kv_heads keys width"],
-    ) -> tuple[
-        Float[Tensor, "batch heads queries agents"], Float[Tensor, "batch heads agents keys"]
-    ]:
-        """What queries read from agents, and agents from keys."""
+    def features(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """What queries read from agents [batch, heads, queries, agents], and agents from keys
+        [batch, heads, keys, agents]."""
         grid = self.grid_of(q.shape[2])
-        agents = self.pooled(q, grid)
-        spread = q * self.scale @ agents.mT
-        gather = ops.grouped_product(agents * self.scale, k.mT)
+        agents = self.pooled(q, grid) * self.head_dim**-0.5
+        spread = q @ agents.mT
+        gather = ops.grouped_product(agents, k.mT)
         if self.place_bias:
             spread = spread + self.spread_bias(grid).mT
-            gather = gather + self.gather_bias(self.reduced(grid))
-        dropped = [
+            gather = gather + self.gather_bias(reduced(grid, self.reduction))
+        spread, gather = (
             torch.dropout(ops.softmax(s), self.dropout, self.training) for s in (spread, gather)
-        ]
-        return dropped[0], dropped[1]
+        )
+        return spread, gather.mT
 
     def pooled(
         self, q: Float[Tensor, "batch heads queries width"], grid: tuple[int, int]
@@ -158,33 +137,21 @@ class AgentAttention(OnGrid):
         cells = adaptive_avg_pool2d(picture, self.side)
         return rearrange(cells, "b (n d) h w -> b n (h w) d", n=q.shape[1])
 
-    def weigh(
-        self, q: Tensor, k: Tensor, inputs: Inputs
-    ) -> Float[Tensor, "batch heads queries keys"]:
-        """The product of the two maps."""
-        spread, gather = self.maps(q, k)
-        return spread @ gather
-
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
-    ) -> Float[Tensor, "batch heads queries width"]:
-        """Values to the agents, from them to the queries, and the neighbours."""
-        spread, gather = self.maps(q, k)
-        return self.with_neighbours(spread @ ops.grouped_product(gather, v), v)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
+        """Values to the agents, from them to the queries, and the neighbours. What drops out has done so
+        in the two maps, so that this route is the right one while training, too."""
+        return self.recur(q, k, v, inputs) + self.near(v, q)
 
     def aggregate(self, weights: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
         """Weighted values and the neighbours; what drops out has done so in the two maps."""
-        return self.with_neighbours(ops.grouped_product(weights, v), v)
+        return ops.grouped_product(weights, v) + self.near(v, weights)
 
-    def with_neighbours(self, heads: Tensor, v: Tensor) -> Tensor:
-        """Heads plus the convolution of the values, stretched over the grid where they are fewer."""
-        if self.conv is None:
-            return heads
-        grid = self.grid_of(heads.shape[2])
-        height, width = self.reduced(grid)
-        flat = rearrange(v, "b n t d -> b t (n d)")
+    def near(self, v: Tensor, like: Tensor) -> Tensor | float:
+        """The convolution of the values, stretched over the grid of the queries where they are fewer."""
+        grid = self.grid_of(like.shape[2])
         if self.reduction > 1:
-            picture = rearrange(flat, "b (h w) c -> b c h w", h=height, w=width)
+            height, width = reduced(grid, self.reduction)
+            picture = rearrange(v, "b n (h w) d -> b (n d) h w", h=height, w=width)
             stretched = interpolate(picture, size=grid, mode="bilinear")
-            flat = rearrange(stretched, "b c h w -> b (h w) c")
-        return heads + self.per_query_head(self.split_heads(self.conv(flat, grid)), heads)
+            v = rearrange(stretched, "b (n d) h w -> b n (h w) d", n=v.shape[1])
+        return neighbours(self.conv, v, grid, like.shape[1])

@@ -13,40 +13,34 @@ which are these projections on [batch, height · width, dim], and adds its input
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from attlas.bases.recurrent import RecurrentAttention
 from attlas.catalog.registry import mechanism
-from attlas.errors import at_least_one
 from attlas.inputs import Inputs
-from attlas.bases.recurrent import Gates, RecurrentAttention
+from attlas.options import option
 
 
 @mechanism("efficient-attention")
 class EfficientAttention(RecurrentAttention):
-    """Attention through as many global contexts as keys have channels; bidirectional.
+    """Attention through as many global contexts as keys have channels; bidirectional."""
 
-    Args:
-        value_dim: width of a head's values; `head_dim` unless given.
-    """
-
+    supports = replace(RecurrentAttention.supports, causal=False, masks="padding")
+    beyond = ("project: the published module lets values have a width of their own",)
     normalized = False
-    has_causal_form = False
-    takes_masks = "padding"
 
-    def __init__(
-        self, dim: int, heads: int = 8, *args: Any, value_dim: int | None = None, **options: Any
-    ) -> None:
-        self.value_dim = None if value_dim is None else at_least_one("value_dim", value_dim)
-        super().__init__(dim, heads, *args, **options)
+    value_dim: int = option(
+        "width of a head's values; head_dim unless given", at_least=1,
+        factory=lambda layer: layer.head_dim,
+    )  # fmt: skip
 
     def make_projections(self) -> None:
         """Projections, those of values of their own width."""
         super().make_projections()
-        self.value_dim = self.head_dim if self.value_dim is None else self.value_dim
         self.v_proj = nn.Linear(self.dim, self.kv_heads * self.value_dim, bias=self.bias)
         self.o_proj = nn.Linear(self.heads * self.value_dim, self.dim, bias=self.bias)
 
@@ -60,15 +54,8 @@ class EfficientAttention(RecurrentAttention):
         )
 
     def features(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """ρ of queries; that of keys needs to know the padding."""
-        return q.softmax(-1), k
-
-    def terms(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor, Gates]:
-        """ρ of both; padding has no share in any context."""
-        q, k = self.features(q, k, inputs)
-        k, valid = ops.repeated(k, q.shape[1]), inputs.valid_now
-        if valid is None:
-            return q, k.softmax(2), {}
-        padding = ~valid[:, None, :, None]
-        shares = k.masked_fill(padding, torch.finfo(k.dtype).min).softmax(2)
-        return q, shares.masked_fill(padding, 0.0), {}
+        """ρ_q and ρ_k; padding has no share in any context."""
+        if inputs.valid_now is not None:
+            padding = ~inputs.valid_now[:, None, :, None]
+            k = k.masked_fill(padding, torch.finfo(k.dtype).min)
+        return q.softmax(-1), k.softmax(2)

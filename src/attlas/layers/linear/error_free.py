@@ -17,14 +17,16 @@ also normalises queries in its loop, but reads with the plain ones, as here.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from attlas.bases.recurrent import Gates, RecurrentAttention
 from attlas.catalog.registry import mechanism
 from attlas.inputs import Inputs
 from attlas.kinds.claim import Claim
-from attlas.bases.recurrent import Gates, RecurrentAttention
 
 
 @mechanism("error-free-linear-attention", aliases=("efla",))
@@ -42,19 +44,15 @@ class ErrorFreeLinearAttention(RecurrentAttention):
         ),
     )
 
+    supports = replace(
+        RecurrentAttention.supports, bidirectional=False, cross=False, masks="padding"
+    )
     normalized = False
-    has_two_sided_form = False
-    has_cross_form = False
-    takes_masks = "padding"
 
-    def make_projections(self) -> None:
-        """Projections, and that of the times over which keys write."""
-        super().make_projections()
+    def setup(self) -> None:
+        """The projection that gives the times over which keys write."""
+        super().setup()
         self.beta_proj = nn.Linear(self.dim, self.kv_heads, bias=self.bias)
-
-    def features(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """Queries and keys as they are."""
-        return q, k
 
     def gates(self, k: Tensor, inputs: Inputs) -> Gates:
         """The exact step of each key's head."""

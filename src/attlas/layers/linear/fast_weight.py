@@ -19,23 +19,19 @@ outputs by 1/√d, which W_O can as well. The paper's choice is the sum norm wit
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from dataclasses import replace
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import elu, relu
 
+from attlas.bases.recurrent import Gates, RecurrentAttention
 from attlas.catalog.registry import Reduction, mechanism
-from attlas.errors import at_least_one
 from attlas.inputs import Inputs
 from attlas.kinds.claim import Claim
-from attlas.bases.recurrent import Gates, RecurrentAttention
-from attlas.masks import Mask
-
-Feature = Literal["dpfp", "elu", "identity"]
-Norm = Literal["sum", "l2", "none"]
-Update = Literal["delta", "additive"]
+from attlas.options import option
 
 
 @mechanism("fast-weight-delta-rule", aliases=("delta-rule", "delta-net"), reduces_to=Reduction(
@@ -44,20 +40,7 @@ Update = Literal["delta", "additive"]
     lambda layer, plain: plain.load_state_dict(layer.state_dict()),
 ))  # fmt: skip
 class FastWeightDeltaRule(RecurrentAttention):
-    """Attention whose state is a matrix of weights that every token corrects.
-
-    Args:
-        feature: φ before its norm, "dpfp", "elu" (elu + 1) or "identity".
-        nu: ν of DPFP.
-        norm: what φ is divided by, its "sum", its "l2" length, or "none".
-        update: the "delta" rule, or the "additive" one of linear attention.
-        normalize: whether outputs (and keys, with the delta rule) are divided by what z_t gives.
-        eps: added to those divisors.
-
-    Raises:
-        ValueError: an unknown feature, norm or update; a ν below 1; the sum of features that can
-            cancel; an ε below 0.
-    """
+    """Attention whose state is a matrix of weights that every token corrects."""
 
     claims = (
         Claim(
@@ -70,35 +53,38 @@ class FastWeightDeltaRule(RecurrentAttention):
         ),
     )
 
+    supports = replace(
+        RecurrentAttention.supports, bidirectional=False, cross=False, masks="padding"
+    )
     normalized = False
-    has_two_sided_form = False
-    has_cross_form = False
-    takes_masks = "padding"
 
-    def __init__(
-        self, dim: int, heads: int = 8, *args: Any, feature: Feature = "dpfp", nu: int = 1,
-        norm: Norm = "sum", update: Update = "delta", normalize: bool = False, eps: float = 1e-5,
-        **options: Any,
-    ) -> None:  # fmt: skip
-        for name, got, takes in (
-            ("feature", feature, Feature), ("norm", norm, Norm), ("update", update, Update)
-        ):  # fmt: skip
-            if got not in get_args(takes):
-                raise ValueError(f"{name} must be one of {list(get_args(takes))}, got {got!r}")
-        if feature == "identity" and (norm == "sum" or normalize):
+    feature: Literal["dpfp", "elu", "identity"] = option(
+        "φ before its norm; elu is elu + 1", default="dpfp"
+    )
+    nu: int = option("ν of DPFP", default=1, at_least=1)
+    norm: Literal["sum", "l2", "none"] = option(
+        "what φ is divided by: its sum, its l2 length, or none", default="sum"
+    )
+    update: Literal["delta", "additive"] = option(
+        "the delta rule, or the additive one of linear attention", default="delta"
+    )
+    normalize_sums: bool = option(
+        "whether outputs (and keys, with the delta rule) are divided by what z_t gives",
+        default=False, alias="normalize",
+    )  # fmt: skip
+    eps: float = option("added to those divisors", default=1e-5, at_least=0)
+
+    def setup(self) -> None:
+        """The projection that gives the strengths of writing.
+
+        Raises:
+            ValueError: the sum of features that can cancel.
+        """
+        super().setup()
+        if self.feature == "identity" and (self.norm == "sum" or self.normalize_sums):
             raise ValueError(
                 "feature='identity' has no sum to divide by; norm takes 'l2' or 'none'"
             )
-        if eps < 0:
-            raise ValueError(f"eps must be at least 0, got {eps}")
-        self.feature, self.nu, self.norm = feature, at_least_one("nu", nu), norm
-        self.update, self.normalize_sums = update, normalize
-        super().__init__(dim, heads, *args, **options)
-        self.eps = eps
-
-    def make_projections(self) -> None:
-        """Projections, and that of the strengths of writing."""
-        super().make_projections()
         if self.update == "delta":
             self.beta_proj = nn.Linear(self.dim, self.kv_heads, bias=self.bias)
 
@@ -151,11 +137,9 @@ class FastWeightDeltaRule(RecurrentAttention):
         before = inputs.recall("total")
         return sums if before is None else sums + before[:, :, None]
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
-    ) -> Tensor:
+    def recur(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
         """The recurrence; with `normalize`, a cache keeps z_t beside its state."""
-        out = super().attend(q, k, v, inputs)
+        out = super().recur(q, k, v, inputs)
         if self.normalize_sums and inputs.cache is not None:
             keys = super().terms(q, k, inputs)[1]
             inputs.remember("total", self.totals(keys, inputs)[:, :, -1])

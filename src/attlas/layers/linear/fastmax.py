@@ -18,15 +18,16 @@ with `norm=False` a caller may. Its dropout falls on features, here it falls on 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import layer_norm
 
-from attlas.catalog.registry import mechanism
 from attlas.bases.recurrent import RecurrentAttention
+from attlas.catalog.registry import mechanism
+from attlas.inputs import Inputs
+from attlas.options import option
 
 #: The highest power of a score that features are made for.
 ORDER = 2
@@ -34,28 +35,22 @@ ORDER = 2
 
 @mechanism("fastmax", aliases=("fast-attention",))
 class Fastmax(RecurrentAttention):
-    """Attention whose weights are a polynomial of the scores.
+    """Attention whose weights are a polynomial of the scores."""
 
-    Args:
-        coefficients: a₀, a₁ and a₂; fewer for a polynomial of lower order.
-        norm: whether queries and keys are standardised.
-        norm_eps: added to the variance there.
-    """
+    coefficients: Sequence[float] = option(
+        "a₀, a₁ and a₂; fewer for a polynomial of lower order", default=(1.0, 1.0, 0.5), at_least=0
+    )
+    norm: bool = option("whether queries and keys are standardised", default=True)
+    norm_eps: float = option("added to the variance there", default=1e-5, above=0)
 
-    def __init__(
-        self, dim: int, heads: int = 8, *args: Any,
-        coefficients: Sequence[float] = (1.0, 1.0, 0.5), norm: bool = True,
-        norm_eps: float = 1e-5, **options: Any,
-    ) -> None:  # fmt: skip
-        self.coefficients = tuple(float(a) for a in coefficients)
-        if not 0 < len(self.coefficients) <= ORDER + 1:
-            raise ValueError(f"coefficients must be 1 to {ORDER + 1} numbers, got {coefficients!r}")
-        if min(self.coefficients) < 0 or not any(self.coefficients):
-            raise ValueError(f"coefficients must be at least 0, one above, got {coefficients!r}")
-        if norm_eps <= 0:
-            raise ValueError(f"norm_eps must be above 0, got {norm_eps}")
-        super().__init__(dim, heads, *args, **options)
-        self.norm, self.norm_eps = norm, norm_eps
+    def setup(self) -> None:
+        """Refuse polynomials that no features are made for, and the one that is 0."""
+        super().setup()
+        if not 0 < len(self.coefficients) <= ORDER + 1 or not any(self.coefficients):
+            raise ValueError(
+                f"coefficients must be 1 to {ORDER + 1} numbers, one above 0, "
+                f"got {self.coefficients}"
+            )
 
     def features(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """φ of both."""

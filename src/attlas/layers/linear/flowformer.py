@@ -11,7 +11,7 @@ of T queries and S keys. In the causal form t and s end all their sums at themse
     Î_t = φ(q_t)·(1/n_t) Σ_{s≤t} φ(k_s) n_s / O_s        Ô_s alike        a_t = sigmoid(Î_t)
     c_s = n_s e^{Ô_s} / Σ_{r≤s} e^{Ô_r}
 
-so that a source's strength is settled when it comes in: six running sums and one recurrence. A tiny ε is
+so that a source's strength is fixed when it comes in: six running sums and one recurrence. A tiny ε is
 added to both factors of each product of flows, and Ô is kept in [−1, 1].
 
 Cost: 2·n·d² multiply-adds a head, memory linear in n; one state of d × d and four of d a head while
@@ -24,35 +24,27 @@ as sources become more. Its dropout falls on outputs, here it falls on weights.
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from attlas import ops
+from attlas.bases.recurrent import Gates, RecurrentAttention
 from attlas.catalog.registry import mechanism
 from attlas.inputs import Inputs
-from attlas.bases.recurrent import Gates, RecurrentAttention
+from attlas.options import option
 
 
 @mechanism("flowformer", aliases=("flow-attention",))
 class Flowformer(RecurrentAttention):
-    """Linear attention with competition among sources and an allocation to sinks.
+    """Linear attention with competition among sources and an allocation to sinks."""
 
-    Args:
-        eps: added to both factors of every product of flows.
-    """
-
+    supports = replace(RecurrentAttention.supports, masks="padding")
     normalized = False
-    takes_masks = "padding"
 
-    def __init__(
-        self, dim: int, heads: int = 8, *args: Any, eps: float = 1e-6, bias: bool = True,
-        **options: Any,
-    ) -> None:  # fmt: skip
-        if eps <= 0:
-            raise ValueError(f"eps must be above 0, got {eps}")
-        super().__init__(dim, heads, *args, bias=self.bias, **options)
-        self.eps = eps
+    bias: bool = option("whether the projections have one", default=True)
+    eps: float = option("added to both factors of every product of flows", default=1e-6, above=0)
 
     def features(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Sigmoids, in float32 at least since they are summed up."""
@@ -67,7 +59,7 @@ class Flowformer(RecurrentAttention):
         if inputs.valid_now is not None:
             sources = sources * inputs.valid_now[:, None, :, None]
         sinks = sources if inputs.context is None else q.new_ones(q.shape[0], 1, q.shape[2], 1)
-        form = self._running if self.looks_back(inputs.mask) else self._whole
+        form = self._running if self.looks_back(inputs) else self._whole
         return form(q, k, sinks, sources, inputs)
 
     def flow(self, x: Tensor, others: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ stretches them to n tokens along the flattened order, linearly, as here.
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import torch
 from einops import rearrange
@@ -27,47 +27,50 @@ from torch import Tensor, nn
 from torch.linalg import vector_norm
 from torch.nn.functional import interpolate, softplus
 
-from attlas.bases.grid import LinearOnGrid, start_small
+from attlas import ops
+from attlas.bases.grid import GridConv, OnGrid, merged, neighbours, reduced, start_small
+from attlas.bases.recurrent import RecurrentAttention
 from attlas.catalog.registry import mechanism
-from attlas.errors import at_least_one
 from attlas.inputs import Inputs
+from attlas.options import option
 from attlas.positions import Position
 
 
 @mechanism("focused-linear-attention", aliases=("flatten", "focused-linear"))
-class FocusedLinear(LinearOnGrid):
-    """Linear attention with the focusing map and a depthwise convolution of the values.
+class FocusedLinear(OnGrid, RecurrentAttention):
+    """Linear attention with the focusing map and a depthwise convolution of the values."""
 
-    Args:
-        power: p of the focusing map.
-        reduction: side of the square of patches that one key stands for.
-        eps: added to the features and to the mean product that divides.
-        kernel_size: rows and columns of the convolution, odd; None for none.
+    supports = replace(OnGrid.supports, cache="state")
+    #: The convolution is added to what the heads give.
+    changes = ("output",)
+    beyond = (
+        "project: with `reduction`, as in the published PVT model, one key stands for many patches",
+        "position: such keys have no place of their own that could rotate them",
+    )
 
-    Raises:
-        ValueError: a power below 1, an ε that is not above 0, a reduction that does not divide the
-            grid, or rotated keys that are reduced.
-    """
+    bias: bool = option("whether the projections have one", default=True)
+    power: float = option("p of the focusing map", default=3.0, at_least=1)
+    reduction: int = option(
+        "side of the square of patches that one key stands for", default=1, at_least=1
+    )
+    kernel_size: int | None = option(
+        "rows and columns of the convolution of the values, odd; None for none", default=5
+    )
+    eps: float = option(
+        "added to the features and to the mean product that divides", default=1e-6, above=0
+    )
 
-    shares_kernels = True
+    def setup(self) -> None:
+        """The convolution, what reduces the keys, their places, and the channels' scale.
 
-    def __init__(
-        self, dim: int, heads: int = 8, *args: Any, power: float = 3.0, reduction: int = 1,
-        eps: float = 1e-6, **options: Any,
-    ) -> None:  # fmt: skip
-        if power < 1:
-            raise ValueError(f"power must be at least 1, got {power}")
-        if eps <= 0:
-            raise ValueError(f"eps must be above 0, got {eps}")
-        self.power, self.reduction = power, at_least_one("reduction", reduction)
-        super().__init__(dim, heads, *args, **options)
-        self.eps = eps
-        if reduction > 1 and type(self.position_encoding).rotate is not Position.rotate:
+        Raises:
+            ValueError: a reduction that does not divide the grid, or rotated keys that are reduced.
+        """
+        super().setup()
+        if self.reduction > 1 and type(self.position_encoding).rotate is not Position.rotate:
             raise ValueError("position: with reduction > 1 a key stands at no token's place")
-
-    def make_projections(self) -> None:
-        """Projections, the convolution, what reduces the keys, their places, and the channels' scale."""
-        super().make_projections()
+        # All heads are convolved with the same kernels, one for each of a head's channels.
+        self.conv = None if self.kernel_size is None else GridConv(self.head_dim, self.kernel_size)
         start_small(self.q_proj, self.k_proj, self.v_proj, self.o_proj)
         self.channel_scale = nn.Parameter(torch.zeros(self.kv_heads, 1, self.head_dim))
         if self.reduction > 1:
@@ -75,20 +78,20 @@ class FocusedLinear(LinearOnGrid):
             self.reduce_norm = nn.LayerNorm(self.dim)
         self.key_places = None
         if self.grid is not None:
-            height, width = self._reduced(self.grid)
+            height, width = reduced(self.grid, self.reduction)
             places = torch.zeros(self.kv_heads, height * width, self.head_dim)
             self.key_places = nn.Parameter(places)
 
     def project(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         """Queries of all patches; keys, which know their place, and values of those that are left."""
-        height, width = self.grid_of(inputs.x.shape[1])
-        fewer = self._fewer(inputs.x, height, width)
-        q, k, v = self.q_proj(inputs.x), self.k_proj(fewer), self.v_proj(fewer)
+        x, grid = inputs.x, self.grid_of(inputs.x.shape[1])
+        fewer = x if self.reduction == 1 else self.reduce_norm(merged(x, self.reduce, grid))
+        q, k, v = self.q_proj(x), self.k_proj(fewer), self.v_proj(fewer)
         q, k, v = self.split_heads(q), self.split_heads(k), self.split_heads(v)
         return q, k if self.key_places is None else k + self.key_places, v
 
     def position(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """Reduced keys stand at no token's place, so nothing turns them."""
+        """Reduced keys stand at no token's place, so nothing rotates them."""
         return super().position(q, k, inputs) if self.reduction == 1 else (q, k)
 
     def features(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -98,26 +101,21 @@ class FocusedLinear(LinearOnGrid):
         k = (k.relu() + self.eps) / scale
         return focus(q, self.power), focus(k, self.power) / k.shape[2]
 
-    def with_neighbours(self, heads: Tensor, v: Tensor) -> Tensor:
-        """The convolution is over all patches, whatever the values were reduced to."""
-        if self.reduction > 1 and self.conv is not None:
+    def recur(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
+        """The product from the right, and the neighbours."""
+        return super().recur(q, k, v, inputs) + self.near(v, q)
+
+    def aggregate(self, weights: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
+        """Weighted values, and the neighbours."""
+        return super().aggregate(weights, v, inputs) + self.near(v, weights)
+
+    def near(self, v: Tensor, like: Tensor) -> Tensor | float:
+        """The convolution of the values over all patches, whatever they were reduced to."""
+        if self.reduction > 1:
             flat = rearrange(v, "b h n d -> b (h d) n")
-            flat = interpolate(flat, size=heads.shape[2], mode="linear")
+            flat = interpolate(flat, size=like.shape[2], mode="linear")
             v = rearrange(flat, "b (h d) t -> b h t d", d=self.head_dim)
-        return super().with_neighbours(heads, v)
-
-    def _fewer(self, x: Tensor, height: int, width: int) -> Tensor:
-        if self.reduction == 1:
-            return x
-        self._reduced((height, width))
-        picture = rearrange(x, "b (h w) c -> b c h w", h=height, w=width)
-        fewer: Tensor = self.reduce_norm(rearrange(self.reduce(picture), "b c h w -> b (h w) c"))
-        return fewer
-
-    def _reduced(self, grid: tuple[int, int]) -> tuple[int, int]:
-        if grid[0] % self.reduction or grid[1] % self.reduction:
-            raise ValueError(f"reduction={self.reduction} must divide the grid, got {grid}")
-        return grid[0] // self.reduction, grid[1] // self.reduction
+        return neighbours(self.conv, v, self.grid_of(like.shape[2]), like.shape[1])
 
 
 def focus(

@@ -18,61 +18,44 @@ one a feature; with grouped keys there is one map for each key head.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from attlas.catalog.registry import mechanism
-from attlas.errors import at_least_one
 from attlas.bases.recurrent import RecurrentAttention
+from attlas.catalog.registry import mechanism
+from attlas.inputs import Inputs
+from attlas.options import option
 
 
 @mechanism("hedgehog")
 class Hedgehog(RecurrentAttention):
-    """Linear attention by learned features of exponentials.
+    """Linear attention by learned features of exponentials."""
 
-    Args:
-        activation: what makes features of u, "softmax" over the features or "exp".
-        negated: whether the features of −u stand beside those of u.
-        feature_dim: width of u; `head_dim` unless given.
-        feature_bias: whether u has a bias.
-        eps: least feature, and added to the sum that divides.
+    activation: Literal["softmax", "exp"] = option(
+        "what makes features of u: a softmax over the features, or exp", default="softmax"
+    )
+    negated: bool = option("whether the features of −u stand beside those of u", default=True)
+    feature_dim: int = option(
+        "width of u; head_dim unless given", factory=lambda layer: layer.head_dim, at_least=1
+    )
+    feature_bias: bool = option("whether u has a bias", default=True)
+    eps: float = option(
+        "least feature, and added to the sum that divides", default=1e-12, at_least=0
+    )
 
-    Raises:
-        ValueError: another activation, a width below 1, or an ε below 0.
-    """
-
-    q_map: Tensor
-    k_map: Tensor
-    q_map_bias: Tensor
-    k_map_bias: Tensor
-
-    def __init__(
-        self, dim: int, heads: int = 8, *args: Any,
-        activation: Literal["softmax", "exp"] = "softmax", negated: bool = True,
-        feature_dim: int | None = None, feature_bias: bool = True, eps: float = 1e-12,
-        **options: Any,
-    ) -> None:  # fmt: skip
-        if activation not in ("softmax", "exp"):
-            raise ValueError(f"activation must be 'softmax' or 'exp', got {activation!r}")
-        if eps < 0:
-            raise ValueError(f"eps must be at least 0, got {eps}")
-        self.activation, self.negated, self.feature_bias = activation, negated, feature_bias
-        self.feature_dim = None if feature_dim is None else at_least_one("feature_dim", feature_dim)
-        super().__init__(dim, heads, *args, **options)
-        self.eps = eps
-
-    def make_projections(self) -> None:
-        """Projections, and the maps of every head, which start at the identity."""
-        super().make_projections()
-        width = self.feature_dim or self.head_dim
-        for name, heads in (("q", self.heads), ("k", self.kv_heads)):
-            start = torch.eye(self.head_dim, width).repeat(heads, 1, 1)
-            self.register_parameter(f"{name}_map", nn.Parameter(start))
-            shift = nn.Parameter(torch.zeros(heads, 1, width)) if self.feature_bias else None
-            self.register_parameter(f"{name}_map_bias", shift)
+    def setup(self) -> None:
+        """The maps of every head, which start at the identity."""
+        super().setup()
+        start = torch.eye(self.head_dim, self.feature_dim)
+        shift = torch.zeros(1, self.feature_dim)
+        self.q_map = nn.Parameter(start.repeat(self.heads, 1, 1))
+        self.k_map = nn.Parameter(start.repeat(self.kv_heads, 1, 1))
+        if self.feature_bias:
+            self.q_map_bias = nn.Parameter(shift.repeat(self.heads, 1, 1))
+            self.k_map_bias = nn.Parameter(shift.repeat(self.kv_heads, 1, 1))
 
     def features(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """φ of queries and keys, each by the map of its head."""

@@ -19,8 +19,6 @@ its half-precision path, they do not. Blocks that are not full are not padded wi
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from einops import rearrange
 from torch import Generator, Tensor
@@ -29,31 +27,21 @@ from torch.nn.functional import pad
 from attlas import ops
 from attlas.bases.approximation import SampledAttention, seeded
 from attlas.catalog.registry import Reduction, mechanism
-from attlas.errors import at_least_one
+from attlas.options import option
 
 
 @mechanism("hyper-attention", aliases=("hyper",), reduces_to=Reduction(
     "softmax", {"block": 4096}, lambda layer, plain: plain.load_state_dict(layer.state_dict()),
 ), example={"block": 4, "samples": 6, "min_length": 8})  # fmt: skip
 class HyperAttention(SampledAttention):
-    """Attention in near-linear time, by sorted blocks and uniform samples.
+    """Attention in near-linear time, by sorted blocks and uniform samples."""
 
-    Args:
-        block: keys in a block.
-        samples: keys drawn from all of them.
-        projections: directions of the hash.
-        min_length: tokens up to which attention is exact.
-        seed: of directions and draws.
-    """
+    #: Which pairs meet is decided by their blocks.
+    changes = ("mask",)
 
-    def __init__(
-        self, dim: int, heads: int = 8, *args: Any, block: int = 256, samples: int = 256,
-        projections: int = 7, min_length: int = 4096, **options: Any,
-    ) -> None:  # fmt: skip
-        self.min_length = at_least_one("min_length", min_length)
-        super().__init__(
-            dim, heads, *args, block=block, samples=samples, projections=projections, **options
-        )
+    block: int = option("keys in a block", default=256, at_least=1)
+    samples: int = option("keys drawn from all of them", default=256, at_least=1)
+    min_length: int = option("tokens up to which attention is exact", default=4096, at_least=1)
 
     def estimate(
         self, q: Tensor, k: Tensor, v: Tensor, chances: Tensor | None = None, *,

@@ -17,7 +17,7 @@ hash serves all heads here; blocks need not divide the keys.
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Generator, Tensor
@@ -25,40 +25,29 @@ from torch import Generator, Tensor
 from attlas.bases.approximation import Draws, SampledAttention
 from attlas.catalog.registry import Reduction, mechanism
 from attlas.inputs import Inputs
-from attlas.masks import Mask
+from attlas.options import option
 
 
 @mechanism("kdeformer", reduces_to=Reduction(
     "softmax", {"block": 4096}, lambda layer, plain: plain.load_state_dict(layer.state_dict()),
 ), example={"block": 4, "samples": 6})  # fmt: skip
 class KDEformer(SampledAttention):
-    """Attention by importance sampling: keys with large values are drawn more often.
+    """Attention by importance sampling: keys with large values are drawn more often."""
 
-    Args:
-        block: keys in a block.
-        samples: keys drawn from all of them.
-        projections: directions of the hash.
-        seed: of directions and draws.
-    """
+    supports = replace(SampledAttention.supports, causal=False)
+    beyond = ("project: the plain one; each key also carries what it is drawn by",)
 
-    has_causal_form = False
-
-    def __init__(
-        self, dim: int, heads: int = 8, *args: Any, block: int = 64, samples: int = 800,
-        projections: int = 7, **options: Any,
-    ) -> None:  # fmt: skip
-        super().__init__(
-            dim, heads, *args, block=block, samples=samples, projections=projections, **options
-        )
+    block: int = option("keys in a block", default=64, at_least=1)
+    samples: int = option("keys drawn from all of them", default=800, at_least=1)
 
     def project(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values; each key brings the share |[v, 1]| / λ of its value."""
+        """Queries, keys and values; each key carries the share |[v, 1]| / λ of its value."""
         q, k, v = super().project(inputs)
         with_one = torch.cat((v, torch.ones_like(v[..., :1])), dim=-1).detach()
         if (valid := inputs.valid_now) is not None:
             with_one = with_one.masked_fill(~valid[:, None, :, None], 0.0)
-        share = self.shares(with_one)
-        return q, torch.cat((k, share[..., None].to(k.dtype)), dim=-1), v
+        inputs.carry("share", self.shares(with_one)[..., None])
+        return q, k, v
 
     def shares(self, v: Tensor) -> Tensor:
         """|v| / λ of each value [batch, kv_heads, keys], λ being that of all."""
@@ -67,30 +56,7 @@ class KDEformer(SampledAttention):
         share: Tensor = v.norm(dim=-1) / largest.clamp(min=torch.finfo(v.dtype).tiny)
         return share
 
-    def position(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """Queries and keys that know where they stand, apart from the keys' shares."""
-        q, placed = super().position(q, k[..., :-1], inputs)
-        return q, torch.cat((placed, k[..., -1:]), dim=-1)
-
-    def features(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """Queries and keys without shares."""
-        return q, k[..., :-1]
-
-    def chances(self, k: Tensor) -> Tensor:
-        """The keys' shares; `draw` adds 1/n, as it knows how many there are."""
-        return k[..., -1].detach()
-
     def draw(self, k: Tensor, chances: Tensor | None, rng: Generator) -> Draws:
         """Keys drawn by their shares and 1/n."""
         assert chances is not None
         return super().draw(k, chances + 1 / k.shape[2], rng)
-
-    def mask(self, q: Tensor, k: Tensor, inputs: Inputs) -> Mask | Tensor | None:
-        """Padding alone.
-
-        Raises:
-            ValueError: a causal mask.
-        """
-        if isinstance(inputs.mask, Mask):
-            raise ValueError("mask: KDEformer has no causal form")
-        return super().mask(q, k, inputs)

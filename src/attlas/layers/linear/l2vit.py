@@ -18,7 +18,7 @@ In the whole model layers of this kind take turns with softmax attention in wind
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -27,9 +27,10 @@ from torch.nn.functional import gelu
 
 from attlas import ops
 from attlas.bases.grid import GridConv, OnGrid, start_small
+from attlas.bases.recurrent import RecurrentAttention
 from attlas.catalog.registry import mechanism
 from attlas.inputs import Inputs
-from attlas.bases.recurrent import RecurrentAttention
+from attlas.options import option
 
 
 class Concentration(nn.Module):
@@ -59,30 +60,20 @@ class Concentration(nn.Module):
 
 @mechanism("l2vit")
 class L2ViT(OnGrid, RecurrentAttention):
-    """Linear attention with rectified features, a floor, temperatures and a concentration module.
+    """Linear attention with rectified features, a floor, temperatures and a concentration module."""
 
-    Args:
-        floor: c, the least that divides.
-        kernel_size: rows and columns of the module's convolutions, odd; None for no module.
-
-    Raises:
-        ValueError: a floor that is not above 0, an even kernel size.
-    """
-
+    supports = replace(OnGrid.supports, cache="state")
     normalized = False
 
-    def __init__(
-        self, dim: int, heads: int = 8, *args: Any, floor: float = 100.0,
-        kernel_size: int | None = 7, bias: bool = True, **options: Any,
-    ) -> None:  # fmt: skip
-        if floor <= 0:
-            raise ValueError(f"floor must be above 0, got {floor}")
-        self.floor, self.kernel_size = floor, kernel_size
-        super().__init__(dim, heads, *args, bias=self.bias, **options)
+    bias: bool = option("whether the projections have one", default=True)
+    floor: float = option("c, the least that divides", default=100.0, above=0)
+    kernel_size: int | None = option(
+        "rows and columns of the module's convolutions, odd; None for no module", default=7
+    )
 
-    def make_projections(self) -> None:
-        """Projections, temperatures, the module and its norm."""
-        super().make_projections()
+    def setup(self) -> None:
+        """Projections that begin small, temperatures, the module and its norm."""
+        super().setup()
         start_small(self.q_proj, self.k_proj, self.v_proj, self.o_proj)
         self.temperature = nn.Parameter(torch.full((self.heads, 1, 1), self.head_dim**-0.5))
         self.concentration = None
@@ -103,9 +94,8 @@ class L2ViT(OnGrid, RecurrentAttention):
 
     def output(self, heads: Tensor, inputs: Inputs) -> Tensor:
         """Heads joined and projected; then the module, on top of them and the input."""
-        found = super().output(heads, inputs)
+        found, grid = super().output(heads, inputs), self.grid_of(inputs.x.shape[1])
         if self.concentration is None:
             return found
-        grid = self.grid_of(inputs.x.shape[1])
         y: Tensor = found + self.concentration(self.norm(inputs.x + found), grid)
         return y

@@ -22,15 +22,16 @@ from torch import Tensor
 
 from attlas.bases.grid import GatedOnGrid, start_small
 from attlas.catalog.registry import mechanism
+from attlas.inputs import Inputs
 
 
 @mechanism("magnitude-aware-linear-attention", aliases=("mala",))
 class MagnitudeAwareLinear(GatedOnGrid):
     """Linear attention whose weights are an affine function of the similarities."""
 
-    def make_projections(self) -> None:
+    def setup(self) -> None:
         """Projections that begin small."""
-        super().make_projections()
+        super().setup()
         start_small(self.q_proj, self.k_proj, self.v_proj, self.gate_proj, self.o_proj)
 
     def features(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:

@@ -19,8 +19,6 @@ two parts. The program's ε is added to the mean product that divides.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from einops import rearrange
 from jaxtyping import Float
@@ -31,30 +29,20 @@ from torch.nn.functional import silu
 from attlas.bases.grid import GatedOnGrid
 from attlas.catalog.registry import mechanism
 from attlas.inputs import Inputs
+from attlas.options import option
 
 
 @mechanism("nalaformer", aliases=("norm-aware-linear-attention",))
 class NormAwareLinear(GatedOnGrid):
-    """Linear attention whose queries' directions are raised to a power that grows with their norm.
+    """Linear attention whose queries' directions are raised to a power that grows with their norm."""
 
-    Args:
-        power: λ, of keys and of queries whose norm makes 0.5 + tanh one.
+    power: float = option(
+        "λ, of keys and of queries whose norm makes 0.5 + tanh one", default=3.0, at_least=1
+    )
 
-    Raises:
-        ValueError: a power below 1.
-    """
-
-    def __init__(
-        self, dim: int, heads: int = 8, *args: Any, power: float = 3.0, **options: Any
-    ) -> None:
-        if power < 1:
-            raise ValueError(f"power must be at least 1, got {power}")
-        self.power = power
-        super().__init__(dim, heads, *args, **options)
-
-    def make_projections(self) -> None:
-        """Projections, and the norm before the gate."""
-        super().make_projections()
+    def setup(self) -> None:
+        """The norm before the gate."""
+        super().setup()
         self.norm = nn.LayerNorm(self.heads * self.head_dim)
 
     def features(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:

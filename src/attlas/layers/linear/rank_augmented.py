@@ -20,8 +20,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from attlas import ops
 from attlas.bases.grid import GatedOnGrid, start_small
 from attlas.catalog.registry import Reduction, mechanism
+from attlas.inputs import Inputs
 
 
 def _plain(layer: Any, other: Any) -> None:
@@ -41,9 +43,9 @@ def _plain(layer: Any, other: Any) -> None:
 class RankAugmentedLinear(GatedOnGrid):
     """Linear attention with weighed keys and gated outputs."""
 
-    def make_projections(self) -> None:
+    def setup(self) -> None:
         """Projections that begin small."""
-        super().make_projections()
+        super().setup()
         self.alpha_scale = self.head_dim**-0.5
         start_small(self.q_proj, self.k_proj, self.v_proj, self.gate_proj, self.o_proj)
 
