@@ -9,6 +9,7 @@ summed instead, so that the values are read once.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -19,7 +20,7 @@ from attlas.inputs import Inputs
 class SumOfMaps(Attention):
     """Attention by several maps over the same values. A subclass gives `maps` and `coefficients`."""
 
-    changes = ("normalize",)
+    changes: ClassVar[tuple[str, ...]] = ("normalize",)
 
     def maps(self, q: Tensor, k: Tensor, inputs: Inputs) -> Sequence[tuple[Tensor, Tensor]]:
         """(q_m, k_m) of each map, as `attend` takes queries and keys."""
