@@ -41,8 +41,8 @@ def test_affine_scaled_attention_rows_sum_to_alpha_and_n_beta(pattern: str) -> N
     x = torch.randn(2, 11, 32, dtype=torch.float64)
     q, k, v, inputs = layer.prepare(x)
     seen = torch.ones(1, 4, 11, 11, dtype=torch.bool)
-    if mask is not None:
-        seen = masks.dense(mask, 11, 11).expand(1, 4, 11, 11)
+    if PATTERNS[pattern] is not None:
+        seen = masks.dense(PATTERNS[pattern], 11, 11).expand(1, 4, 11, 11)
     soft = (q @ k.mT * layer.scale).masked_fill(~seen, -torch.inf).softmax(-1)
     alpha = (0.1 * (x @ layer.gate_proj.weight.T) + 0.5).clamp(0, 1).mT[..., None]
     n = seen.sum(-1, keepdim=True)

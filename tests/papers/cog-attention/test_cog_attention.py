@@ -51,7 +51,9 @@ def test_cog_attention_in_two_softmaxes_is_the_definition(position: str, kv_head
     layer = _layer(kv_heads=kv_heads, position=position, mask=pattern)
     x = torch.randn(2, 13, 32, dtype=torch.float64)
     *_, v, inputs = layer.prepare(x)
-    torch.testing.assert_close(layer(x), layer.output(layer.aggregate(layer.weights(x), v), inputs))
+    torch.testing.assert_close(
+        layer(x), layer.output(layer.aggregate(layer.weights(x), v, inputs), inputs)
+    )
 
 
 def test_cog_attention_gives_a_logit_of_zero_no_weight_but_counts_it() -> None:
@@ -60,14 +62,14 @@ def test_cog_attention_gives_a_logit_of_zero_no_weight_but_counts_it() -> None:
     total = 1 + torch.tensor(1.0).double().exp() + torch.tensor(2.0).double().exp()
     wanted = scores.new_tensor([0.0, 1.0, 2.0, 0.0]).exp() / total
     wanted = wanted * scores.new_tensor([0.0, 1.0, -1.0, 0.0])
-    torch.testing.assert_close(layer.normalize(scores)[0, 0, 0], wanted)
+    inputs = layer.prepare(torch.randn(1, 1, 4).double())[-1]
+    torch.testing.assert_close(layer.normalize(scores, inputs)[0, 0, 0], wanted)
     # The same logits through the fused route: the key of the zero is orthogonal to the query.
     q = scores.new_tensor([[[[1.0, 0.0, 0.0, 0.0]]]]) / layer.scale
     k = torch.zeros(1, 1, 3, 4, dtype=torch.float64)
     k[0, 0, :, 0] = scores[0, 0, 0, :3]
     v = torch.eye(3, dtype=torch.float64)[None, None]
-    inputs = layer.prepare(torch.randn(1, 1, 4).double())[-1]
-    torch.testing.assert_close(layer.attend(q, k, v, None, inputs)[0, 0, 0], wanted[:3])
+    torch.testing.assert_close(layer.attend(q, k, v, inputs)[0, 0, 0], wanted[:3])
 
 
 def test_cog_attention_trains_where_all_logits_have_one_sign() -> None:

@@ -36,7 +36,8 @@ def test_differential_transformer_without_lambda_is_softmax() -> None:
     _without_lambda(layer)
     assert abs(layer.lambda_.item()) < 1e-12
     x = torch.randn(2, 11, 32, dtype=torch.float64)
-    q, k = layer.maps(*layer.prepare(x)[:2])[0]
+    q, k, _, inputs = layer.prepare(x)
+    q, k = layer.maps(q, k, inputs)[0]
     scores = q @ k.mT * layer.head_dim**-0.5
     hidden = torch.ones(11, 11, dtype=torch.bool).triu(1)
     plain = scores.masked_fill(hidden, -torch.inf).softmax(-1)
@@ -51,10 +52,14 @@ def test_differential_transformer_lambda_starts_by_depth(depth: int, wanted: flo
 
 def test_differential_transformer_pairs_of_keys() -> None:
     layer = _layer(heads=4, kv_heads=2)
-    q, k = torch.zeros(1, 8, 1, 1), torch.arange(4.0).view(1, 2, 1, 2)
-    (_, first), (_, second) = layer.maps(q, k)  # one key head for the two query heads of a group
+    inputs = layer.prepare(torch.randn(1, 1, 32).double())[-1]
+    q, k = torch.zeros(1, 8, 1, 1), torch.arange(4.0).view(1, 4, 1, 1)
+    (_, first), (_, second) = layer.maps(
+        q, k, inputs
+    )  # one key head for the two query heads of a group
     assert (first.flatten().tolist(), second.flatten().tolist()) == ([0, 2], [1, 3])
-    (_, first), (_, second) = _layer(heads=4, kv_heads=2, pairing="repeated").maps(q, k)
+    repeated = _layer(heads=4, kv_heads=2, pairing="repeated")
+    (_, first), (_, second) = repeated.maps(q, k, inputs)
     assert first.flatten().tolist() == second.flatten().tolist() == [0, 1, 2, 3]
     with pytest.raises((ValueError, TypeError), match="pairing"):
         _layer(pairing="other")
@@ -71,4 +76,4 @@ def test_differential_transformer_gives_both_maps_of_a_head_the_same_mask(positi
     far = masks.dense(~masks.window(3), 9, 9)[0, 0]
     assert (weights[0, 1][far] == 0).all()
     *_, v, inputs = layer.prepare(x)
-    torch.testing.assert_close(layer(x), layer.output(layer.aggregate(weights, v), inputs))
+    torch.testing.assert_close(layer(x), layer.output(layer.aggregate(weights, v, inputs), inputs))

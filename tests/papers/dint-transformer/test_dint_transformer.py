@@ -51,7 +51,8 @@ def test_dint_transformer_without_lambda_is_softmax(causal: bool) -> None:
     layer = _layer(causal=causal)
     _set_lambda(layer, 0.0)
     x = torch.randn(2, 11, 32, dtype=torch.float64)
-    q, k = layer.maps(*layer.prepare(x)[:2])[0]
+    q, k, _, inputs = layer.prepare(x)
+    q, k = layer.maps(q, k, inputs)[0]
     scores = q @ k.mT * layer.head_dim**-0.5
     if causal:
         scores = scores.masked_fill(torch.ones(11, 11).triu(1).bool(), -torch.inf)
@@ -73,7 +74,7 @@ def test_dint_transformer_integral_is_the_mean_of_the_first_map(causal: bool) ->
     layer = _layer(causal=causal)
     x = torch.randn(1, 6, 32, dtype=torch.float64)
     q, k, v, inputs = layer.prepare(x)
-    scores = torch.stack([q @ k.mT * layer.head_dim**-0.5 for q, k in layer.maps(q, k)])
+    scores = torch.stack([q @ k.mT * layer.head_dim**-0.5 for q, k in layer.maps(q, k, inputs)])
     if causal:
         scores = scores.masked_fill(torch.ones(6, 6).triu(1).bool(), -torch.inf)
     first, second = scores.softmax(-1)

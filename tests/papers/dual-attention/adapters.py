@@ -66,11 +66,10 @@ def dual_attention(case: Case) -> Iterator[Check]:
     load_weights(layer, weights)
     x = case.inputs["x"]
     yield case.compare("out.y", layer(x))
-    q, k, *_, inputs = layer.prepare(x)
+    *_, inputs = layer.prepare(x)
     if "symbols" in case.mids and symbols != "relative":
         yield case.compare("mid.symbols", layer.symbols_of(inputs))
     if "relations" in case.mids:
-        relations = layer.relate(q, layer.split_heads(k[:, 0]))
-        yield case.compare("mid.relations", relations.permute(0, 2, 3, 1))
+        yield case.compare("mid.relations", layer.relate(inputs).permute(0, 2, 3, 1))
     if "relational_weights" in case.mids:
         yield case.compare("mid.relational_weights", layer.weights(x)[:, :n])

@@ -74,8 +74,7 @@ def test_dual_attention_symmetric_relations_are_symmetric() -> None:
     x = torch.randn(1, 5, 32, dtype=torch.float64)
     for symmetric in (True, False):
         layer = _layer(symmetric=symmetric)
-        q, k, *_ = layer.prepare(x)
-        r = layer.relate(q, k[:, 0].unflatten(-1, (-1, 8)).transpose(1, 2))
+        r = layer.relate(layer.prepare(x)[-1])
         assert torch.allclose(r, r.mT) is symmetric
 
 

@@ -46,5 +46,5 @@ def galerkin(case: Case) -> Iterator[Check]:
         if config["attention_type"] == "fourier":
             yield case.compare("mid.matrix", layer.weights(x, **extras))
         else:
-            _, k, v, _, inputs = layer.prepare(x, extras=extras)
+            _, k, v, inputs = layer.prepare(x, extras=extras)
             yield case.compare("mid.matrix", layer.matrix(k, v, inputs))

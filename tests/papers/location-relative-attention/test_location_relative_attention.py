@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import attlas
-from attlas.contract import check
-from attlas.layers.scores.location_relative import GMM
+from attlas.contract.measure import subject_of
+from attlas.contract.run import results_of
 from seeds import mean_over_seeds
 
 VERSIONS = ("0", "1", "2", "logistic")
@@ -49,12 +50,9 @@ def test_location_relative_attention_refuses_what_it_does_not_know() -> None:
 
 @pytest.mark.parametrize("version", ["0", "1", "logistic"])
 def test_location_relative_attention_variants_keep_the_contract(version: str) -> None:
-    class Variant(GMM):
-        def __init__(self, dim: int, heads: int = 1, *args: Any, **options: Any) -> None:
-            heads = 1 if heads == 2 else heads  # what the contract asks for unless told otherwise
-            super().__init__(dim, heads, *args, **{"version": version, **options})
-
-    check(Variant)
+    subject = subject_of("gmm-attention")
+    varied = replace(subject, example={**subject.example, "version": version})
+    assert [r for r in results_of(varied) if r.status == "failed"] == []
 
 
 def test_dynamic_convolution_attention_prior_walks_on_by_one_on_average() -> None:

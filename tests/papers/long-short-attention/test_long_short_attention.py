@@ -65,13 +65,13 @@ def test_long_short_attention_in_two_calls_is_the_map(
     valid = torch.tensor([[False] * 3 + [True] * 6, [True] * 8 + [False]])
     pairs = torch.rand(2, 1, 9, 9) < 0.7
     for mask in (None, valid, pairs):
-        q, k, v, seen, inputs = layer.prepare(x, mask=mask)
-        wanted = layer.aggregate(layer.weigh(q, k, seen, inputs), v)
-        torch.testing.assert_close(layer.attend(q, k, v, seen, inputs), wanted)
+        q, k, v, inputs = layer.prepare(x, mask=mask)
+        wanted = layer.aggregate(layer.weigh(q, k, inputs), v, inputs)
+        torch.testing.assert_close(layer.attend(q, k, v, inputs), wanted)
 
 
 def test_long_short_attention_logs_the_largest_visible_logit() -> None:
-    """More queries than one chunk; what the window hides does not count."""
+    """What the window hides does not count."""
     layer = _layer(causal=True, window=2, position="alibi")
     x = torch.randn(1, 300, 32, dtype=torch.float64)
     x[:, 7] *= 50  # seen by every later query of the long head, by two of the short ones'

@@ -33,4 +33,6 @@ def luong(case: Case) -> Iterator[Check]:
     found = layer.weights(x, memory, mask=mask)
     yield case.compare("out.weights", found[:, 0])
     if "context" in case.mids:
-        yield case.compare("mid.context", layer.aggregate(found, memory[:, None])[:, 0])
+        inputs = layer.prepare(x, memory, mask)[-1]
+        context = layer.aggregate(found, memory[:, None], inputs)
+        yield case.compare("mid.context", context[:, 0])

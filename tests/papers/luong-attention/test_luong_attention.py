@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import attlas
-from attlas.contract import check
-from attlas.layers.scores.luong import Luong
+from attlas.contract.measure import subject_of
+from attlas.contract.run import results_of
 
 
 @pytest.mark.parametrize("alignment", ["monotonic", "predictive"])
@@ -47,11 +49,9 @@ def test_luong_attention_predictive_multiplies_by_the_gaussian() -> None:
     {"alignment": "monotonic", "window": 2},
 ])  # fmt: skip
 def test_luong_attention_variants_keep_the_contract(options: dict[str, str]) -> None:
-    class Variant(Luong):
-        def __init__(self, dim: int, heads: int = 1, *args, **more) -> None:
-            super().__init__(dim, 1 if heads == 2 else heads, *args, **{**options, **more})
-
-    check(Variant)
+    subject = subject_of("luong-attention")
+    varied = replace(subject, example={**subject.example, **options})
+    assert [r for r in results_of(varied) if r.status == "failed"] == []
 
 
 WORDS, LENGTH = 10, 12

@@ -31,8 +31,8 @@ def test_multi_token_attention_with_identity_kernels_is_softmax() -> None:
 def test_multi_token_attention_convolves_scores_of_visible_pairs(side: str, left: int) -> None:
     layer = _layer(kernel=(2, 3), key_padding=side, head_kernel=1)
     x = torch.randn(1, 6, 32, dtype=torch.float64)
-    q, k, *_ = layer.prepare(x)
-    scores = layer.score(q, k)[0].tril()
+    q, k, _, inputs = layer.prepare(x)
+    scores = layer.score(q, k, inputs)[0].tril()
     wanted = torch.full((4, 6, 6), -torch.inf, dtype=torch.float64)
     for i in range(6):
         for j in range(i + 1):

@@ -34,11 +34,11 @@ def test_neural_attention_scores_are_the_network_of_both_projections() -> None:
 def test_neural_attention_blocks_are_the_dense_form_forward_and_backward(monkeypatch) -> None:
     layer = _layer(causal=True, position="rope")
     x = torch.randn(2, 11, 32, dtype=torch.float64, requires_grad=True)
-    q, k, *_ = layer.prepare(x)
+    q, k, _, inputs = layer.prepare(x)
     found = []
     for block in (11, 4):
         monkeypatch.setattr(module, "BLOCK", block)
-        torch.testing.assert_close(layer.score(q, k), layer.pairs(q, k))
+        torch.testing.assert_close(layer.score(q, k, inputs), layer.pairs(q, k))
         loss = layer(x).square().sum()
         found.append((loss, *torch.autograd.grad(loss, (x, *layer.parameters()))))
     for whole, blocks in zip(*found, strict=True):

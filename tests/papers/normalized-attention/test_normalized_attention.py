@@ -39,8 +39,9 @@ def test_normalized_attention_rows_have_mean_0_and_unit_variance(pattern) -> Non
 def test_normalized_attention_epsilon_stands_outside_the_root() -> None:
     layer = _layer(dim=4, heads=1, eps=0.5)
     scores = torch.tensor([[[[1.0, 3.0, -torch.inf]]]], dtype=torch.float64)
+    inputs = layer.prepare(torch.randn(1, 1, 4).double())[-1]
     wanted = torch.tensor([-1 / 1.5, 1 / 1.5, 0.0]).double()
-    torch.testing.assert_close(layer.normalize(scores)[0, 0, 0], wanted)
+    torch.testing.assert_close(layer.normalize(scores, inputs)[0, 0, 0], wanted)
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])

@@ -28,7 +28,7 @@ def probabilistic(case: Case) -> Iterator[Check]:
         layer.key_steps = 0
     layer.key_prior = _per_key(given.get("zeta_prior_precision"))
     layer.value_prior = _per_key(given.get("mu_prior_precision"))
-    precisions = []
+    extras: dict[str, Tensor] = {}
     for name, kind in {"alpha": "query", "beta": "value"}.items():
         precision = given.get(name, config.get(name, 0.0))
         if config.get(f"uniform_{kind}_precision", False):
@@ -36,10 +36,9 @@ def probabilistic(case: Case) -> Iterator[Check]:
         precision = torch.as_tensor(precision, dtype=q.dtype)
         # A number, or [batch, groups, keys].
         precision = precision.view(*precision.shape, 1) if precision.ndim == 3 else precision
-        precisions.append(precision.expand(*zeta.shape[:3], 1))
+        extras[name] = precision.expand(*zeta.shape[:3], 1).squeeze(-1)
     if "v_init" in given:
-        q = torch.cat((q, given["v_init"].mT), dim=-1)
-    extras: dict[str, Tensor] = {}
+        extras["initial"] = given["v_init"].mT
     if "v_fixed" in given:
         extras["fixed"] = given["v_fixed"].mT
     if "pi" in given:
@@ -49,11 +48,10 @@ def probabilistic(case: Case) -> Iterator[Check]:
         mask = mask.bool().view(*(1,) * (4 - mask.ndim), *mask.shape)
     places = torch.arange(q.shape[2])
     x = torch.zeros(q.shape[0], q.shape[2], layer.dim)
-    inputs = Inputs(x, None, places, places, extras=extras)
-    k = torch.cat((zeta, mu, *precisions), dim=-1)
-    yield case.compare("out.y", layer.attend(q, k, mu, inputs).mT)
+    inputs = Inputs(x, None, places, places, extras=extras, pairs=mask, notes={"means": mu})
+    yield case.compare("out.y", layer.attend(q, zeta, mu, inputs).mT)
     if "weights" in case.mids:
-        yield case.compare("mid.weights", layer.weigh(q, k, inputs))
+        yield case.compare("mid.weights", layer.weigh(q, zeta, inputs))
 
 
 def _per_key(prior: Tensor | None) -> float | Tensor | None:

@@ -95,7 +95,7 @@ def test_probabilistic_attention_without_steps_is_softmax_to_1e_5() -> None:
 def test_probabilistic_attention_adapts_keys_upwards_in_likelihood() -> None:
     layer, x = _layer(), torch.randn(1, 12, 16).double()
     q, k, *_ = layer.prepare(x)
-    keys, likelihoods = k[..., :8], []
+    keys, likelihoods = k, []
     for steps in range(6):
         distances = torch.cdist(q, keys).square()
         likelihoods.append(float((-layer.alpha / 2 * distances).logsumexp(-1).sum().detach()))
@@ -137,10 +137,9 @@ def test_probabilistic_attention_propagates_clicks_faster_than_values_stand() ->
         values[:, :3] = torch.where(clicked > 0, truth, guess)
         for steps in (0, 3):
             layer.value_steps = steps
-            q, k, v, inputs = layer.prepare(
-                x[None], fixed=torch.cat((fixed, clicked), dim=-1)[None, None]
-            )
-            k = torch.cat((k[..., :16], values[None, None], k[..., 32:]), dim=-1)
+            extras = {"fixed": torch.cat((fixed, clicked), dim=-1)[None, None]}
+            q, k, v, inputs = layer.prepare(x[None], extras=extras)
+            inputs.notes["means"] = values[None, None]
             found[steps] = _iou(layer.attend(q, k, v, inputs)[0, 0, :, :3], which)
         at_clicks.append((found[3], found[0]))
     carried, still = zip(*at_clicks, strict=True)

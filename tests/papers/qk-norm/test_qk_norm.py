@@ -17,15 +17,15 @@ def _layer(**options):
 def test_qk_norm_logits_are_bounded_by_g() -> None:
     layer = _layer()
     x = 1e4 * torch.randn(2, 11, 32, dtype=torch.float64)
-    q, k, *_ = layer.prepare(x)
-    assert layer.score(q, k).abs().max() <= layer.g.abs() * (1 + 1e-12)
+    q, k, _, inputs = layer.prepare(x)
+    assert layer.score(q, k, inputs).abs().max() <= layer.g.abs() * (1 + 1e-12)
 
 
 def test_qk_norm_does_not_feel_the_size_of_queries_or_keys() -> None:
     layer = _layer(causal=True)
     x = torch.randn(2, 11, 32, dtype=torch.float64)
     q, k, v, inputs = layer.prepare(x)
-    rescaled = layer.attend(1e3 * q, 1e-3 * k, v, mask, inputs)
+    rescaled = layer.attend(1e3 * q, 1e-3 * k, v, inputs)
     torch.testing.assert_close(rescaled, layer.attend(q, k, v, inputs), atol=1e-6, rtol=0)
 
 

@@ -46,7 +46,7 @@ def test_softplus_reweighted_attention_is_the_two_equations(pattern: str, positi
     first, second = (_layer(n, mask=mask, position=position) for n in ("lssa", "lssar"))
     second.load_state_dict(first.state_dict())
     x = torch.randn(2, 11, 32, dtype=torch.float64)
-    q, k, v, *_ = Attention.prepare(first, x)  # as projected
+    q, k, v, _ = first.prepare(x)
     seen = torch.ones(1, 1, 11, 11, dtype=torch.bool)
     if mask is not None:
         seen = masks.dense(mask, 11, 11)
@@ -74,8 +74,9 @@ def test_softplus_reweighted_attention_keeps_equal_weights() -> None:
     """No key is above the average of equal ones, and 0 / 0 is no answer."""
     layer = _layer(causal=True)
     scores = torch.zeros(1, 1, 5, 5).masked_fill(torch.ones(5, 5).triu(1).bool(), -torch.inf)
+    inputs = layer.prepare(torch.randn(1, 5, 32).double())[-1]
     wanted = torch.ones(5, 5).tril() / torch.arange(1, 6)[:, None]
-    torch.testing.assert_close(layer.normalize(scores)[0, 0], wanted)
+    torch.testing.assert_close(layer.normalize(scores, inputs)[0, 0], wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

@@ -29,12 +29,9 @@ from torch.nn.functional import rms_norm, softplus
 from attlas import ops
 from attlas.attention import Attention
 from attlas.catalog.registry import Reduction, mechanism
-from attlas.errors import at_least_one
 from attlas.inputs import Inputs
-from attlas.masks import Mask
-
-CHOICES = {"additive": ("dle", "linear", "none"), "multiplicative": ("dle", "linear", "constant"),
-           "input_norm": ("none", "qk", "qkv")}  # fmt: skip
+from attlas.options import option
+from attlas.supports import Supports
 
 
 def _stop_dynamics(layer: Any, plain: Any) -> None:
@@ -50,53 +47,40 @@ def _stop_dynamics(layer: Any, plain: Any) -> None:
     "qk-norm", {"robust": False, "input_norm": "qk"}, _stop_dynamics
 ))  # fmt: skip
 class AdaptiveFilter(Attention):
-    """Attention as filtering; times are the tokens' positions, in steps.
+    """Attention as filtering; times are the tokens' positions, in steps."""
 
-    Args:
-        length: tokens over which decays and rotations begin at the order of one.
-        robust: residuals count by their logarithm, so that outliers cannot rule.
-        additive: B: "dle" as above, "linear" −νΔ, or "none".
-        multiplicative: S: "dle" as above, "linear" 1/(d (σ²Δ + η²)), or "constant" 1/d.
-        input_norm: what is normalised, with a gain for each number: "none", "qk" or "qkv".
-        output_norm: the estimate is normalised so.
-        residual: the estimate gets the query's own value on top, as projected.
-        predict: the estimate moves on by one step.
-    """
-
-    has_own_position = True
-    memory_law = "quadratic"
+    supports = Supports(position=False, memory="quadratic")
+    changes = ("aggregate",)
+    beyond = (
+        "project: matrices begin as complex ones; values, too, go back to time 0, and may be normed",
+        "output: the estimate goes to the query's time, or further, and may be normed",
+    )
     eps, norm_eps = 1e-5, 1e-6
 
-    def __init__(
-        self, dim: int, heads: int = 8, *args: Any, length: int = 512, robust: bool = True,
-        additive: Literal["dle", "linear", "none"] = "dle",
-        multiplicative: Literal["dle", "linear", "constant"] = "dle",
-        input_norm: Literal["none", "qk", "qkv"] = "none", output_norm: bool = False,
-        residual: bool = False, predict: bool = False, **options: Any,
-    ) -> None:  # fmt: skip
-        for name, value in zip(CHOICES, (additive, multiplicative, input_norm), strict=True):
-            if value not in CHOICES[name]:
-                raise ValueError(f"{name} must be one of {CHOICES[name]}, got {value!r}")
-        self.length, self.robust = at_least_one("length", length), robust
-        self.additive, self.multiplicative = additive, multiplicative
-        self.residual, self.predict = residual, predict
-        super().__init__(dim, heads, *args, **options)
-        self.omega = nn.Parameter(torch.randn(self.kv_heads, self.head_dim // 4))
-        self.mu, self.sigma, self.eta, self.gamma = (
-            nn.Parameter(torch.randn(heads)) for _ in range(4)
-        )
-        self.tau, self.nu = nn.Parameter(torch.ones(heads)), nn.Parameter(torch.ones(heads))
-        normed = input_norm.replace("none", "") + "o" * output_norm
-        counts = {n: self.kv_heads if n in "kv" else heads for n in normed}
-        self.gains = nn.ParameterDict(
-            {n: torch.ones(h, self.head_dim // 2) for n, h in counts.items()}
-        )
+    length: int = option(
+        "tokens over which decays and rotations begin at the order of one", default=512, at_least=1
+    )
+    robust: bool = option(
+        "residuals count by their logarithm, so that outliers cannot rule", default=True
+    )
+    additive: Literal["dle", "linear", "none"] = option(
+        "B: dle as above, linear −νΔ, or none", default="dle"
+    )
+    multiplicative: Literal["dle", "linear", "constant"] = option(
+        "S: dle as above, linear 1/(d (σ²Δ + η²)), or constant 1/d", default="dle"
+    )
+    input_norm: Literal["none", "qk", "qkv"] = option(
+        "what is normalised, with a gain for each number", default="none"
+    )
+    output_norm: bool = option("whether the estimate is normalised so", default=False)
+    residual: bool = option("the estimate gets the query's own value, as projected", default=False)
+    predict: bool = option("the estimate moves on by one step", default=False)
 
-    def make_projections(self) -> None:
-        """Projections that begin as complex matrices of random moduli and phases."""
+    def setup(self) -> None:
+        """Complex matrices of random moduli and phases, and the parameters of the linear system."""
+        super().setup()
         if self.head_dim % 4:
             raise ValueError(f"head_dim must be a multiple of 4, got {self.head_dim}")
-        super().make_projections()
         for name, axes in zip("qkvo", 3 * ["(h two d) x"] + ["x (h two d)"], strict=True):
             weight = self.get_parameter(f"{name}_proj.weight").data
             parts = rearrange(weight, f"{axes} -> two h d x", two=2, d=self.head_dim // 2)
@@ -105,22 +89,34 @@ class AdaptiveFilter(Attention):
             )
             phase = 2 * math.pi * torch.rand_like(modulus)
             parts.copy_(torch.stack((modulus * phase.cos(), modulus * phase.sin())))
+        self.omega = nn.Parameter(torch.randn(self.kv_heads, self.head_dim // 4))
+        self.mu, self.sigma, self.eta, self.gamma = (
+            nn.Parameter(torch.randn(self.heads)) for _ in range(4)
+        )
+        self.tau, self.nu = (nn.Parameter(torch.ones(self.heads)) for _ in range(2))
+        normed = self.input_norm.replace("none", "") + "o" * self.output_norm
+        counts = {n: self.kv_heads if n in "kv" else self.heads for n in normed}
+        self.gains = nn.ParameterDict(
+            {n: torch.ones(h, self.head_dim // 2) for n, h in counts.items()}
+        )
 
     def project(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-        """q̃, k̃ and ṽ, turned back to time 0; a cache holds them so."""
+        """q, k and ṽ, the latter rotated back to time 0; a cache holds it so."""
         q, k, v = (self.normed(n, x) for n, x in zip("qkv", super().project(inputs), strict=True))
-        at = inputs.token_positions
-        return self.rotated(q, -inputs.positions), self.rotated(k, -at), self.rotated(v, -at)
+        return q, k, self.rotated(v, -inputs.token_positions)
 
-    def weigh(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
-        """Weights by the likelihood of each residual, times the decay; rows sum to at most 1."""
+    def position(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """q̃ and k̃, rotated back to time 0."""
+        return self.rotated(q, -inputs.positions), self.rotated(k, -inputs.token_positions)
+
+    def score(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
+        """Logarithms of the residuals' likelihoods, in float32 at least."""
         dtype = torch.promote_types(q.dtype, torch.float32)
-        times = inputs.positions_of(k.shape[2])
-        far = (inputs.positions[..., None, :, None] - times[..., None, None, :]).abs().to(dtype)
+        far = self.distance(k.shape[2], dtype, inputs)
+        mu, exponent = self.exponent(far)
         noises = softplus(torch.stack((self.sigma, self.eta, self.gamma, self.nu)).to(dtype))
-        (sigma, eta, gamma, nu), mu = noises[..., None, None], self.decay(dtype)[:, None, None]
+        sigma, eta, gamma, nu = noises[..., None, None]
         eta, gamma, nu = eta + self.eps, gamma + self.eps, nu + self.eps
-        exponent = (mu * far).clamp(min=-10.0)
         elapsed = torch.where(
             mu == 0, far, (2 * exponent).expm1() / torch.where(mu == 0, 1.0, 2 * mu)
         )
@@ -134,10 +130,12 @@ class AdaptiveFilter(Attention):
         scores = -ratio.log1p() if self.robust else -ratio
         if self.additive != "none":
             scores = scores - (variance.log() if self.additive == "dle" else nu * far)
-        scores = scores * self.tau.to(dtype).square()[:, None, None]
-        visible = inputs.visible(q, k)
-        shown = scores if visible is None else scores.masked_fill(~visible, -torch.inf)
-        return (self.normalize(shown) * decay).to(inputs.x.dtype)
+        return scores * self.tau.to(dtype).square()[:, None, None]
+
+    def normalize(self, scores: Tensor, inputs: Inputs) -> Tensor:
+        """Weights by likelihood, times the decay; rows sum to at most 1."""
+        _, exponent = self.exponent(self.distance(scores.shape[-1], scores.dtype, inputs))
+        return (super().normalize(scores, inputs) * exponent.exp()).to(inputs.x.dtype)
 
     def output(self, heads: Tensor, inputs: Inputs) -> Tensor:
         """The estimate at the query's time, or one step further, projected."""
@@ -150,6 +148,16 @@ class AdaptiveFilter(Attention):
             step = self.decay(torch.promote_types(heads.dtype, torch.float32)).exp()[:, None, None]
             heads = self.rotated(heads, torch.ones_like(inputs.positions)) * step.to(heads.dtype)
         return super().output(heads, inputs)
+
+    def distance(self, keys: int, dtype: torch.dtype, inputs: Inputs) -> Tensor:
+        """Δ between every query and the last `keys` keys [batch or 1, 1, queries, keys]."""
+        times = inputs.positions_of(keys)
+        return (inputs.positions[..., None, :, None] - times[..., None, None, :]).abs().to(dtype)
+
+    def exponent(self, far: Tensor) -> tuple[Tensor, Tensor]:
+        """μ [heads, 1, 1], and μΔ but not below −10."""
+        mu = self.decay(far.dtype)[:, None, None]
+        return mu, (mu * far).clamp(min=-10.0)
 
     def decay(self, dtype: torch.dtype) -> Tensor:
         """μ of every head, at most 0."""
@@ -172,5 +180,5 @@ class AdaptiveFilter(Attention):
         omega = omega.repeat_interleave(x.shape[1] // len(omega), dim=0)
         angle = times[..., None, :, None].to(dtype) * omega[:, None]
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-        valid, imaginary = x.chunk(2, dim=-1)
-        return torch.cat((valid * cos - imaginary * sin, valid * sin + imaginary * cos), dim=-1)
+        real, imaginary = x.chunk(2, dim=-1)
+        return torch.cat((real * cos - imaginary * sin, real * sin + imaginary * cos), dim=-1)

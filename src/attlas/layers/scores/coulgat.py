@@ -18,7 +18,7 @@ a negative power is an Inf.
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,80 +27,81 @@ from torch.nn.functional import leaky_relu
 from attlas import ops
 from attlas.attention import Attention
 from attlas.catalog.registry import mechanism
-from attlas.errors import at_least_one
 from attlas.inputs import Inputs
-from attlas.masks import Mask
+from attlas.options import option
+from attlas.supports import Supports, share_of_dim
 
 
 @mechanism("coulgat", example={"nodes": 384})
 class CoulGAT(Attention):
-    """Graph attention with learnt powers of a weighted adjacency.
+    """Graph attention with learnt powers of a weighted adjacency."""
 
-    Args:
-        nodes: of the largest graph.
-        join: of heads, "concat" or "mean"; for the latter every head is as wide as the layer.
-        activation: "after", or "before" in residual stacks.
-        slope: of the leaky ReLU.
-    """
-
-    has_causal_form = False
-    has_cross_form = False
-    has_own_position = True
-    memory_law = "quadratic"
-    extras = ("adjacency",)
+    supports = Supports(
+        causal=False, cross=False, position=False, memory="quadratic", extras=("adjacency",)
+    )
+    changes = ("normalize",)
+    beyond = (
+        "project: one projection makes keys and values, and queries are parameters of the nodes",
+        "output: heads are joined or averaged without a projection",
+    )
     expected_failures: ClassVar[dict[str, str]] = {
         "gradients-reach": "without an adjacency all pairs have 1, which is 1 at every power"
     }
 
-    def __init__(
-        self, dim: int, heads: int = 8, kv_heads: int | None = None, head_dim: int | None = None,
-        *, nodes: int = 29, join: str = "concat", activation: str = "after", slope: float = 0.2,
-        bias: bool = True, **options: Any,
-    ) -> None:  # fmt: skip
-        if join not in ("concat", "mean"):
-            raise ValueError(f"join must be concat or mean, got {join!r}")
-        if activation not in ("after", "before"):
-            raise ValueError(f"activation must be after or before, got {activation!r}")
-        self.nodes, self.join = at_least_one("nodes", nodes), join
-        self.activation, self.slope = activation, slope
-        width = dim if join == "mean" and head_dim is None else head_dim
-        super().__init__(dim, heads, kv_heads, width, bias=self.bias, **options)
+    head_dim: int = option(
+        "width of a head; unless given dim / heads, or dim where heads are averaged", at_least=1,
+        factory=lambda layer: 0, kw_only=False,
+    )  # fmt: skip
+    bias: bool = option("whether every node has a bias b", default=True)
+    nodes: int = option("nodes of the largest graph", default=29, at_least=1)
+    join: Literal["concat", "mean"] = option(
+        "what happens to the heads' outputs; for mean every head is as wide as the layer",
+        default="concat",
+    )
+    activation: Literal["after", "before"] = option(
+        "where the ReLU stands; before in residual stacks", default="after"
+    )
+    slope: float = option("of the leaky ReLU below 0", default=0.2)
 
-    def make_projections(self) -> None:
-        """W, and for every node a, its powers and b."""
+    def setup(self) -> None:
+        """For every node a, its powers and b."""
+        # The width that heads have unless told rests on `join`, an option after head_dim.
+        if not self.head_dim:
+            self.head_dim = self.dim if self.join == "mean" else share_of_dim(self)
         if self.head_dim * (self.heads if self.join == "concat" else 1) != self.dim:
             raise ValueError(
                 f"head_dim={self.head_dim} must make heads, joined, dim={self.dim} wide"
             )
-        self.v_proj = nn.Linear(self.dim, self.kv_heads * self.head_dim, bias=False)
+        super().setup()
         self.a = nn.Parameter(torch.empty(self.heads, self.nodes, self.head_dim))
         self.power = nn.Parameter(torch.empty(self.heads, self.nodes, self.nodes))
-        for each in (*self.v_proj.weight.chunk(self.kv_heads), *self.a, *self.power):
+        for each in (*self.a, *self.power):
             nn.init.xavier_uniform_(each)
         b = torch.zeros(self.kv_heads, self.nodes, self.head_dim)
-        self.b = nn.Parameter(b) if bias else None
+        self.b = nn.Parameter(b) if self.bias else None
+
+    def make_projections(self) -> None:
+        """W."""
+        self.v_proj = nn.Linear(self.dim, self.kv_heads * self.head_dim, bias=False)
+        for head in self.v_proj.weight.chunk(self.kv_heads):
+            nn.init.xavier_uniform_(head)
 
     def project(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         """q are the nodes' vectors a; keys and values are W x + b."""
         x, at = inputs.x, self.places(inputs)
         if x.shape[1] > self.nodes:
             raise ValueError(f"x must have at most nodes={self.nodes} nodes, got {x.shape[1]}")
-        v = self.v_proj(x.relu() if self.activation == "before" else x)
-        v = v.unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)
+        v = self.split_heads(self.v_proj(x.relu() if self.activation == "before" else x))
         if self.b is not None:
             v = v + self.b[:, at].transpose(0, 1)
         return self.a[:, at].transpose(0, 1).expand(len(x), -1, -1, -1), v, v
 
     def score(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
-        """LeakyReLU of products, not scaled."""
-        return leaky_relu(ops.grouped_product(q, k.transpose(-1, -2)), self.slope)
+        """LeakyReLU of products with neighbourhoods, not scaled."""
+        near = ops.grouped_product(self.neighbourhoods(q, k, inputs), k)
+        return leaky_relu(ops.grouped_product(q, near.transpose(-1, -2)), self.slope)
 
-    def weigh(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
-        """Attention to neighbourhoods."""
-        near = self.neighbourhoods(mask, inputs)
-        return super().weigh(q, ops.grouped_product(near, k), mask, inputs)
-
-    def neighbourhoods(self, mask: Mask | Tensor | None, inputs: Inputs) -> Tensor:
+    def neighbourhoods(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
         """P [batch, heads, nodes, nodes]."""
         at, n = self.places(inputs), inputs.x.shape[1]
         power = self.power[:, at[:, :, None], at[:, None, :]].transpose(0, 1)
@@ -115,7 +116,7 @@ class CoulGAT(Attention):
             most = math.log(torch.finfo(power.dtype).max) - 1
             logs = given.masked_fill(given == 0, 1.0).log() * power
             scores = logs.clamp(max=most).exp().masked_fill(given == 0, 0.0)
-        visible = ops.as_dense(mask, n, n, 0, power.device)
+        visible = inputs.visible(q, k)
         scores = scores if visible is None else scores.masked_fill(~visible, -torch.inf)
         return ops.softmax(scores).expand(len(inputs.x), -1, -1, -1)
 

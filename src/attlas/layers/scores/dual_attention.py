@@ -17,7 +17,7 @@ Architectures"; φ is its program's, whose models share one library among all la
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from einops import rearrange
@@ -27,9 +27,9 @@ from torch.nn.functional import pad
 from attlas import ops
 from attlas.attention import Attention
 from attlas.catalog.registry import Reduction, mechanism
-from attlas.errors import UnknownName, at_least_one
 from attlas.inputs import Inputs
-from attlas.masks import Mask
+from attlas.options import option
+from attlas.supports import Supports
 
 ACTIVATIONS = {
     "identity": nn.Identity(), "relu": nn.ReLU(), "sigmoid": nn.Sigmoid(), "tanh": nn.Tanh(),
@@ -41,55 +41,48 @@ ACTIVATIONS = {
     "softmax", {"relational_heads": 0}, lambda m, plain: plain.load_state_dict(m.state_dict())
 ))  # fmt: skip
 class DualAttention(Attention):
-    """Relational and sensory heads side by side, the relational ones first.
+    """Relational and sensory heads side by side, the relational ones first."""
 
-    Args:
-        relational_heads: how many of the heads; half unless given.
-        relations: R, a divisor of relational_heads · head_dim; `relational_heads` unless given.
-        symmetric: one projection for both sides of a relation.
-        activation: φ.
-        symbols: what a sender's symbol depends on.
-        library: how many symbols: to choose from, positions, or distances to either side.
-        symbol_heads: heads of the symbolic attention, a divisor of `dim`.
-    """
-
-    memory_law = "quadratic"
+    supports = Supports(memory="quadratic")
+    changes = ("score",)
+    beyond = (
+        "project: relations have queries and keys of their own, and symbols take values' place",
+    )
     expected_failures: ClassVar[dict[str, str]] = {"grouped-heads": "relations share no keys"}
 
-    def __init__(
-        self, dim: int, heads: int = 8, *args: Any, relational_heads: int | None = None,
-        relations: int | None = None, symmetric: bool = False, activation: str = "identity",
-        symbols: Literal["symbolic", "positional", "relative"] = "symbolic", library: int = 512,
-        symbol_heads: int = 4, **options: Any,
-    ) -> None:  # fmt: skip
-        self.relational = heads // 2 if relational_heads is None else relational_heads
-        if relational_heads is not None and not 0 <= relational_heads < heads:
-            raise ValueError(f"relational_heads takes 0 to {heads - 1}, got {relational_heads}")
-        if activation not in ACTIVATIONS:
-            raise UnknownName("activation", activation, ACTIVATIONS)
-        if symbols not in ("symbolic", "positional", "relative"):
-            raise UnknownName("symbols", symbols, ("symbolic", "positional", "relative"))
-        if self.relational and dim % at_least_one("symbol_heads", symbol_heads):
-            raise ValueError(f"symbol_heads must divide dim={dim}, got {symbol_heads}")
-        self.relations = at_least_one("relations", relations or max(1, self.relational))
-        self.symmetric, self.activation, self.symbols = symmetric, activation, symbols
-        self.library, self.symbol_heads = at_least_one("library", library), symbol_heads
-        super().__init__(dim, heads, *args, **options)
+    relational_heads: int = option(
+        "how many of the heads, fewer than all; half unless given", at_least=0,
+        factory=lambda layer: layer.heads // 2,
+    )  # fmt: skip
+    relations: int = option(
+        "R, a divisor of relational_heads · head_dim; relational_heads unless given", at_least=1,
+        factory=lambda layer: max(1, layer.relational_heads),
+    )  # fmt: skip
+    symmetric: bool = option("one projection for both sides of a relation", default=False)
+    activation: Literal["identity", "relu", "sigmoid", "tanh", "silu", "gelu"] = option(
+        "φ", default="identity"
+    )
+    symbols: Literal["symbolic", "positional", "relative"] = option(
+        "what a sender's symbol depends on", default="symbolic"
+    )
+    library: int = option(
+        "how many symbols: to choose from, positions, or distances to either side", default=512,
+        at_least=1,
+    )  # fmt: skip
+    symbol_heads: int = option(
+        "heads of the symbolic attention, a divisor of dim", default=4, at_least=1
+    )
 
-    def make_projections(self) -> None:
-        """The plain projections, of which relational heads have values and outputs of their own."""
-        super().make_projections()
-        n, d, group = self.relational, self.head_dim, self.heads // self.kv_heads
-        if n % group or n * d % self.relations:
-            name = "kv_heads" if n % group else "relations"
-            raise ValueError(f"{name}: {n} relational heads of {d} cannot be divided by it")
+    def setup(self) -> None:
+        """What makes relations and symbols."""
+        super().setup()
+        n, d = self.relational_heads, self.head_dim
         if n == 0:
             return
-        own = self.dim * n // self.heads
-        self.v_proj = nn.Linear(self.dim, (self.heads - n) // group * d, bias=self.bias)
-        self.o_proj = nn.Linear((self.heads - n) * d, self.dim - own, bias=self.bias)
-        self.symbol_proj = nn.Linear(self.dim, n // group * d, bias=self.bias)
-        self.relational_o_proj = nn.Linear(n * d, own, bias=self.bias)
+        if self.dim % self.symbol_heads:
+            raise ValueError(f"symbol_heads must divide dim={self.dim}, got {self.symbol_heads}")
+        self.symbol_proj = nn.Linear(self.dim, n * self.kv_heads // self.heads * d, bias=self.bias)
+        self.relational_o_proj = nn.Linear(n * d, self.dim * n // self.heads, bias=self.bias)
         self.relation_q = nn.Linear(self.dim, n * d, bias=False)
         self.relation_k = None if self.symmetric else nn.Linear(self.dim, n * d, bias=False)
         self.relation_out = nn.Parameter(torch.empty(n, d, self.relations))
@@ -100,18 +93,37 @@ class DualAttention(Attention):
         rows = 2 * self.library + 1 if self.symbols == "relative" else self.library
         self.symbol_library = nn.Parameter(torch.randn(rows, self.dim))
 
+    def make_projections(self) -> None:
+        """The plain projections, of which sensory heads alone have values and outputs."""
+        super().make_projections()
+        n, d, group = self.relational_heads, self.head_dim, self.heads // self.kv_heads
+        if n and n >= self.heads:
+            raise ValueError(f"relational_heads takes 0 to {self.heads - 1}, got {n}")
+        if n % group or n * d % self.relations:
+            name = "kv_heads" if n % group else "relations"
+            raise ValueError(f"{name}: {n} relational heads of {d} cannot be divided by it")
+        if n:
+            sensory = self.heads - n
+            self.v_proj = nn.Linear(self.dim, sensory // group * d, bias=self.bias)
+            self.o_proj = nn.Linear(
+                sensory * d, self.dim - self.dim * n // self.heads, bias=self.bias
+            )
+
     def project(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and keys, the relations' after the heads'; values, the symbols' before tokens'."""
+        """Queries and keys; values side by side as one head, the symbols' before the tokens'.
+
+        Keys carry those of the relations, whose queries are left for the sum.
+        """
         x, tokens = inputs.x, inputs.tokens
         if inputs.context is not None and self.symbols == "relative":
             raise ValueError("context cannot be given with symbols='relative': there is no j − i")
-        q, k, v = self.q_proj(x), self.k_proj(tokens), self.v_proj(tokens)
-        if self.relational:
-            q = torch.cat((q, self.relation_q(x)), dim=-1)
-            k = torch.cat((k, (self.relation_k or self.relation_q)(tokens)), dim=-1)
+        v = self.v_proj(tokens)
+        if self.relational_heads:
+            inputs.notes["relation queries"] = self.relation_q(x)[:, None]
+            inputs.carry("relation keys", (self.relation_k or self.relation_q)(tokens)[:, None])
             if self.symbols != "relative":
                 v = torch.cat((self.symbol_proj(self.symbols_of(inputs)), v), dim=-1)
-        return self.split_heads(q), self.split_heads(k), v[:, None]
+        return self.split_heads(self.q_proj(x)), self.split_heads(self.k_proj(tokens)), v[:, None]
 
     def symbols_of(self, inputs: Inputs) -> Tensor:
         """The symbol of each sender, [batch, tokens, dim]."""
@@ -128,36 +140,19 @@ class DualAttention(Attention):
         )
         return rearrange(ops.attend(q, k, v), "1 h (b t) d -> b t (h d)", b=len(inputs.tokens))
 
-    def position(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """Positions turn the heads' queries and keys, not the relations'."""
-        own_q, own_k = super().position(q[:, : self.heads], k[:, : self.kv_heads], inputs)
-        k = torch.cat((own_k, k[:, self.kv_heads :]), dim=1)
-        q = torch.cat((own_q, q[:, self.heads :]), dim=1)
-        return q, rearrange(k, "b h t d -> b 1 t (h d)")
-
-    def weigh(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
-        """The maps of the heads; then, for every relational head, its map times each relation."""
-        k = self.split_heads(k[:, 0])
-        maps = super().weigh(q[:, : self.heads], k[:, : self.kv_heads], mask, inputs)
-        if self.relational == 0:
-            return maps
-        related = maps[:, : self.relational, None] * self.relate(q, k)[:, None]
-        return torch.cat((maps, related.flatten(1, 2)), dim=1)
-
-    def relate(self, q: Tensor, k: Tensor) -> Tensor:
+    def relate(self, inputs: Inputs) -> Tensor:
         """r of all pairs, [batch, relations, queries, keys]."""
         q, k = (
-            rearrange(x, "b n t d -> b t (n d)").unflatten(-1, (self.relations, -1)).transpose(1, 2)
-            for x in (q[:, self.heads :], k[:, self.kv_heads :])
+            rearrange(x, "b 1 t (r p) -> b r t p", r=self.relations)
+            for x in (inputs.notes["relation queries"], inputs.carried["relation keys"])
         )
         relations: Tensor = ACTIVATIONS[self.activation]((q * q.shape[-1] ** -0.5) @ k.mT)
         return relations
 
     def aggregate(self, weights: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
-        """Values summed by each head's map, and relations by theirs."""
-        n, v = self.relational, self.split_heads(v[:, 0])
-        weights = torch.dropout(weights, self.dropout, self.training)
-        maps = weights[:, : self.heads]
+        """Values and symbols summed by each head's map, and relations by the relational heads'."""
+        n, v = self.relational_heads, self.split_heads(v[:, 0])
+        maps = torch.dropout(weights, self.dropout, self.training)
         if n and self.symbols == "relative":
             named = self.split_heads(self.symbol_proj(self.symbol_library)[None])
             parts = (self._by_distance(maps[:, :n]), named), (maps[:, n:], v)
@@ -166,7 +161,7 @@ class DualAttention(Attention):
             heads = maps @ ops.repeated(v, maps.shape[1])
         if n == 0:
             return heads
-        related = weights[:, self.heads :].sum(-1).unflatten(1, (n, -1)).transpose(2, 3)
+        related = torch.einsum("bnqk,brqk->bnqr", maps[:, :n], self.relate(inputs))
         return heads + pad(related @ self.relation_out.mT, (0, 0, 0, 0, 0, self.heads - n))
 
     def _by_distance(self, maps: Tensor) -> Tensor:
@@ -179,8 +174,8 @@ class DualAttention(Attention):
 
     def output(self, heads: Tensor, inputs: Inputs) -> Tensor:
         """Each kind's heads joined and projected, sensory ones to the first channels."""
-        y = super().output(heads[:, self.relational :], inputs)
-        if self.relational == 0:
+        y = super().output(heads[:, self.relational_heads :], inputs)
+        if self.relational_heads == 0:
             return y
-        own = rearrange(heads[:, : self.relational], "b h t d -> b t (h d)")
+        own = rearrange(heads[:, : self.relational_heads], "b h t d -> b t (h d)")
         return torch.cat((y, self.relational_o_proj(own)), dim=-1)

@@ -17,7 +17,7 @@ OpenNMT's two matrices, which side by side are the paper's one; the paper has no
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,55 +27,45 @@ from attlas.attention import Attention
 from attlas.catalog.registry import mechanism
 from attlas.inputs import Inputs
 from attlas.masks import Mask
-
-SCORES, ALIGNMENTS = ("dot", "general", "concat"), ("global", "monotonic", "predictive")
+from attlas.options import option
+from attlas.supports import Supports
 
 
 @mechanism("luong-attention", aliases=("luong",), example={"heads": 1})
 class Luong(Attention):
-    """One-headed attention of a decoder's states to a source.
+    """One-headed attention of a decoder's states to a source."""
 
-    Args:
-        scoring: dot, general or concat.
-        alignment: global, monotonic or predictive.
-        window: D, source tokens to either side of p.
-        sigma: of the predictive form's Gaussian; D / 2 unless given.
-        score_dim: width of the concat score; dim unless given.
-    """
+    supports = Supports(causal=False, position=False, memory="quadratic")
+    beyond = ("project: a score has what projections it needs, and values are the source itself",)
 
-    has_causal_form = False
-    has_own_position = True
-    memory_law = "quadratic"
+    heads: int = option("query heads: one", default=1, at_least=1, kw_only=False)
+    scoring: Literal["dot", "general", "concat"] = option("which score", default="general")
+    alignment: Literal["global", "monotonic", "predictive"] = option(
+        "all of the source, or a window around p", default="global"
+    )
+    window: int = option("D, source tokens to either side of p", default=10, at_least=1)
+    sigma: float = option(
+        "of the predictive form's Gaussian, in tokens; D / 2 unless given", above=0,
+        factory=lambda layer: layer.window / 2,
+    )  # fmt: skip
+    score_dim: int = option(
+        "width of the concat score; dim unless given", factory=lambda layer: layer.dim, at_least=1
+    )
 
-    def __init__(
-        self, dim: int, heads: int = 1, *args: Any, scoring: str = "general",
-        alignment: str = "global", window: int = 10, sigma: float | None = None,
-        score_dim: int | None = None, **options: Any,
-    ) -> None:  # fmt: skip
-        if scoring not in SCORES:
-            raise ValueError(f"scoring must be one of {SCORES}, got {scoring!r}")
-        if alignment not in ALIGNMENTS:
-            raise ValueError(f"alignment must be one of {ALIGNMENTS}, got {alignment!r}")
-        if window < 1:
-            raise ValueError(f"window must be at least 1, got {window}")
-        if sigma is not None and sigma <= 0:
-            raise ValueError(f"sigma must be above 0, got {sigma}")
-        self.scoring, self.alignment, self.window = scoring, alignment, window
-        self.sigma = window / 2 if sigma is None else sigma
-        self.score_dim = score_dim
-        super().__init__(dim, heads, *args, **options)
+    def setup(self) -> None:
+        """Refuse other heads than a single one as wide as the layer."""
+        super().setup()
+        if self.heads != 1 or self.head_dim != self.dim:
+            raise ValueError(f"heads must be 1 and head_dim as wide as dim, got {self.heads}")
 
     def make_projections(self) -> None:
         """What the score, the alignment and the attentional state need."""
-        if self.heads != 1 or self.head_dim != self.dim:
-            raise ValueError(f"heads must be 1 and head_dim as wide as dim, got {self.heads}")
         if self.scoring == "general":
             self.q_proj = nn.Linear(self.dim, self.dim, bias=False)
         elif self.scoring == "concat":
-            width = self.score_dim or self.dim
-            self.q_proj = nn.Linear(self.dim, width, bias=False)
-            self.k_proj = nn.Linear(self.dim, width, bias=False)
-            self.v_score = nn.Linear(width, 1, bias=False)
+            self.q_proj = nn.Linear(self.dim, self.score_dim, bias=False)
+            self.k_proj = nn.Linear(self.dim, self.score_dim, bias=False)
+            self.v_score = nn.Linear(self.score_dim, 1, bias=False)
         if self.alignment == "predictive":
             self.p_proj = nn.Linear(self.dim, self.dim, bias=False)
             self.v_p = nn.Linear(self.dim, 1, bias=False)
@@ -97,20 +87,21 @@ class Luong(Attention):
             return scores.squeeze(-1)
         return q @ k.transpose(-1, -2)
 
-    def weigh(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
-        """Weights over the source, or over the window around p."""
-        visible = inputs.visible(q, k)
-        distance = None if self.alignment == "global" else self.distance(inputs)
-        if distance is not None:
-            near = distance.abs() <= self.window
-            visible = near if visible is None else visible & near
-        scores = self.score(q, k, inputs)
-        if visible is not None:
-            scores = scores.masked_fill(~visible, -torch.inf)
-        weights = self.normalize(scores)
-        if self.alignment != "predictive" or distance is None:
+    def mask(self, q: Tensor, k: Tensor, inputs: Inputs) -> Mask | Tensor | None:
+        """The source, or its window around p."""
+        pairs = super().mask(q, k, inputs)
+        if self.alignment == "global":
+            return pairs
+        near: Tensor = self.distance(inputs).abs() <= self.window
+        shown = ops.as_dense(pairs, q.shape[2], k.shape[2], k.shape[2] - q.shape[2], q.device)
+        return near if shown is None else near & shown
+
+    def normalize(self, scores: Tensor, inputs: Inputs) -> Tensor:
+        """Weights, in the predictive form times the Gaussian around p."""
+        weights = super().normalize(scores, inputs)
+        if self.alignment != "predictive":
             return weights
-        return weights * (-0.5 * (distance / self.sigma).square()).exp().to(weights.dtype)
+        return weights * (-0.5 * (self.distance(inputs) / self.sigma).square()).exp().to(weights)
 
     def distance(self, inputs: Inputs) -> Tensor:
         """s − p [batch, 1, queries, keys]; padding is no place."""
@@ -118,12 +109,14 @@ class Luong(Attention):
         if self.alignment == "monotonic":
             steps: Tensor = torch.atleast_2d(inputs.positions)[:, None, :, None]
             return places - steps
-        shares = self.v_p(self.p_proj(inputs.x).tanh()).sigmoid()
-        length = places.shape[-1] if inputs.valid is None else inputs.valid.sum(-1)[:, None, None]
-        # In half precision whole places beyond 256 would run together.
-        exact = shares.to(torch.promote_types(shares.dtype, torch.float32))
-        distances: Tensor = places - (length * exact)[:, None]
-        return distances
+        if "p" not in inputs.notes:
+            shares = self.v_p(self.p_proj(inputs.x).tanh()).sigmoid()
+            valid = inputs.valid
+            length = places.shape[-1] if valid is None else valid.sum(-1)[:, None, None]
+            # In half precision whole places beyond 256 would run together.
+            exact = shares.to(torch.promote_types(shares.dtype, torch.float32))
+            inputs.notes["p"] = (length * exact)[:, None]
+        return places - inputs.notes["p"]
 
     def output(self, heads: Tensor, inputs: Inputs) -> Tensor:
         """The attentional state."""

@@ -3,9 +3,9 @@
     s_ij    = w₃ · relu(W₂ relu(W₁ [P_q q_i ; P_k k_j] + b₁) + b₂)       widths 2p → p → p/2 → 1
     weights = softmax(s)                                                 without 1/√d
 
-The network is the same for all heads. W₁ falls apart into a part for queries and one for keys, which
-are applied token by token; what is made for every pair, p numbers and then p/2, lives for one block
-of queries at a time and is made again for the backward pass.
+The network is the same for all heads. W₁ is the sum of a part for queries and one for keys, which are
+applied token by token. What is made for every pair, p numbers and then p/2, lives for one block of
+queries at a time and is made again for the backward pass.
 
 Cost: p²/2 + 3p/2 multiply-adds for each score and head; the scores are held, memory quadratic in
 length. A cache holds p numbers for a key instead of d.
@@ -16,8 +16,6 @@ program adds a bias to every score, which the softmax does not feel.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -27,6 +25,8 @@ from attlas.attention import Attention
 from attlas.catalog.registry import mechanism
 from attlas.inputs import Inputs
 from attlas.kinds.claim import Claim
+from attlas.options import option
+from attlas.supports import Supports
 
 #: Queries at a time.
 BLOCK = 32
@@ -34,11 +34,7 @@ BLOCK = 32
 
 @mechanism("neural-attention", example={"projection_dim": 8})
 class Neural(Attention):
-    """Attention with a feed-forward network as its score.
-
-    Args:
-        projection_dim: p, at least 2; head_dim / 32 unless given.
-    """
+    """Attention with a feed-forward network as its score."""
 
     claims = (
         Claim(
@@ -50,20 +46,20 @@ class Neural(Attention):
         ),
     )
 
-    memory_law = "quadratic"
+    supports = Supports(memory="quadratic")
+    beyond = (
+        "position: queries and keys pass their shares of the first layer, which a cache keeps",
+    )
 
-    def __init__(
-        self,
-        dim: int,
-        heads: int = 8,
-        *args: Any,
-        projection_dim: int | None = None,
-        **options: Any,
-    ) -> None:
-        super().__init__(dim, heads, *args, **options)
-        width = max(2, self.head_dim // 32) if projection_dim is None else projection_dim
-        if width < 2:
-            raise ValueError(f"projection_dim must be at least 2, got {projection_dim}")
+    projection_dim: int = option(
+        "p, numbers that the network reads of a query and of a key; head_dim / 32 unless given",
+        factory=lambda layer: max(2, layer.head_dim // 32), at_least=2,
+    )  # fmt: skip
+
+    def setup(self) -> None:
+        """The network."""
+        super().setup()
+        width = self.projection_dim
         self.q_narrow, self.k_narrow = (nn.Linear(self.head_dim, width) for _ in range(2))
         self.first = nn.Linear(2 * width, width)
         self.second = nn.Linear(width, width // 2)

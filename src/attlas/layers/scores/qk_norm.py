@@ -11,7 +11,6 @@ Source: "Query-Key Normalization for Transformers".
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,23 +18,22 @@ from torch.nn.functional import normalize
 
 from attlas.attention import Attention
 from attlas.catalog.registry import mechanism
+from attlas.inputs import Inputs
+from attlas.options import option
 
 
 @mechanism("qk-norm")
 class QKNorm(Attention):
-    """Attention by cosine.
+    """Attention by cosine."""
 
-    Args:
-        length: L above, the 97.5th percentile of the training lengths in the paper.
-    """
+    length: int = option(
+        "L, the 97.5th percentile of the training lengths in the paper", default=512, at_least=2
+    )
 
-    def __init__(
-        self, dim: int, heads: int = 8, *args: Any, length: int = 512, **options: Any
-    ) -> None:
-        if length < 2:
-            raise ValueError(f"length must be at least 2, got {length}")
-        super().__init__(dim, heads, *args, **options)
-        self.g = nn.Parameter(torch.tensor(math.log2(length**2 - length)))
+    def setup(self) -> None:
+        """g takes the place of 1/√d."""
+        super().setup()
+        self.g = nn.Parameter(torch.tensor(math.log2(self.length**2 - self.length)))
         self.scale = 1.0
 
     def features(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:

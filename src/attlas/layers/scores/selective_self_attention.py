@@ -19,8 +19,6 @@ of τ_v, without which values could not start as they were.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
@@ -42,20 +40,21 @@ def _without_temperatures(layer: Attention, plain: Attention) -> None:
 class SelectiveSelfAttention(Attention):
     """Attention with a temperature for every query and value; it has no options of its own."""
 
-    def __init__(self, dim: int, heads: int = 8, *args: Any, **options: Any) -> None:
-        super().__init__(dim, heads, *args, **options)
+    changes = ("score", "aggregate")
+    beyond = ("project: temperatures multiply queries and values as soon as they are projected",)
+
+    def setup(self) -> None:
+        """β, and the small networks' second layers."""
+        super().setup()
         self.beta = nn.Parameter(torch.tensor(1.5))
-        self.query_gate = nn.Parameter(torch.zeros(heads, self.head_dim))
+        self.query_gate = nn.Parameter(torch.zeros(self.heads, self.head_dim))
         self.value_gate = nn.Parameter(torch.zeros(self.kv_heads, self.head_dim))
 
     def project(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and values at their temperatures; a cache holds the values so."""
         q, k, v = super().project(inputs)
-        return (
-            q * self.query_temperature(q, inputs.positions),
-            k,
-            v * (1 + gated(v, self.value_gate)),
-        )
+        v = v * (1 + gated(v, self.value_gate))
+        return q * self.query_temperature(q, inputs.positions), k, v
 
     def query_temperature(self, q: Tensor, positions: Tensor) -> Tensor:
         """τ_q [batch, heads, tokens, 1], the number that multiplies a query's logits."""

@@ -15,7 +15,7 @@ would let later tokens change earlier outputs), ᾱ is kept for each head, and n
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from einops import rearrange
@@ -26,7 +26,7 @@ from attlas.attention import Attention
 from attlas.catalog.registry import Reduction, mechanism
 from attlas.inputs import Inputs
 from attlas.kinds.claim import Claim
-from attlas.masks import Mask
+from attlas.options import option
 
 
 def _open_gates(layer: AffineScaled, plain: Attention) -> None:
@@ -45,12 +45,7 @@ def _open_gates(layer: AffineScaled, plain: Attention) -> None:
     "softmax", {"bias": True}, _open_gates
 ))  # fmt: skip
 class AffineScaled(Attention):
-    """Attention whose rows are scaled and shifted as a whole.
-
-    Args:
-        activation: from W x to α: "clip", linear between −5 and 5, or "sigmoid".
-        momentum: ρ, the share of ᾱ that a training step keeps.
-    """
+    """Attention whose rows are scaled and shifted as a whole."""
 
     claims = (
         Claim(
@@ -63,24 +58,19 @@ class AffineScaled(Attention):
         ),
     )
 
-    mean_alpha: Tensor
+    activation: Literal["clip", "sigmoid"] = option(
+        "from W x to α: clip, linear between −5 and 5, or sigmoid", default="clip"
+    )
+    momentum: float = option(
+        "ρ, the share of ᾱ that a training step keeps", default=0.9, at_least=0, at_most=1
+    )
 
-    def __init__(
-        self, dim: int, heads: int = 8, *args: Any,
-        activation: Literal["clip", "sigmoid"] = "clip", momentum: float = 0.9, **options: Any,
-    ) -> None:  # fmt: skip
-        if activation not in ("clip", "sigmoid"):
-            raise ValueError(f"activation must be 'clip' or 'sigmoid', got {activation!r}")
-        if not 0.0 <= momentum <= 1.0:
-            raise ValueError(f"momentum must lie in [0, 1], got {momentum}")
-        super().__init__(dim, heads, *args, **options)
-        self.activation, self.momentum = activation, momentum
-        self.register_buffer("mean_alpha", torch.zeros(heads))
-
-    def make_projections(self) -> None:
-        """The plain projections, and one to a logit of α for each head."""
-        super().make_projections()
+    def setup(self) -> None:
+        """A projection to a logit of α for each head, and ᾱ."""
+        super().setup()
         self.gate_proj = nn.Linear(self.dim, self.heads, bias=self.bias)
+        self.mean_alpha: Tensor
+        self.register_buffer("mean_alpha", torch.zeros(self.heads))
 
     def alpha(self, x: Tensor) -> Tensor:
         """α [batch, heads, queries, 1]."""
@@ -89,38 +79,37 @@ class AffineScaled(Attention):
             return logits.sigmoid()
         return (0.1 * logits + 0.5).clamp(0.0, 1.0)
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
-    ) -> Tensor:
+    def shift(self, alpha: Tensor) -> Tensor:
+        """nβ, which all that a query sees share."""
+        return self.mean_alpha.to(alpha.dtype)[:, None, None] - alpha
+
+    def normalize(self, scores: Tensor, inputs: Inputs) -> Tensor:
+        """α softmax + β, hidden keys at 0."""
+        weights, alpha = super().normalize(scores, inputs), self.alpha(inputs.x)
+        visible = scores != -torch.inf
+        count = visible.sum(-1, keepdim=True).clamp(min=1)
+        return alpha * weights + visible * self.shift(alpha) / count
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
         """Plain attention in one fused call, scaled, and a share of the visible values' mean."""
         alpha = self.alpha(inputs.x)
         if self.training:
             self._follow(alpha.detach(), inputs)
         out = self.fused(q, k, v, inputs.pairs)
-        shift = self.mean_alpha.to(alpha.dtype)[:, None, None] - alpha
-        return alpha * out + shift * ops.repeated(self._mean(q, k, v, mask, inputs), out.shape[1])
+        mean = ops.repeated(self._mean(q, k, v, inputs), out.shape[1])
+        return alpha * out + self.shift(alpha) * mean
 
-    def weigh(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
-        """α softmax + β, hidden keys at 0."""
-        weights, alpha = super().weigh(q, k, inputs), self.alpha(inputs.x)
-        shift = self.mean_alpha.to(alpha.dtype)[:, None, None] - alpha
-        visible = inputs.visible(q, k)
-        if visible is None:
-            return alpha * weights + shift / k.shape[2]
-        return alpha * weights + visible * shift / visible.sum(-1, keepdim=True).clamp(min=1)
-
-    def _mean(
-        self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
-    ) -> Tensor:
+    def _mean(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
         """Mean of the values that each query sees, of one key head for its group if it is the same."""
         if not inputs.runs_along(self.pattern):
-            return ops.attend(torch.zeros_like(q), torch.zeros_like(k), v, mask=mask)
+            return ops.attend(torch.zeros_like(q), torch.zeros_like(k), v, mask=inputs.pairs)
         dtype = torch.promote_types(v.dtype, torch.float32)
         count = torch.ones(1, 1, k.shape[2], 1, dtype=dtype, device=v.device)
         if inputs.valid is not None:
             valid = inputs.valid[:, None, -k.shape[2] :, None]
             v, count = v * valid, count * valid
-        if masks.causal in (self.pattern, mask) and q.shape[2] > 1:  # a lone query sees them all
+        # A lone query sees them all.
+        if masks.causal in (self.pattern, inputs.pairs) and q.shape[2] > 1:
             mean, _ = ops.running_mean(v, count.cumsum(2).clamp(min=1))
             return mean[:, :, -q.shape[2] :]
         sums = v.sum(2, keepdim=True, dtype=dtype)

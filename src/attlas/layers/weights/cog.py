@@ -46,12 +46,11 @@ class Cog(Attention):
         signs = scores.masked_fill(hidden, 0.0).sign()
         return signs * ops.softmax(scores.abs().masked_fill(hidden, -torch.inf))
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
-    ) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
         """Positive and negative logits as heads 2h and 2h + 1 of one fused call, then merged."""
         if q.shape[2] == 1:  # for a lone query the weights are little to hold
             return self.aggregate(self.weigh(q, k, inputs), v, inputs)
+        mask = inputs.pairs
         if isinstance(mask, Mask) and mask.heads:
             mask = masks.by_groups(mask, 2)
         elif isinstance(mask, Tensor) and mask.shape[1] > 1:

@@ -14,6 +14,7 @@ key heads before pairing (`pairing="repeated"`).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -101,7 +102,7 @@ class Differential(SumOfMaps):
             k = k.repeat_interleave(self.heads // self.kv_heads, dim=1)
         return [(q[:, 0::2], k[:, 0::2]), (q[:, 1::2], k[:, 1::2])]
 
-    def coefficients(self, inputs: Inputs) -> tuple[float, Tensor]:
+    def coefficients(self, inputs: Inputs) -> Sequence[float | Tensor]:
         """1 and −λ."""
         return 1.0, -self.lambda_
 
@@ -109,7 +110,9 @@ class Differential(SumOfMaps):
         """What one map gives."""
         # The fastest kernels of a GPU want values no wider than keys; elsewhere scoring twice is dear.
         halves = v.chunk(2, dim=-1) if v.is_cuda else (v,)
-        return torch.cat([super(Differential, self).fused(q, k, half, mask) for half in halves], dim=-1)
+        return torch.cat(
+            [super(Differential, self).fused(q, k, half, mask) for half in halves], dim=-1
+        )
 
     def output(self, heads: Tensor, inputs: Inputs) -> Tensor:
         """Each head normalised and scaled by 1 − λ_init before the projection."""

@@ -16,12 +16,14 @@ is the reading that keeps both under a mask. Heads are normed and scaled as in d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from attlas import masks, ops
+from attlas.bases.sum_of_maps import SumOfMaps
 from attlas.catalog.registry import mechanism
 from attlas.inputs import Inputs
 from attlas.kinds.claim import Claim
@@ -44,34 +46,56 @@ class Dint(Differential):
         ),
     )
 
+    beyond = ("output: heads are normed and scaled as in differential attention",)
     expected_failures: ClassVar[dict[str, str]] = {
         "static-cache": "the running sum of G is more than the keys and values that it holds"
     }
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
-    ) -> Tensor:
-        """Both maps in one fused call, and the mean of what the first gives."""
-        causal = masks.causal in (self.pattern, mask)
+    def coefficients(self, inputs: Inputs) -> Sequence[float | Tensor]:
+        """1, −λ and λ, of A₁, A₂ and G."""
+        return 1.0, -self.lambda_, self.lambda_
+
+    def weigh(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
+        """A₁ − λ A₂ + λ G, of all queries at once."""
+        maps = self.maps(q, k, inputs)
+        first, second = (super(SumOfMaps, self).weigh(*pair, inputs) for pair in maps)
+        return self.summed((first, second, self.mean_map(first, q, k, inputs)), inputs)
+
+    def mean_map(self, first: Tensor, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
+        """G [batch, heads, queries or 1, keys]."""
+        visible = inputs.visible(q, k)
+        if visible is None:
+            return first.mean(2, keepdim=True)
+        visible = visible.to(first.dtype)
+        own = inputs.context is None
+        seen = visible * (visible @ first if own else first.sum(2, keepdim=True))
+        total = seen.sum(-1, keepdim=True)
+        return seen / total.masked_fill(total == 0, 1.0)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
+        """What both maps give, and the mean of what the first gives.
+
+        Raises:
+            ValueError: a cache with a mask for which running sums do not tell G.
+        """
         if not inputs.runs_along(self.pattern):
             if inputs.cache is not None:
+                got = inputs.pairs if isinstance(inputs.pairs, Mask) else "a mask of pairs"
                 raise ValueError(
-                    "mask: with a cache, DINT takes causal masks and padding alone, "
-                    f"got {mask if isinstance(mask, Mask) else 'a mask of pairs'}"
+                    f"mask: with a cache, DINT takes causal masks and padding alone, got {got}"
                 )
             return self.aggregate(self.weigh(q, k, inputs), v, inputs)
-        first, second = self.outs(q, k, v, mask, inputs)
-        mean = self.mean_of(first, causal, inputs)
-        return _joined(first, second, mean, self.lambda_.to(first.dtype))
+        first, second = self.outs(q, k, v, inputs)
+        return self.summed((first, second, self.mean_of(first, inputs)), inputs)
 
-    def mean_of(self, first: Tensor, causal: bool, inputs: Inputs) -> Tensor:
+    def mean_of(self, first: Tensor, inputs: Inputs) -> Tensor:
         """G·V [batch, heads, queries or 1, width]: the mean of A₁V, up to each query if causal."""
         dtype = torch.promote_types(first.dtype, torch.float32)
         count = first.new_ones(first.shape[0], 1, first.shape[2], 1, dtype=dtype)
         if (valid := inputs.valid_now) is not None and inputs.context is None:
             count = count * valid[:, None, :, None]
             first = first * valid[:, None, :, None]
-        if not causal:
+        if masks.causal not in (self.pattern, inputs.pairs):
             sums = first.sum(2, keepdim=True, dtype=dtype)
             return (sums / count.sum(2, keepdim=True).clamp(min=1)).to(first)
         before, counted = inputs.recall("dint-sum"), inputs.recall("dint-count")
@@ -80,23 +104,3 @@ class Dint(Differential):
         inputs.remember("dint-sum", sums)
         inputs.remember("dint-count", count[:, :, -1:])
         return mean
-
-    def weigh(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
-        """A₁ − λ A₂ + λ G, of all queries at once."""
-        first, second = self.both(q, k, mask, inputs)
-        visible = inputs.visible(q, k)
-        if visible is None:
-            mean = first.mean(2, keepdim=True)
-        else:
-            visible = visible.to(first.dtype)
-            own = inputs.context is None
-            sums = visible @ first if own else first.sum(2, keepdim=True)
-            seen = visible * sums
-            total = seen.sum(-1, keepdim=True)
-            mean = seen / total.masked_fill(total == 0, 1.0)
-        return first + self.lambda_.to(first.dtype) * (mean - second)
-
-
-@ops.fused
-def _joined(first: Tensor, second: Tensor, mean: Tensor, lambda_: Tensor) -> Tensor:
-    return first + lambda_ * (mean - second)

@@ -17,7 +17,7 @@ the initialisation and the linear type.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from einops import repeat
@@ -29,49 +29,52 @@ from attlas.attention import Attention
 from attlas.catalog.registry import mechanism
 from attlas.inputs import Inputs
 from attlas.kinds.claim import Claim
-from attlas.masks import Mask
+from attlas.options import option
+from attlas.supports import Supports
 
 
 class _Integral(Attention):
-    """What the types share.
+    """What the types share."""
 
-    Args:
-        coordinates: how many numbers say where a point is; they are then given to `forward`.
-        eps: of the layer norms.
-    """
-
-    has_causal_form = False
-    extras = ("coordinates", "context_coordinates")
+    supports = Supports(causal=False, extras=("coordinates", "context_coordinates"))
+    changes = ("aggregate",)
+    beyond: ClassVar[tuple[str, ...]] = (
+        "project: every head has layer norms, and what a value stands for knows its place",
+        "position: coordinates stand in front of queries and keys",
+    )
+    #: Which of q, k and v have a norm, and whether scores are divided by √d.
     normed: ClassVar[str]
     scaled: ClassVar[bool] = False
 
-    def __init__(
-        self, dim: int, heads: int = 8, *args: Any, coordinates: int = 0, eps: float = 1e-5,
-        bias: bool = True, **options: Any,
-    ) -> None:  # fmt: skip
-        if coordinates < 0:
-            raise ValueError(f"coordinates must be at least 0, got {coordinates}")
-        self.coordinates, self.eps = coordinates, eps
-        super().__init__(dim, heads, *args, bias=self.bias, **options)
+    bias: bool = option("whether the projections have one", default=True)
+    coordinates: int = option(
+        "how many numbers say where a point is; they are then given to `forward`", default=0,
+        at_least=0,
+    )  # fmt: skip
+    eps: float = option("of the layer norms", default=1e-5)
+
+    def setup(self) -> None:
+        """A norm for every head; positions that add to scores are refused."""
+        super().setup()
         if self.score_mod is not None:
             raise ValueError("position: a bias on scores means nothing without a softmax")
+        self.scale = (self.head_dim + self.coordinates) ** -0.5 if self.scaled else 1.0
+        for name in self.normed:
+            shape = (self.heads if name == "q" else self.kv_heads, 1, self.head_dim)
+            self.register_parameter(f"{name}_gain", nn.Parameter(torch.ones(shape)))
+            self.register_parameter(f"{name}_shift", nn.Parameter(torch.zeros(shape)))
 
     def make_projections(self) -> None:
-        """Projections that start near a hundredth of the identity, and a norm for every head."""
+        """Projections that start near a hundredth of the identity, and one from wider heads."""
         super().make_projections()
         for projection in (self.q_proj, self.k_proj, self.v_proj):
             nn.init.xavier_uniform_(projection.weight, gain=1e-4)
             with torch.no_grad():
                 projection.weight += 1e-2 * torch.eye(*projection.weight.shape)
-            if bias:
+            if self.bias:
                 nn.init.zeros_(projection.bias)
-        for name in self.normed:
-            shape = (self.heads if name == "q" else self.kv_heads, 1, self.head_dim)
-            self.register_parameter(f"{name}_gain", nn.Parameter(torch.ones(shape)))
-            self.register_parameter(f"{name}_shift", nn.Parameter(torch.zeros(shape)))
         width = self.head_dim + self.coordinates
         self.o_proj = nn.Linear(self.heads * width, self.dim, bias=self.bias)
-        self.scale = width**-0.5 if self.scaled else 1.0
 
     def project(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, normed where the type says so; values know their place."""
@@ -83,7 +86,7 @@ class _Integral(Attention):
         return q, k, self._placed(v, inputs, keys=True)
 
     def position(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """Coordinates in front of what a position encoding may have turned."""
+        """Coordinates in front of what a position encoding may have rotated."""
         q, k = super().position(q, k, inputs)
         return self._placed(q, inputs, keys=False), self._placed(k, inputs, keys=True)
 
@@ -93,9 +96,7 @@ class _Integral(Attention):
         count = seen.sum(-1, keepdim=True).clamp(min=1).to(scores.dtype)
         return scores.masked_fill(~seen, 0.0) / count
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
-    ) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
         """The product from the right where all queries see the same points."""
         one_domain = self.pattern is None and (inputs.mask is None or inputs.valid is not None)
         # The Fourier type's dropout falls on its weights, so they must be there.
@@ -151,27 +152,27 @@ class Fourier(_Integral):
 class GalerkinLinear(_Integral):
     """Galerkin-type attention whose queries and keys go through a softmax each."""
 
+    beyond = ("score: queries and keys go through a softmax, over channels and over points",)
     normed = "kv"
 
     def features(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """Queries that sum to 1 over their channels."""
+        """Queries that sum to 1 over their channels; keys as they are."""
         return q.softmax(-1), k
 
-    def weigh(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
+    def score(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
         """Every query's own divisor: the sum over the points that it sees, channel by channel."""
         q, k = q.softmax(-1), ops.repeated(k, q.shape[1])
         visible = inputs.visible(q, k)
         if visible is None:
-            return self.normalize(q @ k.softmax(2).transpose(-1, -2))
+            return q @ k.softmax(2).transpose(-1, -2)
         shown = visible.any(-2)[..., None]
         top = k.masked_fill(~shown, torch.finfo(k.dtype).min).amax(2, keepdim=True)
         risen = (k - top).masked_fill(~shown, -torch.inf).exp()
         whole = visible.to(q.dtype) @ risen
-        scores = q / whole.masked_fill(whole == 0, 1.0) @ risen.transpose(-1, -2)
-        return self.normalize(scores.masked_fill(~visible, -torch.inf))
+        return q / whole.masked_fill(whole == 0, 1.0) @ risen.transpose(-1, -2)
 
     def matrix(self, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
-        """Keys that sum to 1 over the real points, times values over n."""
+        """Keys that sum to 1 over the valid points, times values over n."""
         if inputs.valid is not None:
             k = k.masked_fill(~inputs.valid[:, None, :, None], -torch.inf)
         return super().matrix(ops.softmax(k.transpose(-1, -2)).transpose(-1, -2), v, inputs)

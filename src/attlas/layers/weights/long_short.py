@@ -24,11 +24,13 @@ from torch import Tensor
 from attlas import masks, ops
 from attlas.attention import Attention
 from attlas.catalog.registry import Reduction, mechanism
-from attlas.errors import at_least_one
+from attlas.errors import UserError
 from attlas.inputs import Inputs
 from attlas.masks import Mask
 from attlas.masks.algebra import And
+from attlas.options import option
 from attlas.positions import ScoreMod, additive
+from attlas.supports import Supports
 
 
 class _Reach(And):
@@ -57,25 +59,25 @@ def _from_head(score_mod: ScoreMod | None, first: int) -> ScoreMod | None:
     "softmax", {"window": 1 << 20}, lambda layer, plain: plain.load_state_dict(layer.state_dict())
 ))  # fmt: skip
 class LongShort(Attention):
-    """Attention with long heads first and short ones after them.
+    """Attention with long heads first and short ones after them."""
 
-    Args:
-        long_heads: heads without a window; a quarter, at least one, unless given.
-        window: keys before a query that its short heads see, its own among them; as many after it
-            where the layer is not causal.
-    """
+    supports = Supports(cross=False)
 
-    has_cross_form = False
+    long_heads: int = option(
+        "heads without a window; a quarter, at least one, unless given", at_least=0,
+        factory=lambda layer: max(1, layer.heads // 4),
+    )  # fmt: skip
+    window: int = option(
+        "keys before a query that its short heads see, its own among them; as many after it where "
+        "the layer is not causal",
+        default=128, at_least=1,
+    )  # fmt: skip
 
-    def __init__(
-        self, dim: int, heads: int = 8, *args: Any, long_heads: int | None = None,
-        window: int = 128, **options: Any,
-    ) -> None:  # fmt: skip
-        super().__init__(dim, heads, *args, **options)
-        self.window = at_least_one("window", window)
-        self.long_heads = max(1, heads // 4) if long_heads is None else long_heads
-        if not 0 <= self.long_heads <= heads:
-            raise ValueError(f"long_heads must lie in 0..heads={heads}, got {long_heads}")
+    def setup(self) -> None:
+        """Refuse more long heads than there are heads."""
+        super().setup()
+        if self.long_heads > self.heads:
+            raise UserError(f"long_heads must lie in 0..heads={self.heads}, got {self.long_heads}")
 
     def mask(self, q: Tensor, k: Tensor, inputs: Inputs) -> Mask | Tensor | None:
         """Which pairs may meet, for each head."""
@@ -85,10 +87,9 @@ class LongShort(Attention):
         reach = _Reach(None, near, self.long_heads, self.heads)
         return pairs & masks.dense(reach, q.shape[2], k.shape[2], device=q.device)
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
-    ) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
         """Long and short heads in a fused call each, so that short ones skip what they do not see."""
+        mask = inputs.pairs
         long, group = self.long_heads, self.heads // self.kv_heads
         if isinstance(mask, Tensor):
             parts: tuple[Any, Any] = mask[:, :long], mask[:, long:]
@@ -113,21 +114,11 @@ class LongShort(Attention):
 
 @torch.no_grad()
 def largest_logits(layer: Attention, x: Tensor, **given: Any) -> Tensor:
-    """Largest visible logit before the softmax, one a head [heads], 256 queries at a time."""
-    q, k, _, mask, _ = layer.prepare(x, **given)
-    offset, found = k.shape[2] - q.shape[2], []
-    for start in range(0, q.shape[2], 256):
-        rows = q[:, :, start : start + 256]
-        scores = layer.score(rows, k)
-        if layer.score_mod is not None:
-            scores = layer.score_mod(scores, *ops.indices(scores, offset + start))
-        if isinstance(mask, Mask):
-            seen = ops.as_dense(mask, rows.shape[2], k.shape[2], offset + start, q.device)
-        else:
-            seen = (
-                mask[:, :, start : start + 256] if mask is not None and mask.shape[2] > 1 else mask
-            )
-        if seen is not None:
-            scores = scores.masked_fill(~seen, -torch.inf)
-        found.append(scores.amax((0, 2, 3)))
-    return torch.stack(found).amax(0)
+    """Largest visible logit before the softmax, one a head [heads]; all pairs are held."""
+    q, k, _, inputs = layer.prepare(x, **given)
+    scores, visible = layer.score(q, k, inputs), inputs.visible(q, k)
+    if layer.score_mod is not None:
+        scores = layer.score_mod(scores, *ops.indices(scores, k.shape[2] - q.shape[2]))
+    if visible is not None:
+        scores = scores.masked_fill(~visible, -torch.inf)
+    return scores.amax((0, 2, 3))

@@ -15,43 +15,41 @@ Source: "Normalized Attention Without Probability Cage", with its program's undi
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
+from attlas import ops
 from attlas.attention import Attention
 from attlas.catalog.registry import mechanism
 from attlas.inputs import Inputs
-from attlas.masks import Mask
+from attlas.options import option
+from attlas.supports import Supports
 
 
 @mechanism("normalized-attention", aliases=("nap",))
 class Normalized(Attention):
-    """Attention with standardised logits as weights.
+    """Attention with standardised logits as weights."""
 
-    Args:
-        eps: ε, added to the standard deviation.
-        divided: logits are divided by √d first.
-        norm, nonlinearity: a layer norm on the joined heads, and GELU after it.
-    """
+    supports = Supports(memory="quadratic")
+    beyond = ("output: the published layer has a norm and GELU between heads and projection",)
 
-    memory_law = "quadratic"
+    eps: float = option("ε, added to the standard deviation", default=1e-3, above=0)
+    divided: bool = option("whether logits are divided by √d first", default=False)
+    normed: bool = option("whether the joined heads have a layer norm", default=True, alias="norm")
+    nonlinearity: bool = option("whether GELU comes after it", default=True)
 
-    def __init__(
-        self, dim: int, heads: int = 8, *args: Any, eps: float = 1e-3, divided: bool = False,
-        norm: bool = True, nonlinearity: bool = True, **options: Any,
-    ) -> None:  # fmt: skip
-        if eps <= 0:
-            raise ValueError(f"eps must be above 0, got {eps}")
-        super().__init__(dim, heads, *args, **options)
-        self.eps, self.nonlinearity = eps, nonlinearity
-        self.scale = self.scale if divided else 1.0
-        self.gain = nn.Parameter(torch.ones(heads, 1, 1))
-        self.shift = nn.Parameter(torch.zeros(heads, 1, 1))
-        self.norm = nn.LayerNorm(heads * self.head_dim, eps=1e-3) if norm else nn.Identity()
+    def setup(self) -> None:
+        """g, b and the norm."""
+        super().setup()
+        self.scale = self.scale if self.divided else 1.0
+        self.gain = nn.Parameter(torch.ones(self.heads, 1, 1))
+        self.shift = nn.Parameter(torch.zeros(self.heads, 1, 1))
+        width = self.heads * self.head_dim
+        self.norm = nn.LayerNorm(width, eps=1e-3) if self.normed else nn.Identity()
 
     def normalize(self, scores: Tensor, inputs: Inputs) -> Tensor:
         """g z + b at visible keys, 0 at hidden ones."""
@@ -63,11 +61,9 @@ class Normalized(Attention):
         weights = self.gain * (centred / (std + self.eps)) + self.shift
         return torch.where(visible, weights, 0.0).to(scores.dtype)
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
-    ) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
         """By sums over keys where all queries see the same ones, else by the map."""
-        alike = mask is None or (self.pattern is None and inputs.valid is not None)
+        alike = inputs.pairs is None or (self.pattern is None and inputs.valid is not None)
         if not alike or self.score_mod is not None or (self.training and self.dropout):
             return super().attend(q, k, v, inputs)
         exact = torch.promote_types(q.dtype, torch.float32)
@@ -97,15 +93,18 @@ class Normalized(Attention):
 class SumPooling(Attention):
     """Every query gets the sum of the tokens that it sees; nothing is trained."""
 
-    has_own_position = True
-    memory_law = "quadratic"
+    supports = Supports(position=False, memory="quadratic")
+    beyond: ClassVar[tuple[str, ...]] = (
+        "project: heads are slices of the tokens",
+        "output: slices are joined without a projection",
+    )
     expected_failures: ClassVar[dict[str, str]] = dict.fromkeys(
         ("finite-differences", "gradients-reach", "no-trace"), "it has no parameter to train"
     )
 
     def make_projections(self) -> None:
         """No projections: heads are slices of the tokens."""
-        if bias or {self.kv_heads, self.dim / self.head_dim} != {self.heads}:
+        if self.bias or {self.kv_heads, self.dim / self.head_dim} != {self.heads}:
             raise ValueError("bias, kv_heads and head_dim: pooling has no projections")
 
     def project(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -127,6 +126,8 @@ class SumPooling(Attention):
 @mechanism("max-pooling", paper="normalized-attention")
 class MaxPooling(SumPooling):
     """Every query gets, channel by channel, the largest of the tokens that it sees."""
+
+    beyond = ("aggregate: the largest takes the place of the sum",)
 
     def aggregate(self, weights: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
         """Largest visible value, 0 where nothing is visible; a query at a time bounds the memory."""

@@ -18,8 +18,6 @@ precisions bring no normaliser either. How many steps the paper took is not esta
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -27,7 +25,8 @@ from attlas import ops
 from attlas.attention import Attention
 from attlas.catalog.registry import Reduction, mechanism
 from attlas.inputs import Inputs
-from attlas.masks import Mask
+from attlas.options import option
+from attlas.supports import Supports
 
 
 @mechanism("probabilistic-attention", aliases=("probabilistic",), reduces_to=Reduction(
@@ -40,64 +39,53 @@ class Probabilistic(Attention):
     By keyword, `forward` takes alpha and beta [batch, kv_heads, keys] of each key; log_prior, of
     each pair, added to log π; initial values v [batch, kv_heads, queries, head_dim]; and values
     fixed [batch, kv_heads, queries, head_dim + 1], the last number 1 where there is one, else 0.
-
-    Args:
-        alpha: precision of queries; 1/√head_dim unless given.
-        beta: precision of values.
-        magnitude_priors: whether keys and values weigh by their magnitude.
-        key_steps: how often keys adapt; may be set after training.
-        value_steps: how often values adapt where some are fixed.
-        key_prior: precision z that holds keys where they are.
-        value_prior: precision m that holds values where they are.
     """
 
-    has_causal_form = False
-    memory_law = "quadratic"
-    extras = ("alpha", "beta", "log_prior", "initial", "fixed")
+    supports = Supports(
+        causal=False, memory="quadratic", extras=("alpha", "beta", "log_prior", "initial", "fixed")
+    )
+    changes = ("normalize",)
+    beyond = ("project: the score weighs values too, which are left for it",)
 
-    def __init__(
-        self, dim: int, heads: int = 8, *args: Any, alpha: float | None = None, beta: float = 0.0,
-        magnitude_priors: bool = False, key_steps: int = 1, value_steps: int = 1,
-        key_prior: float | None = None, value_prior: float | None = None, **options: Any,
-    ) -> None:  # fmt: skip
-        above = {"alpha": alpha, "key_prior": key_prior, "value_prior": value_prior}
-        for name, value in above.items():
-            if value is not None and value <= 0:
-                raise ValueError(f"{name} must be above 0, got {value}")
-        if min(beta, key_steps, value_steps) < 0:
-            got = f"{beta}, {key_steps}, {value_steps}"
-            raise ValueError(f"beta, key_steps and value_steps must be at least 0, got {got}")
-        super().__init__(dim, heads, *args, **options)
-        self.alpha, self.beta = self.scale if alpha is None else alpha, beta
-        self.magnitude_priors = magnitude_priors
-        self.key_steps, self.value_steps = key_steps, value_steps
-        self.key_prior, self.value_prior = key_prior, value_prior
+    alpha: float = option(
+        "precision of queries; 1/√head_dim unless given", above=0,
+        factory=lambda layer: layer.head_dim**-0.5,
+    )  # fmt: skip
+    beta: float = option("precision of values", default=0.0, at_least=0)
+    magnitude_priors: bool = option("keys and values weigh by their magnitude", default=False)
+    key_steps: int = option(
+        "how often keys adapt; may be set after training", default=1, at_least=0
+    )
+    value_steps: int = option("how often values adapt where some are fixed", default=1, at_least=0)
+    key_prior: float | None = option(
+        "precision z that holds keys where they are", default=None, above=0
+    )
+    value_prior: float | None = option(
+        "precision m that holds values where they are", default=None, above=0
+    )
+
+    def setup(self) -> None:
+        """Precisions take the place of the scale."""
+        super().setup()
+        self.scale = 1.0
 
     def project(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries with their initial values; keys with all that makes a Gaussian: ζ, μ, α and β."""
+        """Queries, and the Gaussians' means ζ and μ."""
         q, k, v = super().project(inputs)
-        initial = _given(inputs, "initial", (*k.shape[:2], *q.shape[2:]), k)
-        if initial is not None:
-            q = torch.cat((q, ops.repeated(initial, q.shape[1])), dim=-1)
-        for name, own in {"alpha": self.alpha, "beta": self.beta}.items():
-            given = _given(inputs, name, k.shape[:3], v)
-            each = torch.full_like(v[..., :1], own) if given is None else given[..., None]
-            k = torch.cat((k, v, each) if name == "alpha" else (k, each), dim=-1)
+        inputs.notes["means"] = v
         return q, k, v
 
-    def position(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """Queries and ζ alone know where they stand."""
-        d = self.head_dim
-        placed = super().position(q[..., :d], k[..., :d], inputs)
-        return torch.cat((placed[0], q[..., d:]), dim=-1), torch.cat(
-            (placed[1], k[..., d:]), dim=-1
-        )
-
     def features(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """What multiplies to log w, but for what is the same along a row."""
-        zeta, mu, alpha, beta = self.parts(k)
-        q, v = q[..., : self.head_dim], q[..., self.head_dim :]
-        by_size, has_v = float(self.magnitude_priors), float(v.shape[-1] > 0)
+        """What multiplies to log w before any step, but for what is the same along a row."""
+        return self.terms(q, k, inputs.notes["means"], inputs)
+
+    def terms(self, q: Tensor, zeta: Tensor, mu: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """What multiplies to log w for these means."""
+        alpha, beta = self.precisions(zeta.shape[1], inputs)
+        shape = (q.shape[0], inputs.notes["means"].shape[1], q.shape[2], mu.shape[-1])
+        initial = _given(inputs, "initial", shape, q)
+        v = q[..., :0] if initial is None else ops.repeated(initial, q.shape[1])
+        by_size, has_v = float(self.magnitude_priors), float(initial is not None)
         own = (by_size - 1) * alpha * _square(zeta) + (by_size - has_v) * beta * _square(mu)
         # |q|² and |v|² differ along a row only by what a key's precisions have beyond the layer's.
         bias = (self.alpha - alpha, self.beta - beta, own)
@@ -105,59 +93,64 @@ class Probabilistic(Attention):
         k = torch.cat((alpha * zeta, beta * mu[..., : v.shape[-1]], *bias), dim=-1)
         return torch.cat((q, v, sizes), dim=-1), k
 
+    def precisions(self, heads: int, inputs: Inputs) -> list[Tensor]:
+        """α and β of every key, [batch, heads, keys, 1]."""
+        means, found = inputs.notes["means"], []
+        for name, own in (("alpha", self.alpha), ("beta", self.beta)):
+            given = _given(inputs, name, means.shape[:3], means)
+            each = torch.full_like(means[..., :1], own) if given is None else given[..., None]
+            found.append(ops.repeated(each, heads))
+        return found
+
     def score(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
-        """log w, but for what is the same along a row."""
-        q, k = self.features(q, k, inputs)
-        return ops.grouped_product(q, k.transpose(-1, -2))
+        """log w after the last step, whose μ are left for the sum."""
+        zeta, mu = self.adapted(q, k, inputs)
+        inputs.notes["adapted"] = mu
+        return self.log_weights(q, zeta, mu, inputs)
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
-    ) -> Tensor:
-        """Fused where nothing adapts; else the values, too, are those after the last step."""
-        if self.key_steps or inputs.extras:
-            return self.aggregate(*self.infer(q, k, mask, inputs))
-        dropout = self.dropout if self.training else 0.0
-        q, k = self.features(q, k, inputs)
-        return ops.attend(q, k, v, mask=mask, score_mod=self.score_mod, scale=1.0, dropout=dropout)
+    def log_weights(self, q: Tensor, zeta: Tensor, mu: Tensor, inputs: Inputs) -> Tensor:
+        """log w of these means, but for what is the same along a row."""
+        q, k = self.terms(q, zeta, mu, inputs)
+        scores, prior = ops.grouped_product(q, k.transpose(-1, -2)), inputs.extras.get("log_prior")
+        return scores if prior is None else scores + prior.to(scores.dtype)
 
-    def weigh(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
-        """Weights after the last step."""
-        return self.infer(q, k, mask, inputs)[0]
-
-    def infer(
-        self, q: Tensor, k: Tensor, inputs: Inputs
-    ) -> tuple[Tensor, Tensor]:
-        """Weights and values after the last step, both for every query head."""
-        parts, width = [*self.parts(ops.repeated(k, q.shape[1]))], k.shape[-1] - self.head_dim - 2
+    def adapted(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """ζ and μ after the last step, a copy of each for every query head."""
+        zeta, mu = (ops.repeated(x, q.shape[1]) for x in (k, inputs.notes["means"]))
+        alpha, beta = self.precisions(q.shape[1], inputs)
         takes = torch.ones_like(q[..., :1], dtype=torch.bool)
         if inputs.context is None and inputs.valid_now is not None:
             takes = takes & inputs.valid_now[:, None, :, None]
-        phases = [(0, self.key_steps, q[..., : self.head_dim], takes, self.key_prior)]
-        fixed = _given(inputs, "fixed", (*k.shape[:2], q.shape[2], width + 1), q)
+        for _ in range(self.key_steps):
+            scores = self.joint(q, zeta, mu, inputs)
+            zeta = _drawn(zeta, q, scores, takes, alpha, self.key_prior)
+        width = mu.shape[-1]
+        shape = (q.shape[0], inputs.notes["means"].shape[1], q.shape[2], width + 1)
+        fixed = _given(inputs, "fixed", shape, q)
         if fixed is not None:
             fixed = ops.repeated(fixed, q.shape[1])
-            known = takes & (fixed[..., width:] > 0)
-            phases.append((1, self.value_steps, fixed[..., :width], known, self.value_prior))
-        for at, steps, points, who, prior in phases:
-            for _ in range(steps):
-                scores = self.joint(q, torch.cat(parts, dim=-1), mask, inputs)
-                parts[at] = _drawn(parts[at], points, scores, who, parts[at + 2], prior)
-        return self.normalize(self.joint(q, torch.cat(parts, dim=-1), mask, inputs)), parts[1]
+            points, known = fixed[..., :width], takes & (fixed[..., width:] > 0)
+            for _ in range(self.value_steps):
+                scores = self.joint(q, zeta, mu, inputs)
+                mu = _drawn(mu, points, scores, known, beta, self.value_prior)
+        return zeta, mu
 
-    def joint(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
-        """Scores with log π, −∞ where hidden."""
-        scores, offset = self.score(q, k, inputs), k.shape[2] - q.shape[2]
+    def joint(self, q: Tensor, zeta: Tensor, mu: Tensor, inputs: Inputs) -> Tensor:
+        """log w of these means with positions, −∞ where hidden."""
+        scores, visible = self.log_weights(q, zeta, mu, inputs), inputs.visible(q, zeta)
         if self.score_mod is not None:
-            scores = self.score_mod(scores, *ops.indices(scores, offset))
-        if "log_prior" in inputs.extras:
-            scores = scores + inputs.extras["log_prior"].to(scores.dtype)
-        visible = ops.as_dense(mask, q.shape[2], k.shape[2], offset, q.device)
+            scores = self.score_mod(scores, *ops.indices(scores, zeta.shape[2] - q.shape[2]))
         return scores if visible is None else scores.masked_fill(~visible, -torch.inf)
 
-    def parts(self, k: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """ζ, μ, α and β of every key."""
-        d = self.head_dim
-        return k[..., :d], k[..., d:-2], k[..., -2:-1], k[..., -1:]
+    def aggregate(self, weights: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
+        """Sums of the values after the last step."""
+        return super().aggregate(weights, inputs.notes["adapted"], inputs)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
+        """Fused where nothing adapts and no pair has a prior of its own."""
+        if self.key_steps or not {"fixed", "log_prior"}.isdisjoint(inputs.extras):
+            return self.aggregate(self.weigh(q, k, inputs), v, inputs)
+        return self.fused(*self.features(q, k, inputs), v, inputs.pairs)
 
 
 def _drawn(

@@ -13,17 +13,15 @@ two maps differ from the first step); one base and update serve all heads of the
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from einops import einsum, rearrange, repeat
 from torch import Tensor, nn
 
 from attlas.catalog.registry import Reduction, mechanism
-from attlas.errors import at_least_one
 from attlas.inputs import Inputs
 from attlas.kinds.claim import Claim
 from attlas.layers.weights.differential import Differential
+from attlas.options import option
 
 
 class SharedProjection(nn.Module):
@@ -32,7 +30,7 @@ class SharedProjection(nn.Module):
     def __init__(self, dim: int, heads: int, head_dim: int, rank: int, bias: bool) -> None:
         super().__init__()
         self.head_dim = head_dim
-        self.base = nn.Linear(dim, heads * head_dim, bias=self.bias)
+        self.base = nn.Linear(dim, heads * head_dim, bias=bias)
         self.down = nn.Linear(dim, 2 * rank, bias=False)
         self.up = nn.Parameter(torch.empty(2, rank, heads * head_dim))
         nn.init.uniform_(self.up, -(rank**-0.5), rank**-0.5)
@@ -66,11 +64,7 @@ def _sum_updates(shared: SharedDiff, differential: Differential) -> None:
     "differential-transformer", {}, _sum_updates
 ))  # fmt: skip
 class SharedDiff(Differential):
-    """Differential attention whose two maps share their query and key projections' base.
-
-    Args:
-        rank: of the updates; a head's width unless given.
-    """
+    """Differential attention whose two maps share their query and key projections' base."""
 
     claims = (
         Claim(
@@ -85,18 +79,19 @@ class SharedDiff(Differential):
     q_proj: SharedProjection  # type: ignore[assignment]
     k_proj: SharedProjection  # type: ignore[assignment]
 
-    def __init__(
-        self, dim: int, heads: int = 8, *args: Any, rank: int | None = None, **options: Any
-    ) -> None:
-        self.rank = None if rank is None else at_least_one("rank", rank)
-        super().__init__(dim, heads, *args, **options)
+    beyond = ("output: heads are normed and scaled as in differential attention",)
+
+    rank: int = option(
+        "of the updates; a head's width unless given", factory=lambda layer: layer.head_dim,
+        at_least=1,
+    )  # fmt: skip
 
     def make_projections(self) -> None:
         """The differential layer's projections, those of queries and keys shared."""
         super().make_projections()
-        rank = self.rank = self.rank or self.head_dim
-        self.q_proj = SharedProjection(self.dim, self.heads, self.head_dim, rank, bias)
-        self.k_proj = SharedProjection(self.dim, self.kv_heads, self.head_dim, rank, bias)
+        width, rank = self.head_dim, self.rank
+        self.q_proj = SharedProjection(self.dim, self.heads, width, rank, self.bias)
+        self.k_proj = SharedProjection(self.dim, self.kv_heads, width, rank, self.bias)
 
     def project(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys of both maps; values."""

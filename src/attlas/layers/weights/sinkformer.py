@@ -14,40 +14,30 @@ Source: "Sinkformers: Transformers with Doubly Stochastic Attention".
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from attlas.attention import Attention
 from attlas.catalog.registry import Reduction, mechanism
+from attlas.inputs import Inputs
+from attlas.options import option
+from attlas.supports import Supports
 
 
 @mechanism("sinkformer", reduces_to=Reduction(
     "softmax", {"half_steps": 1}, lambda layer, plain: plain.load_state_dict(layer.state_dict())
 ))  # fmt: skip
 class Sinkformer(Attention):
-    """Attention with doubly stochastic weights.
+    """Attention with doubly stochastic weights."""
 
-    Args:
-        half_steps: normalisations, rows first and last when odd (the code's `max_iter`).
-        epsilon: temperature ε.
-    """
+    supports = Supports(causal=False, cross=False, memory="quadratic")
 
-    has_causal_form = False
-    has_cross_form = False
-    memory_law = "quadratic"
-
-    def __init__(
-        self, dim: int, heads: int = 8, *args: Any, half_steps: int = 3, epsilon: float = 1.0,
-        **options: Any,
-    ) -> None:  # fmt: skip
-        if half_steps < 1:
-            raise ValueError(f"half_steps must be at least 1, got {half_steps}")
-        if epsilon <= 0:
-            raise ValueError(f"epsilon must be above 0, got {epsilon}")
-        super().__init__(dim, heads, *args, **options)
-        self.half_steps, self.epsilon = half_steps, epsilon
+    half_steps: int = option(
+        "normalisations, rows first and last when odd (the authors' `max_iter`)",
+        default=3,
+        at_least=1,
+    )
+    epsilon: float = option("temperature ε", default=1.0, above=0)
 
     def normalize(self, scores: Tensor, inputs: Inputs) -> Tensor:
         """n times the transport plan; a token whose column is hidden everywhere is padding."""

@@ -15,23 +15,20 @@ others' retellings of its revised text; o_i for the first three rows in a third 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize, softplus
 
-from attlas import masks, ops
-from attlas.attention import Attention, Prepared
+from attlas import masks
+from attlas.attention import Attention
 from attlas.catalog.registry import Reduction, mechanism
-from attlas.errors import at_least_one
-from attlas.inputs import Inputs, MaskLike
+from attlas.inputs import Inputs
 from attlas.kinds.claim import Claim
-from attlas.masks import Mask
+from attlas.options import option
 from attlas.positions import ScoreMod
-
-if TYPE_CHECKING:
-    from attlas.hf.caches import Cache
+from attlas.supports import Supports
 
 
 @mechanism(
@@ -41,24 +38,43 @@ if TYPE_CHECKING:
     )),
 )  # fmt: skip
 class Softplus(Attention):
-    """Attention whose weights are softplus of length-scaled cosines, normalised.
+    """Attention whose weights are softplus of length-scaled cosines, normalised."""
 
-    Args:
-        activation: what makes scores positive: "softplus" or "exp".
-        scaled: cosines times log d · log n; else q·k/√d.
-    """
+    #: Softplus takes the exponential's place: through its logarithm, in `score_mod`.
+    changes = ("normalize",)
 
-    def __init__(
-        self, dim: int, heads: int = 8, *args: Any,
-        activation: Literal["softplus", "exp"] = "softplus", scaled: bool = True, **options: Any,
-    ) -> None:  # fmt: skip
-        if activation not in ("softplus", "exp"):
-            raise ValueError(f"activation must be 'softplus' or 'exp', got {activation!r}")
-        super().__init__(dim, heads, *args, **options)
-        self.activation, self.scaled = activation, scaled
-        if scaled and self.head_dim < 2:
+    activation: Literal["softplus", "exp"] = option(
+        "what makes scores positive", default="softplus"
+    )
+    scaled: bool = option("cosines times log d · log n; else q·k/√d", default=True)
+
+    def setup(self) -> None:
+        """log d takes the place of 1/√d."""
+        super().setup()
+        if self.scaled and self.head_dim < 2:
             raise ValueError(f"head_dim must be at least 2 for log d, got {self.head_dim}")
-        self.scale = math.log(self.head_dim) if scaled else self.scale
+        self.scale = math.log(self.head_dim) if self.scaled else self.scale
+
+    def features(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """Keys of unit length, and queries of length log n."""
+        if not self.scaled:
+            return q, k
+        count = self.count(q, k, inputs).clamp(min=1).to(torch.float64)
+        q = normalize(q, dim=-1, eps=1e-6) * count.log().to(q.dtype)
+        return q, normalize(k, dim=-1, eps=1e-6)
+
+    def count(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
+        """Keys that each query sees [batch or 1, heads or 1, queries or 1, 1]."""
+        if not inputs.runs_along(self.pattern):
+            visible = inputs.visible(q, k)
+            assert visible is not None  # else sums run along
+            pairs: Tensor = visible.sum(-1, keepdim=True)
+            return pairs
+        valid = torch.ones(1, k.shape[2], dtype=torch.bool, device=q.device)
+        valid = valid if inputs.valid is None else inputs.valid[:, -k.shape[2] :]
+        valid = valid[:, None, :, None]
+        causal = masks.causal in (self.pattern, inputs.pairs)
+        return valid.cumsum(2)[:, :, -q.shape[2] :] if causal else valid.sum(2, keepdim=True)
 
     @property
     def score_mod(self) -> ScoreMod | None:
@@ -75,41 +91,10 @@ class Softplus(Attention):
         low = -10.0 if score.dtype == torch.float16 else -40.0
         return torch.where(score < low, score, softplus(score.clamp(min=low)).log())
 
-    def prepare(
-        self, x: Tensor, context: Tensor | None = None, mask: MaskLike | None = None,
-        positions: Tensor | None = None, cache: Cache | None = None, **extras: Tensor,
-    ) -> Prepared:  # fmt: skip
-        """Keys of unit length, and queries of length log n; a cache holds them as projected."""
-        q, k, v, pairs, inputs = super().prepare(x, context, mask, positions, cache, **extras)
-        if self.scaled:
-            count = self._count(q, k, pairs, inputs).clamp(min=1).to(torch.float64)
-            q = normalize(q, dim=-1, eps=1e-6) * count.log().to(q.dtype)
-            k = normalize(k, dim=-1, eps=1e-6)
-        return q, k, v, pairs, inputs
-
-    def _count(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
-        """Keys that each query sees [batch or 1, heads or 1, queries or 1, 1]."""
-        valid = torch.ones(1, k.shape[2], dtype=torch.bool, device=q.device)
-        valid = (valid if inputs.valid is None else inputs.valid[:, -k.shape[2] :])[
-            :, None, :, None
-        ]
-        if inputs.runs_along(self.pattern):
-            causal = masks.causal in (self.pattern, mask)
-            return valid.cumsum(2)[:, :, -q.shape[2] :] if causal else valid.sum(2, keepdim=True)
-        visible = inputs.visible(q, k)
-        assert visible is not None  # else sums run along
-        count: Tensor = visible.sum(-1, keepdim=True)
-        return count
-
 
 @mechanism("softplus-reweighted-attention", aliases=("lssar",))
 class SoftplusReweighted(Softplus):
-    """Softplus attention, sharpened to the keys above a row's average.
-
-    Args:
-        power: p.
-        spared: rows that see at most so many keys are not cut.
-    """
+    """Softplus attention, sharpened to the keys above a row's average."""
 
     claims = (
         Claim(
@@ -120,18 +105,15 @@ class SoftplusReweighted(Softplus):
         ),
     )
 
-    memory_law = "quadratic"
+    supports = Supports(memory="quadratic")
 
-    def __init__(
-        self, dim: int, heads: int = 8, *args: Any, power: int = 15, spared: int = 3, **options: Any
-    ) -> None:
-        super().__init__(dim, heads, *args, **options)
-        self.power, self.spared = at_least_one("power", power), at_least_one("spared", spared)
+    power: int = option("p", default=15, at_least=1)
+    spared: int = option("rows that see at most so many keys are not cut", default=3, at_least=1)
 
     def normalize(self, scores: Tensor, inputs: Inputs) -> Tensor:
         """Both stages."""
         exact = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        weights = super().normalize(exact)
+        weights = super().normalize(exact, inputs)
         count = (scores != -torch.inf).sum(-1, keepdim=True)
         above = (count * weights - (count > self.spared).to(weights)).relu()
         # Relative to the largest, since small numbers to the 15th would vanish.
