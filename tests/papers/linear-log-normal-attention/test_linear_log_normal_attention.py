@@ -29,7 +29,7 @@ def _weights(q: torch.Tensor, k: torch.Tensor, kind: str) -> torch.Tensor:
     else:
         layer = attlas.make("linear-attention", dim=q.shape[-1], heads=1).double()
     inputs = layer.prepare(torch.zeros(1, q.shape[2], q.shape[-1]).double())[-1]
-    return layer.weigh(q, k, None, inputs)
+    return layer.weigh(q, k, inputs)
 
 
 @pytest.mark.parametrize("temperature", [1.2, 1.4, 1.6, 1.8])
@@ -53,12 +53,12 @@ def test_blocks_are_softmax_attention_to_neighbours_alone() -> None:
     layer = attlas.make(NAME, dim=8, heads=2, causal=True).double().eval()
     x = torch.randn(1, 11, 8).double()
     q, k, v, inputs = layer.prepare(x)
-    found = layer.diagonal(q, k, v, True, inputs)
+    found = layer.diagonal(q, k, v, inputs)
     at = torch.arange(11) // 4
     hidden = (at[:, None] != at) | torch.ones(11, 11, dtype=torch.bool).triu(1)
     expected = (q @ k.mT / 2).masked_fill(hidden, -torch.inf).softmax(-1) @ v
     torch.testing.assert_close(found, expected)
-    assert mask is layer.pattern
+    assert inputs.pairs is layer.pattern
 
 
 def test_training_moves_the_running_deviations_and_answers_do_not_rest_on_other_sequences() -> None:
