@@ -32,6 +32,8 @@ from attlas.catalog.registry import Reduction, mechanism
 from attlas.inputs import Inputs
 from attlas.options import option
 from attlas.options import option
+from attlas.options import option
+from attlas.options import option
 
 
 @mechanism("headmask", reduces_to=Reduction(

@@ -30,7 +30,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import normalize
+from torch.nn.functional import layer_norm, normalize
 
 from attlas import ops
 from attlas.bases.packing import token_before
@@ -82,7 +82,6 @@ class ARWKV(RecurrentAttention):
             seeds=2,
         ),
     )
-
     supports = replace(
         RecurrentAttention.supports, bidirectional=False, cross=False, position=False,
         masks="padding", extras=("v_first",),
@@ -94,13 +93,13 @@ class ARWKV(RecurrentAttention):
     normalized = False
 
     gate: Literal["arwkv", "rwkv7", "none"] = option(
-        "of outputs; 'rwkv7' is without the 1", default="arwkv"
+        "what gates outputs; 'rwkv7' leaves out the 1", default="arwkv"
     )
     norm: bool = option("whether each head's output is normalised", default=False)
-    norm_eps: float = option("added to the variance there", default=64e-5, at_least=0)
+    norm_eps: float = option("added to the variance of that norm", default=64e-5, at_least=0)
     value_residual: bool = option("whether values move towards v_first", default=False)
     ranks: tuple[int, int, int, int] = option(
-        "of the low-rank maps of decays, η, values and the gate", default=(64, 64, 32, 128),
+        "ranks of the maps of decays, η, values and the gate", default=(64, 64, 32, 128),
         at_least=1,
     )  # fmt: skip
     layers: int | None = option(
@@ -216,9 +215,7 @@ class ARWKV(RecurrentAttention):
         """Heads normalised and gated, where they are, and projected; the last token is remembered."""
         if self.norm:
             state, bonus = heads.unflatten(1, (-1, 2)).unbind(2)
-            centred = state - state.mean(-1, keepdim=True)
-            variance = centred.square().mean(-1, keepdim=True)
-            state = centred * (variance + self.norm_eps).rsqrt()
+            state = layer_norm(state, state.shape[-1:], eps=self.norm_eps)
             heads = state * self.norm_weight + self.norm_bias + bonus
         if self.gate != "none":
             gate = self.out_gate(self.mixed("g", inputs), torch.sigmoid)
