@@ -38,8 +38,8 @@ class RecurrentAttention(Attention):
     """
 
     supports: ClassVar[Supports] = Supports(cache="state")
-    changes = ("normalize", "aggregate")
-    beyond = (
+    changes: ClassVar[tuple[str, ...]] = ("normalize", "aggregate")
+    beyond: ClassVar[tuple[str, ...]] = (
         "score: features are multiplied, whatever stands for the exponential",
         "normalize: rows are divided by the sum of their features, if by anything",
         "aggregate: values are summed up in a state, from token to token",
