@@ -6,17 +6,46 @@ import math
 
 import pytest
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 import attlas
-from attlas.layers.linear.log_normal import (
-    entropy,
-    log_normality,
-    log_variance,
-    matched,
-    spectral_gap,
-)
+from attlas.layers.linear.log_normal import matched
 
 NAME = "linear-log-normal-attention"
+
+
+# How concentrated weights are, as the paper measures it -------------------------------------------
+
+
+def entropy(weights: Float[Tensor, "*rows keys"]) -> Float[Tensor, "*rows"]:
+    """Entropy of every query's weights, in nats."""
+    found: Tensor = torch.special.entr(weights).sum(-1)
+    return found
+
+
+def log_variance(weights: Float[Tensor, "*rows keys"]) -> Float[Tensor, "*rows"]:
+    """Variance of the logarithms of every query's positive weights."""
+    logs = weights.clamp(min=torch.finfo(weights.dtype).tiny).log()
+    shown = weights > 0
+    count = shown.sum(-1)
+    mean = torch.where(shown, logs, 0.0).sum(-1) / count
+    return torch.where(shown, logs - mean[..., None], 0.0).square().sum(-1) / (count - 1)
+
+
+def log_normality(weights: Float[Tensor, "*rows keys"]) -> float:
+    """Kolmogorov's distance between the standardised logarithms of all weights and a normal law."""
+    logs = weights[weights > 0].log().sort().values
+    normal = torch.special.ndtr((logs - logs.mean()) / logs.std())
+    steps = torch.arange(len(logs) + 1, device=logs.device) / len(logs)
+    return float(torch.maximum((normal - steps[1:]).abs(), (normal - steps[:-1]).abs()).max())
+
+
+def spectral_gap(weights: Float[Tensor, "*rows tokens tokens"]) -> Float[Tensor, "*rows"]:
+    """1 − |λ₂| of a matrix of weights, whose largest eigenvalue is 1."""
+    sizes = torch.linalg.eigvals(weights).abs().sort(-1, descending=True).values
+    gap: Tensor = 1.0 - sizes[..., 1]
+    return gap
 
 
 def _weights(q: torch.Tensor, k: torch.Tensor, kind: str) -> torch.Tensor:

@@ -147,33 +147,3 @@ def matched(q_std: Tensor, k_std: Tensor) -> tuple[Tensor, Tensor]:
     least = torch.finfo(q_std.dtype).tiny ** 0.5
     sigma = (((q_std * k_std).square() - B) / (2 * A)).sqrt()
     return sigma / q_std.clamp(min=least), sigma / k_std.clamp(min=least)
-
-
-def entropy(weights: Float[Tensor, "*rows keys"]) -> Float[Tensor, "*rows"]:
-    """Entropy of every query's weights, in nats."""
-    found: Tensor = torch.special.entr(weights).sum(-1)
-    return found
-
-
-def log_variance(weights: Float[Tensor, "*rows keys"]) -> Float[Tensor, "*rows"]:
-    """Variance of the logarithms of every query's positive weights."""
-    logs = weights.clamp(min=torch.finfo(weights.dtype).tiny).log()
-    shown = weights > 0
-    count = shown.sum(-1)
-    mean = torch.where(shown, logs, 0.0).sum(-1) / count
-    return torch.where(shown, logs - mean[..., None], 0.0).square().sum(-1) / (count - 1)
-
-
-def log_normality(weights: Float[Tensor, "*rows keys"]) -> float:
-    """Kolmogorov's distance between the standardised logarithms of all weights and a normal law."""
-    logs = weights[weights > 0].log().sort().values
-    normal = torch.special.ndtr((logs - logs.mean()) / logs.std())
-    steps = torch.arange(len(logs) + 1, device=logs.device) / len(logs)
-    return float(torch.maximum((normal - steps[1:]).abs(), (normal - steps[:-1]).abs()).max())
-
-
-def spectral_gap(weights: Float[Tensor, "*rows tokens tokens"]) -> Float[Tensor, "*rows"]:
-    """1 − |λ₂| of a matrix of weights, whose largest eigenvalue is 1."""
-    sizes = torch.linalg.eigvals(weights).abs().sort(-1, descending=True).values
-    gap: Tensor = 1.0 - sizes[..., 1]
-    return gap
