@@ -15,12 +15,14 @@ are mixed.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
+from attlas import ops
 from attlas.attention import Attention
 from attlas.catalog.registry import Reduction, mechanism
 from attlas.errors import UserError, at_least_one
@@ -78,8 +80,8 @@ class Linformer(Attention):
     """Attention to a fixed number of mixtures of the tokens; bidirectional."""
 
     supports = Supports(causal=False, masks="padding")
-    changes = ("aggregate",)  # what is summed are mixtures of values
-    beyond = ("mask: padding is left out of the mixtures, all of which a query sees",)
+    changes = ("project", "aggregate")  # `attend` mixes keys and values, and sums the mixtures
+    beyond = ("normalize: the weights of mixtures, told as those of the tokens that are mixed",)
 
     rank: int = option("mixtures of all tokens, k", default=128, at_least=1)
     max_length: int = option("most tokens of a sequence, n", default=512, at_least=1)
@@ -109,21 +111,35 @@ class Linformer(Attention):
                 f"projection must have 1 or kv_heads={self.kv_heads} of each matrix, got {heads}"
             )
 
-    def restore(
-        self, k: Tensor, v: Tensor, inputs: Inputs
-    ) -> tuple[Float[Tensor, "batch kv_heads rank d"], Float[Tensor, "batch kv_heads rank d"]]:
-        """The mixtures, E K and F V.
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
+        """One fused call on the mixtures, all of which every query sees."""
+        keys, values = self.mixing(k, inputs)
+        return self.fused(q, keys @ _shown(k, inputs), values @ _shown(v, inputs), None)
+
+    def weigh(
+        self, q: Tensor, k: Tensor, inputs: Inputs
+    ) -> Float[Tensor, "batch heads queries keys"]:
+        """softmax(Q K'ᵀ / √d) F, the weights of the tokens that are mixed."""
+        keys, values = self.mixing(k, inputs)
+        of_mixtures = super().weigh(q, keys @ _shown(k, inputs), replace(inputs, pairs=None))
+        whole = of_mixtures @ ops.repeated(values.expand(-1, self.kv_heads, -1, -1), q.shape[1])
+        return _shown(whole.mT, inputs).mT
+
+    def mixing(
+        self, k: Tensor, inputs: Inputs
+    ) -> tuple[Float[Tensor, "rows own rank keys"], Float[Tensor, "rows own rank keys"]]:
+        """E and F at the positions of these keys.
 
         Raises:
             ValueError: more tokens than the projection takes.
         """
-        most, valid = self.projection.max_length, inputs.valid
+        most = self.projection.max_length
         if k.shape[2] > most:
             raise UserError(f"x must have at most max_length={most} tokens, got {k.shape[2]}")
-        if valid is not None:  # padding may hold anything
-            k, v = (x.masked_fill(~valid[:, None, :, None], 0.0) for x in (k, v))
         keys, values = self.projection(inputs.key_positions.clamp(0, most - 1))
-        return keys @ k, values @ v
+        return keys, values
 
-    def mask(self, q: Tensor, k: Tensor, inputs: Inputs) -> None:
-        """None, as every query sees all mixtures."""
+
+def _shown(x: Tensor, inputs: Inputs) -> Tensor:
+    """[batch, heads, keys, …] with zeros at padding, which may hold anything."""
+    return x if inputs.valid is None else x.masked_fill(~inputs.valid[:, None, :, None], 0.0)

@@ -100,9 +100,8 @@ class _Windowed(WithMemory):
     def mask(self, q: Tensor, k: Tensor, inputs: Inputs) -> Mask:
         """The persistent tokens, and valid ones in the window."""
         near = (masks.causal & masks.window(self.window)) | masks.sinks(self.persistent)
-        if inputs.valid is None:
+        if (valid := inputs.valid) is None:
             return near
-        valid = inputs.valid[:, self.persistent - k.shape[2] :]
         always = valid.new_ones(len(valid), self.persistent)
         return near & masks.padding(torch.cat((always, valid), dim=1))
 
