@@ -9,11 +9,12 @@ key far behind bring the earlier ones to zero.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attlas import masks
 from attlas.bases.recurrent import Gates, RecurrentAttention
 from attlas.inputs import Inputs
 
@@ -24,16 +25,17 @@ NOTHING = -1e30
 class ExponentialKeys(RecurrentAttention):
     """Linear attention whose `features` give queries ready, and logarithms of those of keys."""
 
-    takes_masks = "padding"
+    supports = replace(RecurrentAttention.supports, masks="padding")
 
     def terms(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor, Gates]:
-        """The recurrence's, relative to the largest key."""
+        """The recurrence's, relative to the largest key, which is noted for the next pass."""
         q, logits, gates = super().terms(q, k, inputs)
         padding = None if inputs.valid_now is None else ~inputs.valid_now[:, None, :, None]
         if padding is not None:
             logits = logits.masked_fill(padding, NOTHING)
         so_far = self.largest(logits, inputs)
-        causal = masks.causal in (self.pattern, inputs.mask)
+        inputs.notes["largest"] = so_far[:, :, -1:]
+        causal = self.looks_back(inputs)
         top = so_far[:, :, 1:] if causal else so_far[:, :, -1:]
         k = (logits - top[..., None]).exp()
         if padding is not None:
@@ -52,14 +54,8 @@ class ExponentialKeys(RecurrentAttention):
         before = torch.full_like(tops[:, :, :1], NOTHING) if before is None else before
         return torch.cat((before, tops), dim=2).cummax(2).values
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
-    ) -> Tensor:
+    def recur(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
         """The recurrence; a cache keeps the largest key beside its state."""
-        out = super().attend(q, k, v, inputs)
-        if inputs.cache is not None:
-            logits = super().terms(q, k, inputs)[1]
-            if inputs.valid_now is not None:
-                logits = logits.masked_fill(~inputs.valid_now[:, None, :, None], NOTHING)
-            inputs.remember("largest", self.largest(logits, inputs)[:, :, -1:])
+        out = super().recur(q, k, v, inputs)
+        inputs.remember("largest", inputs.notes["largest"])
         return out

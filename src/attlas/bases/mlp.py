@@ -18,7 +18,6 @@ from torch.func import grad
 from torch.nn.functional import gelu, layer_norm
 
 from attlas import ops
-from attlas.errors import at_least_one
 
 
 class State(NamedTuple):
@@ -44,18 +43,13 @@ class MemoryMLP(nn.Module):
         depth: layers of weights.
         expansion: width of hidden layers, in widths.
         residual: whether the normalised output is added to the input.
-
-    Raises:
-        ValueError: a depth below 1, or an expansion that is not above 0.
     """
 
     def __init__(
         self, heads: int, width: int, *, depth: int, expansion: float, residual: bool
     ) -> None:
         super().__init__()
-        if not expansion > 0:
-            raise ValueError(f"expansion must be above 0, got {expansion}")
-        self.depth, self.residual = at_least_one("depth", depth), residual
+        self.depth, self.residual = depth, residual
         hidden = max(1, int(expansion * width))
         widths = pairwise([width, *[hidden] * (depth - 1), width])
         first = [nn.init.xavier_uniform_(torch.zeros(a, b)) for a, b in widths]

@@ -71,7 +71,7 @@ def test_value_residual_moves_values_towards_those_of_the_first_layer() -> None:
     x, first = torch.randn(1, 5, 16).double(), torch.randn(1, 5, 16).double()
     with torch.no_grad():
         layer.toward_first.bias.fill_(1e3)
-    v = layer.prepare(x, v_first=first)[2]
+    v = layer.prepare(x, extras={"v_first": first})[2]
     torch.testing.assert_close(v.transpose(1, 2).flatten(2), first)
     with pytest.raises(ValueError, match="v_first"):
         layer(x)

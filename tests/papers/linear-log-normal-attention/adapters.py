@@ -30,9 +30,9 @@ def log_normal(case: Case) -> Iterator[Check]:
         )  # fmt: skip
         for each in (layer, plain):
             each.calibrate(q, k)
-        lln = plain.attend(q, k, v, plain.pattern, inputs)
-        diagonal = layer.diagonal(q, k, v, form == "causal", inputs)
-        both = layer.attend(q, k, v, layer.pattern, inputs)
+        lln = plain.attend(q, k, v, inputs)
+        diagonal = layer.diagonal(q, k, v, inputs)
+        both = layer.attend(q, k, v, inputs)
         if form == "causal":
             share = _seen(plain, q, k, case.config["eps"])
             lln, both = lln * share, both + (share - 1) * lln / 2

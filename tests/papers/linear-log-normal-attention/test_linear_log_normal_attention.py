@@ -6,17 +6,46 @@ import math
 
 import pytest
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 import attlas
-from attlas.layers.linear.log_normal import (
-    entropy,
-    log_normality,
-    log_variance,
-    matched,
-    spectral_gap,
-)
+from attlas.layers.linear.log_normal import matched
 
 NAME = "linear-log-normal-attention"
+
+
+# How concentrated weights are, as the paper measures it -------------------------------------------
+
+
+def entropy(weights: Float[Tensor, "*rows keys"]) -> Float[Tensor, "*rows"]:
+    """Entropy of every query's weights, in nats."""
+    found: Tensor = torch.special.entr(weights).sum(-1)
+    return found
+
+
+def log_variance(weights: Float[Tensor, "*rows keys"]) -> Float[Tensor, "*rows"]:
+    """Variance of the logarithms of every query's positive weights."""
+    logs = weights.clamp(min=torch.finfo(weights.dtype).tiny).log()
+    shown = weights > 0
+    count = shown.sum(-1)
+    mean = torch.where(shown, logs, 0.0).sum(-1) / count
+    return torch.where(shown, logs - mean[..., None], 0.0).square().sum(-1) / (count - 1)
+
+
+def log_normality(weights: Float[Tensor, "*rows keys"]) -> float:
+    """Kolmogorov's distance between the standardised logarithms of all weights and a normal law."""
+    logs = weights[weights > 0].log().sort().values
+    normal = torch.special.ndtr((logs - logs.mean()) / logs.std())
+    steps = torch.arange(len(logs) + 1, device=logs.device) / len(logs)
+    return float(torch.maximum((normal - steps[1:]).abs(), (normal - steps[:-1]).abs()).max())
+
+
+def spectral_gap(weights: Float[Tensor, "*rows tokens tokens"]) -> Float[Tensor, "*rows"]:
+    """1 − |λ₂| of a matrix of weights, whose largest eigenvalue is 1."""
+    sizes = torch.linalg.eigvals(weights).abs().sort(-1, descending=True).values
+    gap: Tensor = 1.0 - sizes[..., 1]
+    return gap
 
 
 def _weights(q: torch.Tensor, k: torch.Tensor, kind: str) -> torch.Tensor:
@@ -29,7 +58,7 @@ def _weights(q: torch.Tensor, k: torch.Tensor, kind: str) -> torch.Tensor:
     else:
         layer = attlas.make("linear-attention", dim=q.shape[-1], heads=1).double()
     inputs = layer.prepare(torch.zeros(1, q.shape[2], q.shape[-1]).double())[-1]
-    return layer.weigh(q, k, None, inputs)
+    return layer.weigh(q, k, inputs)
 
 
 @pytest.mark.parametrize("temperature", [1.2, 1.4, 1.6, 1.8])
@@ -53,12 +82,12 @@ def test_blocks_are_softmax_attention_to_neighbours_alone() -> None:
     layer = attlas.make(NAME, dim=8, heads=2, causal=True).double().eval()
     x = torch.randn(1, 11, 8).double()
     q, k, v, inputs = layer.prepare(x)
-    found = layer.diagonal(q, k, v, True, inputs)
+    found = layer.diagonal(q, k, v, inputs)
     at = torch.arange(11) // 4
     hidden = (at[:, None] != at) | torch.ones(11, 11, dtype=torch.bool).triu(1)
     expected = (q @ k.mT / 2).masked_fill(hidden, -torch.inf).softmax(-1) @ v
     torch.testing.assert_close(found, expected)
-    assert mask is layer.pattern
+    assert inputs.pairs is layer.pattern
 
 
 def test_training_moves_the_running_deviations_and_answers_do_not_rest_on_other_sequences() -> None:

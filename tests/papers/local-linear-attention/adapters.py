@@ -33,5 +33,5 @@ def parallax_local_linear(case: Case) -> Iterator[Check]:
     )  # fmt: skip
     layer.scale = scale
     at = torch.arange(tokens)
-    inputs = Inputs(torch.zeros(len(q), tokens, heads * width), None, at, at)
-    yield case.compare("out.o_ridge", layer.attend(q, k, v, pattern, inputs))
+    inputs = Inputs(torch.zeros(len(q), tokens, heads * width), None, at, at, pairs=pattern)
+    yield case.compare("out.o_ridge", layer.attend(q, k, v, inputs))

@@ -90,7 +90,7 @@ def test_lines_are_found_exactly() -> None:
     q, k, _, inputs = _prepared(layer, 30)
     true = torch.randn(4, 4).double()
     torch.testing.assert_close(
-        layer.attend(q, k, k @ true + 1, mask, inputs), q @ true + 1, rtol=1e-5, atol=1e-5
+        layer.attend(q, k, k @ true + 1, inputs), q @ true + 1, rtol=1e-5, atol=1e-5
     )
 
 

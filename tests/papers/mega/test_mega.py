@@ -36,9 +36,11 @@ def test_laplace_is_a_smooth_squared_relu() -> None:
     """Near it around √½, where it is 0.5 and relu² too, and bounded by 0 and 1."""
     layers = [attlas.make("mega", dim=16, heads=1, weights_by=how) for how in ("laplace", "relu2")]
     scores = torch.linspace(0.6, 0.8, 9)
-    laplace, relu2 = (layer.normalize(scores) for layer in layers)
+    inputs = layers[0].prepare(torch.zeros(1, 9, 16))[-1]
+    laplace, relu2 = (layer.normalize(scores, inputs) for layer in layers)
     assert (laplace - relu2).abs().max() < 0.05
-    assert layers[0].normalize(torch.tensor([-9.0, 9.0])).tolist() == pytest.approx([0.0, 1.0])
+    extremes = layers[0].normalize(torch.tensor([-9.0, 9.0]), inputs)
+    assert extremes.tolist() == pytest.approx([0.0, 1.0])
 
 
 def test_one_chunk_of_everything_is_mega() -> None:

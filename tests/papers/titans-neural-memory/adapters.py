@@ -66,7 +66,7 @@ def titans_neural_memory(case: Case) -> Iterator[Check]:
 
 def _surprises(case: Case, layer: nn.Module, x: Tensor) -> Iterator[Check]:
     """Steps and losses of all tokens, these at the weights that their batch began with."""
-    _, k, v, _, inputs = layer.prepare(x)
+    _, k, v, inputs = layer.prepare(x)
     if "adaptive_lr" in case.mids:
         wanted = case.mids["adaptive_lr"].shape[-1]
         yield case.compare("mid.adaptive_lr", layer.gates(inputs)[..., 0][..., :wanted])

@@ -112,11 +112,9 @@ def test_what_was_written_can_be_read(residual: bool) -> None:
     ).double()  # fmt: skip
     _never_forget(layer)
     x = torch.randn(1, 6, 16, dtype=torch.float64).repeat(1, 20, 1)
-    _, k, v, mask, inputs = layer.prepare(x)
+    _, k, v, inputs = layer.prepare(x)
     first = layer.memory(layer.memory.row()[None], k) - v
-    read = layer.attend(k.roll(-1, 2), k, v, mask, inputs)[
-        :, :, :-1
-    ]  # each key one token too early
+    read = layer.attend(k.roll(-1, 2), k, v, inputs)[:, :, :-1]  # each key one token too early
     error = (read - v[:, :, 1:]).square().mean((0, 1, 3)).detach()
     assert error[-6:].mean() < 0.1 * first.square().mean()
 

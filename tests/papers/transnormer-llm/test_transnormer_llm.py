@@ -17,7 +17,7 @@ def test_lrpe_depends_on_distances_alone() -> None:
     assert torch.allclose(products[0], (q * k * angles.cos()).sum(-1), atol=1e-5)
 
 
-def test_only_the_first_layer_turns() -> None:
+def test_only_the_first_layer_rotates() -> None:
     assert attlas.make("transnormer-llm", dim=16, heads=2).lrpe is not None
     assert attlas.make("transnormer-llm", dim=16, heads=2, layer_idx=1).lrpe is None
 

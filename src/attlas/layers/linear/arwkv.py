@@ -22,23 +22,25 @@ head with a norm has two maps of weights, side by side: of the state, and of the
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Literal
 
 import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import normalize
+from torch.nn.functional import layer_norm, normalize
 
+from attlas import ops
 from attlas.bases.packing import token_before
+from attlas.bases.recurrent import Gates, RecurrentAttention
 from attlas.catalog.registry import mechanism
-from attlas.errors import at_least_one
+from attlas.errors import UserError
 from attlas.inputs import Inputs
 from attlas.kinds.claim import Claim
-from attlas.bases.recurrent import Gates, RecurrentAttention
-from attlas.masks import Mask
+from attlas.options import option
 
-Gate = Literal["arwkv", "rwkv7", "none"]
 #: Most that a log decay is, −e^{−½}.
 FASTEST = -0.6065306597126334
 
@@ -56,11 +58,11 @@ class LowRank(nn.Module):
     def __init__(self, into: int, rank: int, out: int, bias: Tensor | None) -> None:
         super().__init__()
         self.bias: Tensor | None
-        self.down = nn.Parameter(torch.zeros(into, at_least_one("rank", rank)))
+        self.down = nn.Parameter(torch.zeros(into, rank))
         self.up = nn.Parameter(nn.init.orthogonal_(torch.empty(rank, out), gain=0.1))
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
 
-    def forward(self, x: Tensor, activation: Any = None) -> Tensor:
+    def forward(self, x: Tensor, activation: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """The map of x, `activation` between the two."""
         inner = x @ self.down
         y: Tensor = (inner if activation is None else activation(inner)) @ self.up
@@ -69,21 +71,7 @@ class LowRank(nn.Module):
 
 @mechanism("arwkv-rwkv7", aliases=("rwkv7-time-mix", "arwkv"))
 class ARWKV(RecurrentAttention):
-    """RWKV-7's time mixing.
-
-    Args:
-        gate: of outputs, "arwkv", "rwkv7" (without the 1) or "none".
-        norm: whether each head's output is normalised.
-        norm_eps: added to the variance there.
-        value_residual: whether values move towards `v_first`.
-        ranks: of the low-rank maps of decays, η, values and the gate.
-        layers: how many layers the model has, of which this is number `layer_idx`, for initial values;
-            unless given, all begin as the first.
-
-    Raises:
-        ValueError: an unknown gate, a rank below 1, a layer that is none of `layers`, or a missing
-            `v_first`.
-    """
+    """RWKV-7's time mixing."""
 
     claims = (
         Claim(
@@ -94,50 +82,59 @@ class ARWKV(RecurrentAttention):
             seeds=2,
         ),
     )
-
+    supports = replace(
+        RecurrentAttention.supports, bidirectional=False, cross=False, position=False,
+        masks="padding", extras=("v_first",),
+    )  # fmt: skip
+    beyond = (
+        "project: tokens are mixed with those before them, as in RWKV-7",
+        "output: the gate, and the norm where there is one, are RWKV-7's",
+    )
     normalized = False
-    has_two_sided_form = False
-    has_cross_form = False
-    has_own_position = True
-    takes_masks = "padding"
-    extras = ("v_first",)
 
-    def __init__(
-        self, dim: int, heads: int = 8, *args: Any, gate: Gate = "arwkv", norm: bool = False,
-        norm_eps: float = 64e-5, value_residual: bool = False,
-        ranks: tuple[int, int, int, int] = (64, 64, 32, 128), layers: int | None = None,
-        layer_idx: int = 0, **options: Any,
-    ) -> None:  # fmt: skip
-        if gate not in get_args(Gate):
-            raise ValueError(f"gate must be one of {list(get_args(Gate))}, got {gate!r}")
-        if layers is not None and not layer_idx < at_least_one("layers", layers):
-            raise ValueError(f"layers must be more than layer_idx={layer_idx}, got {layers}")
-        for rank in ranks:
-            at_least_one("ranks", rank)
-        self.gate, self.normed, self.value_residual = gate, norm, value_residual
-        self.ranks, self.norm_eps = ranks, norm_eps
-        self.depth = 0.0 if layers is None else layer_idx / max(layers - 1, 1)
-        self.rest = 1.0 if layers is None else 1.0 - layer_idx / layers
-        super().__init__(dim, heads, *args, layer_idx=layer_idx, **options)
+    gate: Literal["arwkv", "rwkv7", "none"] = option(
+        "what gates outputs; 'rwkv7' leaves out the 1", default="arwkv"
+    )
+    norm: bool = option("whether each head's output is normalised", default=False)
+    norm_eps: float = option("added to the variance of that norm", default=64e-5, at_least=0)
+    value_residual: bool = option("whether values move towards v_first", default=False)
+    ranks: tuple[int, int, int, int] = option(
+        "ranks of the maps of decays, η, values and the gate", default=(64, 64, 32, 128),
+        at_least=1,
+    )  # fmt: skip
+    layers: int | None = option(
+        "layers of the model, of which this is number layer_idx, for initial values; unless given, "
+        "all begin as the first", default=None, at_least=1,
+    )  # fmt: skip
 
-    def make_projections(self) -> None:
-        """Projections, mixing with the token before, and the low-rank maps."""
-        super().make_projections()
+    def setup(self) -> None:
+        """Initial values, mixing with the token before, and the low-rank maps.
+
+        Raises:
+            ValueError: a layer that is none of `layers`.
+        """
+        super().setup()
+        if self.layers is not None and self.layer_idx >= self.layers:
+            raise UserError(
+                f"layers must be more than layer_idx={self.layer_idx}, got {self.layers}"
+            )
         dim, inner, width = self.dim, self.kv_heads * self.head_dim, self.head_dim
         for projection, spread in ((self.q_proj, 0.5), (self.k_proj, 0.05), (self.v_proj, 0.5)):
             nn.init.uniform_(projection.weight, -spread * dim**-0.5, spread * dim**-0.5)
         nn.init.zeros_(self.o_proj.weight)
+        depth = 0.0 if self.layers is None else self.layer_idx / max(self.layers - 1, 1)
+        rest = 1.0 if self.layers is None else 1.0 - self.layer_idx / self.layers
         share = torch.arange(dim) / dim
         powers = {"r": (0.2, 0.0), "w": (0.9, 0.0), "k": (0.9, 0.4), "v": (0.4, 0.6),
                   "a": (0.9, 0.0), "g": (0.2, 0.0)}  # fmt: skip
         if self.gate == "none":
             del powers["g"]
         self.mix = nn.ParameterDict({
-            name: 1.0 - share.pow(power * self.rest) - shift * self.depth
+            name: 1.0 - share.pow(power * rest) - shift * depth
             for name, (power, shift) in powers.items()
         })  # fmt: skip
         of_decay, of_step, of_value, of_gate = self.ranks
-        speed = torch.linspace(0, 1, inner) ** (0.85 + self.depth**0.5)
+        speed = torch.linspace(0, 1, inner) ** (0.85 + depth**0.5)
         self.decay = LowRank(dim, of_decay, inner, -6.5 + 5 * speed)
         self.step = LowRank(dim, of_step, inner, torch.zeros(inner))
         if self.value_residual:
@@ -147,7 +144,7 @@ class ARWKV(RecurrentAttention):
         self.kappa = nn.Parameter(torch.full((self.kv_heads, 1, width), 0.85))
         self.alpha = nn.Parameter(torch.ones(self.kv_heads, 1, width))
         self.rho = nn.Parameter(torch.zeros(self.heads, 1, width))
-        if self.normed:
+        if self.norm:
             self.norm_weight = nn.Parameter(torch.ones(self.heads, 1, width))
             self.norm_bias = nn.Parameter(torch.zeros(self.heads, 1, width))
 
@@ -158,19 +155,27 @@ class ARWKV(RecurrentAttention):
         return mixed
 
     def project(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-        """r, k and v."""
+        """r, k and v; κ̂ is noted for the state.
+
+        Raises:
+            ValueError: no `v_first` for values that move towards it.
+        """
         of_values = self.mixed("v", inputs)
         v = self.v_proj(of_values)
         if self.value_residual:
             if (first := inputs.extras.get("v_first")) is None:
-                raise ValueError("v_first must be given to a layer with value_residual=True")
+                raise UserError("v_first must be given to a layer with value_residual=True")
             v = v + (first - v) * self.toward_first(of_values).sigmoid()
-        q, k = self.q_proj(self.mixed("r", inputs)), self.k_proj(self.mixed("k", inputs))
-        return self.split_heads(q), self.split_heads(k), self.split_heads(v)
+        q, k, v = (
+            self.split_heads(x)
+            for x in (self.q_proj(self.mixed("r", inputs)), self.k_proj(self.mixed("k", inputs)), v)
+        )
+        inputs.notes["removed"] = normalize(k * self.kappa, dim=-1, eps=1e-12)
+        return q, k, v
 
     def features(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """r and k as they are."""
-        return q, k
+        """r and k̃."""
+        return q, k * (1 + (self.steps(inputs) - 1) * self.alpha)
 
     def steps(self, inputs: Inputs) -> Float[Tensor, "batch kv_heads tokens width"]:
         """η."""
@@ -179,21 +184,13 @@ class ARWKV(RecurrentAttention):
     def gates(self, k: Tensor, inputs: Inputs) -> Gates:
         """Decays of every channel, and what is taken away under κ̂."""
         decay = FASTEST * self.decay(self.mixed("w", inputs), torch.tanh).sigmoid()
-        removed = normalize(k * self.kappa, dim=-1, eps=1e-12)
+        removed = inputs.notes["removed"]
         return {
             "log_decay": self.split_heads(decay),
             "low_rank": (removed * self.steps(inputs), -removed),
         }
 
-    def terms(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor, Gates]:
-        """The recurrence's, with k̃ for k."""
-        q, k, gates = super().terms(q, k, inputs)
-        share = 1 + (self.steps(inputs) - 1) * self.alpha
-        return q, k * ops.repeated(share, q.shape[1]), gates
-
-    def recur(
-        self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
-    ) -> Tensor:
+    def recur(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
         """The recurrence, and the bonus of the token itself: beside it where a norm comes between."""
         out = super().recur(q, k, v, inputs)
         return self.joined(out, self.bonus(q, k, inputs) * ops.repeated(v, q.shape[1]))
@@ -203,26 +200,22 @@ class ARWKV(RecurrentAttention):
         weights = super().weigh(q, k, inputs)
         return self.joined(weights, torch.diag_embed(self.bonus(q, k, inputs)[..., 0]))
 
-    def bonus(
-        self, q: Tensor, k: Tensor, inputs: Inputs
-    ) -> Float[Tensor, "batch heads tokens one"]:
+    def bonus(self, q: Tensor, k: Tensor, inputs: Inputs) -> Float[Tensor, "batch heads tokens 1"]:
         """r·(ρ ⊙ k̃)."""
         q, k, _ = self.terms(q, k, inputs)
         return (q * k * self.rho).sum(-1, keepdim=True)
 
     def joined(self, state: Tensor, bonus: Tensor) -> Tensor:
         """Their sum; or of each head the two side by side."""
-        if not self.normed:
+        if not self.norm:
             return state + bonus
         return torch.stack((state, bonus), dim=2).flatten(1, 2)
 
     def output(self, heads: Tensor, inputs: Inputs) -> Tensor:
         """Heads normalised and gated, where they are, and projected; the last token is remembered."""
-        if self.normed:
+        if self.norm:
             state, bonus = heads.unflatten(1, (-1, 2)).unbind(2)
-            centred = state - state.mean(-1, keepdim=True)
-            variance = centred.square().mean(-1, keepdim=True)
-            state = centred * (variance + self.norm_eps).rsqrt()
+            state = layer_norm(state, state.shape[-1:], eps=self.norm_eps)
             heads = state * self.norm_weight + self.norm_bias + bonus
         if self.gate != "none":
             gate = self.out_gate(self.mixed("g", inputs), torch.sigmoid)

@@ -20,6 +20,7 @@ group of heads shares B and C with its neighbours; in the program head h takes g
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,11 +30,11 @@ from torch import Tensor, nn
 from torch.nn.functional import silu, softplus
 
 from attlas.bases.packing import short_convolution
-from attlas.catalog.registry import mechanism
-from attlas.errors import at_least_one
-from attlas.inputs import Inputs
 from attlas.bases.recurrent import Gates, RecurrentAttention
-from attlas.masks import Mask
+from attlas.catalog.registry import mechanism
+from attlas.errors import UserError
+from attlas.inputs import Inputs
+from attlas.options import option
 
 #: Mixers.
 TWO = 2
@@ -41,59 +42,59 @@ TWO = 2
 
 @mechanism("diff-mamba", aliases=("differential-mamba",), example={"state": 6})
 class DiffMamba(RecurrentAttention):
-    """The difference of two Mamba-2 mixers.
+    """The difference of two Mamba-2 mixers; `groups` stand for `kv_heads`."""
 
-    Args:
-        state: width of a head's state, S.
-        groups: of heads that share B and C, a divisor of `heads`.
-        kernel_size: tokens of the short convolution.
-        step_limits: least and most that Δ may be.
-        eps: of all norms.
-
-    Raises:
-        ValueError: sizes below 1, groups that do not divide the heads, `kv_heads`, which are
-            `groups` here, or limits in the wrong order.
-    """
-
+    supports = replace(
+        RecurrentAttention.supports, bidirectional=False, cross=False, position=False,
+        masks="padding",
+    )  # fmt: skip
+    beyond = ("project: a Mamba-2 mixer's, two of them with a short convolution each",)
     normalized = False
-    has_two_sided_form = False
-    has_cross_form = False
-    has_own_position = True
-    takes_masks = "padding"
 
-    def __init__(
-        self, dim: int, heads: int = 8, kv_heads: int | None = None, *args: Any, state: int = 128,
-        groups: int = 1, kernel_size: int = 4, step_limits: tuple[float, float] = (0.0, math.inf),
-        eps: float = 1e-5, layer_idx: int = 0, **options: Any,
-    ) -> None:  # fmt: skip
-        if kv_heads not in (None, heads):
-            raise ValueError(f"kv_heads are groups here, so must be heads={heads}, got {kv_heads}")
-        if heads % at_least_one("groups", groups):
-            raise ValueError(f"groups must divide heads={heads}, got {groups}")
-        if not 0 <= step_limits[0] <= step_limits[1]:
-            raise ValueError(f"step_limits must be least and most, got {step_limits}")
-        self.state, self.groups = at_least_one("state", state), groups
-        self.kernel_size, self.step_limits = at_least_one("kernel_size", kernel_size), step_limits
-        self.eps_norm = eps
-        super().__init__(dim, heads, kv_heads, *args, layer_idx=layer_idx, **options)
-        self.lambda_init = 0.8 - 0.6 * math.exp(-0.3 * layer_idx)
+    state: int = option("width of a head's state, S", default=128, at_least=1)
+    groups: int = option("of heads that share B and C, a divisor of heads", default=1, at_least=1)
+    kernel_size: int = option("tokens of the short convolution", default=4, at_least=1)
+    step_limits: tuple[float, float] = option(
+        "least and most that Δ may be", default=(0.0, math.inf), at_least=0
+    )
+    norm_eps: float = option("added in all norms", default=1e-5, at_least=0, alias="eps")
 
-    def make_projections(self) -> None:
-        """Both mixers' projections, convolutions, decays and norms, and λ."""
+    def setup(self) -> None:
+        """Decays, D, the bias of Δ, norms and λ of both mixers.
+
+        Raises:
+            ValueError: `kv_heads`, groups that do not divide the heads, or limits in the wrong order.
+        """
+        super().setup()
+        if self.kv_heads != self.heads:
+            raise UserError(
+                f"kv_heads are groups here, so must be heads={self.heads}, got {self.kv_heads}"
+            )
+        if self.heads % self.groups:
+            raise UserError(f"groups must divide heads={self.heads}, got {self.groups}")
+        if self.step_limits[0] > self.step_limits[1]:
+            raise UserError(f"step_limits must be least and most, got {self.step_limits}")
         inner, heads = self.heads * self.head_dim, TWO * self.heads
-        channels = TWO * (inner + 2 * self.groups * self.state)
-        self.in_proj = nn.Linear(self.dim, channels, bias=self.bias)
-        self.gate_proj = nn.Linear(self.dim, TWO * inner, bias=self.bias)
-        self.step_proj = nn.Linear(self.dim, heads, bias=self.bias)
-        self.conv = nn.Conv1d(channels, channels, self.kernel_size, groups=channels)
-        self.o_proj: Any = nn.ModuleList(nn.Linear(inner, self.dim, bias=self.bias) for _ in range(TWO))
         self.rate = nn.Parameter(torch.arange(1.0, self.heads + 1).log().repeat(TWO))
         self.skip = nn.Parameter(torch.ones(heads))
         steps = torch.empty(heads).uniform_(math.log(1e-3), math.log(1e-1)).exp()
         self.step_bias = nn.Parameter(steps + (-torch.expm1(-steps)).log())  # softplus's inverse
-        self.norms = nn.ModuleList(nn.RMSNorm(inner, eps=self.eps_norm) for _ in range(TWO))
-        self.sub_norm = nn.RMSNorm(self.dim, eps=self.eps_norm)
+        self.norms = nn.ModuleList(nn.RMSNorm(inner, eps=self.norm_eps) for _ in range(TWO))
+        self.sub_norm = nn.RMSNorm(self.dim, eps=self.norm_eps)
         self.lambda_q = nn.Parameter(0.1 * torch.randn(self.dim))
+        self.lambda_init = 0.8 - 0.6 * math.exp(-0.3 * self.layer_idx)
+
+    def make_projections(self) -> None:
+        """Both mixers' projections and convolutions."""
+        inner = self.heads * self.head_dim
+        channels = TWO * (inner + 2 * self.groups * self.state)
+        self.in_proj = nn.Linear(self.dim, channels, bias=self.bias)
+        self.gate_proj = nn.Linear(self.dim, TWO * inner, bias=self.bias)
+        self.step_proj = nn.Linear(self.dim, TWO * self.heads, bias=self.bias)
+        self.conv = nn.Conv1d(channels, channels, self.kernel_size, groups=channels)
+        self.o_proj: Any = nn.ModuleList(
+            nn.Linear(inner, self.dim, bias=self.bias) for _ in range(TWO)
+        )
 
     def project(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         """C, Δ B and x of all heads, the first mixer's before the second's."""
@@ -113,17 +114,11 @@ class DiffMamba(RecurrentAttention):
         """Δ of all heads."""
         return softplus(self.step_proj(inputs.x) + self.step_bias).clamp(*self.step_limits).mT
 
-    def features(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """Queries and keys as they are."""
-        return q, k
-
     def gates(self, k: Tensor, inputs: Inputs) -> Gates:
         """Δ A."""
         return {"log_decay": -self.rate.exp()[:, None] * self.steps(inputs)}
 
-    def recur(
-        self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
-    ) -> Tensor:
+    def recur(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
         """The recurrence and D x."""
         return super().recur(q, k, v, inputs) + self.skip[:, None, None] * v
 

@@ -20,18 +20,17 @@ and k, no biases, as many latents as channels in its language models, and the in
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from attlas import ops
+from attlas.bases.recurrent import Gates, RecurrentAttention
 from attlas.catalog.registry import mechanism
-from attlas.errors import at_least_one
 from attlas.inputs import Inputs
-from attlas.bases.recurrent import RecurrentAttention
-from attlas.masks import Mask
+from attlas.options import option
 
 #: Log of nothing at all, which sums of logarithms and their gradients can still be taken with.
 NOTHING = -1e30
@@ -41,25 +40,20 @@ CUT = 0.87962566103423978
 
 @mechanism("latte")
 class Latte(RecurrentAttention):
-    """Attention through a few latent variables.
+    """Attention through a few latent variables."""
 
-    Args:
-        latents: latent variables of a head; `head_dim` unless given.
-    """
-
+    supports = replace(RecurrentAttention.supports, position=False)
+    beyond = ("project: queries and keys have a channel for each latent variable",)
     normalized = False
-    has_own_position = True
 
-    def __init__(
-        self, dim: int, heads: int = 8, *args: Any, latents: int | None = None, **options: Any
-    ) -> None:
-        self.latents = None if latents is None else at_least_one("latents", latents)
-        super().__init__(dim, heads, *args, **options)
+    latents: int = option(
+        "latent variables of a head; head_dim unless given", at_least=1,
+        factory=lambda layer: layer.head_dim,
+    )  # fmt: skip
 
     def make_projections(self) -> None:
         """Projections to latents and values, each of unit variance for inputs of unit variance."""
         super().make_projections()
-        self.latents = self.head_dim if self.latents is None else self.latents
         self.q_proj = nn.Linear(self.dim, self.heads * self.latents, bias=self.bias)
         self.k_proj = nn.Linear(self.dim, self.kv_heads * self.latents, bias=self.bias)
         for projection in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
@@ -80,37 +74,30 @@ class Latte(RecurrentAttention):
         shares = torch.dropout(q.to(wide).softmax(-1), self.dropout, self.training)
         return shares, k
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
-    ) -> Tensor:
-        """The recurrence, or one sum over the keys; all pairs where a mask asks for them."""
-        if not inputs.runs_along(self.pattern):
-            return self.aggregate(self.weigh(q, k, inputs), v, inputs)
-        causal = self.looks_back(inputs)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
+        """The recurrence, with dropout too; all pairs where a mask asks for them."""
+        if inputs.runs_along(self.pattern):
+            return self.recur(q, k, v, inputs)
+        return self.aggregate(self.weigh(q, k, inputs), v, inputs)
+
+    def terms(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor, Gates]:
+        """p(l | t), p(s | l) of the keys so far, and how that of earlier keys shrinks with each."""
         q, k = self.features(q, k, inputs)
         # Z is summed up in float64: what it is off by, all weights would be off by.
-        logits, valid = ops.repeated(k, q.shape[1]).double(), inputs.valid_now
-        v = ops.repeated(v, q.shape[1])
-        if valid is not None:  # padding may hold anything
-            hidden = ~valid[:, None, :, None]
-            logits, v = logits.masked_fill(hidden, NOTHING), v.masked_fill(hidden, 0.0)
-        total, decay = logits.logsumexp(2, keepdim=True), None
-        if causal:
+        logits, gates = ops.repeated(k, q.shape[1]).double(), Gates()
+        padding = None if inputs.valid_now is None else ~inputs.valid_now[:, None, :, None]
+        if padding is not None:  # which may hold anything
+            logits = logits.masked_fill(padding, NOTHING)
+        total = logits.logsumexp(2, keepdim=True)
+        if self.looks_back(inputs):
             before = inputs.recall("total")
             if before is None:
                 before = torch.full_like(logits[:, :, :1], NOTHING)
             totals = torch.cat((before, logits), dim=2).logcumsumexp(2)
-            total, decay = totals[:, :, 1:], (-totals.diff(dim=2)).clamp(max=0.0)
+            total, gates["log_decay"] = totals[:, :, 1:], (-totals.diff(dim=2)).clamp(max=0.0)
             inputs.remember("total", totals[:, :, -1:])
         shares = (logits - total).exp().to(q.dtype)
-        if valid is not None:
-            shares = shares.masked_fill(hidden, 0.0)
-        out, state = ops.recurrence(
-            q, shares, v, log_decay=decay, causal=causal, initial_state=inputs.recall("state")
-        )
-        if state is not None:
-            inputs.remember("state", state)
-        return out
+        return q, shares if padding is None else shares.masked_fill(padding, 0.0), gates
 
     def weigh(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
         """Σ_l p(l | t) p(s | l), latent by latent.

@@ -17,51 +17,52 @@ layer decays both ways.
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
+from jaxtyping import Float
 from torch import Tensor
 
-from attlas.catalog.registry import mechanism
-from attlas.errors import at_least_one
-from attlas.inputs import Inputs
 from attlas.bases.recurrent import Gates, RecurrentAttention
+from attlas.catalog.registry import mechanism
+from attlas.errors import UserError
+from attlas.inputs import Inputs
+from attlas.options import option
 from attlas.positions import ALiBi
 
 
 @mechanism("lightning-attention-2", aliases=("lightning-attention",))
 class LightningAttention(RecurrentAttention):
-    """Attention by products of queries and keys that decay with the distance.
+    """Attention by products of queries and keys that decay with the distance."""
 
-    Args:
-        layers: how many layers the model has, of which this is number `layer_idx`; unless given, all
-            layers forget alike.
-        slope_scale: a factor of all slopes; 0 forgets nothing.
-
-    Raises:
-        ValueError: a negative factor, or a layer that is none of `layers`.
-    """
-
+    supports = replace(RecurrentAttention.supports, cross=False)
     normalized = False
-    has_cross_form = False
-    log_decay: Tensor
 
-    def __init__(
-        self, dim: int, heads: int = 8, *args: Any, layers: int | None = None,
-        slope_scale: float = 1.0, layer_idx: int = 0, **options: Any,
-    ) -> None:  # fmt: skip
-        if slope_scale < 0:
-            raise ValueError(f"slope_scale must be at least 0, got {slope_scale}")
-        if layers is not None and not layer_idx < at_least_one("layers", layers):
-            raise ValueError(f"layers must be more than layer_idx={layer_idx}, got {layers}")
-        super().__init__(dim, heads, *args, layer_idx=layer_idx, **options)
-        share = 1.0 if layers is None else 1.0 - layer_idx / max(layers - 1, 1) + 1e-5
-        log_decay = -ALiBi(heads).slopes * (slope_scale * share)
+    layers: int | None = option(
+        "layers of the model, of which this is number layer_idx; unless given, all forget alike",
+        default=None, at_least=1,
+    )  # fmt: skip
+    slope_scale: float = option("factor of all slopes; 0 forgets nothing", default=1.0, at_least=0)
+
+    def setup(self) -> None:
+        """The decays."""
+        super().setup()
+        self.log_decay: Tensor
+        log_decay = log_decays(self.heads, self.layer_idx, self.layers) * self.slope_scale
         self.register_buffer("log_decay", log_decay, persistent=False)
-
-    def features(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """Queries and keys as they are."""
-        return q, k
 
     def gates(self, k: Tensor, inputs: Inputs) -> Gates:
         """A decay for each head."""
         return {"log_decay": self.log_decay}
+
+
+def log_decays(heads: int, layer_idx: int, layers: int | None) -> Float[Tensor, " heads"]:
+    """−λ of every head of a layer; λ of the first layer where the model's `layers` are not told.
+
+    Raises:
+        ValueError: a layer that is none of `layers`.
+    """
+    if layers is None:
+        return -ALiBi(heads).slopes
+    if layer_idx >= layers:
+        raise UserError(f"layers must be more than layer_idx={layer_idx}, got {layers}")
+    return -ALiBi(heads).slopes * (1.0 - layer_idx / max(layers - 1, 1) + 1e-5)

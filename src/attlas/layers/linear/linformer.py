@@ -15,17 +15,20 @@ are mixed.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
+from attlas import ops
 from attlas.attention import Attention
 from attlas.catalog.registry import Reduction, mechanism
-from attlas.errors import at_least_one
+from attlas.errors import UserError, at_least_one
 from attlas.inputs import Inputs
-from attlas.masks import Mask
+from attlas.options import option
+from attlas.supports import Supports
 
 
 class Projection(nn.Module):
@@ -74,66 +77,65 @@ def _identities(layer: Any, plain: Any) -> None:
     "softmax", {"rank": 11, "max_length": 11}, _identities,
 ), example={"rank": 4, "max_length": 1024})  # fmt: skip
 class Linformer(Attention):
-    """Attention to a fixed number of mixtures of the tokens; bidirectional.
+    """Attention to a fixed number of mixtures of the tokens; bidirectional."""
 
-    Args:
-        rank: mixtures of all tokens, k.
-        max_length: most tokens that a sequence may have, n.
-        per_head: whether every key head has an E and F of its own.
-        share_kv: whether F is E.
-        projection: E and F of another layer, to be shared with it, instead of these.
+    supports = Supports(causal=False, masks="padding")
+    changes = ("project", "aggregate")  # `attend` mixes keys and values, and sums the mixtures
+    beyond = ("normalize: the weights of mixtures, told as those of the tokens that are mixed",)
 
-    Raises:
-        ValueError: a rank or length below 1, more tokens than `max_length`, or a shared projection
-            with other sizes, or a position encoding that adds to scores.
-    """
+    rank: int = option("mixtures of all tokens, k", default=128, at_least=1)
+    max_length: int = option("most tokens of a sequence, n", default=512, at_least=1)
+    per_head: bool = option("whether every key head has an E and F of its own", default=False)
+    share_kv: bool = option("whether F is E", default=False)
+    shared_projection: Projection | None = option(
+        "E and F of another layer, which this one shares, instead of its own",
+        default=None, alias="projection",
+    )  # fmt: skip
 
-    has_causal_form = False
-    takes_masks = "padding"
-
-    def __init__(
-        self, dim: int, heads: int = 8, *args: Any, rank: int = 128, max_length: int = 512,
-        per_head: bool = False, share_kv: bool = False, projection: Projection | None = None,
-        **options: Any,
-    ) -> None:  # fmt: skip
-        super().__init__(dim, heads, *args, **options)
-        if self.score_mod is not None:
-            raise ValueError("position: a bias on scores has no place where tokens are mixed")
-        own = self.kv_heads if per_head else 1
-        self.projection = projection or Projection(max_length, rank, own, share_kv)
-        if projection is not None and projection.keys.shape[0] not in (1, self.kv_heads):
-            raise ValueError(
-                f"projection must have 1 or kv_heads={self.kv_heads} of each matrix, "
-                f"got {projection.keys.shape[0]}"
-            )
-
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
-    ) -> Tensor:
-        """One fused call on the mixtures.
+    def setup(self) -> None:
+        """E and F.
 
         Raises:
-            ValueError: more tokens than the projection takes.
+            ValueError: a shared projection for other heads, or a position that adds to scores.
         """
+        super().setup()
+        if self.score_mod is not None:
+            raise UserError("position: a bias on scores has no place where tokens are mixed")
+        own = self.kv_heads if self.per_head else 1
+        self.projection = self.shared_projection or Projection(
+            self.max_length, self.rank, own, self.share_kv
+        )
+        heads = self.projection.keys.shape[0]
+        if heads not in (1, self.kv_heads):
+            raise UserError(
+                f"projection must have 1 or kv_heads={self.kv_heads} of each matrix, got {heads}"
+            )
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
+        """One fused call on the mixtures, all of which every query sees."""
         keys, values = self.mixing(k, inputs)
         return self.fused(q, keys @ _shown(k, inputs), values @ _shown(v, inputs), None)
 
     def weigh(
         self, q: Tensor, k: Tensor, inputs: Inputs
     ) -> Float[Tensor, "batch heads queries keys"]:
-        """softmax(Q K'ᵀ / √d) F."""
+        """softmax(Q K'ᵀ / √d) F, the weights of the tokens that are mixed."""
         keys, values = self.mixing(k, inputs)
-        weights = super().weigh(q, keys @ _shown(k, inputs), None, inputs)
-        whole = weights @ ops.repeated(values.expand(-1, self.kv_heads, -1, -1), q.shape[1])
+        of_mixtures = super().weigh(q, keys @ _shown(k, inputs), replace(inputs, pairs=None))
+        whole = of_mixtures @ ops.repeated(values.expand(-1, self.kv_heads, -1, -1), q.shape[1])
         return _shown(whole.mT, inputs).mT
 
     def mixing(
         self, k: Tensor, inputs: Inputs
     ) -> tuple[Float[Tensor, "rows own rank keys"], Float[Tensor, "rows own rank keys"]]:
-        """E and F at the positions of these keys."""
+        """E and F at the positions of these keys.
+
+        Raises:
+            ValueError: more tokens than the projection takes.
+        """
         most = self.projection.max_length
         if k.shape[2] > most:
-            raise ValueError(f"x must have at most max_length={most} tokens, got {k.shape[2]}")
+            raise UserError(f"x must have at most max_length={most} tokens, got {k.shape[2]}")
         keys, values = self.projection(inputs.key_positions.clamp(0, most - 1))
         return keys, values
 

@@ -32,9 +32,9 @@ from torch.utils.checkpoint import checkpoint
 from attlas import masks, ops
 from attlas.attention import Attention
 from attlas.catalog.registry import Reduction, mechanism
-from attlas.errors import at_least_one
 from attlas.inputs import Inputs
 from attlas.masks import Mask
+from attlas.options import option
 
 #: Queries whose weights are in memory at a time.
 QUERIES = 128
@@ -44,25 +44,18 @@ QUERIES = 128
     "softmax", {"ridge": math.inf}, lambda layer, plain: plain.load_state_dict(layer.state_dict())
 ))  # fmt: skip
 class LocalLinear(Attention):
-    """Attention that fits a slope for every query besides the mean of the values.
+    """Attention that fits a slope for every query besides the mean of the values."""
 
-    Args:
-        ridge: λ, how much a slope must explain; infinite for none.
-        steps: most steps of the conjugate gradients; twice `head_dim` unless given.
+    changes = ("score", "aggregate")  # a line is fitted instead of a mean, its slope within weights
+    beyond = ("normalize: the slope is worked out from weights that sum to 1, and changes them",)
 
-    Raises:
-        ValueError: a λ that is not above 0, or steps below 1.
-    """
-
-    def __init__(
-        self, dim: int, heads: int = 8, *args: Any, ridge: float = 0.1, steps: int | None = None,
-        **options: Any,
-    ) -> None:  # fmt: skip
-        if not ridge > 0:
-            raise ValueError(f"ridge must be above 0, got {ridge}")
-        super().__init__(dim, heads, *args, **options)
-        self.ridge = ridge
-        self.steps = 2 * self.head_dim if steps is None else at_least_one("steps", steps)
+    ridge: float = option(
+        "λ, how much a slope must explain; infinite for none", default=0.1, above=0
+    )
+    steps: int = option(
+        "most steps of the conjugate gradients; twice head_dim unless given", at_least=1,
+        factory=lambda layer: 2 * layer.head_dim,
+    )  # fmt: skip
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
@@ -70,17 +63,18 @@ class LocalLinear(Attention):
         """Some queries at a time, of whose weights none is kept."""
 
         def some(
-            q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, offset: int
+            q: Tensor, k: Tensor, v: Tensor, pairs: Mask | Tensor | None, offset: int
         ) -> Tensor:
-            return self.aggregate(self.weights_of(q, k, mask, offset).to(v.dtype), v)
+            weights = self.weights_of(q, k, pairs, offset).to(v.dtype)
+            return self.aggregate(weights, v, inputs)
 
-        parts, before = [], k.shape[2] - q.shape[2]
+        parts, before, pairs = [], k.shape[2] - q.shape[2], inputs.pairs
         for start in range(0, q.shape[2], QUERIES):
             rows = slice(start, start + QUERIES)
             # Of causal queries all later keys are hidden, and left out.
-            seen = slice(before + start + QUERIES if mask == masks.causal else None)
-            cut = isinstance(mask, Tensor) and mask.shape[2] > 1
-            own = mask[:, :, rows] if cut else mask  # type: ignore[index]
+            seen = slice(before + start + QUERIES if pairs == masks.causal else None)
+            cut = isinstance(pairs, Tensor) and pairs.shape[2] > 1
+            own = pairs[:, :, rows] if cut else pairs  # type: ignore[index]
             call = q[:, :, rows], k[:, :, seen], v[:, :, seen], own, before + start
             parts.append(checkpoint(some, *call, use_reentrant=False) if torch.is_grad_enabled()
                          else some(*call))  # fmt: skip
@@ -90,16 +84,16 @@ class LocalLinear(Attention):
         self, q: Tensor, k: Tensor, inputs: Inputs
     ) -> Float[Tensor, "batch heads queries keys"]:
         """The weights of all pairs."""
-        return self.weights_of(q, k, mask, k.shape[2] - q.shape[2]).to(q.dtype)
+        return self.weights_of(q, k, inputs.pairs, k.shape[2] - q.shape[2]).to(q.dtype)
 
     def weights_of(
-        self, q: Tensor, k: Tensor, mask: Mask | Tensor | None, offset: int
+        self, q: Tensor, k: Tensor, pairs: Mask | Tensor | None, offset: int
     ) -> Float[Tensor, "batch heads queries keys"]:
         """Weights of queries of which `offset` keys stand before the first, in float32 at least."""
         dtype = torch.promote_types(q.dtype, torch.float32)
         q, k = q.to(dtype), k.to(dtype)
-        p = self.normalize(ops.scores_of(
-            q, k, scale=self.scale, mask=mask, score_mod=self.score_mod, q_offset=offset
+        p = ops.softmax(ops.scores_of(
+            q, k, scale=self.scale, mask=pairs, score_mod=self.score_mod, q_offset=offset
         ))  # fmt: skip
         return sloped(p, k, slope(p, k, q, self.ridge, self.steps))
 

@@ -19,7 +19,7 @@ serve afterwards, so that a token's answer rests on nothing behind it; `calibrat
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import torch
 from einops import rearrange
@@ -31,7 +31,7 @@ from attlas.bases.exponential_keys import ExponentialKeys
 from attlas.bases.packing import at_places, place, ranks
 from attlas.catalog.registry import mechanism
 from attlas.inputs import Inputs
-from attlas.masks import Mask
+from attlas.options import option
 
 #: Of the line that log-variances of sums of exponentials lie on.
 A, B = 0.14855178144710912, -0.35487039130661086
@@ -39,41 +39,31 @@ A, B = 0.14855178144710912, -0.35487039130661086
 
 @mechanism("linear-log-normal-attention", aliases=("lln-attention",))
 class LinearLogNormalAttention(ExponentialKeys):
-    """Linear attention matched to softmax's moments, averaged with softmax within blocks.
+    """Linear attention matched to softmax's moments, averaged with softmax within blocks."""
 
-    Args:
-        blocks: whether the blocks on the diagonal take part.
-        momentum: share of a training pass in the running deviations.
-        eps: added to the sum that divides.
+    supports = replace(ExponentialKeys.supports, cross=False)
+    beyond = ("position: while training, the deviations of queries and keys are measured here",)
 
-    Raises:
-        ValueError: a momentum outside [0, 1], an ε below 0, a position encoding that adds to scores.
-    """
+    blocks: bool = option("whether the blocks on the diagonal take part", default=True)
+    momentum: float = option(
+        "share of a training pass in the running deviations", default=0.1, at_least=0, at_most=1
+    )
+    eps: float = option("added to the sum that divides", default=1e-5, at_least=0)
 
-    has_cross_form = False
-    q_std: Tensor
-    k_std: Tensor
-
-    def __init__(
-        self, dim: int, heads: int = 8, *args: Any, blocks: bool = True, momentum: float = 0.1,
-        eps: float = 1e-5, **options: Any,
-    ) -> None:  # fmt: skip
-        if not 0 <= momentum <= 1:
-            raise ValueError(f"momentum must lie in [0, 1], got {momentum}")
-        if eps < 0:
-            raise ValueError(f"eps must be at least 0, got {eps}")
-        super().__init__(dim, heads, *args, **options)
-        self.blocks, self.momentum, self.eps = blocks, momentum, eps
+    def setup(self) -> None:
+        """The running deviations."""
+        super().setup()
+        self.q_std: Tensor
+        self.k_std: Tensor
         for name in ("q_std", "k_std"):
             self.register_buffer(name, torch.ones(()))
 
-    def prepare(self, *args: Any, **options: Any) -> Any:
-        """The stages before the scores; while training, deviations are taken note of."""
-        prepared = super().prepare(*args, **options)
+    def position(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """Queries and keys that know where they stand, by whose deviations the running ones move."""
+        q, k = super().position(q, k, inputs)
         if self.training:
-            q, k, *_, inputs = prepared
             self.calibrate(q, k, inputs.valid_now, self.momentum)
-        return prepared
+        return q, k
 
     @torch.no_grad()
     def calibrate(
@@ -90,14 +80,10 @@ class LinearLogNormalAttention(ExponentialKeys):
         q = alpha.to(q.dtype) * q
         return (q - q.amax(-1, keepdim=True)).exp(), beta.to(k.dtype) * k
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
-    ) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
         """The recurrence, and the blocks."""
         out = super().attend(q, k, v, inputs)
-        if not self.blocks:
-            return out
-        return (out + self.diagonal(q, k, v, self.looks_back(inputs), inputs)) / 2
+        return (out + self.diagonal(q, k, v, inputs)) / 2 if self.blocks else out
 
     def weigh(
         self, q: Tensor, k: Tensor, inputs: Inputs
@@ -115,7 +101,7 @@ class LinearLogNormalAttention(ExponentialKeys):
         return (weights + ops.softmax(scores.masked_fill(~visible, -torch.inf))) / 2
 
     def diagonal(
-        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, inputs: Inputs
+        self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
     ) -> Float[Tensor, "batch heads tokens width"]:
         """Softmax attention within blocks of `head_dim` valid tokens; a cache keeps the last block."""
         (batch, _, tokens, _), size = q.shape, self.head_dim
@@ -141,10 +127,9 @@ class LinearLogNormalAttention(ExponentialKeys):
         )
         here = torch.arange(slots, device=q.device).expand(batch, -1) < count
         shown = rearrange(here, "b (n s) -> (b n) 1 1 s", s=size).expand(-1, -1, size, -1)
+        shown = shown.tril() if self.looks_back(inputs) else shown
         keys, values = keys.chunk(2, dim=-1)
-        out = ops.attend(
-            queries, keys, values, mask=shown.tril() if causal else shown, scale=size**-0.5
-        )
+        out = ops.attend(queries, keys, values, mask=shown, scale=size**-0.5)
         whole = rearrange(out, "(b n) h s d -> b (n s) (h d)", b=batch)
         return self.split_heads(at_places(whole, at))
 
@@ -162,33 +147,3 @@ def matched(q_std: Tensor, k_std: Tensor) -> tuple[Tensor, Tensor]:
     least = torch.finfo(q_std.dtype).tiny ** 0.5
     sigma = (((q_std * k_std).square() - B) / (2 * A)).sqrt()
     return sigma / q_std.clamp(min=least), sigma / k_std.clamp(min=least)
-
-
-def entropy(weights: Float[Tensor, "*rows keys"]) -> Float[Tensor, "*rows"]:
-    """Entropy of every query's weights, in nats."""
-    found: Tensor = torch.special.entr(weights).sum(-1)
-    return found
-
-
-def log_variance(weights: Float[Tensor, "*rows keys"]) -> Float[Tensor, "*rows"]:
-    """Variance of the logarithms of every query's positive weights."""
-    logs = weights.clamp(min=torch.finfo(weights.dtype).tiny).log()
-    shown = weights > 0
-    count = shown.sum(-1)
-    mean = torch.where(shown, logs, 0.0).sum(-1) / count
-    return torch.where(shown, logs - mean[..., None], 0.0).square().sum(-1) / (count - 1)
-
-
-def log_normality(weights: Float[Tensor, "*rows keys"]) -> float:
-    """Kolmogorov's distance between the standardised logarithms of all weights and a normal law."""
-    logs = weights[weights > 0].log().sort().values
-    normal = torch.special.ndtr((logs - logs.mean()) / logs.std())
-    steps = torch.arange(len(logs) + 1, device=logs.device) / len(logs)
-    return float(torch.maximum((normal - steps[1:]).abs(), (normal - steps[:-1]).abs()).max())
-
-
-def spectral_gap(weights: Float[Tensor, "*rows tokens tokens"]) -> Float[Tensor, "*rows"]:
-    """1 − |λ₂| of a matrix of weights, whose largest eigenvalue is 1."""
-    sizes = torch.linalg.eigvals(weights).abs().sort(-1, descending=True).values
-    gap: Tensor = 1.0 - sizes[..., 1]
-    return gap

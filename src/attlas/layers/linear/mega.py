@@ -21,113 +21,107 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any, ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from attlas import masks, ops
-from attlas.attention import Attention, Prepared
+from attlas import masks
+from attlas.attention import Attention
 from attlas.bases.damped_ema import DampedEMA
 from attlas.bases.packing import at_places, place, ranks
 from attlas.catalog.registry import mechanism
-from attlas.errors import UnknownName, at_least_one
+from attlas.errors import UserError
 from attlas.inputs import Inputs
-from attlas.masks import Mask
+from attlas.options import option
 from attlas.positions import ScoreMod
 from attlas.positions.base import additive, relative
-
-Weights = Literal["softmax", "relu2", "laplace"]
-Bias = Literal["simple", "rotary"]
+from attlas.supports import Supports
 
 
 @mechanism("mega", example={"heads": 1})
 class Mega(Attention):
-    """Gated attention of one head on a moving average.
+    """Gated attention of one head on a moving average."""
 
-    Args:
-        head_dim: z, the width of queries and keys; dim / 4 unless given.
-        values: width of the values; 2 · dim unless given.
-        ema: values that the average keeps for each channel.
-        weights_by: f.
-        relative: "simple", a trained number for each distance, or "rotary".
-        max_positions: distances of the former.
-        prenorm: a LayerNorm of x before everything but the last ⊙ x.
-
-    Raises:
-        ValueError: more heads than one; a cache, or the causal mask, without `causal=True`.
-    """
-
-    has_cross_form = False
-    has_own_position = True
-    takes_masks = "padding"
+    supports = Supports(cross=False, position=False, masks="padding")
+    changes = ("position",)  # biases of distances, within score and score_mod
     expected_failures: ClassVar[dict[str, str]] = {
         "static-cache": "its layers have no room for the state of the moving average"
     }
 
-    def __init__(
-        self, dim: int, heads: int = 1, *args: Any, values: int | None = None, ema: int = 16,
-        weights_by: Weights = "softmax", relative: Bias = "simple", max_positions: int = 1024,
-        prenorm: bool = False, bias: bool = True, **options: Any,
-    ) -> None:  # fmt: skip
-        for option, allowed in ((weights_by, Weights), (relative, Bias)):
-            if option not in get_args(allowed):
-                name = "weights_by" if allowed is Weights else "relative"
-                raise UnknownName(name, option, get_args(allowed))
-        self.values = 2 * dim if values is None else at_least_one("values", values)
-        self.ema, self.prenorm = at_least_one("ema", ema), prenorm
-        self.weights_by, self.relative = weights_by, relative
-        self.max_positions = at_least_one("max_positions", max_positions)
-        if options.get("head_dim") is None:
-            options["head_dim"] = max(2, dim // 8 * 2)
-        super().__init__(dim, heads, *args, bias=self.bias, **options)
-        if self.heads != 1:
-            raise ValueError(f"heads must be 1, got {heads}: the reset gate is what more would do")
-        if relative == "rotary" and self.head_dim % 2:
-            raise ValueError(f"head_dim must be even for relative='rotary', got {self.head_dim}")
+    heads: int = option("query heads: one", default=1, at_least=1, kw_only=False)
+    head_dim: int = option(
+        "z, width of queries and keys; dim / 4 unless given", at_least=1, kw_only=False,
+        factory=lambda layer: max(2, layer.dim // 8 * 2),
+    )  # fmt: skip
+    bias: bool = option("whether the projections have one", default=True)
+    values: int = option(
+        "width of the values; 2 dim unless given", factory=lambda layer: 2 * layer.dim, at_least=1
+    )
+    ema: int = option("values that the average keeps for each channel", default=16, at_least=1)
+    weights_by: Literal["softmax", "relu2", "laplace"] = option("f", default="softmax")
+    relative: Literal["simple", "rotary"] = option(
+        "b: a trained number for each distance, or rotated vectors", default="simple"
+    )
+    max_positions: int = option(
+        "distances that have a number of their own", default=1024, at_least=1
+    )
+    prenorm: bool = option("a LayerNorm of x before everything but the last ⊙ x", default=False)
 
-    def make_projections(self) -> None:
-        """The average, projections that start small, and the biases of distances."""
-        dim, z = self.dim, self.head_dim
-        self.average = DampedEMA(dim, self.ema, both_ways=not self.causal)
-        self.norm = nn.LayerNorm(dim) if self.prenorm else nn.Identity()
-        self.v_proj = nn.Linear(dim, self.values, bias=self.bias)
-        self.mixed_proj = nn.Linear(dim, dim + z + self.values + dim, bias=self.bias)
-        self.o_proj = nn.Linear(self.values, dim, bias=self.bias)
-        for projection in (self.v_proj, self.mixed_proj, self.o_proj):
-            nn.init.normal_(projection.weight, std=0.02)
-            if bias:
-                nn.init.zeros_(projection.bias)
+    def setup(self) -> None:
+        """What makes queries and keys of z, and the biases of distances.
+
+        Raises:
+            ValueError: more heads than one, or an odd width that cannot be rotated.
+        """
+        super().setup()
+        if self.heads != 1:
+            raise UserError(
+                f"heads must be 1, got {self.heads}: the reset gate is what more would do"
+            )
+        rotary, z = self.relative == "rotary", self.head_dim
+        if rotary and z % 2:
+            raise UserError(f"head_dim must be even for relative='rotary', got {z}")
         self.gain = nn.Parameter(0.02 * torch.randn(2, z))
         self.shift = nn.Parameter(torch.zeros(2, z))
-        shape = (2, z) if self.relative == "rotary" else (2 * self.max_positions - 1,)
+        shape = (2, z) if rotary else (2 * self.max_positions - 1,)
         self.distance = nn.Parameter(0.02 * torch.randn(shape))
         self.scale = 1.0  # queries carry it, since τ may differ from one to the next
 
+    def make_projections(self) -> None:
+        """The average, and projections that start small."""
+        self.average = DampedEMA(self.dim, self.ema, both_ways=not self.causal)
+        self.norm = nn.LayerNorm(self.dim) if self.prenorm else nn.Identity()
+        mixed = self.dim + self.head_dim + self.values + self.dim
+        self.v_proj = nn.Linear(self.dim, self.values, bias=self.bias)
+        self.mixed_proj = nn.Linear(self.dim, mixed, bias=self.bias)
+        self.o_proj = nn.Linear(self.values, self.dim, bias=self.bias)
+        for projection in (self.v_proj, self.mixed_proj, self.o_proj):
+            nn.init.normal_(projection.weight, std=0.02)
+            if self.bias:
+                nn.init.zeros_(projection.bias)
+
     def project(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries with the gates of their tokens behind them, keys and values."""
+        """Queries and keys of averages, values; gates are noted for the output."""
         if not self.causal and (inputs.cache is not None or inputs.mask == masks.causal):
             which = "mask" if inputs.cache is None else "cache"
-            raise ValueError(f"{which}: causal=False averages over what comes after a token")
+            raise UserError(f"{which}: causal=False averages over what comes after a token")
         x = self.norm(inputs.x)
         averaged, state = self.average(x, inputs.valid_now, inputs.recall("average"))
         if state is not None:
             inputs.remember("average", state)
-        mixed = self.mixed_proj(averaged)
-        update, z, rest = mixed.split([self.dim, self.head_dim, self.values + self.dim], dim=-1)
-        q, k = (silu(z) * gain + shift for gain, shift in zip(self.gain, self.shift, strict=True))
+        widths = [self.dim, self.head_dim, self.values, self.dim]
+        names = ("update", "z", "reset", "own")
+        inputs.notes.update(
+            zip(names, self.mixed_proj(averaged).split(widths, dim=-1), strict=True)
+        )
+        z = silu(inputs.notes["z"])
+        q, k = (z * gain + shift for gain, shift in zip(self.gain, self.shift, strict=True))
         if self.weights_by == "softmax":
             q = q * self.head_dim**-0.5
-        q = torch.cat((q, update, rest), dim=-1)
         return q[:, None], k[:, None], silu(self.v_proj(x))[:, None]
-
-    def prepare(self, *args: Any, **options: Any) -> Prepared:
-        """As ever; gates go to `inputs`, where the output finds them."""
-        q, k, v, mask, inputs = super().prepare(*args, **options)
-        q, gates = q.split([self.head_dim, q.shape[-1] - self.head_dim], dim=-1)
-        return q, k, v, mask, replace(inputs, extras={"gates": gates[:, 0]})
 
     @property
     def score_mod(self) -> ScoreMod | None:
@@ -139,6 +133,13 @@ class Mega(Attention):
         far = len(self.distance) // 2
         number = relative(q_idx, kv_idx).clamp(-far, far) + far
         return score + self.distance[number].to(score.dtype)
+
+    def score(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
+        """q kᵀ / τ, and the bias that rotated vectors give."""
+        if self.weights_by != "softmax":
+            seen = inputs.visible(q, k)
+            q = q / (k.shape[2] if seen is None else seen.sum(-1, keepdim=True).clamp(min=1))
+        return super().score(q, k, inputs)
 
     def features(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Queries and keys, longer by the rotated vectors whose product is the bias of a distance."""
@@ -154,26 +155,17 @@ class Mega(Attention):
             return scores.relu().square()
         if self.weights_by == "laplace":
             return (1 + torch.erf((scores - 0.5**0.5) * (2 * math.pi) ** 0.5)) / 2
-        return super().normalize(scores)
+        return super().normalize(scores, inputs)
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
-    ) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
         """One fused call for a softmax, else all pairs."""
         if self.weights_by == "softmax":
             return self.fused(*self.features(q, k, inputs), v, inputs.pairs)
-        return self.aggregate(Mega.weigh(self, q, k, mask, inputs), v)
-
-    def weigh(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
-        """The weights of all pairs."""
-        if self.weights_by != "softmax":
-            seen = inputs.visible(q, k)
-            q = q / (k.shape[2] if seen is None else seen.sum(-1, keepdim=True).clamp(min=1))
-        return super().weigh(q, k, inputs)
+        return self.aggregate(Mega.weigh(self, q, k, inputs), v, inputs)
 
     def output(self, heads: Tensor, inputs: Inputs) -> Tensor:
         """What the reset gate lets through, and as much of it as the update gate takes in."""
-        update, reset, own = inputs.extras["gates"].split([self.dim, self.values, self.dim], dim=-1)
+        update, reset, own = (inputs.notes[name] for name in ("update", "reset", "own"))
         h = silu(own + self.o_proj(heads[:, 0] * silu(reset)))
         y: Tensor = inputs.x + update.sigmoid() * (h - inputs.x)
         return y
@@ -189,24 +181,24 @@ def _rotated(vector: Float[Tensor, " z"], places: int) -> Float[Tensor, "places 
 
 @mechanism("mega-chunk", paper="mega", example={"heads": 1, "chunk": 4})
 class MegaChunk(Mega):
-    """Mega whose tokens attend within chunks; the average alone goes on from one to the next.
+    """Mega whose tokens attend within chunks; the average alone goes on from one to the next."""
 
-    Args:
-        chunk: tokens of a chunk.
-    """
-
-    keeps_keys = False
+    supports = replace(Mega.supports, cache="state")
     expected_failures: ClassVar[dict[str, str]] = {}
 
-    def __init__(
-        self, dim: int, heads: int = 1, *args: Any, chunk: int = 128, **options: Any
-    ) -> None:
-        self.chunk = at_least_one("chunk", chunk)
-        super().__init__(dim, heads, *args, **{"max_positions": chunk, **options})
+    max_positions: int = option(
+        "distances that have a number of their own; as many as a chunk unless given",
+        factory=lambda layer: 0, at_least=1,
+    )  # fmt: skip
+    chunk: int = option("tokens of a chunk", default=128, at_least=1)
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
-    ) -> Tensor:
+    def setup(self) -> None:
+        """As many distances as a chunk has, unless others were asked for."""
+        # Worked out here, before they are made, since `chunk` is set after the options of Mega.
+        self.max_positions = self.max_positions or self.chunk
+        super().setup()
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
         """Chunk by chunk, from the unfinished one in the cache on."""
         names, valid = ("chunk keys", "chunk values"), inputs.valid_now
         if valid is None:
@@ -231,7 +223,7 @@ class MegaChunk(Mega):
         used = (torch.arange(slots, device=k.device) < last).view(-1, self.chunk)
         # Behind the last token nothing is visible to a causal query anyway.
         inside = masks.causal if self.causal else masks.padding(used)
-        out = super().attend(q, k, v, inside, inputs)
+        out = super().attend(q, k, v, replace(inputs, pairs=inside))
         return at_places(out.reshape(len(at), slots, -1), at)[:, None]
 
     def weigh(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
@@ -245,6 +237,6 @@ class MegaChunk(Mega):
         valid = inputs.valid_now
         at = torch.arange(k.shape[2], device=k.device)[None] if valid is None else ranks(valid)
         number = at.div(self.chunk, rounding_mode="floor")[:, None]
-        same = number[..., :, None] == number[..., None, :]
-        visible = inputs.visible(q, k)
-        return super().weigh(q, k, same if visible is None else same & visible, inputs)
+        same, visible = number[..., :, None] == number[..., None, :], inputs.visible(q, k)
+        same = same if visible is None else same & visible
+        return super().weigh(q, k, replace(inputs, pairs=same))

@@ -19,28 +19,29 @@ the norm is a LayerNorm of each head, and that the layer has no output gate, is 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from attlas.bases.exponential_keys import ExponentialKeys
+from attlas.bases.recurrent import Gates
 from attlas.catalog.registry import mechanism
 from attlas.inputs import Inputs
-from attlas.bases.recurrent import Gates
 
 
 @mechanism("regla")
 class ReGLA(ExponentialKeys):
     """Linear attention with refined gates over bounded exponential features."""
 
+    supports = replace(ExponentialKeys.supports, bidirectional=False, cross=False)
+    beyond = ("output: the norm that stands for the divisor is a LayerNorm of each head",)
     normalized = False
-    has_two_sided_form = False
-    has_cross_form = False
 
-    def make_projections(self) -> None:
-        """Projections, the gate and what refines it, each head's norm."""
-        super().make_projections()
+    def setup(self) -> None:
+        """The gate and what refines it, and each head's norm."""
+        super().setup()
         self.gate_proj = nn.Linear(self.dim, self.kv_heads * self.head_dim)
         self.refine_proj = nn.Linear(self.dim, self.kv_heads * self.head_dim)
         self.norm = nn.LayerNorm(self.head_dim)

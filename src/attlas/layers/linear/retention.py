@@ -11,33 +11,32 @@ Source: "Retentive Network: A Successor to Transformer for Large Language Models
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from attlas.bases.recurrent import Gates, RecurrentAttention
 from attlas.catalog.registry import mechanism
 from attlas.inputs import Inputs
-from attlas.bases.recurrent import Gates, RecurrentAttention
 
 
 @mechanism("retention", paper="")
 class Retention(RecurrentAttention):
     """Attention whose weights decay by a head's own factor for every token in between."""
 
+    supports = replace(RecurrentAttention.supports, cross=False)
     normalized = False
-    has_cross_form = False
-    log_decay: Tensor
 
-    def make_projections(self) -> None:
-        """Projections, the gate, each head's norm and decay."""
-        super().make_projections()
+    def setup(self) -> None:
+        """The gate, each head's norm and decay."""
+        super().setup()
+        self.scale = self.head_dim**-0.5
         self.gate_proj = nn.Linear(self.dim, self.heads * self.head_dim, bias=self.bias)
         self.norm = nn.RMSNorm(self.head_dim, eps=1e-5, elementwise_affine=False)
+        self.log_decay: Tensor
         self.register_buffer("log_decay", _decays(self.heads), persistent=False)
-
-    def features(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """Queries over √d, and keys, as they are."""
-        return q * self.head_dim**-0.5, k
 
     def gates(self, k: Tensor, inputs: Inputs) -> Gates:
         """A decay for each head."""

@@ -22,10 +22,11 @@ authors' program, which clamps scores at 5 before it exponentiates them, whereve
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from itertools import combinations_with_replacement
 from math import factorial, prod
-from typing import Any, Literal, get_args
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -33,72 +34,74 @@ from torch import Tensor, nn
 from torch.nn.functional import elu, relu
 
 from attlas import ops
-from attlas.catalog.registry import Reduction, mechanism
-from attlas.inputs import Inputs
+from attlas.attention import Attention
 from attlas.bases.recurrent import Gates, RecurrentAttention
-from attlas.masks import Mask
-
-Kernel = Literal["exp", "elu", "relu"]
-Divisor = Literal["sum", "length", "none"]
+from attlas.catalog.registry import Reduction, mechanism
+from attlas.errors import UserError
+from attlas.inputs import Inputs
+from attlas.options import option
 
 
 @mechanism("softmax-as-rnn", reduces_to=Reduction(
     "softmax", {"order": None}, lambda layer, plain: plain.load_state_dict(layer.state_dict()),
 ))  # fmt: skip
 class SoftmaxAsRNN(RecurrentAttention):
-    """Softmax attention up to a power of the scores, or with another kernel or divisor.
+    """Softmax attention up to a power of the scores, or with another kernel or divisor."""
 
-    Args:
-        order: highest power that is kept, None for all; of the kernel "exp" alone.
-        kernel: weight of a pair before it is divided.
-        divisor: what weights are divided by.
-        gate: whether outputs are gated.
-        norm: whether outputs are normalised.
-        clamp: most that a score may be before it is exponentiated; None for no bound.
+    supports = replace(RecurrentAttention.supports, masks="padding")
+    beyond = ("output: the paper's studies gate or normalise the heads in the divisor's place",)
 
-    Raises:
-        ValueError: an unknown kernel or divisor, a negative order, an odd one whose sum may be
-            negative, a clamp of a series, or a position encoding that adds to scores.
-    """
+    order: int | None = option(
+        "highest power that is kept, None for all; of the kernel 'exp' alone", default=2, at_least=0
+    )
+    kernel: Literal["exp", "elu", "relu"] = option(
+        "weight of a pair before it is divided", default="exp"
+    )
+    divisor: Literal["sum", "length", "none"] = option("what divides weights", default="sum")
+    gated: bool = option("whether outputs are gated", default=False, alias="gate")
+    normed: bool = option("whether outputs are normalised", default=False, alias="norm")
+    clamp: float | None = option(
+        "most that a score may be before it is exponentiated; None for no bound", default=None
+    )
 
-    takes_masks = "padding"
+    def setup(self) -> None:
+        """What stands in the divisor's place.
 
-    def __init__(
-        self, dim: int, heads: int = 8, *args: Any, order: int | None = 2, kernel: Kernel = "exp",
-        divisor: Divisor = "sum", gate: bool = False, norm: bool = False, clamp: float | None = None,
-        **options: Any,
-    ) -> None:  # fmt: skip
-        for name, got, takes in (("kernel", kernel, Kernel), ("divisor", divisor, Divisor)):
-            if got not in get_args(takes):
-                raise ValueError(f"{name} must be one of {list(get_args(takes))}, got {got!r}")
-        if order is not None and (
-            order < 0 or (order % 2 and divisor == "sum" and kernel == "exp")
-        ):
-            raise ValueError(f"order must be even and at least 0 for a positive sum, got {order}")
-        if clamp is not None and (order is not None or kernel != "exp"):
-            raise ValueError(f"clamp is for order=None and kernel='exp', got {clamp}")
-        self.order, self.kernel, self.divisor, self.clamp = order, kernel, divisor, clamp
-        self.gated, self.normed = gate, norm
-        self.pairwise = kernel == "exp" and order is None
-        super().__init__(dim, heads, *args, **options)
+        Raises:
+            ValueError: an odd order, whose sum may be negative; or a clamp where nothing is clamped.
+        """
+        super().setup()
+        if self.kernel == "exp" and self.divisor == "sum" and self.order and self.order % 2:
+            raise UserError(f"order must be even for a positive sum, got {self.order}")
+        if self.clamp is not None and not self.pairwise:
+            raise UserError(f"clamp is for order=None and kernel='exp', got {self.clamp}")
         self.scale = self.head_dim**-0.5 if self.pairwise else 1.0
-        self.normalized, self.keeps_keys = divisor == "sum", self.pairwise
-
-    def make_projections(self) -> None:
-        """Projections, and what stands in the divisor's place."""
-        super().make_projections()
+        self.normalized = self.divisor == "sum"
         if self.gated:
             self.gate_proj = nn.Linear(self.dim, self.heads)
         if self.normed:
             self.norm = nn.RMSNorm(self.head_dim)
 
+    @property
+    def pairwise(self) -> bool:
+        """Whether all powers are kept, so that the exponential of every pair is needed."""
+        return self.kernel == "exp" and self.order is None
+
+    @property
+    def keeps_keys(self) -> bool:
+        """A cache keeps keys where all pairs are needed, else a state."""
+        return self.pairwise
+
     def features(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """Of the kernel, whose product is the weight of a pair."""
-        if self.kernel == "exp":
-            assert self.order is not None
-            root = self.head_dim**-0.25
-            return powers(q * root, self.order), powers(k * root, self.order)
-        return (elu(q) + 1, elu(k) + 1) if self.kernel == "elu" else (relu(q), relu(k))
+        """Of the kernel, whose product is the weight of a pair; of all powers, its score."""
+        if self.kernel == "elu":
+            return elu(q) + 1, elu(k) + 1
+        if self.kernel == "relu":
+            return relu(q), relu(k)
+        if self.order is None:
+            return q, k
+        root = self.head_dim**-0.25
+        return powers(q * root, self.order), powers(k * root, self.order)
 
     def terms(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor, Gates]:
         """The recurrence's; the number of keys divides queries."""
@@ -107,46 +110,39 @@ class SoftmaxAsRNN(RecurrentAttention):
 
     def counts(self, inputs: Inputs) -> Float[Tensor, "batch_or_1 1 queries_or_1 1"]:
         """How many valid keys each query sees, at least 1."""
-        keys = inputs.key_positions.shape[-1]
         valid = inputs.valid
-        valid = (
-            torch.ones(1, keys, dtype=torch.bool, device=inputs.x.device)
-            if valid is None
-            else valid
-        )
-        seen = (
-            valid.cumsum(-1)[:, -inputs.x.shape[1] :]
-            if self.causal
-            else valid.sum(-1, keepdim=True)
-        )
+        if valid is None:
+            valid = torch.ones_like(inputs.key_positions.view(-1, inputs.key_positions.shape[-1]))
+        seen = valid.sum(-1, keepdim=True)
+        if self.causal:
+            seen = valid.cumsum(-1)[:, -inputs.x.shape[1] :]
         return seen.clamp(min=1).to(inputs.x.dtype)[:, None, :, None]
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
-    ) -> Tensor:
+    def score(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
+        """Scores of all pairs, of which none is larger than the clamp."""
+        scores = super().score(q, k, inputs)
+        return scores if self.clamp is None else scores.clamp(max=self.clamp)
+
+    def normalize(self, scores: Tensor, inputs: Inputs) -> Tensor:
+        """Exponentials over the divisor."""
+        if self.divisor == "sum":
+            return ops.softmax(scores)
+        weights = scores.exp()
+        return weights / self.counts(inputs) if self.divisor == "length" else weights
+
+    def weigh(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
+        """The recurrences' map; of all powers, by the stages."""
+        if self.pairwise:
+            return Attention.weigh(self, q, k, inputs)
+        return super().weigh(q, k, inputs)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
         """The recurrences together; of all powers, softmax attention or all pairs."""
         if not self.pairwise:
             return super().attend(q, k, v, inputs)
         if self.divisor == "sum" and self.clamp is None:
             return self.fused(q, k, v, inputs.pairs)
         return self.aggregate(self.weigh(q, k, inputs), v, inputs)
-
-    def weigh(
-        self, q: Tensor, k: Tensor, inputs: Inputs
-    ) -> Float[Tensor, "batch heads queries keys"]:
-        """Weights of all pairs."""
-        if not self.pairwise:
-            return super().weigh(q, k, inputs)
-        scores = ops.grouped_product(q * self.scale, k.mT)
-        if self.clamp is not None:
-            scores = scores.clamp(max=self.clamp)
-        visible = inputs.visible(q, k)
-        if visible is not None:
-            scores = scores.masked_fill(~visible, -torch.inf)
-        if self.divisor == "sum":
-            return ops.softmax(scores)
-        weights = scores.exp()
-        return weights / self.counts(inputs) if self.divisor == "length" else weights
 
     def output(self, heads: Tensor, inputs: Inputs) -> Tensor:
         """Heads normalised and gated, where they are, and projected."""

@@ -21,7 +21,7 @@ of an older code as one. Codebooks learn once a training pass from the tokens of
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from einops import rearrange
@@ -33,80 +33,76 @@ from attlas import ops
 from attlas.attention import Attention
 from attlas.bases.packing import heads_at_places, place_heads, ranks
 from attlas.catalog.registry import mechanism
-from attlas.errors import at_least_one
 from attlas.inputs import Inputs
-from attlas.masks import Mask
+from attlas.options import option
+from attlas.supports import Supports
 
 
 @mechanism("transformer-vq", example={"codes": 5, "block": 4, "memory": 3})
 class TransformerVQ(Attention):
-    """Causal gated attention to quantised keys, in linear time.
+    """Causal gated attention to quantised keys, in linear time."""
 
-    Args:
-        value_dim: width of a head's values; 2 · dim / heads unless given.
-        codes: codewords of a key head.
-        block: L, tokens that are computed together.
-        memory: M, the greatest distance that has a bias, and the older keys that a block sees singly.
-        older: whether tokens further away than M count.
-        wavelength: λ, that of the sinusoids grows from 2π to 2π λ.
-        gamma: γ, how much of a codebook stays in one training pass.
-        commitment: β, weight of the distance between keys and their codewords in the loss.
-
-    Raises:
-        ValueError: sizes below 1, a γ outside [0, 1), a λ not above 0, a β below 0.
-    """
-
-    has_two_sided_form = False
-    has_cross_form = False
-    has_own_position = True
-    takes_masks = "padding"
-    keeps_keys = False
+    supports = Supports(
+        bidirectional=False, cross=False, position=False, masks="padding", cache="state"
+    )
+    changes = ("position", "aggregate")  # distances within the score; older values summed by code
+    beyond = ("output: heads are gated, as in the layer that the authors start from",)
     expected_failures: ClassVar[dict[str, str]] = {
         "finite-differences": "a key's gradient is its codeword's, which stays where it is"
     }
-    code_sums: Tensor
-    code_counts: Tensor
 
-    def __init__(
-        self, dim: int, heads: int = 1, *args: Any, value_dim: int | None = None, codes: int = 512,
-        block: int = 512, memory: int = 512, older: bool = True, wavelength: float = 1e5,
-        gamma: float = 0.99, commitment: float = 1e-4, **options: Any,
-    ) -> None:  # fmt: skip
-        if not 0.0 <= gamma < 1.0:
-            raise ValueError(f"gamma must lie in [0, 1), got {gamma}")
-        if not wavelength > 0:
-            raise ValueError(f"wavelength must be above 0, got {wavelength}")
-        if not commitment >= 0:
-            raise ValueError(f"commitment must be at least 0, got {commitment}")
-        self.codes, self.block = at_least_one("codes", codes), at_least_one("block", block)
-        self.memory, self.older = at_least_one("memory", memory), older
-        self.wavelength, self.gamma, self.commitment = wavelength, gamma, commitment
-        width = max(1, 2 * dim // at_least_one("heads", heads)) if value_dim is None else value_dim
-        self.value_dim = at_least_one("value_dim", width)
-        super().__init__(dim, heads, *args, **options)
+    heads: int = option("query heads", default=1, at_least=1, kw_only=False)
+    value_dim: int = option(
+        "width of a head's values; 2 dim / heads unless given", at_least=1,
+        factory=lambda layer: max(1, 2 * layer.dim // layer.heads),
+    )  # fmt: skip
+    codes: int = option("codewords of a key head", default=512, at_least=1)
+    block: int = option("L, tokens that are computed together", default=512, at_least=1)
+    memory: int = option(
+        "M, the greatest distance that has a bias, and the older keys that a block sees singly",
+        default=512, at_least=1,
+    )  # fmt: skip
+    older: bool = option("whether tokens further away than M count", default=True)
+    wavelength: float = option(
+        "λ, that of the sinusoids grows from 2π to 2π λ", default=1e5, above=0
+    )
+    gamma: float = option(
+        "γ, how much of a codebook stays in one training pass", default=0.99, at_least=0, below=1
+    )
+    commitment: float = option(
+        "β, weight of the distance between keys and their codewords in the loss", default=1e-4,
+        at_least=0,
+    )  # fmt: skip
+
+    def setup(self) -> None:
+        """The biases u and w, and the codebooks."""
+        super().setup()
         self.scale = 1.0  # queries and keys carry it
+        self.content_bias = nn.Parameter(torch.zeros(self.heads, 1, self.head_dim))
+        self.distance_bias = nn.Parameter(torch.zeros(self.heads, 1, self.head_dim))
+        self.code_sums: Tensor
+        self.code_counts: Tensor
+        sums = torch.randn(self.kv_heads, self.codes, self.head_dim)
+        self.register_buffer("code_sums", sums * (self.kv_heads * self.codes) ** -0.5)
+        self.register_buffer("code_counts", torch.ones(self.kv_heads, self.codes))
 
     def make_projections(self) -> None:
-        """Projections, the biases u and w, and the codebooks."""
+        """Projections of queries, keys, values, gates, distances and outputs."""
 
-        def linear(inside: int, outside: int, bias: bool = bias) -> nn.Linear:
-            made = nn.Linear(inside, outside, bias=self.bias)
+        def linear(inside: int, outside: int, bias: bool) -> nn.Linear:
+            made = nn.Linear(inside, outside, bias=bias)
             nn.init.normal_(made.weight, std=inside**-0.5)
             if bias:
                 nn.init.zeros_(made.bias)
             return made
 
-        self.q_proj = linear(self.dim, self.heads * self.head_dim)
-        self.k_proj = linear(self.dim, self.kv_heads * self.head_dim)
-        self.v_proj = linear(self.dim, self.kv_heads * self.value_dim)
-        self.g_proj = linear(self.dim, self.heads * self.value_dim)
-        self.r_proj = linear(self.dim, self.kv_heads * self.head_dim, bias=False)
-        self.o_proj = linear(self.heads * self.value_dim, self.dim)
-        self.content_bias = nn.Parameter(torch.zeros(self.heads, 1, self.head_dim))
-        self.distance_bias = nn.Parameter(torch.zeros(self.heads, 1, self.head_dim))
-        sums = torch.randn(self.kv_heads, self.codes, self.head_dim)
-        self.register_buffer("code_sums", sums * (self.kv_heads * self.codes) ** -0.5)
-        self.register_buffer("code_counts", torch.ones(self.kv_heads, self.codes))
+        wide = self.heads * self.value_dim
+        self.q_proj = linear(self.dim, self.heads * self.head_dim, self.bias)
+        self.k_proj = linear(self.dim, self.kv_heads * self.head_dim, self.bias)
+        self.v_proj = linear(self.dim, self.kv_heads * self.value_dim, self.bias)
+        self.g_proj = linear(self.dim, wide, self.bias)
+        self.r_proj = linear(self.dim, self.kv_heads * self.head_dim, False)
+        self.o_proj = linear(wide, self.dim, self.bias)
 
     @property
     def codebook(self) -> Float[Tensor, "kv_heads codes head_dim"]:
@@ -162,6 +158,23 @@ class TransformerVQ(Attention):
             sums = (which.mT @ k.to(dtype).masked_fill(~valid[:, None, :, None], 0.0)).sum(0)
             self.code_sums.lerp_(sums, 1 - self.gamma)
             self.code_counts.lerp_(which.sum((0, 2)), 1 - self.gamma)
+
+    def score(
+        self, q: Tensor, k: Tensor, inputs: Inputs
+    ) -> Float[Tensor, "batch heads queries keys"]:
+        """Of all quantised keys, none of them by code, with the bias of each distance.
+
+        Raises:
+            ValueError: a cache, whose older tokens are known by their codes alone.
+        """
+        if inputs.recall("codes") is not None:
+            raise ValueError("cache: the weights of tokens that a state has taken in are not known")
+        valid, tokens = inputs.valid_now, q.shape[2]
+        at = torch.arange(tokens, device=q.device)[None] if valid is None else ranks(valid)
+        apart = (at[:, :, None] - at[:, None, :])[:, None]
+        biases, k = _biased(self.distances(q), apart), self.quantised(k, self.nearest(k))
+        scores = ops.grouped_product(q + self.content_bias * self.head_dim**-0.25, k.mT) + biases
+        return scores if self.older else scores.masked_fill(apart > self.memory, -torch.inf)
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
@@ -249,28 +262,6 @@ class TransformerVQ(Attention):
         which = which.take_along_dim(last, dim=2)
         inputs.remember("codes", which.argmax(-1).masked_fill(which.sum(-1) == 0, -1))
         inputs.remember("values", v.take_along_dim(last, dim=2))
-
-    def weigh(
-        self, q: Tensor, k: Tensor, inputs: Inputs
-    ) -> Float[Tensor, "batch heads queries keys"]:
-        """Softmax over all quantised keys, none of them by code.
-
-        Raises:
-            ValueError: a cache, whose older tokens are known by their codes alone.
-        """
-        if inputs.recall("codes") is not None:
-            raise ValueError("cache: the weights of tokens that a state has taken in are not known")
-        valid, tokens = inputs.valid_now, q.shape[2]
-        at = torch.arange(tokens, device=q.device)[None] if valid is None else ranks(valid)
-        apart = (at[:, :, None] - at[:, None, :])[:, None]
-        k = self.quantised(k, self.nearest(k))
-        biased = _biased(self.distances(q), apart)
-        q = q + self.content_bias * self.head_dim**-0.25
-        visible = ops.as_dense(mask, tokens, tokens, 0, q.device)
-        assert visible is not None  # it is always causal
-        visible = visible if self.older else visible & (apart <= self.memory)
-        scores = ops.grouped_product(q, k.mT) + biased
-        return self.normalize(scores.masked_fill(~visible, -torch.inf))
 
     def output(
         self, heads: Float[Tensor, "batch heads queries value_dim"], inputs: Inputs

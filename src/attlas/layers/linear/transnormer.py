@@ -1,4 +1,4 @@
-"""TransNormerLLM's attention: lightning attention with turning positions, a norm for a divisor, a gate.
+"""TransNormerLLM's attention: lightning attention with rotated positions, a norm for a divisor, a gate.
 
     q, k = silu(x W_Q), silu(x W_K)         v = x W_V         u = x W_U
     y    = W_O ( u ⊙ SRMSNorm( concat_h Σ_{s≤t} e^{−λ_h (t−s)} ⟨q_t, k_s⟩_{t−s} v_s ) )
@@ -17,7 +17,7 @@ gate, SiLU on values too, a LayerNorm, no LRPE; its gate of two linears in a row
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import torch
 from einops import rearrange
@@ -25,9 +25,11 @@ from jaxtyping import Float, Integer
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from attlas.bases.recurrent import Gates, RecurrentAttention
 from attlas.catalog.registry import mechanism
 from attlas.inputs import Inputs
-from attlas.layers.linear.lightning import LightningAttention
+from attlas.layers.linear.lightning import log_decays
+from attlas.options import option
 
 
 class LRPE(nn.Module):
@@ -58,40 +60,48 @@ class LRPE(nn.Module):
 
 
 @mechanism("transnormer-llm", aliases=("transnormer",))
-class TransNormer(LightningAttention):
-    """Gated linear attention with a decay per head, LRPE and a simple RMS norm.
+class TransNormer(RecurrentAttention):
+    """Gated linear attention with a decay per head, LRPE and a simple RMS norm."""
 
-    Args:
-        lrpe: whether this layer turns its queries and keys; the first one does unless given.
-        eps: of the norm.
-    """
+    supports = replace(RecurrentAttention.supports, cross=False, position=False)
+    changes = ("score",)  # products without a softmax, of a SiLU's queries and keys
+    normalized = False
 
-    has_own_position = True
+    layers: int | None = option(
+        "layers of the model, of which this is number layer_idx; unless given, all forget alike",
+        default=None, at_least=1,
+    )  # fmt: skip
+    slope_scale: float = option("factor of all slopes; 0 forgets nothing", default=1.0, at_least=0)
+    rotates: bool = option(
+        "whether LRPE rotates queries and keys; in the first layer alone unless given",
+        factory=lambda layer: layer.layer_idx == 0, alias="lrpe",
+    )  # fmt: skip
+    norm_eps: float = option("added in the norm", default=1e-6, at_least=0, alias="eps")
 
-    def __init__(
-        self, dim: int, heads: int = 8, *args: Any, lrpe: bool | None = None, eps: float = 1e-6,
-        layer_idx: int = 0, **options: Any,
-    ) -> None:  # fmt: skip
-        self.turns, self.eps_norm = layer_idx == 0 if lrpe is None else lrpe, eps
-        super().__init__(dim, heads, *args, layer_idx=layer_idx, **options)
-
-    def make_projections(self) -> None:
-        """Projections, the gate's, the norm and the frequencies."""
-        super().make_projections()
+    def setup(self) -> None:
+        """The gate, the norm of all heads together, frequencies and decays."""
+        super().setup()
         self.gate_proj = nn.Linear(self.dim, self.heads * self.head_dim, bias=self.bias)
-        self.lrpe = LRPE(self.kv_heads, self.head_dim) if self.turns else None
+        self.lrpe = LRPE(self.kv_heads, self.head_dim) if self.rotates else None
         self.norm = self.make_norm(self.heads * self.head_dim)
+        self.log_decay: Tensor
+        log_decay = log_decays(self.heads, self.layer_idx, self.layers) * self.slope_scale
+        self.register_buffer("log_decay", log_decay, persistent=False)
 
     def make_norm(self, width: int) -> nn.Module:
         """The norm of all heads together; simple, since nothing in it is trained."""
-        return nn.RMSNorm(width, eps=self.eps_norm, elementwise_affine=False)
+        return nn.RMSNorm(width, eps=self.norm_eps, elementwise_affine=False)
 
     def position(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """Queries and keys through SiLU, then turned where this layer does so."""
+        """Queries and keys through SiLU, then rotated where this layer does so."""
         q, k = silu(q), silu(k)
         if self.lrpe is None:
             return q, k
         return self.lrpe(q, inputs.positions), self.lrpe(k, inputs.token_positions)
+
+    def gates(self, k: Tensor, inputs: Inputs) -> Gates:
+        """A decay for each head."""
+        return {"log_decay": self.log_decay}
 
     def gate(self, x: Tensor) -> Tensor:
         """What the normalised heads are multiplied by; linear in x."""
@@ -109,20 +119,14 @@ class TransNormer(LightningAttention):
 class TNLAttention(TransNormer):
     """The layer of the authors' later example: sigmoid gate, SiLU on values, LayerNorm, no LRPE."""
 
-    def __init__(
-        self,
-        dim: int,
-        heads: int = 8,
-        *args: Any,
-        lrpe: bool = False,
-        eps: float = 1e-5,
-        **options: Any,
-    ) -> None:
-        super().__init__(dim, heads, *args, lrpe=lrpe, eps=eps, **options)
+    beyond = ("project: values go through a SiLU in the authors' later example",)
+
+    rotates: bool = option("whether LRPE rotates queries and keys", default=False, alias="lrpe")
+    norm_eps: float = option("added in the norm", default=1e-5, at_least=0, alias="eps")
 
     def make_norm(self, width: int) -> nn.Module:
         """A LayerNorm of all heads together."""
-        return nn.LayerNorm(width, eps=self.eps_norm)
+        return nn.LayerNorm(width, eps=self.norm_eps)
 
     def project(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, the latter through SiLU as the others will be."""

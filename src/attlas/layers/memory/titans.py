@@ -23,7 +23,7 @@ paper's; the width of the convolutions is our choice.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Integer
@@ -34,11 +34,11 @@ from attlas.attention import Attention
 from attlas.bases.mlp import MemoryMLP, State
 from attlas.bases.packing import heads_at_places, place_heads, ranks, short_convolution
 from attlas.catalog.registry import mechanism
-from attlas.errors import UnknownName, at_least_one
+from attlas.errors import UserError
 from attlas.inputs import Inputs
-from attlas.masks import Mask
+from attlas.options import option
+from attlas.supports import Supports
 
-QKNorm = Literal["none", "l2", "rms"]
 _NO_MAP = "a memory that is not linear in its values has no map of weights"
 
 
@@ -62,68 +62,61 @@ class Grid(NamedTuple):
 
 @mechanism("titans-neural-memory", example={"chunk": 2})
 class NeuralMemory(Attention):
-    """A memory of the past in the weights of a network, written by gradient descent while reading.
+    """A memory of the past in the weights of a network, written by gradient descent while reading."""
 
-    Args:
-        chunk: tokens that are written together, with one momentum and one forgetting.
-        batch: tokens whose gradients are taken at the same weights, a multiple of `chunk`; all unless
-            given, at the first weights.
-        depth: layers of the memory.
-        expansion: width of its hidden layers, in head widths.
-        residual: whether the memory adds its normalised output to its input.
-        momentum: whether S remembers; without, S_t = u_t.
-        max_step: greatest θ.
-        activation: whether q, k and v go through a SiLU.
-        qk_norm: of queries and keys, "l2", "rms" with a trained gain, or "none".
-        kernel: tokens that the convolutions of q, k and v see; 1 for none.
-
-    Raises:
-        ValueError: sizes below 1, a batch that is no multiple of the chunk, a step that is not above
-            0, key heads other than the heads, dropout, or a position encoding that adds to scores.
-    """
-
-    has_two_sided_form = False
-    has_cross_form = False
-    takes_masks = "padding"
-    keeps_keys = False
+    supports = Supports(bidirectional=False, cross=False, masks="padding", cache="state")
+    changes = ("aggregate",)  # `attend` writes values into a network's weights and reads them there
+    beyond = (
+        "project: convolutions, activations and norms of queries, keys and values",
+        "normalize: there are no weights to normalise",
+    )
     expected_failures: ClassVar[dict[str, str]] = {
         "fused-is-staged": _NO_MAP, "twice-the-plain-error": _NO_MAP,
     }  # fmt: skip
 
-    def __init__(
-        self, dim: int, heads: int = 8, *args: Any, chunk: int = 16, batch: int | None = None,
-        depth: int = 2, expansion: float = 4.0, residual: bool = True, momentum: bool = True,
-        max_step: float = 1.0, activation: bool = True, qk_norm: QKNorm = "l2", kernel: int = 4,
-        **options: Any,
-    ) -> None:  # fmt: skip
-        self.chunk = at_least_one("chunk", chunk)
-        if batch is not None and at_least_one("batch", batch) % chunk:
-            raise ValueError(f"batch must be a multiple of chunk={chunk}, got {batch}")
-        if not max_step > 0:
-            raise ValueError(f"max_step must be above 0, got {max_step}")
-        if qk_norm not in get_args(QKNorm):
-            raise UnknownName("qk_norm", qk_norm, get_args(QKNorm))
-        network = {"depth": depth, "expansion": expansion, "residual": residual}
-        self.network: dict[str, Any] = network
-        self.batch, self.max_step, self.momentum = batch, max_step, momentum
-        self.activation = activation
-        self.qk_norm, self.kernel = qk_norm, at_least_one("kernel", kernel)
-        super().__init__(dim, heads, *args, **options)
+    chunk: int = option(
+        "tokens that are written together, with one momentum and one forgetting", default=16,
+        at_least=1,
+    )  # fmt: skip
+    batch: int | None = option(
+        "tokens whose gradients are taken at the same weights, a multiple of chunk; all unless given, "
+        "at the first weights", default=None, at_least=1,
+    )  # fmt: skip
+    depth: int = option("layers of the memory", default=2, at_least=1)
+    expansion: float = option("width of its hidden layers, in head widths", default=4.0, above=0)
+    residual: bool = option(
+        "whether the memory adds its normalised output to its input", default=True
+    )
+    momentum: bool = option("whether S remembers; without, S_t = u_t", default=True)
+    max_step: float = option("greatest θ", default=1.0, above=0)
+    activation: bool = option("whether q, k and v go through a SiLU", default=True)
+    qk_norm: Literal["none", "l2", "rms"] = option(
+        "of queries and keys; 'rms' has a trained gain", default="l2"
+    )
+    kernel: int = option(
+        "tokens that the convolutions of q, k and v see; 1 for none", default=4, at_least=1
+    )
+
+    def setup(self) -> None:
+        """Norms, convolutions and gates, and the memory's first weights.
+
+        Raises:
+            ValueError: a batch that is no multiple of the chunk, key heads other than the heads,
+                dropout, or a position encoding that adds to scores.
+        """
+        super().setup()
+        if self.batch is not None and self.batch % self.chunk:
+            raise UserError(f"batch must be a multiple of chunk={self.chunk}, got {self.batch}")
         if self.kv_heads != self.heads:
-            raise ValueError(
-                f"kv_heads must be heads={heads}, one memory each, got {self.kv_heads}"
+            raise UserError(
+                f"kv_heads must be heads={self.heads}, one memory each, got {self.kv_heads}"
             )
         if self.dropout:
-            raise ValueError(
+            raise UserError(
                 f"dropout must be 0, as there are no weights to drop, got {self.dropout}"
             )
         if self.score_mod is not None:
-            raise ValueError("position: a bias on scores means nothing without scores")
-        self.scale = 1.0
-
-    def make_projections(self) -> None:
-        """Projections, their norms and convolutions, the gates, and the memory's first weights."""
-        super().make_projections()
+            raise UserError("position: a bias on scores means nothing without scores")
         self.read_norm, self.write_norm = _norm(self.dim), _norm(self.dim)
         wide = self.heads * self.head_dim
         self.convs = nn.ModuleList(
@@ -137,7 +130,10 @@ class NeuralMemory(Attention):
         self.decay_proj = nn.Linear(self.dim, self.heads)
         self.momentum_proj = nn.Linear(self.dim, self.heads) if self.momentum else None
         self.gate_proj = nn.Linear(self.dim, self.heads, bias=False) if self.heads > 1 else None
-        self.memory = MemoryMLP(self.heads, self.head_dim, **self.network)
+        self.memory = MemoryMLP(
+            self.heads, self.head_dim, depth=self.depth, expansion=self.expansion,
+            residual=self.residual,
+        )  # fmt: skip
 
     def project(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each through its convolution, activation and norm."""
@@ -286,12 +282,12 @@ class NeuralMemory(Attention):
     def beside(self, inputs: Inputs) -> Float[Tensor, "batch queries dim"]:
         """Its output for the inputs, and the cache, of a layer that it is a part of."""
         q, k, v = self.project(inputs)
-        return self.output(self.attend(q, k, v, None, inputs), inputs)
+        return self.output(self.attend(q, k, v, inputs), inputs)
 
     def weigh(
         self, q: Tensor, k: Tensor, inputs: Inputs
     ) -> Float[Tensor, "batch heads queries keys"]:
-        """None.
+        """None: what a network answers is no sum of values, so that there is nothing to weigh.
 
         Raises:
             ValueError: always.

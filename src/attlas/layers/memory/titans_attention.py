@@ -3,7 +3,7 @@
     gate      y = Attn([p | x])            o = y ⊗ M(x)            a ⊗ b = norm(a) · σ(norm(b))
     layer     y = Attn([p | M(x)])         o = y
 
-p are persistent tokens: trained inputs that every query sees, and that no position turns. Attention is
+p are persistent tokens: trained inputs that every query sees, and that no position rotates. Attention is
 causal, in a sliding window. The norms have trained gains.
 
 Cost: the memory's, and 2·n·(persistent + window)·dim multiply-adds of attention; memory linear in n.
@@ -26,42 +26,40 @@ from torch import Tensor, nn
 from attlas import masks
 from attlas.attention import Attention
 from attlas.catalog.registry import mechanism
-from attlas.errors import at_least_one
+from attlas.errors import UserError
 from attlas.inputs import Inputs
 from attlas.layers.memory.titans import NeuralMemory
 from attlas.masks import Mask
+from attlas.options import option
+from attlas.supports import Supports
 
 
 class WithMemory(Attention):
-    """Causal attention with persistent tokens and a memory.
+    """Causal attention with persistent tokens and a memory."""
 
-    Args:
-        persistent: how many persistent tokens.
-        memory: options of the memory, besides its sizes.
+    supports = Supports(bidirectional=False, cross=False, masks="padding")
+    changes = ("aggregate",)  # what is far is recalled by the memory instead
+    #: Options of the memory where none are given.
+    memory_defaults: ClassVar[Mapping[str, Any]] = {}
 
-    Raises:
-        ValueError: sizes below 1, a position encoding that adds to scores, or what the memory refuses.
-    """
+    persistent: int = option("how many persistent tokens", default=4, at_least=1)
+    memory_options: Mapping[str, Any] = option(
+        "options of the memory, besides its sizes", factory=lambda layer: {}, alias="memory"
+    )
 
-    has_two_sided_form = False
-    has_cross_form = False
-    takes_masks = "padding"
+    def setup(self) -> None:
+        """Persistent tokens, the memory, and what ⊗ takes.
 
-    def __init__(
-        self, dim: int, heads: int = 8, *args: Any, persistent: int = 4,
-        memory: Mapping[str, Any] | None = None, **options: Any,
-    ) -> None:  # fmt: skip
-        self.persistent, self.options = at_least_one("persistent", persistent), dict(memory or {})
-        super().__init__(dim, heads, *args, **options)
+        Raises:
+            ValueError: a position encoding that adds to scores, or what the memory refuses.
+        """
+        super().setup()
         if self.score_mod is not None:
-            raise ValueError("position: a bias on scores tells nothing of persistent tokens")
-
-    def make_projections(self) -> None:
-        """Projections, persistent tokens, the memory, and what ⊗ takes."""
-        super().make_projections()
+            raise UserError("position: a bias on scores tells nothing of persistent tokens")
         self.tokens = nn.Parameter(0.02 * torch.randn(1, self.persistent, self.dim))
         self.memory = NeuralMemory(
-            self.dim, self.heads, head_dim=self.head_dim, bias=self.bias, **self.options
+            self.dim, self.heads, head_dim=self.head_dim, bias=self.bias,
+            **{**self.memory_defaults, **self.memory_options},
         )  # fmt: skip
         eps = torch.finfo(torch.float32).eps
         self.own_norm = nn.RMSNorm(self.dim, eps=eps)
@@ -81,59 +79,31 @@ class WithMemory(Attention):
 
 
 class _Windowed(WithMemory):
-    """Sliding-window attention with persistent tokens.
+    """Sliding-window attention with persistent tokens."""
 
-    Args:
-        window: tokens that a query sees, itself among them.
-    """
-
+    beyond = (
+        "project: persistent tokens stand before all keys",
+        "mask: a query sees the persistent tokens and a window",
+    )
     expected_failures: ClassVar[dict[str, str]] = {
         "static-cache": "its layers have no room for the state of the memory"
     }
 
-    def __init__(
-        self, dim: int, heads: int = 8, *args: Any, window: int = 512, **options: Any
-    ) -> None:
-        self.window = at_least_one("window", window)
-        super().__init__(dim, heads, *args, **options)
-        near = masks.causal & masks.window(window)
-        self.near = near | masks.sinks(self.persistent)  # of keys behind the persistent ones
+    window: int = option("tokens that a query sees, itself among them", default=512, at_least=1)
 
-    def before(self, x: Tensor, persistent: Tensor) -> Tensor:
-        """Keys or values behind the persistent ones."""
-        return torch.cat((persistent.expand(len(x), -1, -1, -1), x), dim=2)
+    def restore(self, k: Tensor, v: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """Keys and values behind the persistent ones."""
+        pairs = zip(self.keys_of(self.tokens), (k, v), strict=True)
+        k, v = (torch.cat((own.expand(len(x), -1, -1, -1), x), dim=2) for own, x in pairs)
+        return k, v
 
-    def visible(self, k: Tensor, inputs: Inputs) -> Mask:
-        """Which keys, persistent ones included, a query sees."""
-        if inputs.valid is None:
-            return self.near
-        valid = inputs.valid[:, -k.shape[2] :]
+    def mask(self, q: Tensor, k: Tensor, inputs: Inputs) -> Mask:
+        """The persistent tokens, and valid ones in the window."""
+        near = (masks.causal & masks.window(self.window)) | masks.sinks(self.persistent)
+        if (valid := inputs.valid) is None:
+            return near
         always = valid.new_ones(len(valid), self.persistent)
-        return self.near & masks.padding(torch.cat((always, valid), dim=1))
-
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
-    ) -> Float[Tensor, "batch heads queries width"]:
-        """One fused call."""
-        own = self.keys_of(self.tokens)
-        return self.fused(
-            q, self.before(k, own[0]), self.before(v, own[1]), self.visible(k, inputs)
-        )  # fmt: skip
-
-    def weigh(
-        self, q: Tensor, k: Tensor, inputs: Inputs
-    ) -> Float[Tensor, "batch heads queries persistent_and_keys"]:
-        """Weights of persistent tokens, and of all pairs."""
-        k, visible = self.before(k, self.keys_of(self.tokens)[0]), self.visible(k, inputs)
-        return super().weigh(q, k, visible, inputs)
-
-    def aggregate(
-        self,
-        weights: Float[Tensor, "batch heads queries persistent_and_keys"],
-        v: Float[Tensor, "batch kv_heads keys width"],
-    ) -> Float[Tensor, "batch heads queries width"]:
-        """Sums over persistent tokens and keys."""
-        return super().aggregate(weights, self.before(v, self.keys_of(self.tokens)[1]))
+        return near & masks.padding(torch.cat((always, valid), dim=1))
 
 
 _EXAMPLE = {"persistent": 2, "memory": {"chunk": 2}}
@@ -160,9 +130,9 @@ class MemoryAsGate(_Windowed):
 class MemoryAsLayer(_Windowed):
     """Attention to what the memory makes of each token."""
 
-    def make_projections(self) -> None:
+    def setup(self) -> None:
         """Nothing is gated here."""
-        super().make_projections()
+        super().setup()
         del self.own_norm, self.memory_norm
 
     def project(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:

@@ -30,11 +30,11 @@ from torch import Tensor
 from attlas.bases.mlp import State
 from attlas.bases.packing import at_places, place, ranks
 from attlas.catalog.registry import mechanism
-from attlas.errors import at_least_one
+from attlas.errors import UserError
 from attlas.inputs import Inputs
 from attlas.layers.memory.titans import Grid
 from attlas.layers.memory.titans_attention import WithMemory
-from attlas.masks import Mask
+from attlas.options import option
 
 _NO_MAP = "recollections are no values of tokens, so that no map of weights tells what is summed"
 
@@ -44,32 +44,32 @@ _NO_MAP = "recollections are no values of tokens, so that no map of weights tell
     example={"persistent": 2, "segment": 4, "memory": {"chunk": 2}},
 )  # fmt: skip
 class MemoryAsContext(WithMemory):
-    """Attention within segments, which begin with what a memory recalls.
+    """Attention within segments, which begin with what a memory recalls."""
 
-    Args:
-        segment: tokens of a segment, a multiple of the memory's chunk and batch.
-
-    Raises:
-        ValueError: a segment that is no such multiple, or a memory with convolutions, which would look
-            beyond a segment.
-    """
-
-    keeps_keys = False
+    supports = replace(WithMemory.supports, cache="state")
+    beyond = ("normalize: there is no map of weights, see `weigh`",)
     expected_failures: ClassVar[dict[str, str]] = {
         "fused-is-staged": _NO_MAP, "twice-the-plain-error": _NO_MAP, "grouped-heads": _NO_MAP,
     }  # fmt: skip
+    memory_defaults: ClassVar[Mapping[str, Any]] = {"kernel": 1}
 
-    def __init__(
-        self, dim: int, heads: int = 8, *args: Any, segment: int = 128,
-        memory: Mapping[str, Any] | None = None, **options: Any,
-    ) -> None:  # fmt: skip
-        self.segment = at_least_one("segment", segment)
-        super().__init__(dim, heads, *args, memory={"kernel": 1, **(memory or {})}, **options)
+    segment: int = option(
+        "tokens of a segment, a multiple of the memory's chunk and batch", default=128, at_least=1
+    )
+
+    def setup(self) -> None:
+        """Refuse what does not fit into segments.
+
+        Raises:
+            ValueError: a segment that is no such multiple, or a memory with convolutions, which would
+                look beyond a segment.
+        """
+        super().setup()
         whole = self.memory.batch or self.memory.chunk
-        if segment % whole:
-            raise ValueError(f"segment must be a multiple of memory's {whole}, got {segment}")
+        if self.segment % whole:
+            raise UserError(f"segment must be a multiple of memory's {whole}, got {self.segment}")
         if self.memory.kernel != 1:
-            raise ValueError(f"memory must have kernel=1, got {self.memory.kernel}")
+            raise UserError(f"memory must have kernel=1, got {self.memory.kernel}")
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
@@ -149,7 +149,7 @@ class MemoryAsContext(WithMemory):
     def weigh(
         self, q: Tensor, k: Tensor, inputs: Inputs
     ) -> Float[Tensor, "batch heads queries keys"]:
-        """None.
+        """None: what is summed are recollections of a network beside the values of tokens.
 
         Raises:
             ValueError: always.
