@@ -76,7 +76,12 @@ def _open(layers: list[Any]) -> list[Any]:
     """A door before each layer of ours."""
     for layer in layers:
         layer.door = own.Door(layer)
-    return [lambda: [vars(layer).pop("door") for layer in layers]]
+
+    def close() -> None:
+        for layer in layers:
+            layer.door = None
+
+    return [close]
 
 
 def _forget(held: Attachment) -> None:

@@ -188,15 +188,9 @@ class MegaChunk(Mega):
 
     max_positions: int = option(
         "distances that have a number of their own; as many as a chunk unless given",
-        factory=lambda layer: 0, at_least=1,
+        factory=lambda layer: layer.chunk, at_least=1,
     )  # fmt: skip
     chunk: int = option("tokens of a chunk", default=128, at_least=1)
-
-    def setup(self) -> None:
-        """As many distances as a chunk has, unless others were asked for."""
-        # Worked out here, before they are made, since `chunk` is set after the options of Mega.
-        self.max_positions = self.max_positions or self.chunk
-        super().setup()
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
         """Chunk by chunk, from the unfinished one in the cache on."""

@@ -50,7 +50,8 @@ class CoulGAT(Attention):
 
     head_dim: int = option(
         "width of a head; unless given dim / heads, or dim where heads are averaged", at_least=1,
-        factory=lambda layer: 0, kw_only=False,
+        factory=lambda layer: layer.dim if layer.join == "mean" else share_of_dim(layer),
+        kw_only=False,
     )  # fmt: skip
     bias: bool = option("whether every node has a bias b", default=True)
     nodes: int = option("nodes of the largest graph", default=29, at_least=1)
@@ -65,9 +66,6 @@ class CoulGAT(Attention):
 
     def setup(self) -> None:
         """For every node a, its powers and b."""
-        # The width that heads have unless told rests on `join`, an option after head_dim.
-        if not self.head_dim:
-            self.head_dim = self.dim if self.join == "mean" else share_of_dim(self)
         if self.head_dim * (self.heads if self.join == "concat" else 1) != self.dim:
             raise ValueError(
                 f"head_dim={self.head_dim} must make heads, joined, dim={self.dim} wide"
