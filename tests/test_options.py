@@ -158,5 +158,14 @@ def test_every_object_tells_all_its_options(name):
         assert _hint(one.type, one.module) is not None
 
 
+@pytest.mark.parametrize("name", [entry.name for entry in registry.entries()])
+def test_every_object_refuses_what_is_no_option_or_of_another_type(name):
+    with pytest.raises(BadOption, match="no_such_option"):
+        registry.make(name, no_such_option=1)
+    for one in getattr(registry.find(name).object, "declared_options", {}).values():
+        with pytest.raises(TypeError, match=one.parameter):
+            one.check(object())
+
+
 #: Words that begin a meaning in capitals.
 NAMES = {"SnapKV", "Hugging"}

@@ -34,11 +34,8 @@ class Part(Configured):
     wants_hidden = False
     #: The part is shown weights and calls with their gradients: those that the output is made of.
     wants_gradients = False
-
-    @property
-    def where(self) -> Where:
-        """The layers and heads that the part is about; hooks are called for these layers alone."""
-        return Where()
+    #: The layers and heads that the part is about; hooks are called for these layers alone.
+    where = Where()
 
     def check(self, model: nn.Module) -> None:
         """Look at the model before anything is changed.
@@ -150,12 +147,7 @@ class OnHeads(Part):
 
     def setup(self) -> None:
         """Understand which layers and heads are meant."""
-        self.chosen_heads = Where(self.layers, self.heads)
-
-    @property
-    def where(self) -> Where:
-        """The layers and heads that were asked for."""
-        return self.chosen_heads
+        self.where = Where(self.layers, self.heads)
 
 
 class Recorder(OnHeads):
