@@ -28,6 +28,10 @@ from attlas.kinds.claim import Claim
 from attlas.options import option
 from attlas.options import option
 from attlas.options import option
+from attlas.options import option
+from attlas.options import option
+from attlas.options import option
+from attlas.options import option
 
 
 def _products(mhe: HeadEmbedding, plain: Attention) -> None:

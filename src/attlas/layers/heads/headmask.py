@@ -33,6 +33,10 @@ from attlas.inputs import Inputs
 from attlas.options import option
 from attlas.options import option
 from attlas.options import option
+from attlas.options import option
+from attlas.options import option
+from attlas.options import option
+from attlas.options import option
 
 
 @mechanism("headmask", reduces_to=Reduction(
