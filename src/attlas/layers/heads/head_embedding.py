@@ -32,6 +32,8 @@ from attlas.options import option
 from attlas.options import option
 from attlas.options import option
 from attlas.options import option
+from attlas.options import option
+from attlas.options import option
 
 
 def _products(mhe: HeadEmbedding, plain: Attention) -> None:

@@ -37,6 +37,8 @@ from attlas.options import option
 from attlas.options import option
 from attlas.options import option
 from attlas.options import option
+from attlas.options import option
+from attlas.options import option
 
 
 @mechanism("headmask", reduces_to=Reduction(
