@@ -93,7 +93,7 @@ class CastleLookaheadKeys(Attention):
                 scores = self.score_mod(scores, *ops.indices(scores, seen + start))
             rows = slice(start, start + scores.shape[2])
             part = pairs[:, :, rows] if isinstance(pairs, Tensor) and pairs.shape[2] > 1 else pairs
-            visible = ops.as_dense(part, *scores.shape[2:], seen + start, q.device)
+            visible = ops.as_dense(part, scores.shape[2], k.shape[2], seen + start, q.device)
             if visible is not None:
                 scores = scores.masked_fill(~visible, -torch.inf)
             return self.aggregate(self.normalize(scores, inputs), v, inputs)

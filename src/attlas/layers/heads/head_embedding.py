@@ -26,14 +26,6 @@ from attlas.catalog.registry import Reduction, mechanism
 from attlas.inputs import Inputs
 from attlas.kinds.claim import Claim
 from attlas.options import option
-from attlas.options import option
-from attlas.options import option
-from attlas.options import option
-from attlas.options import option
-from attlas.options import option
-from attlas.options import option
-from attlas.options import option
-from attlas.options import option
 
 
 def _products(mhe: HeadEmbedding, plain: Attention) -> None:

@@ -31,14 +31,6 @@ from attlas.attention import Attention
 from attlas.catalog.registry import Reduction, mechanism
 from attlas.inputs import Inputs
 from attlas.options import option
-from attlas.options import option
-from attlas.options import option
-from attlas.options import option
-from attlas.options import option
-from attlas.options import option
-from attlas.options import option
-from attlas.options import option
-from attlas.options import option
 
 
 @mechanism("headmask", reduces_to=Reduction(
