@@ -38,7 +38,7 @@ class Option:
     Attributes:
         meaning: one line.
         default: its value unless given; the parameter is required without one.
-        factory: what the value is worked out with, from the object whose earlier options are set.
+        factory: what the value is worked out with unless given, once plain options are set.
         kw_only: whether it is given by name alone.
         limits: bounds by the words of the message that refuses what lies outside.
         former: a name that it once had, which an error message answers.
@@ -130,8 +130,8 @@ def option(
     Args:
         meaning: one line, for `help()` and `attlas show`.
         default: the value unless given; without default and factory the option is required.
-        factory: takes the object, whose options declared before this one are set, and gives the value
-            unless one is given; a caller's None asks for it too.
+        factory: takes the object and gives the value unless one is given, or None is.
+            What was given and plain defaults are set by then, and the factories declared before.
         kw_only: False for one that may be given by place.
         alias: the constructor's name for it, where a method of the class has that name.
         former: a name that it once had; who uses it is told the present one.
@@ -166,12 +166,13 @@ class Configured:
         options = type(self).declared_options
         values = _bound(type(self), options, given, named)
         super().__init__()
-        for name, one in options.items():
-            value = values.get(name)
-            if one.factory and value is None:
+        later = [n for n, one in options.items() if one.factory and values.get(n) is None]
+        for name in sorted(options, key=lambda name: name in later):
+            one = options[name]
+            if one.factory and name in later:
                 value = one.factory(self)
             elif name in values:
-                one.check(value)
+                one.check(value := values[name])
             else:
                 value = one.default
             # An option is what was asked for: a module among them is registered by `setup` alone.
