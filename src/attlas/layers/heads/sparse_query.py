@@ -44,23 +44,19 @@ class SparseQuery(Attention):
 
     kv_heads: int = option(
         "H_kv, a divisor of the query heads; the variant's unless given", at_least=1, kw_only=False,
-        factory=lambda layer: 0,  # `setup` works it out, when it has the variant
+        factory=lambda layer: min(layer.share(1), layer.query_heads or layer.share(0)),
     )  # fmt: skip
     variant: Literal["symmetric", "standard", "extreme", "light"] = option(
         "which shares of the heads", default="symmetric"
     )
-    query_heads: int = option(
-        "H_q; the variant's unless given", at_least=1, factory=lambda layer: layer.share(0)
-    )
+    query_heads: int | None = option("H_q; None: the variant's", default=None, at_least=1)
 
     def setup(self) -> None:
-        """How many heads there are, which the projections need."""
-        if self.query_heads > self.heads:
-            raise ValueError(
-                f"query_heads must be at most heads={self.heads}, got {self.query_heads}"
-            )
-        self.kv_heads = self.kv_heads or min(self.share(1), self.query_heads)
-        self.heads = self.query_heads
+        """How many query heads there are, which the projections need."""
+        queries = self.query_heads or self.share(0)
+        if queries > self.heads:
+            raise ValueError(f"query_heads must be at most heads={self.heads}, got {queries}")
+        self.heads = queries
         super().setup()
 
     def share(self, which: int) -> int:
