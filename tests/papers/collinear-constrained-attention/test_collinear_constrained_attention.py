@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import attlas
+from attlas.positions import RoPE
 from seeds import generator, mean_over_seeds
 
 VOCABULARY = 32
@@ -50,8 +51,8 @@ def test_collinear_constrained_attention_is_rotary_attention_with_collinear_keys
 def test_collinear_constrained_attention_scores_highest_at_distance_zero() -> None:
     layer = _layer(causal=False)
     x = torch.randn(1, 1, 32, dtype=torch.float64).expand(1, 200, 32)  # one token, over and over
-    q, k, *_ = layer.prepare(x)
-    scores = layer.score(q, k)[0]
+    q, k, _, inputs = layer.prepare(x)
+    scores = layer.score(q, k, inputs)[0]
     assert (scores.argmax(-1) == torch.arange(200)).all()
     # In a plane the score falls until half a turn: the fastest plane's is at distance π.
     first = (q[..., [0, 8]] @ k[..., [0, 8]].mT)[0, 0, 100]
@@ -69,7 +70,7 @@ def test_collinear_constrained_attention_released_form_agrees_without_distance()
     assert float((paper.weights(x) - released.weights(x)).detach().abs().max()) > 1e-3
 
 
-@pytest.mark.parametrize("position", ["alibi", "none", attlas.positions.RoPE(16, interleaved=True)])
+@pytest.mark.parametrize("position", ["alibi", "none", RoPE(16, interleaved=True)])
 def test_collinear_constrained_attention_needs_rotary_positions(position) -> None:
     with pytest.raises((ValueError, TypeError), match="position"):
         _layer(position=position)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
-import torch
 from einops import rearrange
 
 import attlas
@@ -24,13 +24,14 @@ def cope(case: Case) -> Iterator[Check]:
     )  # fmt: skip
     q, k, v = (rearrange(case.inputs[name], "b t d -> b 1 t d") for name in "qkv")
     layer.to(q.dtype).embedding.copy_(rearrange(case.params["pos_emb"], "1 d n -> n d"))
-    if config.get("separate_gate_keys"):
-        k = torch.cat((k, case.inputs["k_gate"][:, None]), dim=-1)
-    elif config.get("value_gates"):
-        k = torch.cat((k, v), dim=-1)
     mask = case.inputs.get("mask")
-    inputs = layer.prepare(q[:, 0])[-1]
-    weights = layer.weigh(q, k, None if mask is None else mask[:, None].bool(), inputs)
-    yield case.compare("out.y", layer.aggregate(weights, v)[:, 0])
+    pairs = None if mask is None else mask[:, None].bool()
+    inputs = replace(layer.prepare(q[:, 0])[-1], pairs=pairs)
+    if config.get("separate_gate_keys"):
+        inputs.carry("gates", case.inputs["k_gate"][:, None])
+    elif config.get("value_gates"):
+        inputs.carry("gates", v)
+    weights = layer.weigh(q, k, inputs)
+    yield case.compare("out.y", layer.aggregate(weights, v, inputs)[:, 0])
     if "weights" in case.mids:
         yield case.compare("mid.weights", weights[:, 0])

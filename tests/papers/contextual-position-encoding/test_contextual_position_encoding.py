@@ -21,12 +21,11 @@ def test_contextual_position_encoding_of_open_gates_is_learned_relative_position
     # Gate keys along each query, so long that every gate is 1: that of query i only reads key by
     # key, so keys are made for one query at a time.
     for i in range(11):
-        keys = k[..., : layer.head_dim]
-        open_ = 1e4 * q[:, :, i : i + 1].expand_as(keys)
-        weights = layer.weigh(q, torch.cat((keys, open_), -1), mask, inputs)[:, :, i]
+        inputs.carry("gates", 1e4 * q[:, :, i : i + 1].expand_as(k))
+        weights = layer.weigh(q, k, inputs)[:, :, i]
         distance = (i - torch.arange(11)).clamp(min=-1) + 1  # the query's own token counts too
         bias = (q[:, :, i] @ layer.embedding.T)[..., distance]
-        scores = ((q[:, :, i : i + 1] @ keys.mT)[:, :, 0] + bias) * layer.scale
+        scores = ((q[:, :, i : i + 1] @ k.mT)[:, :, 0] + bias) * layer.scale
         wanted = scores[..., : i + 1].softmax(-1)
         torch.testing.assert_close(weights[..., : i + 1], wanted, atol=1e-5, rtol=0)
         assert (weights[..., i + 1 :] == 0).all()

@@ -47,7 +47,7 @@ def test_headmask_switches_off_exactly_n_heads(choice: str, masked: int) -> None
             grad = getattr(layer, name).weight.grad.view(8, 4, 32).abs().sum((1, 2))
             assert (grad == 0).nonzero().flatten().tolist() == off
     heads = layer.attend(*layer.prepare(X))
-    gated = heads * layer.gates(heads)
+    gated = heads * layer.head_gates(heads)
     on = gated.abs().sum((0, 2, 3)) > 0
     assert int(on.sum()) == 8 - masked
     assert torch.equal(gated[:, on], heads[:, on])
@@ -56,7 +56,7 @@ def test_headmask_switches_off_exactly_n_heads(choice: str, masked: int) -> None
 def test_headmask_draws_heads_evenly() -> None:
     layer = _layer(masked=2).train()
     heads = torch.ones(1, 8, 1, 1, dtype=torch.float64)
-    drawn = torch.stack([layer.gates(heads).flatten() == 0 for _ in range(800)]).sum(0)
+    drawn = torch.stack([layer.head_gates(heads).flatten() == 0 for _ in range(800)]).sum(0)
     assert drawn.sum() == 1600
     assert ((drawn > 140) & (drawn < 260)).all(), "200 each but for chance"
 

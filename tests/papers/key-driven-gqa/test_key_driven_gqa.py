@@ -49,17 +49,18 @@ def test_key_driven_gqa_heads_go_where_the_norms_are() -> None:
     layer = _layer(kv_heads=4)
     with torch.no_grad():
         layer.k_proj.weight[:4] *= 100
-    _, k, v, _, inputs = layer.prepare(X)
-    assert layer.counts(layer.norms(k[..., :-1], inputs))[:, 0].min() >= 6
-    torch.testing.assert_close(layer.served(v)[:, 0], v[:, 0, :, :-1])
+    _, _, served, inputs = layer.prepare(X)
+    _, k, v = layer.project(inputs)
+    assert layer.counts(layer.norms(k, inputs))[:, 0].min() >= 6
+    torch.testing.assert_close(served[:, :6], v[:, :1].expand(-1, 6, -1, -1))
 
 
 def test_key_driven_gqa_allocates_for_sequences_or_batches() -> None:
     alone, together = _layer(kv_heads=4), _layer(kv_heads=4, over="batch")
     scaled = X * torch.tensor([1.0, 10.0, 0.1], dtype=torch.float64)[:, None, None]
     torch.testing.assert_close(alone(scaled)[:1], alone(scaled[:1]))
-    _, k, *_, inputs = together.prepare(scaled)
-    counts = together.counts(together.norms(k[..., :-1], inputs))
+    inputs = together.prepare(scaled)[-1]
+    counts = together.counts(together.norms(together.project(inputs)[1], inputs))
     assert (counts == counts[:1]).all()
 
 

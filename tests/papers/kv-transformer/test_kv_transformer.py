@@ -19,8 +19,8 @@ def _layer(**options):
 
 
 def _logits(layer) -> Tensor:
-    q, k, *_ = layer.prepare(X)
-    return layer.score(q, k)
+    q, k, _, inputs = layer.prepare(X)
+    return layer.score(q, k, inputs)
 
 
 def test_kv_transformer_logits_are_symmetric_without_positions_alone() -> None:

@@ -18,8 +18,8 @@ def _layer(heads: int = 4, **options):
 
 
 def _scores(layer) -> Tensor:
-    q, k, *_ = layer.prepare(X)
-    return layer.score(q, k)
+    q, k, _, inputs = layer.prepare(X)
+    return layer.score(q, k, inputs)
 
 
 @pytest.mark.parametrize("heads", [1, 4])

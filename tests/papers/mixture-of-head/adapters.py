@@ -69,5 +69,5 @@ def _gated(
     case: Case, layer: torch.nn.Module, heads: torch.Tensor, inputs: attlas.inputs.Inputs
 ) -> Iterator[Check]:
     if "gated_heads" in case.mids:
-        gated = heads.movedim(1, 2) * layer.gates(inputs)[..., None]
+        gated = heads.movedim(1, 2) * layer.head_gates(inputs)[..., None]
         yield case.compare("mid.gated_heads", gated.flatten(2))

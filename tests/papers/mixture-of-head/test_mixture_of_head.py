@@ -18,7 +18,7 @@ def _layer(**options):
 
 
 def _gates(layer, x: Tensor = X) -> Tensor:
-    return layer.gates(layer.prepare(x)[-1])
+    return layer.head_gates(layer.prepare(x)[-1])
 
 
 def test_mixture_of_head_with_every_gate_one_is_multi_head_attention() -> None:
@@ -171,7 +171,7 @@ def test_mixture_of_head_converted_from_a_trained_model_keeps_its_loss() -> None
     with torch.no_grad():
         wanted, after = _loss(dense, held_out).item(), _loss(sparse, held_out).item()
         inputs = sparse.layers[0].prepare(sparse.embed(held_out[:, :-1]))[-1]
-        assert sparse.layers[0].gates(inputs).mean().item() == 0.75
+        assert sparse.layers[0].head_gates(inputs).mean().item() == 0.75
     print(f"dense {before:.3f} and {wanted:.3f}, converted {converted:.3f} and {after:.3f}")
     assert wanted < 2.6, "the dense model has learnt something"
     assert converted > 1.005 * before, "switching heads off does cost something at first"

@@ -26,7 +26,7 @@ def test_mla_arithmetic_intensity_absorbed_is_expanded(
     q, k, v, inputs = layer.prepare(X)
     q = q[:, :, -queries:]
     expanded = layer.expanded(q, k, v, masks.causal)
-    absorbed = layer.aggregate(layer.weigh(q, k, masks.causal, inputs), v)
+    absorbed = layer.aggregate(layer.weigh(q, k, inputs), v, inputs)
     assert absorbed.shape == (2, 4, queries, layer.value_dim)
     torch.testing.assert_close(absorbed, expanded, atol=1e-5, rtol=0)
 

@@ -37,13 +37,13 @@ def test_rope_nope_hybrid_logits_without_positions_do_not_change_with_a_shift() 
     x, at = torch.randn(1, 12, 32, dtype=torch.float64), torch.arange(12)
     for layer_idx, invariant in ((3, True), (0, False)):
         layer = _layer(layer_idx, window=100)
-        q, k, *_ = layer.prepare(x, positions=at)
+        q, k, _, inputs = layer.prepare(x, positions=at)
         moved, kept, *_ = layer.prepare(x, positions=3 * at + 1000)
-        same = torch.equal(layer.score(q, k), layer.score(moved, kept))
+        same = torch.equal(layer.score(q, k, inputs), layer.score(moved, kept, inputs))
         assert same == invariant
         # By a plain shift the rotary logits do not change either, but for rounding.
         moved, kept, *_ = layer.prepare(x, positions=at + 1000)
-        torch.testing.assert_close(layer.score(q, k), layer.score(moved, kept))
+        torch.testing.assert_close(layer.score(q, k, inputs), layer.score(moved, kept, inputs))
 
 
 def test_rope_nope_hybrid_cache_of_windowed_layers_is_bounded_by_the_window() -> None:
@@ -76,9 +76,9 @@ def test_rope_nope_hybrid_masks_fit_a_cache_that_let_go_of_keys(given: str) -> N
 def test_rope_nope_hybrid_normalised_queries_and_keys_bound_the_logits() -> None:
     for layer_idx in (0, 3):
         layer = _layer(layer_idx, qk_norm=True, kv_heads=2)
-        q, k, *_ = layer.prepare(1e3 * torch.randn(1, 9, 32, dtype=torch.float64))
+        q, k, _, inputs = layer.prepare(1e3 * torch.randn(1, 9, 32, dtype=torch.float64))
         torch.testing.assert_close(q.norm(dim=-1), torch.full((1, 4, 9), 8**0.5).double())
-        assert float(layer.score(q, k).detach().abs().max()) <= 8**0.5 + 1e-9
+        assert float(layer.score(q, k, inputs).detach().abs().max()) <= 8**0.5 + 1e-9
 
 
 def test_rope_nope_hybrid_attention_mass_of_the_parts() -> None:

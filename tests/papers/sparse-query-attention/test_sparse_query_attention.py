@@ -41,9 +41,9 @@ def test_sparse_query_attention_flops_fall_by_the_share_of_heads(variant: str) -
     """Scores and sums, counted: H_q / H of what all heads take; time is the benchmark's to measure."""
     counted = []
     for layer in (_layer(variant=variant), _layer(query_heads=8, kv_heads=8)):
-        prepared = layer.prepare(X)
+        q, k, v, inputs = layer.prepare(X)
         with FlopCounterMode(display=False) as counter:
-            layer.aggregate(layer.weigh(*prepared[:2], *prepared[3:]), prepared[2])
+            layer.aggregate(layer.weigh(q, k, inputs), v, inputs)
         counted.append(counter.get_total_flops())
     assert counted[0] * 8 == counted[1] * _layer(variant=variant).heads
 

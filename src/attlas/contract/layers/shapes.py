@@ -36,7 +36,7 @@ def grouped_heads(subject: Subject) -> Iterator[Measure]:
     for kv_heads in (1, 2, 4):
         layer = subject.layer(heads=4, kv_heads=kv_heads)
         q, k, v, inputs = layer.prepare(x)
-        held[kv_heads] = k.numel() + v.numel()
+        held[kv_heads] = sum(x.numel() for x in layer.project(inputs)[1:])
         stages = layer.output(layer.aggregate(layer.weigh(q, k, inputs), v, inputs), inputs)
         yield same(f"kv_heads={kv_heads}", layer(x), stages)
     shrinks = held[1] * 4 == held[2] * 2 == held[4]

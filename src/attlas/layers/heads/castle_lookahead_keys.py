@@ -13,15 +13,15 @@ Cost: three more projections, two more passes over the pairs; memory linear in n
 at every block, the blocks being computed again. A cache holds k, q̃, v and U.
 Reduces to softmax attention when ṽ = 0.
 Source: "Causal Attention with Lookahead Keys"; CASTLE-SWL is `window`, there 128 to 512 tokens. That
-rotary positions turn q, k, q̃, k̃ and ṽ rests on a third party's program.
+rotary positions rotate q, k, q̃, k̃ and ṽ rests on a third party's program.
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import ClassVar
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import pad, silu
 from torch.utils.checkpoint import checkpoint
@@ -29,10 +29,10 @@ from torch.utils.checkpoint import checkpoint
 from attlas import ops
 from attlas.attention import Attention
 from attlas.catalog.registry import Reduction, mechanism
-from attlas.errors import at_least_one
 from attlas.inputs import Inputs
 from attlas.kinds.claim import Claim
-from attlas.masks import Mask
+from attlas.options import option
+from attlas.supports import Supports
 
 #: Queries at a time.
 BLOCK = 128
@@ -46,11 +46,7 @@ def _learn_nothing(castle: CastleLookaheadKeys, plain: Attention) -> None:
 @mechanism("castle-lookahead-keys", aliases=("castle",),
            reduces_to=Reduction("softmax", {}, _learn_nothing))  # fmt: skip
 class CastleLookaheadKeys(Attention):
-    """Attention to keys that later tokens keep updating.
-
-    Args:
-        window: tokens after its own that may update a key; all of them unless given.
-    """
+    """Attention to keys that later tokens keep updating."""
 
     claims = (
         Claim(
@@ -61,60 +57,60 @@ class CastleLookaheadKeys(Attention):
             batch=16,
         ),
     )
-
-    has_cross_form = False
+    supports = Supports(cross=False)
     expected_failures: ClassVar[dict[str, str]] = {"static-cache": "tokens change earlier keys"}
 
-    def __init__(
-        self, dim: int, heads: int = 8, *args: Any, window: int | None = None, **options: Any
-    ) -> None:
-        self.window = None if window is None else at_least_one("window", window)
-        super().__init__(dim, heads, *args, **options)
+    window: int | None = option(
+        "tokens after its own that may update a key; None: all of them", default=None, at_least=1
+    )
 
-    def make_projections(self) -> None:
-        """The plain projections, and that of q̃, k̃ and ṽ, of as many heads as the keys."""
-        super().make_projections()
+    def setup(self) -> None:
+        """The projection of q̃, k̃ and ṽ, which have as many heads as the keys."""
+        super().setup()
         self.ahead_proj = nn.Linear(self.dim, 3 * self.kv_heads * self.head_dim, bias=self.bias)
 
     def project(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-        """For each key head: its queries with k̃ and ṽ, which serve this pass alone; k with q̃; v."""
-        q, k, v = super().project(inputs)
-        ahead, shape = self.ahead_proj(inputs.tokens), "b t (three g d) -> three b g 1 t d"
-        asking, k_new, v_new = rearrange(ahead, shape, three=3, d=self.head_dim)
+        """As ever; and q̃, which a cache keeps, k̃ and ṽ, which serve this pass alone."""
+        ahead = self.split_heads(self.ahead_proj(inputs.tokens))
+        ahead = self.position_encoding.rotate(ahead, inputs.token_positions)
+        asking, k_new, v_new = ahead.chunk(3, dim=1)
         if inputs.valid_now is not None:
-            v_new = v_new * inputs.valid_now[:, None, None, :, None]
-        q = torch.cat((q.unflatten(1, (self.kv_heads, -1)), k_new, v_new), dim=2)
-        return q.flatten(1, 2), torch.cat((k[:, :, None], asking), dim=2).flatten(1, 2), v
+            v_new = v_new * inputs.valid_now[:, None, :, None]
+        inputs.carry("asking", asking)
+        inputs.notes.update(k_new=k_new, v_new=v_new)
+        return super().project(inputs)
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
+    def score(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
+        """Scores of all pairs."""
+        return self.by_blocks(q, k, inputs, lambda scores, start: scores)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
+        """The stages for one block of queries at a time, so that memory is linear in n."""
+        seen, pairs = k.shape[2] - q.shape[2], inputs.pairs
+
+        def summed(scores: Tensor, start: int) -> Tensor:
+            if self.score_mod is not None:
+                scores = self.score_mod(scores, *ops.indices(scores, seen + start))
+            rows = slice(start, start + scores.shape[2])
+            part = pairs[:, :, rows] if isinstance(pairs, Tensor) and pairs.shape[2] > 1 else pairs
+            visible = ops.as_dense(part, scores.shape[2], k.shape[2], seen + start, q.device)
+            if visible is not None:
+                scores = scores.masked_fill(~visible, -torch.inf)
+            return self.aggregate(self.normalize(scores, inputs), v, inputs)
+
+        return self.by_blocks(q, k, inputs, summed)
+
+    def by_blocks(
+        self, q: Tensor, k: Tensor, inputs: Inputs, then: Callable[[Tensor, int], Tensor]
     ) -> Tensor:
-        """The values summed, a block of queries at a time."""
-        return self._blocks(q, k, v, mask, inputs)
-
-    def weigh(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
-        """The weights of all pairs."""
-        return self._blocks(q, k, None, mask, inputs)
-
-    def _blocks(
-        self, q: Tensor, k: Tensor, v: Tensor | None, mask: Mask | Tensor | None, inputs: Inputs
-    ) -> Tensor:
-        """Sums of values, or weights without them; lookahead keys go from block to block."""
+        """What `then` makes of each block's scores and first query; U goes from block to block."""
         length, seen = q.shape[2], k.shape[2] - q.shape[2]
         if (u := inputs.recall("lookahead")) is None:
             u = k.new_zeros(len(k), self.kv_heads, 1, seen, self.head_dim)
 
         def block(u: Tensor, start: int) -> tuple[Tensor, Tensor]:
-            rows, offset = slice(start, start + BLOCK), seen + start
-            scores, u = self._scores(q[:, :, rows], k, u)
-            if self.score_mod is not None:
-                scores = self.score_mod(scores, *ops.indices(scores, offset))
-            part = mask[:, :, rows] if isinstance(mask, Tensor) and mask.shape[2] > 1 else mask
-            visible = ops.as_dense(part, scores.shape[2], scores.shape[3], offset, q.device)
-            if visible is not None:
-                scores = scores.masked_fill(~visible, -torch.inf)
-            weights = self.normalize(scores)
-            return (weights if v is None else self.aggregate(weights, v, inputs)), u
+            scores, u = self.block_scores(q, k, u, slice(start, start + BLOCK), inputs)
+            return then(scores, start), u
 
         done, again = [], length > BLOCK and torch.is_grad_enabled()
         for start in range(0, length, BLOCK):
@@ -123,11 +119,13 @@ class CastleLookaheadKeys(Attention):
         inputs.remember("lookahead", u)
         return torch.cat(done, dim=2)
 
-    def _scores(self, q: Tensor, k: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-        """A block's scores with all keys, and the lookahead keys when it has passed."""
-        grouped = q.unflatten(1, (self.kv_heads, -1))
-        q, k_new, v_new = self.scale * grouped[:, :, :-2], grouped[:, :, -2:-1], grouped[:, :, -1:]
-        k, asking = k.unflatten(1, (self.kv_heads, 2)).chunk(2, dim=2)
+    def block_scores(
+        self, q: Tensor, k: Tensor, u: Tensor, rows: slice, inputs: Inputs
+    ) -> tuple[Tensor, Tensor]:
+        """The scores of a block of queries with all keys, and U behind the block."""
+        q = self.scale * q[:, :, rows].unflatten(1, (self.kv_heads, -1))
+        k, asking = k[:, :, None], inputs.carried["asking"][:, :, None]
+        k_new, v_new = (inputs.notes[name][:, :, None, rows] for name in ("k_new", "v_new"))
         begin, end = u.shape[3], u.shape[3] + q.shape[3]
         first = 0 if self.window is None else max(0, begin - self.window)
         at = torch.arange(first, end, device=q.device)

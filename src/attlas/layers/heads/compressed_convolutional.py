@@ -24,11 +24,24 @@ from einops import reduce
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from attlas import ops
 from attlas.attention import Attention
 from attlas.catalog.registry import mechanism
 from attlas.inputs import Inputs
 from attlas.options import option
 from attlas.supports import Supports
+
+
+def share_of_latent(layer: CompressedConvolutional) -> int:
+    """dim / (heads · compression), the width of a head.
+
+    Raises:
+        ValueError: `heads · compression` does not divide `dim`.
+    """
+    parts = layer.heads * layer.compression
+    if layer.dim % parts:
+        raise ValueError(f"heads · compression must divide dim={layer.dim}, got {parts}")
+    return layer.dim // parts
 
 
 @mechanism("compressed-convolutional", aliases=("cca",))
@@ -42,7 +55,7 @@ class CompressedConvolutional(Attention):
 
     head_dim: int = option(
         "width of a head; dim / (heads · compression) unless given", kw_only=False, at_least=1,
-        factory=lambda layer: 0,  # `setup` works it out, when it has the compression
+        factory=share_of_latent,
     )  # fmt: skip
     compression: int = option(
         "C, how much narrower all heads together are than the inputs, unless head_dim is given",
@@ -53,11 +66,7 @@ class CompressedConvolutional(Attention):
     )
 
     def setup(self) -> None:
-        """The width of a head, which the projections need; then convolutions and temperatures."""
-        parts = self.heads * self.compression
-        if not self.head_dim and self.dim % parts:
-            raise ValueError(f"heads · compression must divide dim={self.dim}, got {parts}")
-        self.head_dim = self.head_dim or self.dim // parts
+        """The convolutions, and the keys' temperatures."""
         super().setup()
         groups, (first, second) = self.heads + self.kv_heads, self.kernels
         channels = groups * self.head_dim

@@ -53,9 +53,9 @@ class HeadMask(Attention):
 
     def output(self, heads: Tensor, inputs: Inputs) -> Tensor:
         """Heads times their gates in training, joined and projected."""
-        return super().output(heads * self.gates(heads) if self.training else heads, inputs)
+        return super().output(heads * self.head_gates(heads) if self.training else heads, inputs)
 
-    def gates(self, heads: Tensor) -> Tensor:
+    def head_gates(self, heads: Tensor) -> Tensor:
         """ξ for [batch, heads, queries, width]: 0 for N heads, the same for the whole batch."""
         rank = torch.rand_like(self.importance) if self.choice == "random" else self.importance
         off = 0 if self.measuring else self.masked

@@ -31,13 +31,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from attlas import ops
-from attlas.attention import Attention, Prepared
+from attlas.attention import Attention
 from attlas.catalog.registry import Reduction, mechanism
-from attlas.errors import at_least_one
 from attlas.inputs import Inputs
 from attlas.layers.heads.multi_query import GroupedQuery
-from attlas.masks import Mask
+from attlas.options import option
+from attlas.supports import Supports
 
 
 def allocation(shares: Tensor, heads: int) -> Tensor:
@@ -61,13 +60,13 @@ def _copy(layer: Any, plain: Any) -> None:
 class _Grouped(Attention):
     """Half as many groups as heads unless told, and the way to them from multi-head attention."""
 
-    has_causal_form = False
+    supports = Supports(causal=False)
+    changes = ("project",)
 
-    def __init__(
-        self, dim: int, heads: int = 8, kv_heads: int | None = None, *args: Any, **options: Any
-    ) -> None:
-        groups = max(1, heads // 2) if kv_heads is None else kv_heads
-        super().__init__(dim, heads, groups, *args, **options)
+    kv_heads: int = option(
+        "groups, a divisor of heads; half as many as heads unless given", at_least=1,
+        kw_only=False, factory=lambda layer: max(1, layer.heads // 2),
+    )  # fmt: skip
 
     def load_from(self, weights: Mapping[str, Tensor]) -> list[str]:
         """Take over a plain layer's weights, key and value heads averaged where it has one a head."""
@@ -81,28 +80,16 @@ class _Grouped(Attention):
     reduces_to=Reduction("multi-query-attention", {"kv_heads": 1}, _copy),
 )  # fmt: skip
 class KeyDriven(_Grouped):
-    """Grouped attention with groups sized by the norms of their keys.
+    """Grouped attention with groups sized by the norms of their keys."""
 
-    Args:
-        kv_heads: groups; half as many as heads unless given.
-        over: what an allocation is made for, each "sequence" or the whole "batch".
-    """
+    over: Literal["sequence", "batch"] = option(
+        "what an allocation is made for: each sequence, or the whole batch", default="sequence"
+    )
 
-    def __init__(
-        self, dim: int, heads: int = 8, *args: Any,
-        over: Literal["sequence", "batch"] = "sequence", **options: Any,
-    ) -> None:  # fmt: skip
-        if over not in ("sequence", "batch"):
-            raise ValueError(f"over must be 'sequence' or 'batch', got {over!r}")
-        super().__init__(dim, heads, *args, **options)
-        self.over = over
-
-    def prepare(self, *args: Any, **options: Any) -> Prepared:
-        """As ever, and beside keys and values up to which query head they serve."""
-        q, k, v, mask, inputs = super().prepare(*args, **options)
+    def restore(self, k: Tensor, v: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """Each query head's keys and values: those of the group that serves it."""
         counts = self.counts(self.norms(k, inputs))
-        ends = counts.cumsum(-1)[..., None, None].expand(*k.shape[:3], 1).to(k.dtype)
-        return q, torch.cat((k, ends), dim=-1), torch.cat((v, ends), dim=-1), mask, inputs
+        return self.served(k, counts), self.served(v, counts)
 
     def norms(self, k: Tensor, inputs: Inputs) -> Tensor:
         """n, [batch, groups]; of the whole batch it is the mean."""
@@ -122,25 +109,11 @@ class KeyDriven(_Grouped):
         alike = above.amax(-1, keepdim=True) <= 64 * torch.finfo(norms.dtype).eps * high
         return above.masked_fill(alike, 0.0)
 
-    def served(self, x: Tensor) -> Tensor:
-        """Each query head's keys or values, as told beside them."""
-        ends, heads = x[:, :, 0, -1], torch.arange(self.heads, device=x.device)
-        group = (ends[:, None] <= heads[:, None]).sum(-1)
-        return x[..., :-1].take_along_dim(group[..., None, None], dim=1)
-
-    def score(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
-        """Scores of each query head with its group's keys."""
-        return ops.grouped_product(q * self.scale, self.served(k).mT)
-
-    def aggregate(self, weights: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
-        """Sums of each query head's group's values."""
-        return super().aggregate(weights, self.served(v))
-
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
-    ) -> Tensor:
-        """One fused call on the keys and values served."""
-        return self.fused(q, self.served(k), self.served(v), inputs.pairs)
+    def served(self, x: Tensor, counts: Tensor) -> Tensor:
+        """Each query head's keys or values, where groups serve so many heads one after the other."""
+        heads = torch.arange(self.heads, device=x.device)
+        group = (counts.cumsum(-1)[:, None] <= heads[:, None]).sum(-1)
+        return x.take_along_dim(group[..., None, None], dim=1)
 
 
 @mechanism(
@@ -148,29 +121,23 @@ class KeyDriven(_Grouped):
     reduces_to=Reduction("multi-query-attention", {"kv_heads": 1}, _copy),
 )  # fmt: skip
 class Dynamic(KeyDriven):
-    """Groups sized by how norms change; training batches share theirs, from the mean n.
+    """Groups sized by how norms change; training batches share theirs, from the mean n."""
 
-    Args:
-        window: w, how many training passes an allocation lasts.
-        by: s, "change" |n − m| or "average" 0.9 n + 0.1 m; m begins at 0.
-    """
+    window: int = option("w, how many training passes an allocation lasts", default=300, at_least=1)
+    by: Literal["change", "average"] = option(
+        "s: the change |n − m|, or the average 0.9 n + 0.1 m; m begins at 0", default="change"
+    )
 
-    stored: Tensor
-    latest: Tensor
-    sizes: Tensor
-    passes: Tensor
-
-    def __init__(
-        self, dim: int, heads: int = 8, *args: Any, window: int = 300,
-        by: Literal["change", "average"] = "change", **options: Any,
-    ) -> None:  # fmt: skip
-        if by not in ("change", "average"):
-            raise ValueError(f"by must be 'change' or 'average', got {by!r}")
-        super().__init__(dim, heads, *args, **options)
-        self.window, self.by = at_least_one("window", window), by
+    def setup(self) -> None:
+        """m, the norms and sizes of the latest allocation, and how many passes there were."""
+        super().setup()
+        self.stored: Tensor
+        self.latest: Tensor
+        self.sizes: Tensor
+        self.passes: Tensor
         self.register_buffer("stored", torch.zeros(self.kv_heads))
         self.register_buffer("latest", torch.zeros(self.kv_heads))
-        self.register_buffer("sizes", torch.full((self.kv_heads,), heads // self.kv_heads))
+        self.register_buffer("sizes", torch.full((self.kv_heads,), self.heads // self.kv_heads))
         self.register_buffer("passes", torch.tensor(0))
 
     def counts(self, norms: Tensor) -> Tensor:
@@ -205,6 +172,8 @@ def _centre_values(layer: Any, plain: Any) -> None:
 )  # fmt: skip
 class Perturbed(_Grouped):
     """Grouped attention with noise on what each head gives, of that head's mean and deviation."""
+
+    beyond = ("output: the perturbed form's noise falls on what the heads give",)
 
     def output(self, heads: Tensor, inputs: Inputs) -> Tensor:
         """Heads less the noise, or less its mean in evaluation, projected."""

@@ -15,7 +15,6 @@ a bias to all logits; softmax does not see it, so it is left out here.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +24,7 @@ from attlas.attention import Attention
 from attlas.catalog.registry import Reduction, mechanism
 from attlas.inputs import Inputs
 from attlas.kinds.claim import Claim
+from attlas.options import option
 
 
 def _keys_as_queries(layer: Attention, plain: Attention) -> None:
@@ -36,11 +36,7 @@ def _keys_as_queries(layer: Attention, plain: Attention) -> None:
     "softmax", {}, _keys_as_queries
 ))  # fmt: skip
 class KeyValue(Attention):
-    """Attention of keys to keys.
-
-    Args:
-        position_dim: m, features of a pair of positions; 0 for the plain form.
-    """
+    """Attention of keys to keys."""
 
     claims = (
         Claim(
@@ -50,38 +46,40 @@ class KeyValue(Attention):
         ),
     )
 
-    def __init__(
-        self, dim: int, heads: int = 8, *args: Any, position_dim: int = 0, **options: Any
-    ) -> None:
-        if position_dim < 0:
-            raise ValueError(f"position_dim must be at least 0, got {position_dim}")
-        self.position_dim = position_dim
-        super().__init__(dim, heads, *args, **options)
-        if self.kv_heads != heads:
-            raise ValueError(f"kv_heads must be heads={heads}: keys are compared with keys")
+    position_dim: int = option(
+        "m, features of a pair of positions; 0 for the plain form", default=0, at_least=0
+    )
 
-    def make_projections(self) -> None:
-        """Keys, values and the output; and w, shared by the heads."""
-        super().make_projections()
-        del self.q_proj
+    def setup(self) -> None:
+        """w, shared by the heads."""
+        super().setup()
+        if self.kv_heads != self.heads:
+            raise ValueError(f"kv_heads must be heads={self.heads}: keys are compared with keys")
         if self.position_dim:
             self.pair_map = nn.Linear(self.position_dim, 1, bias=False)
             nn.init.xavier_uniform_(self.pair_map.weight)
 
+    def make_projections(self) -> None:
+        """Keys, values and the output."""
+        super().make_projections()
+        del self.q_proj
+
     def project(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys twice, and values."""
+        """Keys twice, and values; beside each key, what w · p has from its position."""
         k, v = (self.split_heads(part(inputs.tokens)) for part in (self.k_proj, self.v_proj))
+        if self.position_dim:
+            inputs.carry("column", _channel(self.shares(inputs.token_positions)[1], k))
         return (k if inputs.context is None else self.split_heads(self.k_proj(inputs.x))), k, v
 
-    def position(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    def features(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """[Σw q, rows · w, 1] and [k, 1, columns · w], whose product is the positional form's."""
-        q, k = super().position(q, k, inputs)
         if not self.position_dim:
             return q, k
-        one, total = q.new_tensor(1 / self.scale), self.pair_map.weight.sum()
-        row, column = self.shares(inputs.positions)[0], self.shares(inputs.token_positions)[1]
-        q = torch.cat((total * q, one * _channel(row, q), _channel(one, q)), dim=-1)
-        return q, torch.cat((k, _channel(torch.ones_like(one), k), _channel(column, k)), dim=-1)
+        row, column = _channel(self.shares(inputs.positions)[0], q), inputs.carried["column"]
+        total = self.pair_map.weight.sum()
+        ones = torch.ones_like(row)
+        q = torch.cat((total * q, row / self.scale, ones / self.scale), dim=-1)
+        return q, torch.cat((k, torch.ones_like(column), column), dim=-1)
 
     def shares(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """What w · p has from each position as a row and as a column, [..., tokens]."""

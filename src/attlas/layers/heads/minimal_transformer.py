@@ -11,12 +11,10 @@ instead of 4 · dim², so that it saves with few heads: the paper has one or fou
 Reduces to softmax attention for A_h = W_Q W_Kᵀ and identities in place of W_V and W_O.
 Source: "Reducing the Transformer Architecture to a Minimum". T's triangle rests on a third party's
 program; the heads' own full A_h and slices x_h are ours where the paper's text leaves them open, and
-so are rotary positions, which turn each head_dim wide part of x A_h and x.
+so are rotary positions, which rotate each head_dim wide part of x A_h and x.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from einops import rearrange
@@ -25,7 +23,7 @@ from torch import Tensor, nn
 from attlas.attention import Attention
 from attlas.catalog.registry import Reduction, mechanism
 from attlas.inputs import Inputs
-from attlas.masks import Mask
+from attlas.options import option
 
 
 def _slices_as_keys(layer: MinimalTransformer, plain: Attention) -> None:
@@ -40,24 +38,25 @@ def _slices_as_keys(layer: MinimalTransformer, plain: Attention) -> None:
 
 @mechanism("minimal-transformer", reduces_to=Reduction("softmax", {}, _slices_as_keys))
 class MinimalTransformer(Attention):
-    """Attention with queries and keys collapsed into one matrix.
+    """Attention with queries and keys collapsed into one matrix."""
 
-    Args:
-        symmetric: the matrix is a triangle times its transpose.
-        values: keep the value and output matrices.
-    """
+    changes = ("score",)  # x A_h xᵀ, whose two factors `project` makes
+    beyond = ("position: queries and keys are as wide as all heads, rotated part by part",)
 
-    def __init__(
-        self, dim: int, heads: int = 1, *args: Any, symmetric: bool = False, values: bool = False,
-        **options: Any,
-    ) -> None:  # fmt: skip
-        self.symmetric, self.values = symmetric, values
-        super().__init__(dim, heads, *args, **options)
-        if self.kv_heads != heads:
-            raise ValueError(f"kv_heads must be heads={heads}: the input stands for the keys")
-        if self.head_dim * heads != dim:
+    heads: int = option(
+        "heads, each with a matrix of its own", default=1, at_least=1, kw_only=False
+    )
+    symmetric: bool = option("the matrix is a triangle times its transpose", default=False)
+    values: bool = option("keep the value and output matrices", default=False)
+
+    def setup(self) -> None:
+        """Refuse heads that are no slices of the input."""
+        super().setup()
+        if self.kv_heads != self.heads:
+            raise ValueError(f"kv_heads must be heads={self.heads}: the input stands for the keys")
+        if self.head_dim * self.heads != self.dim:
             raise ValueError(
-                f"head_dim must be dim / heads = {dim / heads:g}: a slice of the input"
+                f"head_dim must be dim / heads = {self.dim / self.heads:g}: a slice of the input"
             )
 
     def make_projections(self) -> None:
@@ -75,12 +74,12 @@ class MinimalTransformer(Attention):
     def project(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         """x A or x T as queries, x or x T as keys, each as wide as the input; and values."""
         x, tokens = inputs.x[:, None], inputs.tokens[:, None]
-        v = self.v_proj(tokens) if self.values else tokens
+        v = self.split_heads(self.v_proj(inputs.tokens) if self.values else inputs.tokens)
         if self.symmetric:
             factor = self.factor()
-            return x @ factor, tokens @ factor, self.slices(v)
+            return x @ factor, tokens @ factor, v
         q = rearrange(self.similarity(inputs.x), "b t (h c) -> b h t c", c=self.dim)
-        return q, tokens, v  # a head each in the cache, which wants as many values as keys
+        return q, tokens, v
 
     def factor(self) -> Tensor:
         """T of every head, [heads, dim, dim]."""
@@ -95,20 +94,6 @@ class MinimalTransformer(Attention):
         q, k = (rearrange(t, narrow, d=self.head_dim) for t in (q, k))
         q, k = super().position(q, k, inputs)
         return rearrange(q, wide, c=self.heads), rearrange(k, wide, c=self.heads)
-
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
-    ) -> Tensor:
-        """Fused as the plain layer's, with every head's slice of the values."""
-        return self.fused(q, k, self.slices(v), inputs.pairs)
-
-    def aggregate(self, weights: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
-        """Every head's slice of the values, summed."""
-        return super().aggregate(weights, self.slices(v))
-
-    def slices(self, v: Tensor) -> Tensor:
-        """Values head by head, whether or not they are already."""
-        return rearrange(v, "b one t (h d) -> b (one h) t d", d=self.head_dim)
 
     def output(self, heads: Tensor, inputs: Inputs) -> Tensor:
         """Heads joined, and projected where that is kept."""

@@ -17,7 +17,7 @@ gradient, which their published inference code does not show, is what the paper 
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from einops import rearrange
@@ -28,6 +28,7 @@ from attlas.attention import Attention
 from attlas.catalog.registry import Reduction, mechanism
 from attlas.inputs import Inputs
 from attlas.kinds.claim import Claim
+from attlas.options import option
 
 
 def _all_on(moh: MixtureOfHead, plain: Attention) -> None:
@@ -43,14 +44,7 @@ def _all_on(moh: MixtureOfHead, plain: Attention) -> None:
     reduces_to=Reduction("softmax", {"shared_heads": 2, "routed_active": 2}, _all_on),
 )  # fmt: skip
 class MixtureOfHead(Attention):
-    """Attention whose heads are gated for each token.
-
-    Args:
-        shared_heads: S, heads always on; half of them unless given.
-        routed_active: K, the other heads that a token keeps; a quarter of all unless given.
-        router: "learned", or "query-norm" for pretrained models.
-        load_balance: β.
-    """
+    """Attention whose heads are gated for each token."""
 
     claims = (
         Claim(
@@ -64,30 +58,32 @@ class MixtureOfHead(Attention):
         ),
     )
 
-    def __init__(
-        self, dim: int, heads: int = 8, *args: Any, shared_heads: int | None = None,
-        routed_active: int | None = None, router: Literal["learned", "query-norm"] = "learned",
-        load_balance: float = 0.01, **options: Any,
-    ) -> None:  # fmt: skip
-        if router not in ("learned", "query-norm"):
-            raise ValueError(f"router must be 'learned' or 'query-norm', got {router!r}")
-        self.shared_heads = heads // 2 if shared_heads is None else shared_heads
-        self.routed_heads = heads - self.shared_heads
-        quarter = min(max(1, heads // 4), self.routed_heads)
-        self.routed_active = quarter if routed_active is None else routed_active
-        self.learned, self.load_balance = router == "learned", load_balance
-        super().__init__(dim, heads, *args, **options)
+    shared_heads: int = option(
+        "S, heads always on; half of them unless given", at_least=0,
+        factory=lambda layer: layer.heads // 2,
+    )  # fmt: skip
+    routed_active: int = option(
+        "K, the other heads that a token keeps; a quarter of all unless given", at_least=0,
+        factory=lambda layer: min(max(1, layer.heads // 4), layer.heads - layer.shared_heads),
+    )  # fmt: skip
+    routing: Literal["learned", "query-norm"] = option(
+        "what routes: a learned matrix, or the queries' lengths, for pretrained models",
+        default="learned", alias="router",
+    )  # fmt: skip
+    load_balance: float = option("β, weight of the balance among the added losses", default=0.01)
 
-    def make_projections(self) -> None:
-        """The plain projections, and a router for each choice that there is."""
-        if not 0 <= self.shared_heads <= self.heads:
+    def setup(self) -> None:
+        """A router for each choice that there is."""
+        super().setup()
+        self.routed_heads = self.heads - self.shared_heads
+        if self.shared_heads > self.heads:
             raise ValueError(f"shared_heads must be 0 to {self.heads}, got {self.shared_heads}")
         if not min(1, self.routed_heads) <= self.routed_active <= self.routed_heads:
             raise ValueError(
                 f"routed_active must be 1 to {self.routed_heads} of {self.heads} heads, "
                 f"got {self.routed_active}"
             )
-        super().make_projections()
+        self.learned = self.routing == "learned"
         if self.learned and self.routed_heads:
             self.router = nn.Linear(self.dim, self.routed_heads, bias=False)
         if self.learned and self.shared_heads > 1:
@@ -95,7 +91,7 @@ class MixtureOfHead(Attention):
         if self.learned and self.shared_heads and self.routed_heads:
             self.balance = nn.Linear(self.dim, 2, bias=False)
 
-    def gates(self, inputs: Inputs) -> Tensor:
+    def head_gates(self, inputs: Inputs) -> Tensor:
         """Every head's gate for every token, [batch, tokens, heads]; the shared heads come first."""
         x = inputs.x
         shared = x.new_ones(*x.shape[:2], self.shared_heads)
@@ -129,7 +125,9 @@ class MixtureOfHead(Attention):
     def output(self, heads: Tensor, inputs: Inputs) -> Tensor:
         """Gated heads, joined and projected."""
         self.auxiliary_loss = None
-        return super().output(heads * rearrange(self.gates(inputs), "b t h -> b h t 1"), inputs)
+        return super().output(
+            heads * rearrange(self.head_gates(inputs), "b t h -> b h t 1"), inputs
+        )
 
 
 def _imbalance(p: Tensor, kept: Tensor, inputs: Inputs) -> Tensor:

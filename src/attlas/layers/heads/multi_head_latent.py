@@ -15,63 +15,67 @@ analyses the layer of "DeepSeek-V2"; widths unless given, 4 · head_dim and head
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from attlas import ops
-from attlas.attention import Attention, Prepared
+from attlas.attention import Attention
 from attlas.catalog.registry import mechanism
-from attlas.errors import at_least_one
 from attlas.inputs import Inputs
 from attlas.masks import Mask
+from attlas.options import option
 from attlas.positions import RoPE
+from attlas.supports import Supports
 
 
 @mechanism("multi-head-latent-attention", paper="mla-arithmetic-intensity", aliases=("mla",))
 class MultiHeadLatent(Attention):
-    """Attention to latents; `head_dim` is the width of a key without its rotary part.
+    """Attention to latents; `head_dim` is the width of a key without its rotary part."""
 
-    Args:
-        latent: width of the latent; 4 · head_dim unless given.
-        rotary: width of the rotary part of queries and keys; half of head_dim unless given.
-        query_latent: width of the queries' own latent; queries come from the inputs unless given.
-        value_dim: width of a head's values; head_dim unless given.
-        rotary_base: of the wavelengths.
-    """
+    supports = Supports(position=False)
+    changes = ("output",)  # heads are as wide as the values
 
-    has_own_position = True
+    latent: int = option(
+        "width of the latent; 4 · head_dim unless given", at_least=1,
+        factory=lambda layer: 4 * layer.head_dim,
+    )  # fmt: skip
+    rotary: int = option(
+        "width of the rotary part of queries and keys; half of head_dim unless given", at_least=1,
+        factory=lambda layer: max(2, layer.head_dim // 4 * 2),
+    )  # fmt: skip
+    query_latent: int | None = option(
+        "width of the queries' own latent; None: they come from the inputs", default=None,
+        at_least=1,
+    )  # fmt: skip
+    value_dim: int = option(
+        "width of a head's values; head_dim unless given", at_least=1,
+        factory=lambda layer: layer.head_dim,
+    )  # fmt: skip
+    rotary_base: float = option("of the wavelengths", default=10000.0, above=0)
 
-    def __init__(
-        self, dim: int, heads: int = 8, *args: Any, latent: int | None = None,
-        rotary: int | None = None, query_latent: int | None = None, value_dim: int | None = None,
-        rotary_base: float = 10000.0, **options: Any,
-    ) -> None:  # fmt: skip
-        self._widths = (latent, rotary, query_latent, value_dim)
-        super().__init__(dim, heads, *args, **options)
-        if self.kv_heads != heads:
+    def setup(self) -> None:
+        """The rotation and the scale of what meets it and the latents."""
+        super().setup()
+        if self.kv_heads != self.heads:
             raise ValueError(
-                f"kv_heads must be heads={heads}: all share a latent, got {self.kv_heads}"
+                f"kv_heads must be heads={self.heads}: all share a latent, got {self.kv_heads}"
             )
-        self.rope = RoPE(self.rotary, rotary_base, interleaved=True)
+        self.rope = RoPE(self.rotary, self.rotary_base, interleaved=True)
         self.scale = (self.head_dim + self.rotary) ** -0.5
 
     def make_projections(self) -> None:
         """Down to latents and up to heads; biases, as published, on the way down and at the output."""
-        latent, rotary, query_latent, value_dim = self._widths
-        width, half = self.head_dim, max(2, self.head_dim // 4 * 2)
-        self.latent = 4 * width if latent is None else at_least_one("latent", latent)
-        self.rotary = half if rotary is None else at_least_one("rotary", rotary)
-        self.value_dim = width if value_dim is None else at_least_one("value_dim", value_dim)
-        narrow = self.dim if query_latent is None else at_least_one("query_latent", query_latent)
-        down = (nn.Linear(self.dim, narrow, bias=self.bias), nn.RMSNorm(narrow, eps=1e-6))
-        self.q_down = nn.Sequential(*(() if query_latent is None else down))
-        self.q_proj = nn.Linear(narrow, self.heads * (width + self.rotary), bias=False)
+        narrow = self.query_latent or self.dim
+        self.q_down = nn.Sequential()
+        if self.query_latent is not None:
+            self.q_down.append(nn.Linear(self.dim, narrow, bias=self.bias))
+            self.q_down.append(nn.RMSNorm(narrow, eps=1e-6))
+        self.q_proj = nn.Linear(narrow, self.heads * (self.head_dim + self.rotary), bias=False)
         self.kv_down = nn.Linear(self.dim, self.latent + self.rotary, bias=self.bias)
         self.kv_norm = nn.RMSNorm(self.latent, eps=1e-6)
-        self.kv_up = nn.Linear(self.latent, self.heads * (width + self.value_dim), bias=False)
+        up = self.heads * (self.head_dim + self.value_dim)
+        self.kv_up = nn.Linear(self.latent, up, bias=False)
         self.o_proj = nn.Linear(self.heads * self.value_dim, self.dim, bias=self.bias)
 
     def project(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -96,10 +100,9 @@ class MultiHeadLatent(Attention):
         """What meets by content, and the rotary part."""
         return x[..., : -self.rotary], x[..., -self.rotary :]
 
-    def prepare(self, *args: Any, **options: Any) -> Prepared:
-        """As ever; the values are the latents where the keys hold them."""
-        q, k, _, mask, inputs = super().prepare(*args, **options)
-        return q, k, k[..., : self.latent], mask, inputs
+    def restore(self, k: Tensor, v: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """The values are the latents, which the keys hold."""
+        return k, k[..., : self.latent]
 
     def score(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
         """Absorbed: queries taken through W_UK, so that they meet the latents themselves."""
@@ -109,14 +112,14 @@ class MultiHeadLatent(Attention):
         """Absorbed: latents summed, then taken through W_UV."""
         return super().aggregate(weights, v, inputs) @ self.up()[1].mT
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
-    ) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
         """Absorbed where all scores take no more room than the latents, expanded otherwise."""
         if q.shape[2] == k.shape[2] or q.shape[2] * self.heads > k.shape[-1]:
-            return self.expanded(q, k, v, mask)
-        drop = self.dropout if self.training else 0.0
-        summed = ops.latent_attend(*self.absorbed(q), k, mask=mask, scale=self.scale, dropout=drop)
+            return self.expanded(q, k, v, inputs.pairs)
+        summed = ops.latent_attend(
+            *self.absorbed(q), k, mask=inputs.pairs, scale=self.scale,
+            dropout=self.dropout if self.training else 0.0,
+        )  # fmt: skip
         return summed @ self.up()[1].mT
 
     def absorbed(self, q: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,10 +131,7 @@ class MultiHeadLatent(Attention):
         """Keys and values of every head made of the latents, then plain attention."""
         up_k, up_v = self.up()
         shared = self.parts(k)[1].expand(-1, self.heads, -1, -1)
-        return ops.attend(
-            q, torch.cat((v @ up_k.mT, shared), dim=-1), v @ up_v.mT, mask=mask, scale=self.scale,
-            dropout=self.dropout if self.training else 0.0,
-        )  # fmt: skip
+        return self.fused(q, torch.cat((v @ up_k.mT, shared), dim=-1), v @ up_v.mT, mask)
 
     def up(self) -> tuple[Tensor, Tensor]:
         """W_UK [heads, head_dim, latent] and W_UV [heads, value_dim, latent]."""

@@ -13,15 +13,13 @@ a channel and that N acts on unrotated keys is our reading of the paper's W_V = 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from attlas.attention import Attention, Prepared
+from attlas.attention import Attention
 from attlas.catalog.registry import Reduction, mechanism
-from attlas.errors import at_least_one
 from attlas.inputs import Inputs
+from attlas.options import option
 
 
 def _multiplied(layer: MultiMatrix, plain: Attention) -> None:
@@ -40,30 +38,25 @@ def _ungated(layer: MultiMatrixKeyReuse, plain: Attention) -> None:
 @mechanism("multi-matrix-factorization", aliases=("mfa",),
            reduces_to=Reduction("multi-query-attention", {}, _multiplied))  # fmt: skip
 class MultiMatrix(Attention):
-    """Attention with factored queries of many heads, one key head and one value head.
+    """Attention with factored queries of many heads, one key head and one value head."""
 
-    Args:
-        query_rank: width that S_q gives; C = head_dim unless given.
-        query_norm: an RMS norm between S_q and Q_c.
-    """
-
-    def __init__(
-        self, dim: int, heads: int = 8, kv_heads: int = 1, *args: Any,
-        query_rank: int | None = None, query_norm: bool = False, **options: Any,
-    ) -> None:  # fmt: skip
-        if kv_heads != 1:
-            raise ValueError(f"kv_heads must be 1: all heads share a key, got {kv_heads}")
-        self.query_rank, self.query_norm = query_rank, query_norm
-        super().__init__(dim, heads, kv_heads, *args, **options)
+    kv_heads: int = option(
+        "key and value heads, always one", default=1, at_least=1, at_most=1, kw_only=False
+    )
+    query_rank: int = option(
+        "width that S_q gives; C = head_dim unless given", factory=lambda layer: layer.head_dim,
+        at_least=1,
+    )  # fmt: skip
+    query_norm: bool = option("an RMS norm between S_q and Q_c", default=False)
 
     def make_projections(self) -> None:
         """The two factors of the queries in the place of their projection."""
         super().make_projections()
-        rank = self.head_dim if self.query_rank is None else self.query_rank
         del self.q_proj
-        self.q_down = nn.Linear(self.dim, at_least_one("query_rank", rank), bias=self.bias)
-        self.q_norm = nn.RMSNorm(rank, eps=1e-5) if self.query_norm else nn.Identity()
-        self.q_up = nn.Linear(rank, self.heads * self.head_dim, bias=self.bias)
+        self.q_down = nn.Linear(self.dim, self.query_rank, bias=self.bias)
+        norm = nn.RMSNorm(self.query_rank, eps=1e-5)
+        self.q_norm = norm if self.query_norm else nn.Identity()
+        self.q_up = nn.Linear(self.query_rank, self.heads * self.head_dim, bias=self.bias)
 
     def project(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         """Queries through both factors; one key and one value."""
@@ -76,6 +69,8 @@ class MultiMatrix(Attention):
            reduces_to=Reduction("multi-query-attention", {}, _ungated))  # fmt: skip
 class MultiMatrixKeyReuse(MultiMatrix):
     """Multi-matrix factorization attention whose values are made of the cached keys."""
+
+    beyond = ("position: keys are rotated after the cache, since values are made of them before",)
 
     def make_projections(self) -> None:
         """As without reuse; N and its gate α in the place of the value projection."""
@@ -91,11 +86,10 @@ class MultiMatrixKeyReuse(MultiMatrix):
         return self.split_heads(q), k, k[..., :0]
 
     def position(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """Queries turned; keys are cached as they are, since values are made of them."""
+        """Queries rotated; keys are cached as they are, since values are made of them."""
         return self.position_encoding.rotate(q, inputs.positions), k
 
-    def prepare(self, *args: Any, **options: Any) -> Prepared:
+    def restore(self, k: Tensor, v: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Values made of all keys, and then the keys rotated."""
-        q, k, _, mask, inputs = super().prepare(*args, **options)
-        v = k + self.gate * self.mix(k)
-        return q, self.position_encoding.rotate(k, inputs.positions_of(k.shape[2])), v, mask, inputs
+        rotated = self.position_encoding.rotate(k, inputs.positions_of(k.shape[2]))
+        return rotated, k + self.gate * self.mix(k)

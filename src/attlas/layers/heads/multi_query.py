@@ -12,13 +12,13 @@ Multi-Head Checkpoints" (groups, and the mean-pooled conversion).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from attlas.attention import Attention
 from attlas.catalog.registry import Reduction, mechanism
+from attlas.options import option
 
 
 def _copy_groups(grouped: Attention, multi_head: Attention) -> None:
@@ -39,8 +39,11 @@ def _copy_groups(grouped: Attention, multi_head: Attention) -> None:
 class GroupedQuery(Attention):
     """Multi-head attention with `kv_heads` key and value heads, a divisor of `heads`."""
 
-    def __init__(self, dim: int, heads: int = 8, kv_heads: int = 1, **options: Any) -> None:
-        super().__init__(dim, heads, kv_heads, **options)
+    changes = ("project",)
+
+    kv_heads: int = option(
+        "key and value heads, a divisor of heads", default=1, at_least=1, kw_only=False
+    )
 
     @classmethod
     def from_multi_head(cls, layer: Attention, kv_heads: int = 1) -> GroupedQuery:
@@ -52,11 +55,10 @@ class GroupedQuery(Attention):
         if layer.kv_heads != layer.heads:
             raise ValueError(f"layer must have a key head a query head, got {layer.kv_heads}")
         made = cls(
-            layer.dim, layer.heads, kv_heads, head_dim=layer.head_dim, mask=layer.pattern,
-            position=layer.position_encoding, bias=layer.q_proj.bias is not None,
+            layer.dim, layer.heads, kv_heads, layer.head_dim, causal=layer.causal,
+            mask=layer.own_mask, position=layer.position_encoding, bias=layer.bias,
             dropout=layer.dropout, layer_idx=layer.layer_idx,
         )  # fmt: skip
-        made.causal = layer.causal
         made.load_state_dict(made.pooled(layer.state_dict()))
         return made.to(layer.q_proj.weight)
 
@@ -80,12 +82,13 @@ class GroupedQuery(Attention):
 class MultiQuery(GroupedQuery):
     """All query heads share one key head and one value head."""
 
-    def __init__(self, dim: int, heads: int = 8, kv_heads: int = 1, **options: Any) -> None:
-        if kv_heads != 1:
+    def setup(self) -> None:
+        """Refuse more key heads than one."""
+        if self.kv_heads != 1:
             raise ValueError(
-                f"kv_heads must be 1 here, got {kv_heads}; see grouped-query-attention"
+                f"kv_heads must be 1 here, got {self.kv_heads}; see grouped-query-attention"
             )
-        super().__init__(dim, heads, **options)
+        super().setup()
 
 
 def _pooled(parameter: Tensor, heads: int, kv_heads: int) -> Tensor:

@@ -17,7 +17,7 @@ masks enter the inner passes is our choice. The paper's order counts the outer p
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor, cat
 
@@ -25,37 +25,30 @@ from attlas import ops
 from attlas.attention import Attention
 from attlas.catalog.registry import Reduction, mechanism
 from attlas.inputs import Inputs
+from attlas.options import option
+from attlas.supports import Supports
 
 
 @mechanism("nexus-higher-order", aliases=("nexus",), reduces_to=Reduction(
     "softmax", {"depth": 0}, lambda nexus, plain: plain.load_state_dict(nexus.state_dict())
 ))  # fmt: skip
 class NexusHigherOrder(Attention):
-    """Attention between queries and keys that attended before.
+    """Attention between queries and keys that attended before."""
 
-    Args:
-        depth: inner attention passes, m.
-    """
-
-    has_cross_form = False
+    supports = Supports(cross=False)
     expected_failures: ClassVar[dict[str, str]] = {
         "static-cache": "the inner passes' queries and keys have no room in it"
     }
 
-    def __init__(
-        self, dim: int, heads: int = 8, *args: Any, depth: int = 1, **options: Any
-    ) -> None:
-        if depth < 0:
-            raise ValueError(f"depth must be at least 0, got {depth}")
-        super().__init__(dim, heads, *args, **options)
-        self.depth = depth
+    depth: int = option("inner attention passes, m", default=1, at_least=0)
 
-    def position(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """Queries and keys after the inner passes, then turned for the outer one."""
+    def project(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys after the inner passes, and values."""
+        q, k, v = super().project(inputs)
         for level in range(self.depth):
             q = self.inner(q, f"queries {level}", inputs)
             k = self.inner(k, f"keys {level}", inputs)
-        return super().position(q, k, inputs)
+        return q, k, v
 
     def inner(self, x: Tensor, name: str, inputs: Inputs) -> Tensor:
         """Attention of x to x and to what was remembered of it, which are the values too."""

@@ -17,11 +17,11 @@ at least.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Literal
 
 from attlas.attention import Attention
 from attlas.catalog.registry import Reduction, mechanism
-from attlas.errors import UnknownName, at_least_one
+from attlas.options import option
 
 #: Quarters of the full head count: query heads, key and value heads.
 VARIANTS = {"symmetric": (2, 2), "standard": (2, 1), "extreme": (1, 1), "light": (3, 1)}
@@ -35,28 +35,30 @@ VARIANTS = {"symmetric": (2, 2), "standard": (2, 1), "extreme": (1, 1), "light":
     ),
 )  # fmt: skip
 class SparseQuery(Attention):
-    """Attention with a share of the query heads; `heads` is the full count, which sets their width.
+    """Attention with a share of the query heads.
 
-    Args:
-        kv_heads: H_kv, a divisor of the query heads; the variant's unless given.
-        variant: "symmetric", "standard", "extreme" or "light".
-        query_heads: H_q; the variant's unless given.
+    `heads` is given as the full count, which sets their width; the layer's own are the query heads.
     """
 
-    def __init__(
-        self, dim: int, heads: int = 8, kv_heads: int | None = None, head_dim: int | None = None,
-        *, variant: str = "symmetric", query_heads: int | None = None, **options: Any,
-    ) -> None:  # fmt: skip
-        if variant not in VARIANTS:
-            raise UnknownName("variant", variant, VARIANTS)
-        at_least_one("heads", heads)
-        if head_dim is None and at_least_one("dim", dim) % heads:
-            raise ValueError(f"heads must divide dim={dim} unless head_dim is given, got {heads}")
-        queries, keys = (max(1, heads * quarters // 4) for quarters in VARIANTS[variant])
-        if query_heads is not None:
-            queries = at_least_one("query_heads", query_heads)
-            keys = min(keys, queries)
-        if queries > heads:
-            raise ValueError(f"query_heads must be at most heads={heads}, got {query_heads}")
-        width = dim // heads if head_dim is None else head_dim
-        super().__init__(dim, queries, keys if kv_heads is None else kv_heads, width, **options)
+    changes = ("project", "output")
+
+    kv_heads: int = option(
+        "H_kv, a divisor of the query heads; the variant's unless given", at_least=1, kw_only=False,
+        factory=lambda layer: min(layer.share(1), layer.query_heads or layer.share(0)),
+    )  # fmt: skip
+    variant: Literal["symmetric", "standard", "extreme", "light"] = option(
+        "which shares of the heads", default="symmetric"
+    )
+    query_heads: int | None = option("H_q; None: the variant's", default=None, at_least=1)
+
+    def setup(self) -> None:
+        """How many query heads there are, which the projections need."""
+        queries = self.query_heads or self.share(0)
+        if queries > self.heads:
+            raise ValueError(f"query_heads must be at most heads={self.heads}, got {queries}")
+        self.heads = queries
+        super().setup()
+
+    def share(self, which: int) -> int:
+        """The variant's share of `heads`, of the query heads (0) or the key heads (1)."""
+        return max(1, self.heads * VARIANTS[self.variant][which] // 4)

@@ -15,16 +15,17 @@ party's program, which gives W_A a bias over positions too: here with `bias=True
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from attlas.attention import Attention
 from attlas.catalog.registry import Reduction, mechanism
-from attlas.errors import at_least_one
 from attlas.inputs import Inputs
 from attlas.kinds.claim import Claim
+from attlas.options import option
+from attlas.supports import Supports
 
 
 def _identities(layer: Attention, plain: Attention) -> None:
@@ -41,13 +42,16 @@ def _identities(layer: Attention, plain: Attention) -> None:
 class Optimised(Attention):
     """Attention over slices of the input as values; three quarters of the parameters."""
 
-    def __init__(self, dim: int, heads: int = 8, *args: Any, **options: Any) -> None:
-        super().__init__(dim, heads, *args, **options)
-        if self.kv_heads != heads:
-            raise ValueError(f"kv_heads must be heads={heads}: each has its slice of the input")
-        if self.head_dim * heads != dim:
+    def setup(self) -> None:
+        """Refuse heads that are no slices of the input."""
+        super().setup()
+        if self.kv_heads != self.heads:
             raise ValueError(
-                f"head_dim must be dim / heads = {dim / heads:g}: a slice of the input"
+                f"kv_heads must be heads={self.heads}: each has its slice of the input"
+            )
+        if self.head_dim * self.heads != self.dim:
+            raise ValueError(
+                f"head_dim must be dim / heads = {self.dim / self.heads:g}: a slice of the input"
             )
 
     def make_projections(self) -> None:
@@ -96,26 +100,22 @@ def _no_mixing(layer: Super, plain: Attention) -> None:
 
 @mechanism("super-attention", reduces_to=Reduction("efficient-qk-attention", {}, _no_mixing))
 class Super(EfficientQK):
-    """Efficient attention whose values are mixed along the sequence by one learned kernel.
+    """Efficient attention whose values are mixed along the sequence by one learned kernel."""
 
-    Args:
-        length: tokens at most, cached ones and padding included.
-    """
-
-    memory_law = "quadratic"
+    supports = Supports(memory="quadratic")
+    #: Keys are the inputs, and W_A mixes the values; `project` does both.
+    changes = ("score", "aggregate")
     expected_failures: ClassVar[dict[str, str]] = {
         "static-cache": "new values mix in all earlier inputs, for which a StaticCache has no room"
     }
 
-    def __init__(
-        self, dim: int, heads: int = 8, *args: Any, length: int = 512, **options: Any
-    ) -> None:
-        self.length = at_least_one("length", length)
-        super().__init__(dim, heads, *args, **options)
+    length: int = option(
+        "tokens at most, cached ones and padding included", default=512, at_least=1
+    )
 
-    def make_projections(self) -> None:
-        """Queries, the output and the kernel W_A."""
-        super().make_projections()
+    def setup(self) -> None:
+        """The kernel W_A."""
+        super().setup()
         self.kernel = nn.Linear(self.length, self.length, bias=self.bias)
         nn.init.xavier_uniform_(self.kernel.weight)
 

@@ -9,13 +9,12 @@ Source: "Train Short, Test Long: Attention with Linear Biases Enables Input Leng
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from attlas.attention import Attention
 from attlas.catalog.registry import Reduction, mechanism
 from attlas.positions import ALiBi
+from attlas.supports import Supports
 
 
 def _flatten_slopes(layer: Attention, plain: Attention) -> None:
@@ -27,10 +26,10 @@ def _flatten_slopes(layer: Attention, plain: Attention) -> None:
 class ALiBiAttention(Attention):
     """Softmax attention with ALiBi's slopes; other position encodings are refused."""
 
-    has_cross_form = False
-    has_own_position = True
+    supports = Supports(cross=False, position=False)
     changes = ("position", "score")
 
-    def __init__(self, dim: int, heads: int = 8, *args: Any, **options: Any) -> None:
-        super().__init__(dim, heads, *args, **options)
-        self.position_encoding = ALiBi(heads)
+    def setup(self) -> None:
+        """The slopes."""
+        super().setup()
+        self.position_encoding = ALiBi(self.heads)

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +26,9 @@ from attlas.attention import Attention
 from attlas.catalog.registry import Reduction, mechanism
 from attlas.inputs import Inputs
 from attlas.kinds.claim import Claim
-from attlas.masks import Mask
+from attlas.options import option
 from attlas.positions import ALiBi, Position, additive
+from attlas.supports import Supports
 
 
 class GaussianPrior(Position):
@@ -90,12 +90,7 @@ def _start_from_slopes(layer: Attention, alibi: Attention) -> None:
 @mechanism("bayesian-attention-mechanism", aliases=("bam",),
            reduces_to=Reduction("alibi", {}, _start_from_slopes))  # fmt: skip
 class Bayesian(Attention):
-    """Softmax attention with a learned prior over distances; other position encodings are refused.
-
-    Args:
-        train_loc: whether the prior's location is trained, as its scale and shape are.
-        eps: added to the distance.
-    """
+    """Softmax attention with a learned prior over distances; other position encodings are refused."""
 
     claims = (
         Claim(
@@ -107,19 +102,20 @@ class Bayesian(Attention):
         ),
     )
 
-    has_cross_form = False
-    has_own_position = True
+    supports = Supports(cross=False, position=False)
+    changes = ("position", "score")
 
-    def __init__(
-        self, dim: int, heads: int = 8, *args: Any, train_loc: bool = True, eps: float = 1e-5,
-        **options: Any,
-    ) -> None:  # fmt: skip
-        super().__init__(dim, heads, *args, **options)
-        self.position_encoding = GaussianPrior(heads, train_loc=train_loc, eps=eps)
+    train_loc: bool = option(
+        "whether the prior's location is trained, as its scale and shape are", default=True
+    )
+    eps: float = option("added to the distance", default=1e-5, above=0)
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
-    ) -> Tensor:
+    def setup(self) -> None:
+        """The prior."""
+        super().setup()
+        self.position_encoding = GaussianPrior(self.heads, train_loc=self.train_loc, eps=self.eps)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
         """One fused call; FlexAttention refuses the prior's gradients, so a GPU takes them by chunks."""
         prior = self.position_encoding
         assert isinstance(prior, GaussianPrior)
@@ -127,7 +123,8 @@ class Bayesian(Attention):
             return super().attend(q, k, v, inputs)
         if torch.is_grad_enabled():
             return ops.attend(
-                q, k, v, mask=mask, score_mod=self.score_mod, scale=self.scale, route="chunked"
-            )
+                q, k, v, mask=inputs.pairs, score_mod=self.score_mod, scale=self.scale,
+                route="chunked",
+            )  # fmt: skip
         with prior.tabled(k.shape[2]):
             return super().attend(q, k, v, inputs)

@@ -17,7 +17,7 @@ are rotated (`form="released"`).
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -27,17 +27,13 @@ from attlas.catalog.registry import mechanism
 from attlas.inputs import Inputs
 from attlas.kinds.claim import Claim
 from attlas.ops.fused import fused
+from attlas.options import option
 from attlas.positions import Position, RoPE
 
 
 @mechanism("collinear-constrained-attention", aliases=("coca",))
 class CollinearConstrained(Attention):
-    """Rotary attention with collinear keys; `k_proj` makes t.
-
-    Args:
-        form: the paper's product or the released code's.
-        position: a RoPE of another base or scaling, pairing channels (i, i + d/2).
-    """
+    """Rotary attention with collinear keys; `k_proj` makes t."""
 
     claims = (
         Claim(
@@ -48,21 +44,27 @@ class CollinearConstrained(Attention):
         ),
     )
 
-    def __init__(
-        self, dim: int, heads: int = 8, *args: Any, form: Literal["paper", "released"] = "paper",
-        position: Position | str = "rope", **options: Any,
-    ) -> None:  # fmt: skip
-        if form not in ("paper", "released"):
-            raise ValueError(f"form must be 'paper' or 'released', got {form!r}")
-        super().__init__(dim, heads, *args, position=position, **options)
+    #: `position` makes t of what `k_proj` gives, and the factors that the score multiplies.
+    changes = ("project", "score")
+
+    own_position: Position | str | None = option(
+        "a RoPE of another base or scaling, pairing channels (i, i + d/2)", default="rope",
+        alias="position",
+    )  # fmt: skip
+    form: Literal["paper", "released"] = option(
+        "the paper's product or the released code's", default="paper"
+    )
+
+    def setup(self) -> None:
+        """Refuse positions that are no rotations of both halves."""
+        super().setup()
         if not isinstance(self.position_encoding, RoPE) or self.position_encoding.interleaved:
             raise ValueError(
                 f"position must be a RoPE that is not interleaved, got {self.position_encoding!r}"
             )
-        self.form = form
 
     def position(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """The two factors of the collinear product, turned."""
+        """The two factors of the collinear product, rotated."""
         if self.form == "released":
             first, second = k.chunk(2, dim=-1)
             t = ((first + second) / 2).relu()
@@ -79,8 +81,8 @@ class CollinearConstrained(Attention):
 @fused
 def _squares(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """R (|q_i|², 0) in each plane."""
-    valid, imaginary = q.chunk(2, dim=-1)
-    squared = valid.square() + imaginary.square()
+    real, imaginary = q.chunk(2, dim=-1)
+    squared = real.square() + imaginary.square()
     return torch.cat((squared * cos, squared * sin), dim=-1)
 
 

@@ -16,8 +16,6 @@ their keys, and keep a b each. That code also rounds g to bfloat16, which is not
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +24,7 @@ from attlas.catalog.registry import Reduction, mechanism
 from attlas.inputs import Inputs
 from attlas.kinds.claim import Claim
 from attlas.ops.fused import fused
+from attlas.options import option
 from attlas.positions import Position
 
 
@@ -38,12 +37,7 @@ def _leave_phases(layer: Attention, plain: Attention) -> None:
 
 @mechanism("complexformer", reduces_to=Reduction("softmax", {"eps": 0.0}, _leave_phases))
 class ComplexFormer(Attention):
-    """Attention by moduli and adapted phases.
-
-    Args:
-        position: turns the vectors further by g; the paper's rotary positions unless given.
-        eps: under the root of the modulus, so that it has a gradient at 0.
-    """
+    """Attention by moduli and adapted phases."""
 
     claims = (
         Claim(
@@ -55,29 +49,30 @@ class ComplexFormer(Attention):
         ),
     )
 
-    def __init__(
-        self, dim: int, heads: int = 8, *args: Any, position: Position | str | None = "rope",
-        eps: float = 1e-9, **options: Any,
-    ) -> None:  # fmt: skip
-        if eps < 0:
-            raise ValueError(f"eps must be at least 0, got {eps}")
-        self.eps = eps
-        super().__init__(dim, heads, *args, position=position, **options)
+    changes = ("score",)  # the product of the adapted vectors, which `position` makes
+
+    own_position: Position | str | None = option(
+        "rotates the vectors further by g; the paper's rotary positions unless given",
+        default="rope", alias="position",
+    )  # fmt: skip
+    eps: float = option(
+        "under the root of the modulus, so that it has a gradient at 0", default=1e-9, at_least=0
+    )
+
+    def setup(self) -> None:
+        """Projections begun as the paper begins them, δ and b."""
+        super().setup()
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even, got {self.head_dim}")
+        for projection in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
+            nn.init.xavier_uniform_(projection.weight)
         self.scale = 1.0
         pairs = self.head_dim // 2
         self.delta = nn.Parameter(torch.randn(self.kv_heads, pairs) * pairs**-0.5)
-        self.phase_bias = nn.Parameter(torch.zeros(heads, pairs))
-
-    def make_projections(self) -> None:
-        """The plain projections, begun as the paper begins them."""
-        super().make_projections()
-        for projection in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
-            nn.init.xavier_uniform_(projection.weight)
+        self.phase_bias = nn.Parameter(torch.zeros(self.heads, pairs))
 
     def position(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """Phases adapted, then turned by the positions."""
+        """Phases adapted, then rotated by the positions."""
         delta = self.delta.repeat_interleave(self.heads // self.kv_heads, dim=0)
         q = self.adapted(q, delta, self.phase_bias)
         return super().position(q, self.adapted(k, self.delta), inputs)

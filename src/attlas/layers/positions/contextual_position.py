@@ -13,31 +13,23 @@ scores and gates without the 1/√d, which the authors' code puts on both, as he
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
+from attlas import ops
 from attlas.attention import Attention
 from attlas.catalog.registry import Reduction, mechanism
 from attlas.inputs import Inputs
 from attlas.kinds.claim import Claim
-from attlas.masks import Mask
-from attlas.ops import as_dense
+from attlas.options import option
+from attlas.supports import Supports
 
 
 @mechanism("contextual-position-encoding", aliases=("cope",), reduces_to=Reduction(
     "softmax", {}, lambda cope, plain: plain.load_state_dict(cope.state_dict(), strict=False)
 ))  # fmt: skip
 class ContextualPosition(Attention):
-    """Attention with contextual positions.
-
-    Args:
-        npos: positions that can be told apart; all beyond share the last.
-        gate_keys: a key projection of the gates' own ("sep-keys").
-        value_gates: gates from q·v instead of q·k ("val-gates").
-        undivided: z is not divided by √d ("no-div").
-    """
+    """Attention with contextual positions; rotary ones, if asked for, come on top."""
 
     claims = (
         Claim(
@@ -49,56 +41,44 @@ class ContextualPosition(Attention):
         ),
     )
 
-    memory_law = "quadratic"
+    supports = Supports(memory="quadratic")
+    changes = ("position",)  # counted by the score
+    beyond = ("project: two published variants give the gates keys of their own, or the values",)
 
-    def __init__(
-        self, dim: int, heads: int = 8, *args: Any, npos: int = 64, gate_keys: bool = False,
-        value_gates: bool = False, undivided: bool = False, **options: Any,
-    ) -> None:  # fmt: skip
-        if npos < 1:
-            raise ValueError(f"npos must be at least 1, got {npos}")
-        if gate_keys and value_gates:
+    npos: int = option(
+        "positions that can be told apart; all beyond share the last", default=64, at_least=1
+    )
+    gate_keys: bool = option("a key projection of the gates' own (sep-keys)", default=False)
+    value_gates: bool = option("gates from q·v instead of q·k (val-gates)", default=False)
+    undivided: bool = option("z is not divided by √d (no-div)", default=False)
+
+    def setup(self) -> None:
+        """The gates' keys where they have their own, and a vector for each position."""
+        super().setup()
+        if self.gate_keys and self.value_gates:
             raise ValueError("gate_keys and value_gates exclude each other")
-        self.gate_keys, self.value_gates, self.undivided = gate_keys, value_gates, undivided
-        super().__init__(dim, heads, *args, **options)
-        self.embedding = nn.Parameter(torch.zeros(npos, self.head_dim))
-
-    def make_projections(self) -> None:
-        """The plain projections, and the gates' keys where they have their own."""
-        super().make_projections()
-        if self.gate_keys:
-            self.gate_proj = nn.Linear(self.dim, self.kv_heads * self.head_dim, bias=self.bias)
-
-    def project(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values; what gates read travels beside the keys, into the cache too."""
-        q, k, v = super().project(inputs)
-        if self.gate_keys:
-            gate = self.gate_proj(inputs.tokens)
-            k = torch.cat((k, self.split_heads(gate)), dim=-1)
-        elif self.value_gates:
-            k = torch.cat((k, v), dim=-1)
-        return q, k, v
-
-    def position(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """Another position encoding, where one was asked for, turns queries and keys alone."""
-        keys, gates = k[..., : self.head_dim], k[..., self.head_dim :]
-        q, keys = super().position(q, keys, inputs)
-        return q, torch.cat((keys, gates), dim=-1)
-
-    def weigh(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
-        """Weights, the gates seeing what the mask shows."""
         if self.score_mod is not None:
             raise ValueError("position: a bias on scores cannot be given together with CoPE")
-        keys, gates = k[..., : self.head_dim], k[..., self.head_dim :]
-        gates = gates if gates.shape[-1] else keys
-        visible = as_dense(mask, q.shape[2], k.shape[2], k.shape[2] - q.shape[2], q.device)
-        gate = (self.scale * q @ ops.repeated(gates, q.shape[1]).transpose(-1, -2)).sigmoid()
+        if self.gate_keys:
+            self.gate_proj = nn.Linear(self.dim, self.kv_heads * self.head_dim, bias=self.bias)
+        self.embedding = nn.Parameter(torch.zeros(self.npos, self.head_dim))
+
+    def project(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values; what the gates read instead of the keys is carried beside them."""
+        q, k, v = super().project(inputs)
+        if self.gate_keys:
+            inputs.carry("gates", self.split_heads(self.gate_proj(inputs.tokens)))
+        elif self.value_gates:
+            inputs.carry("gates", v)
+        return q, k, v
+
+    def score(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
+        """Products, and z where the gates count to; only visible keys count."""
+        gates, visible = inputs.carried.get("gates", k), inputs.visible(q, k)
+        gate = ops.grouped_product(self.scale * q, gates.mT).sigmoid()
         if visible is not None:
             gate = gate * visible
-        scores = self.score(q, keys, inputs) + self.bias_at(q, self.count(gate))
-        return self.normalize(
-            scores if visible is None else scores.masked_fill(~visible, -torch.inf)
-        )
+        return super().score(q, k, inputs) + self.bias_at(q, self.count(gate))
 
     def count(self, gate: Tensor) -> Tensor:
         """p: gates summed from each key to the end of the row, at most npos − 1."""

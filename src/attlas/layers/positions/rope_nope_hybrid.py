@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -30,11 +30,12 @@ from torch.nn.functional import layer_norm
 from attlas import masks
 from attlas.attention import Attention
 from attlas.catalog.registry import Reduction, mechanism
-from attlas.errors import at_least_one
 from attlas.inputs import Inputs
 from attlas.kinds.claim import Claim
 from attlas.masks import Mask
+from attlas.options import option
 from attlas.positions import RoPE
+from attlas.supports import Supports
 
 if TYPE_CHECKING:
     from attlas.hf.caches import Cache
@@ -44,15 +45,7 @@ if TYPE_CHECKING:
     "softmax", {"layer_idx": 3}, lambda layer, plain: plain.load_state_dict(layer.state_dict())
 ), example={"window": 4})  # fmt: skip
 class RopeNopeHybrid(Attention):
-    """A windowed rotary layer or a full layer without positions, as `layer_idx` says.
-
-    Args:
-        window: keys that a rotary layer sees, the query's own included.
-        period: every so many layers one is full and without positions.
-        base: of the rotary wavelengths.
-        interleaved: rotary pairs are channels (0, 1), (2, 3), … as in Cohere's models.
-        qk_norm: queries and keys of every head go through a layer norm before they are rotated.
-    """
+    """A windowed rotary layer or a full layer without positions, as `layer_idx` says."""
 
     claims = (
         Claim(
@@ -64,30 +57,39 @@ class RopeNopeHybrid(Attention):
         ),
     )
 
-    has_cross_form = False
-    has_own_position = True
+    supports = Supports(cross=False, position=False)
 
-    def __init__(
-        self, dim: int, heads: int = 8, *args: Any, window: int = 4096, period: int = 4,
-        base: float = 10000.0, interleaved: bool = False, qk_norm: bool = False, **options: Any,
-    ) -> None:  # fmt: skip
-        self.window, self.period = at_least_one("window", window), at_least_one("period", period)
-        super().__init__(dim, heads, *args, **options)
+    window: int = option(
+        "keys that a rotary layer sees, the query's own included", default=4096, at_least=1
+    )
+    period: int = option(
+        "every so many layers one is full and without positions", default=4, at_least=1
+    )
+    base: float = option("of the rotary wavelengths", default=10000.0, above=0)
+    interleaved: bool = option(
+        "rotary pairs are channels (0, 1), (2, 3), … as in Cohere's models", default=False
+    )
+    qk_norm: bool = option(
+        "queries and keys of every head go through a layer norm before they are rotated",
+        default=False,
+    )
+
+    def setup(self) -> None:
+        """Window and rotation of a windowed layer, and the norms."""
+        super().setup()
         if self.windowed(self.layer_idx):
-            near = masks.window(window)
-            self.pattern = near if self.pattern is None else self.pattern & near
-            self.position_encoding = RoPE(self.head_dim, base, interleaved=interleaved)
-        if qk_norm:
-            self.q_norm = nn.Parameter(torch.ones(heads, self.head_dim))
+            self.pattern = masks.both(self.pattern, masks.window(self.window))
+            self.position_encoding = RoPE(self.head_dim, self.base, interleaved=self.interleaved)
+        if self.qk_norm:
+            self.q_norm = nn.Parameter(torch.ones(self.heads, self.head_dim))
             self.k_norm = nn.Parameter(torch.ones(self.kv_heads, self.head_dim))
-        self.qk_norm = qk_norm
 
     def windowed(self, layer_idx: int) -> bool:
         """Whether the layer at `layer_idx` is a windowed rotary one."""
         return (layer_idx + 1) % self.period != 0
 
     def position(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """Normalised where asked for, and turned in the rotary layers."""
+        """Normalised where asked for, and rotated in the rotary layers."""
         if self.qk_norm:
             q, k = (
                 layer_norm(x, x.shape[-1:]) * gain[:, None].to(x.dtype)
