@@ -149,10 +149,17 @@ def _members(node: ast.ClassDef) -> tuple[set[str], tuple[str, ...]]:
     for item in node.body:
         if isinstance(item, ast.FunctionDef):
             names.add(item.name)
-        names |= _targets(item)
+        if not _is_option(item):  # which leaves the class body, see `attlas.options`
+            names |= _targets(item)
         if "changes" in _targets(item) and isinstance(item, ast.Assign | ast.AnnAssign):
             stages = tuple(ast.literal_eval(item.value)) if item.value else ()
     return names, stages
+
+
+def _is_option(item: ast.stmt) -> bool:
+    """Whether a statement declares an option."""
+    value = getattr(item, "value", None)
+    return isinstance(value, ast.Call) and _called(value) == "option"
 
 
 def _targets(item: ast.stmt) -> set[str]:
