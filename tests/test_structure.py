@@ -108,6 +108,8 @@ def test_options_are_declared_and_not_passed_on() -> None:
     for path in (SOURCE / "attlas").rglob("*.py"):
         text = path.read_text(encoding="utf-8")
         assert "**options: Any" not in text, path
+        if "attlas.options" not in text:
+            continue
         for node in ast.walk(ast.parse(text)):
             if not isinstance(node, ast.ClassDef):
                 continue
