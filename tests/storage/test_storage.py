@@ -32,7 +32,7 @@ from attlas.storage.packed import PackedBody
 class Coarse(Quantizer):
     """Keys and values in a few bits per token."""
 
-    bits: int = option("bits", default=8)
+    bits: int = option("bits of a number", default=8, kw_only=False)
     recent: int = option("newest tokens that stay", default=3)
     block: int = option("tokens encoded together", default=4)
 

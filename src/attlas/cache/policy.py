@@ -7,7 +7,7 @@ What comes later is kept, unless `while_decoding` enforces the budget after ever
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int

@@ -29,6 +29,7 @@ from attlas.options import option
 from attlas.options import option
 from attlas.options import option
 from attlas.options import option
+from attlas.options import option
 
 
 def _products(mhe: HeadEmbedding, plain: Attention) -> None:

@@ -34,6 +34,7 @@ from attlas.options import option
 from attlas.options import option
 from attlas.options import option
 from attlas.options import option
+from attlas.options import option
 
 
 @mechanism("headmask", reduces_to=Reduction(
