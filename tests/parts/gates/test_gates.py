@@ -459,7 +459,7 @@ def test_patterns_from_files(tmp_path):
     (tmp_path / "heads.tsv").write_text("\n".join("\t".join(map(str, r)) for r in gates.tolist()))
     save_file({"gates": gates}, tmp_path / "heads.safetensors")
     for name in ("heads.tsv", "heads.safetensors"):
-        torch.testing.assert_close(DuoAttention(pattern=tmp_path / name).pattern, gates)
+        torch.testing.assert_close(DuoAttention(pattern=tmp_path / name).given, gates)
     with pytest.raises(UserError, match="there is no pattern"):
         DuoAttention(pattern=tmp_path / "none.tsv")
     (tmp_path / "bad.tsv").write_text("1\t2\n3\n")

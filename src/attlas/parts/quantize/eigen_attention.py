@@ -107,6 +107,12 @@ class Subspaces(Calibrator):
 class EigenAttention(Calibrated, Quantizer):
     """Hold keys and values as coordinates in the directions that carry most of their energy."""
 
+    #: Keys and values are projected, as they are cached.
+    changes = ("project",)
+    beyond = (
+        "score: products are those of the keys' coordinates",
+        "aggregate: sums are those of the values' coordinates",
+    )
     rotates = True
 
     everything: ClassVar[dict[str, Any]] = {"keep": 1.0}
