@@ -31,7 +31,7 @@ class Quantizer(CachePart):
     """Base of the quantisers. A subclass gives `encode`."""
 
     #: Rounding changes scores and what is summed.
-    changes = ("score", "aggregate")
+    changes: ClassVar[tuple[str, ...]] = ("score", "aggregate")
     role: ClassVar[Role] = "quantize"
     joins: ClassVar[tuple[Role, ...]] = ("evict", "select")
 
