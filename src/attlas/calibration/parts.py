@@ -23,7 +23,8 @@ class Calibrator(Part):
     """
 
     def setup(self) -> None:
-        """Nothing has been read yet."""
+        """Nothing was read yet."""
+        super().setup()
         self.sums: dict[str, Tensor] = {}
 
     def add(self, name: str, value: Tensor) -> None:
@@ -44,12 +45,12 @@ class Calibrated(Part):
     """Mixin of parts that need statistics of the model: `class QFilters(Calibrated, CachePolicy)`."""
 
     calibration: str | Path | Calibration | None = option(
-        "statistics of this model, or the file that holds them; the one that `attlas calibrate` left in "
-        "the user's cache folder unless given", default=None,
+        "a file, or statistics; what `attlas calibrate` left in the user's cache folder unless given",
+        default=None,
     )  # fmt: skip
 
     def setup(self) -> None:
-        """The statistics are found when the part is attached."""
+        """The model is not known yet."""
         super().setup()
         self.found: Calibration | None = None
 
