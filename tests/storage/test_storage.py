@@ -14,6 +14,7 @@ from attlas.cache.selection import Selection, keys_of, lengths_of
 from attlas.errors import UserError
 from attlas.hf.caches import cache_of, with_cache
 from attlas.ops.quantize import encode
+from attlas.options import option
 from attlas.parts.evict.key_norm import KeyNorm
 from attlas.parts.evict.snapkv import SnapKV
 from attlas.storage import (
@@ -31,9 +32,9 @@ from attlas.storage.packed import PackedBody
 class Coarse(Quantizer):
     """Keys and values in a few bits per token."""
 
-    def __init__(self, bits=8, recent=3, block=4):
-        super().__init__(recent=recent, block=block)
-        self.bits = bits
+    bits: int = option("bits of a number", default=8, kw_only=False)
+    recent: int = option("newest tokens that stay", default=3)
+    block: int = option("tokens encoded together", default=4)
 
     def encode(self, state, taken):
         k, v = (encode(x, self.bits, meta=torch.float32) for x in (taken.k, taken.v))
@@ -43,9 +44,9 @@ class Coarse(Quantizer):
 class Pages(Selection):
     """The best pages by their bounds."""
 
-    def __init__(self, pages, page=4):
-        super().__init__(page=page, recent=2)
-        self.pages = pages
+    pages: int = option("pages that a step reads", kw_only=False)
+    page: int = option("tokens of a page", default=4)
+    recent: int = option("newest tokens that are always read", default=2)
 
     def choose(self, state, body, call):
         low, high = ops.page_bounds(keys_of(body), self.page)

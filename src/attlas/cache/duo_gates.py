@@ -35,6 +35,7 @@ from attlas.attach.part import Part
 from attlas.calibration.statistics import Calibration
 from attlas.errors import UserError
 from attlas.masks import Mask
+from attlas.options import option
 from attlas.positions import ScoreMod
 from attlas.storage.files import fingerprint
 
@@ -72,23 +73,12 @@ def mixture(
 
 
 class Gated(Part):
-    """Attention of full-attention layers mixed by gates.
+    """Attention of full-attention layers mixed by gates."""
 
-    Args:
-        gates: by layer and key head.
-        layers: the full-attention layers.
-        sinks: first tokens that streaming attention sees.
-        recent: and most recent ones.
-    """
-
-    def __init__(
-        self,
-        gates: Float[Tensor, "layers kv_heads"],
-        layers: Sequence[int],
-        sinks: int,
-        recent: int,
-    ) -> None:
-        self.gates, self.layers, self.sinks, self.recent = gates, set(layers), sinks, recent
+    gates: Tensor = option("gates by layer and key head", kw_only=False)
+    layers: Sequence[int] = option("numbers of the full-attention layers", kw_only=False)
+    sinks: int = option("first tokens that streaming attention sees", kw_only=False)
+    recent: int = option("most recent tokens that it sees", kw_only=False)
 
     def attend(self, call: Call) -> Float[Tensor, "batch query heads value_dim"] | None:
         """The mixture, in the layers that have gates."""

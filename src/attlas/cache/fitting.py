@@ -20,6 +20,7 @@ from attlas.attach.call import Call
 from attlas.attach.part import Part
 from attlas.calibration import Calibration
 from attlas.errors import UserError
+from attlas.options import option
 from attlas.storage.files import fingerprint
 
 Constants = dict[str, Tensor]
@@ -99,7 +100,7 @@ def begun(model: nn.Module, texts: Sequence[Tensor]) -> Constants:
 class _Ranges(Part):
     """Least and greatest number of every channel of keys and values."""
 
-    def __init__(self) -> None:
+    def setup(self) -> None:
         self.found: dict[str, tuple[Tensor, Tensor]] = {}
 
     def observe(self, call: Call) -> None:
@@ -113,15 +114,15 @@ class _Ranges(Part):
 
 
 class Rounded(Part):
-    """Attention to a rounded past, differentiable in the constants; remembers what heads give.
+    """Attention to a rounded past, differentiable in the constants; remembers what heads give."""
 
-    Args:
-        part: whose codes are imitated; None leaves attention as it is.
-        constants: as the part uses them.
-    """
+    part: Rounding | None = option(
+        "the part whose codes are imitated; None leaves attention as it is", kw_only=False
+    )
+    constants: Constants = option("constants as that part uses them", kw_only=False)
 
-    def __init__(self, part: Rounding | None, constants: Constants) -> None:
-        self.part, self.constants = part, constants
+    def setup(self) -> None:
+        """No layer has been seen yet."""
         self.outputs: dict[int, Tensor] = {}
 
     def attend(self, call: Call) -> Float[Tensor, "batch query heads value_dim"] | None:

@@ -1,11 +1,11 @@
-"""What quantisers of mixed precision share: which tokens were asked for, and parting tokens by class.
+"""What quantisers of mixed precision share: what the probes attend to, and parting tokens by class.
 
-A probe is a query that is kept until the next tokens are encoded, to tell what attention they got.
+A probe is a query that is remembered until the next tokens are encoded, to tell what attention they get.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,12 +15,92 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from attlas import ops
-from attlas.attach.call import Call
+from attlas.cache.quantizer import Quantizer, offered
+from attlas.ops.quantize import check
+from attlas.options import option
+from attlas.storage.body import Body
 from attlas.storage.layer import LayerState, StoredLayer, Taken
+from attlas.storage.packed import PackedBody
 from attlas.storage.rows import Rows
 
 #: Probes that are asked at once.
 AT_ONCE = 64
+#: Classes of tokens by name: which tokens, and in how many bits they are held.
+Classes = Mapping[str, tuple[Bool[Tensor, "batch kv_heads slots"], int]]
+
+
+class MixedQuantizer(Quantizer):
+    """Base of the quantisers that hold salient tokens in more bits than others.
+
+    A subclass gives `precisions`, `worth`, `classes` and `coded`.
+    """
+
+    salient_bits: int = option(
+        "bits of salient tokens: 16 (as they are), 8, 4, 3, 2 or 1", default=4
+    )
+
+    def setup(self) -> None:
+        """Refuse bits that numbers cannot be held in."""
+        super().setup()
+        offered(**self.precisions())
+
+    # What a subclass defines.
+
+    def precisions(self) -> dict[str, int]:
+        """Bits of the classes of tokens, by the option that says them."""
+        raise NotImplementedError
+
+    def worth(
+        self, layer: StoredLayer, state: LayerState, rows: Rows
+    ) -> Float[Tensor, "batch kv_heads slots"]:
+        """How salient the token of each dense slot is."""
+        raise NotImplementedError
+
+    def classes(
+        self,
+        state: LayerState,
+        taken: Taken,
+        worth: Float[Tensor, "batch kv_heads slots"],
+        valid: Bool[Tensor, "batch kv_heads slots"],
+    ) -> Classes:
+        """Which of the tokens taken belong together, and their bits."""
+        raise NotImplementedError
+
+    def coded(self, state: LayerState, taken: Taken, bits: int) -> Body:
+        """The body of a class of fewer than 16 bits."""
+        raise NotImplementedError
+
+    # How the cache uses it.
+
+    def formats(self, model: nn.Module) -> None:
+        """Refuse heads whose codes would not fill whole bytes."""
+        for width in widths(model):
+            for bits in set(self.precisions().values()) - {16}:
+                check(bits, width, 1, 1)
+
+    def compress(self, layer: StoredLayer, state: LayerState, rows: Rows) -> None:
+        """Say who is salient, and encode all but the newest tokens."""
+        if max(layer.lengths(rows), default=0) - self.recent < self.block:
+            return
+        state.tensors["worth"] = spread(layer, self.worth(layer, state, rows))
+        super().compress(layer, state, rows)
+        del state.tensors["worth"]
+
+    def encode(self, state: LayerState, taken: Taken) -> dict[str, Body]:
+        """A body for each class that has tokens."""
+        columns = taken_columns(taken)
+        worth = state.tensors["worth"].gather(-1, columns.clamp(min=0).long())
+        bodies: dict[str, Body] = {}
+        for name, (members, bits) in self.classes(state, taken, worth, columns >= 0).items():
+            part = parted(taken, members)
+            if part is not None:
+                whole = bits == 16
+                bodies[name] = (
+                    PackedBody(part.k, part.v, part.index)
+                    if whole
+                    else self.coded(state, part, bits)
+                )
+        return bodies
 
 
 def widths(model: nn.Module) -> tuple[int, ...]:
@@ -30,43 +110,6 @@ def widths(model: nn.Module) -> tuple[int, ...]:
     if latent := getattr(config, "v_head_dim", None):
         return (config.qk_nope_head_dim + config.qk_rope_head_dim, latent)
     return (width, width)
-
-
-#: From ranks [batch, n], each row's tokens [batch, 1] and how many it had before this call: which stay.
-Rule = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-def remember(state: LayerState, call: Call, rule: Rule) -> None:
-    """Keep queries of this call and before as probes, each row by its own tokens.
-
-    Args:
-        state: holds them, with their columns, −1 where a row has fewer.
-        call: whose queries are new.
-        rule: which stay.
-    """
-    rank, valid = call.ranks
-    queries, columns = call.q, torch.where(valid, call.queries, -1)
-    count = rank[:, -1:] + 1
-    before = count - valid.sum(dim=-1, keepdim=True)
-    if "queries" in state.tensors:
-        queries = torch.cat([state.tensors["queries"], queries], dim=2)
-        rank = torch.cat([call.rows.at(state.tensors["columns"])[1], rank], dim=1)
-        columns = torch.cat([state.tensors["columns"], columns], dim=1)
-    kept = (columns >= 0) & rule(rank, count, before)
-    width = int(kept.sum(dim=-1).max())
-    order = (~kept).long().sort(dim=-1, stable=True).indices[:, :width]
-    at = order[:, None, :, None].expand(-1, queries.shape[1], -1, queries.shape[-1])
-    columns = torch.where(kept, columns, -1).gather(1, order)
-    # Gathered, so that a few probes do not hold on to the queries of a whole prompt.
-    state.tensors |= {"queries": queries.gather(2, at), "columns": columns}
-
-
-def drawn(rank: Int[Tensor, "batch n"], seed: int) -> Float[Tensor, "batch n"]:
-    """A number in [0, 1) for each rank, the same however a text is padded or cut into calls."""
-    x = (rank.long() + 1) * 0x9E3779B1 + seed * 0x85EBCA6B & 0xFFFFFFFF
-    for _ in range(2):
-        x = (x ^ (x >> 16)) * 0x45D9F3B & 0xFFFFFFFF
-    return (x ^ (x >> 16)).double().float() / 2**32
 
 
 def attention_paid(

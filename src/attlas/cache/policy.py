@@ -49,7 +49,7 @@ class CachePolicy(CachePart):
     """Base of the policies. A subclass gives `scores`, and `learn` when it needs more than keys."""
 
     #: A policy chooses which pairs may meet.
-    changes = ("mask",)
+    changes: ClassVar[tuple[str, ...]] = ("mask",)
     role: ClassVar[Role] = "evict"
     joins: ClassVar[tuple[Role, ...]] = ("quantize", "select")
     everything: ClassVar[dict[str, Any] | None] = {"keep": 1.0}

@@ -13,6 +13,7 @@ from attlas.attach import Call, Part, attach
 from attlas.cache.part import CachePart, check_together
 from attlas.errors import UserError
 from attlas.hf.caches import DynamicCache, DynamicLayer, with_cache
+from attlas.options import option
 from attlas.storage.layer import LayerState, StoredLayer
 from attlas.storage.rows import Rows
 
@@ -29,9 +30,11 @@ def parts_of(method: Method | None) -> tuple[CachePart, ...]:
 class _Watch(Part):
     """Lets several parts learn from the same prompt."""
 
-    def __init__(self, parts: Sequence[CachePart]) -> None:
-        self.parts = list(parts)
-        self.wants_hidden = any(part.wants_hidden for part in parts)
+    parts: Sequence[CachePart] = option("parts that learn", kw_only=False)
+
+    def setup(self) -> None:
+        """Ask for the hidden states where a part needs them."""
+        self.wants_hidden = any(part.wants_hidden for part in self.parts)
         self.states: list[dict[int, LayerState]] = []
 
     def check(self, model: nn.Module) -> None:

@@ -11,7 +11,6 @@ from attlas.attach.call import Call
 from attlas.cache.part import CachePart, Role, absorb
 from attlas.errors import UserError
 from attlas.ops.quantize import PLANES
-from attlas.options import option
 from attlas.storage.body import Body
 from attlas.storage.layer import LayerState, StoredLayer, Taken
 from attlas.storage.rows import Rows
@@ -32,14 +31,14 @@ class Quantizer(CachePart):
     """Base of the quantisers. A subclass gives `encode`."""
 
     #: Rounding changes scores and what is summed.
-    changes = ("score", "aggregate")
+    changes: ClassVar[tuple[str, ...]] = ("score", "aggregate")
     role: ClassVar[Role] = "quantize"
     joins: ClassVar[tuple[Role, ...]] = ("evict", "select")
 
-    recent: int = option("newest tokens that stay in full precision", at_least=0)
-    block: int = option(
-        "tokens that are encoded at once; what is encoded is a whole number of blocks", at_least=1
-    )
+    #: Newest tokens that stay in full precision; most quantisers declare it as an option.
+    recent = 0
+    #: Tokens that are encoded at once; what is encoded is a whole number of blocks. Likewise.
+    block = 1
 
     def encode(self, state: LayerState, taken: Taken) -> dict[str, Body]:
         """Bodies, by name, that hold these tokens: one, or several of different precision."""
@@ -58,5 +57,6 @@ class Quantizer(CachePart):
         absorb(layer, rows, partial(self.encode, state), recent=self.recent, block=self.block)
 
     def later(self, layer: StoredLayer, state: LayerState, call: Call) -> None:
-        """Encode what is no longer new, a block at a time."""
+        """Learn from the call, and encode what is no longer new, a block at a time."""
+        self.learn(state, call)
         self.compress(layer, state, call.rows)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import ClassVar
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from attlas.attach.call import Call
 from attlas.cache.policy import CachePolicy, Slots
 from attlas.catalog import registry
 from attlas.errors import UserError
+from attlas.options import option
 from attlas.storage.layer import LayerState
 
 #: Options that the sharing policy sets itself.
@@ -18,75 +20,66 @@ _OWN = ("keep", "tokens", "bytes", "while_decoding")
 
 
 class ScoredPolicy(CachePolicy):
-    """Base of the policies over a scorer.
-
-    Args:
-        keep: share of the context kept, in (0, 1].
-        tokens: or tokens kept, on average.
-        bytes: or bytes of the whole cache.
-        scorer: name of the policy that ranks the keys.
-        scorer_options: its options, budget aside.
-
-    Raises:
-        ValueError: a scorer that is no policy, or that does more with a cache than score it.
-    """
+    """Base of the policies over a scorer, which may do no more with a cache than rank its keys."""
 
     #: Hooks of a policy that this one takes over; a scorer that needs them is refused.
     replaced: ClassVar[tuple[str, ...]] = (
         "drop", "placed", "attend", "mask", "score_mod", "select", "output", "begin", "cache_layers",
     )  # fmt: skip
 
-    def __init__(
-        self,
-        keep: float | None = None,
-        *,
-        tokens: int | None = None,
-        bytes: int | None = None,
-        scorer: str = "snapkv",
-        scorer_options: dict[str, Any] | None = None,
-    ) -> None:
-        super().__init__(keep, tokens=tokens, bytes=bytes)
-        self.scorer = self._made(scorer, dict(scorer_options or {}))
-        self.rotates = self.scorer.rotates
-        self.wants_hidden = self.scorer.wants_hidden
+    scorer: str = option("name of the policy that ranks the keys", default="snapkv")
+    scorer_options: Mapping[str, object] = option(
+        "options of the scorer, budget aside", factory=lambda part: {}
+    )
 
-    def _made(self, name: str, options: dict[str, Any]) -> CachePolicy:
-        found = registry.find(name).object
+    def setup(self) -> None:
+        """Make the scorer.
+
+        Raises:
+            ValueError: it is no policy, or does more with a cache than rank its keys.
+        """
+        super().setup()
+        self.ranker = self._made()
+        self.rotates = self.ranker.rotates
+        self.wants_hidden = self.ranker.wants_hidden
+
+    def _made(self) -> CachePolicy:
+        found = registry.find(self.scorer).object
         if not (isinstance(found, type) and issubclass(found, CachePolicy)):
-            raise UserError(f"scorer takes a cache policy such as 'snapkv', got {name!r}")
+            raise UserError(f"scorer takes a cache policy such as 'snapkv', got {self.scorer!r}")
         for hook in self.replaced:
             if getattr(found, hook) is not getattr(CachePolicy, hook):
                 raise UserError(
                     f"{type(self).__name__} takes a scorer that only ranks keys; "
                     f"{found.__name__} does more (its {hook})"
                 )
-        if own := [option for option in options if option in _OWN]:
+        if own := [name for name in self.scorer_options if name in _OWN]:
             raise UserError(
                 f"scorer_options cannot set {own[0]}, which {type(self).__name__} sets itself"
             )
         given = {n: v for n in ("keep", "tokens", "bytes") if (v := getattr(self.budget, n))}
-        policy: CachePolicy = registry.make(name, **given, **options)
+        policy: CachePolicy = registry.make(self.scorer, **given, **self.scorer_options)
         return policy
 
     @property
     def floor(self) -> tuple[str, int]:
         """The scorer's."""
-        return self.scorer.floor
+        return self.ranker.floor
 
     @property
     def skipped(self) -> tuple[int, ...]:
         """The layers that the scorer leaves whole."""
-        return self.scorer.skipped
+        return self.ranker.skipped
 
     def check(self, model: nn.Module) -> None:
         """Refuse what the scorer refuses."""
-        self.scorer.check(model)
+        self.ranker.check(model)
         super().check(model)
 
     def learn(self, state: LayerState, call: Call) -> None:
         """What the scorer needs."""
-        self.scorer.learn(state, call)
+        self.ranker.learn(state, call)
 
     def scores(self, state: LayerState, slots: Slots) -> Float[Tensor, "batch kv_heads slots"]:
         """The scorer's."""
-        return self.scorer.scores(state, slots)
+        return self.ranker.scores(state, slots)

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from attlas.cache.folding import fold
 from attlas.contract.cases import Case, Check, adapter, compare
 from attlas.ops.decode import decode
-from attlas.parts.quantize.eigen_attention import Subspaces, fold
+from attlas.parts.quantize.eigen_attention import Subspaces
 from attlas.storage.low_rank import Bases, LowRankBody
 from attlas.storage.rotary import Rotary
 from reference.policies import prompt_call

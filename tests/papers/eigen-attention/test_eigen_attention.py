@@ -9,6 +9,7 @@ import torch
 
 import tiny_models
 from attlas.attach import Part, attach
+from attlas.cache.folding import fold
 from attlas.cache.prompt import prefill
 from attlas.cache.selection import Selection
 from attlas.calibration import Calibration, calibrate, windows
@@ -16,7 +17,7 @@ from attlas.contract.families import distinct, find
 from attlas.errors import UserError
 from attlas.hf.caches import cache_of, with_cache
 from attlas.parts.evict.key_norm import KeyNorm
-from attlas.parts.quantize.eigen_attention import EigenAttention, discarded, fold
+from attlas.parts.quantize.eigen_attention import EigenAttention, discarded
 from attlas.storage import load_cache, save_cache
 from attlas.storage.layer import Chosen
 from attlas.storage.low_rank import rotated

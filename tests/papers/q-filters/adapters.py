@@ -22,7 +22,7 @@ def q_filters(case: Case) -> Iterator[Check]:
     """Filters of given queries, then scores and kept keys; the window is kept besides."""
     config, keys = case.config, case.inputs["k"]
     window, budget = config["window_length"], config["max_length"]
-    policy = QFilters(tokens=budget, window=window)
+    policy = QFilters(tokens=budget, recent=window)
     calibrator = policy.calibrator()
     queries = case.inputs["queries"][None]
     empty = torch.zeros(1, config["kv_heads"], queries.shape[2], queries.shape[3])
@@ -47,6 +47,6 @@ def q_filters_on_model(case: Case) -> Iterator[Check]:
     known = Calibration("q-filters", fingerprint(smollm2()), filters)
 
     def make(config: dict[str, Any]) -> QFilters:
-        return QFilters(1.0 - config["compression_ratio"], window=0, calibration=known)
+        return QFilters(1.0 - config["compression_ratio"], recent=0, calibration=known)
 
     return on_model(case, make)

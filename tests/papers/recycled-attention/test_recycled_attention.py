@@ -8,6 +8,7 @@ from attlas import attach
 from attlas.cache.quantizer import Quantizer
 from attlas.contract.parts import prompt, small_llama
 from attlas.hf.caches import cache_of, with_cache
+from attlas.options import option
 from attlas.parts.select.recycled_attention import RecycledAttention
 from attlas.storage.layer import StoredLayer
 from attlas.storage.packed import PackedBody
@@ -16,8 +17,8 @@ from attlas.storage.packed import PackedBody
 class Whole(Quantizer):
     """A quantiser that rounds nothing, so that bodies grow block by block."""
 
-    def __init__(self, block):
-        super().__init__(recent=2, block=block)
+    recent = 2
+    block: int = option("tokens encoded together", kw_only=False)
 
     def encode(self, state, taken):
         return {"whole": Grown(taken.k, taken.v, taken.index, taken.first)}

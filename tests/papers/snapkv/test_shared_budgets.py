@@ -193,4 +193,4 @@ def test_ada_kv_refuses_a_quantiser():
 
     model = tiny_models.decoder("llama")
     with pytest.raises(UserError, match="AdaKV and Quantizer"):
-        attach(model, AdaKV(0.5), Quantizer(recent=4, block=4))
+        attach(model, AdaKV(0.5), Quantizer())

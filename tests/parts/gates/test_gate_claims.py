@@ -67,7 +67,7 @@ def test_q_filters_stream_better_than_a_window(smollm2, filters):
     ids = windows(tokenizer, tokens=320, length=320, seed=9)[0]
     losses = []
     for part in (
-        QFilters(tokens=32, window=16, calibration=filters, while_decoding=True),
+        QFilters(tokens=32, recent=16, calibration=filters, while_decoding=True),
         StreamingLLM(tokens=32, while_decoding=True),
     ):
         total = []

@@ -30,11 +30,11 @@ def texts(count=3, tokens=40):
 def q_filters(model, **options):
     if "calibration" not in options:
         options["calibration"] = calibrate(model, QFilters(0.5), texts())
-    return QFilters(**{"keep": 0.6, "window": 4, **options})
+    return QFilters(**{"keep": 0.6, "recent": 4, **options})
 
 
 def balance(model, **options):
-    return BalanceKV(**{"keep": 0.5, "sinks": 2, "window": 4, "block": 4, "gamma": 0.3, **options})
+    return BalanceKV(**{"keep": 0.5, "sinks": 2, "recent": 4, "block": 4, "gamma": 0.3, **options})
 
 
 def shape(model):
@@ -412,7 +412,7 @@ def test_balance_takes_powers_of_a_half(keep):
 def test_refusals(tmp_path):
     model = tiny_models.decoder("llama")
     for name, options in {
-        "sinks": {"sinks": -1}, "window": {"window": -1}, "block": {"block": 1},
+        "sinks": {"sinks": -1}, "recent": {"recent": -1}, "block": {"block": 1},
         "gamma": {"gamma": -0.1},
     }.items():  # fmt: skip
         with pytest.raises(UserError, match=name):
@@ -430,9 +430,9 @@ def test_refusals(tmp_path):
         attach(model, duo(model, pattern=torch.ones(4, 3))),
     ):
         pass
-    with pytest.raises(UserError, match="window"):
-        QFilters(0.5, window=-1)
-    with pytest.raises(UserError, match="window=20"), attach(model, q_filters(model, window=20)):
+    with pytest.raises(UserError, match="recent"):
+        QFilters(0.5, recent=-1)
+    with pytest.raises(UserError, match="recent=20"), attach(model, q_filters(model, recent=20)):
         model(tiny_models.prompt())
     other = calibrate(tiny_models.decoder("qwen3"), QFilters(0.5), texts())
     with (
@@ -459,7 +459,7 @@ def test_patterns_from_files(tmp_path):
     (tmp_path / "heads.tsv").write_text("\n".join("\t".join(map(str, r)) for r in gates.tolist()))
     save_file({"gates": gates}, tmp_path / "heads.safetensors")
     for name in ("heads.tsv", "heads.safetensors"):
-        torch.testing.assert_close(DuoAttention(pattern=tmp_path / name).pattern, gates)
+        torch.testing.assert_close(DuoAttention(pattern=tmp_path / name).given, gates)
     with pytest.raises(UserError, match="there is no pattern"):
         DuoAttention(pattern=tmp_path / "none.tsv")
     (tmp_path / "bad.tsv").write_text("1\t2\n3\n")

@@ -45,10 +45,12 @@ def test_zipcache_probes_see_what_is_encoded_already():
     q, k = torch.randn(1, 2, 4, 8), torch.randn(1, 2, 40, 8)
     layer, state = layer_of(k, queries=q, columns=torch.arange(36, 40)[None])
     whole = saliency(layer, state, layer.rows())
-    part = attlas.make(
-        "zipcache", salient_bits=16, other_bits=16, block=16
-    )  # fmt: skip
-    part._encode(layer, state, layer.rows())
+    part, probes = (
+        attlas.make("zipcache", salient_bits=16, other_bits=16, block=16),
+        dict(state.tensors),
+    )
+    part.compress(layer, state, layer.rows())
+    state.tensors |= probes
     assert layer.dense_slots == 8
     assert torch.allclose(saliency(layer, state, layer.rows()), whole[..., 32:], atol=1e-5)
 

@@ -166,8 +166,7 @@ def test_stored_and_read_again(name, tmp_path):
 class InBytes(Quantizer):
     """Keys and values in eight bits, by blocks that are no pages."""
 
-    def __init__(self):
-        super().__init__(recent=2, block=3)
+    recent, block = 2, 3
 
     def encode(self, state, taken):
         codes = [encode(x, 8) for x in (taken.k, taken.v)]

@@ -18,7 +18,7 @@ Inference".
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -28,7 +28,7 @@ from attlas.cache.part import Role
 from attlas.cache.policy import Slots
 from attlas.cache.scored import ScoredPolicy
 from attlas.catalog.registry import mechanism
-from attlas.errors import UserError
+from attlas.options import option
 from attlas.storage.layer import LayerState, StoredLayer
 from attlas.storage.ragged import RaggedBody
 
@@ -40,45 +40,22 @@ from attlas.storage.ragged import RaggedBody
     example={"keep": 0.5, "scorer_options": {"window": 4}},
 )
 class AdaKV(ScoredPolicy):
-    """Budgets per head within a layer, over another policy's scores.
-
-    Args:
-        keep: share of the context kept, in (0, 1], on average over the heads.
-        tokens: or tokens kept, on average over heads and layers.
-        bytes: or bytes of the whole cache.
-        scorer: name of the policy that ranks the keys.
-        scorer_options: its options, budget aside.
-        alpha: share of the average budget that every head has for sure, in [0, 1].
-
-    Raises:
-        ValueError: a budget out of range or smaller than what the scorer must hold; a scorer that
-            moves the keys that are kept; alpha out of range.
-    """
+    """Budgets per head within a layer, over another policy's scores."""
 
     #: Heads of unequal length leave no common blocks to encode or pages to choose from.
     joins: ClassVar[tuple[Role, ...]] = ()
     comparable: ClassVar[tuple[str, ...]] = ("(keep=0.5)", "(keep=0.25)", "(keep=0.125)")
 
-    def __init__(
-        self,
-        keep: float | None = None,
-        *,
-        tokens: int | None = None,
-        bytes: int | None = None,
-        scorer: str = "snapkv",
-        scorer_options: dict[str, Any] | None = None,
-        alpha: float = 0.2,
-    ) -> None:
-        super().__init__(
-            keep, tokens=tokens, bytes=bytes, scorer=scorer, scorer_options=scorer_options
-        )
-        if not 0 <= alpha <= 1:
-            raise UserError(f"alpha must lie in [0, 1], got {alpha}")
-        self.alpha = alpha
+    alpha: float = option(
+        "share of the average budget that every head has for sure",
+        default=0.2,
+        at_least=0,
+        at_most=1,
+    )
 
     def budgets(self, state: LayerState, slots: Slots) -> Int[Tensor, " batch"]:
         """The scorer's; of bytes, a slot less for the heads' offsets and lengths."""
-        found = self.scorer.budgets(state, slots)
+        found = self.ranker.budgets(state, slots)
         if self.budget.bytes is None:
             return found
         return torch.where(found < slots.total, (found - 1).clamp(min=1), found)

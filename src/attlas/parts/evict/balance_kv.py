@@ -35,9 +35,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from attlas.attach.call import Call
+from attlas.cache.mixed import taken_columns
 from attlas.cache.part import CachePart, Role
 from attlas.catalog.registry import mechanism
 from attlas.errors import UserError
+from attlas.options import option
 from attlas.storage.layer import LayerState, StoredLayer, Taken
 from attlas.storage.packed import PackedBody
 from attlas.storage.rows import Rows
@@ -52,63 +54,45 @@ Numbers = Callable[[int, int], Tensor]
 
 @mechanism(
     "balancekv", aliases=("balance-kv",),
-    example={"keep": 0.5, "sinks": 2, "window": 4, "block": 8},
+    example={"keep": 0.5, "sinks": 2, "recent": 4, "block": 8},
 )  # fmt: skip
 class BalanceKV(CachePart):
-    """Halve the context by a self-balancing walk, once or several times, and weight what is left.
-
-    Args:
-        keep: share kept of the tokens between sinks and window: 1, 1/2, 1/4, …
-        sinks: first tokens that stay as they are.
-        window: newest tokens that stay as they are.
-        block: tokens that walk together.
-        gamma: how strongly the walk balances itself.
-        temperature: τ of the kernel.
-        beta: β of the kernel.
-        use_values: take the values' products into the kernel.
-        seed: decides the random numbers.
-        while_decoding: also reduce what comes later, as often as block/keep tokens have left the
-            window.
-
-    Raises:
-        ValueError: a `keep` that is no power of a half, or a number out of its range.
-    """
+    """Halve the context by a self-balancing walk, once or several times, and weight what is left."""
 
     #: Weights are added to the scores of the pairs that stay.
     changes = ("mask", "score")
+    beyond = ("mask: later queries do not meet the keys that were dropped",)
     role: ClassVar[Role] = "evict"
     comparable: ClassVar[tuple[str, ...]] = ("(keep=0.5)", "(keep=0.25)")
 
-    def __init__(
-        self,
-        keep: float,
-        *,
-        sinks: int = 32,
-        window: int = 32,
-        block: int = 128,
-        gamma: float = 4.0,
-        temperature: float = 1.0,
-        beta: float = 0.0,
-        use_values: bool = True,
-        seed: int = 0,
-        while_decoding: bool = False,
-    ) -> None:
-        self.halvings = _halvings(keep)
-        for name, value, least in (("sinks", sinks, 0), ("window", window, 0), ("block", block, 2)):
-            if value < least:
-                raise UserError(f"{name} must be at least {least}, got {value}")
-        if gamma < 0:
-            raise UserError(f"gamma must be at least 0, got {gamma}")
-        self.sinks, self.window, self.block = sinks, window, block
-        self.gamma, self.temperature, self.beta = gamma, temperature, beta
-        self.use_values, self.seed, self.while_decoding = use_values, seed, while_decoding
+    keep: float = option(
+        "share kept of the tokens between the sinks and the recent ones: 1, 1/2, 1/4, …",
+        kw_only=False,
+    )
+    sinks: int = option("first tokens that stay as they are", default=32, at_least=0)
+    recent: int = option(
+        "newest tokens that stay as they are", default=32, at_least=0, former="window"
+    )
+    block: int = option("tokens that walk together", default=128, at_least=2)
+    gamma: float = option("how strongly the walk balances itself", default=4.0, at_least=0)
+    temperature: float = option("τ of the kernel", default=1.0)
+    beta: float = option("β of the kernel", default=0.0)
+    use_values: bool = option("take the values' products into the kernel", default=True)
+    seed: int = option("decides the random numbers", default=0)
+    while_decoding: bool = option(
+        "also reduce what comes later, when block/keep tokens are no longer recent", default=False
+    )
+
+    def setup(self) -> None:
+        """Count the halvings."""
+        self.halvings = _halvings(self.keep)
 
     def compress(self, layer: StoredLayer, state: LayerState, rows: Rows) -> None:
-        """Reduce all between the sinks and the window."""
+        """Reduce all between the sinks and the recent tokens."""
         self._reduce(layer, state, rows, span=1)
 
     def later(self, layer: StoredLayer, state: LayerState, call: Call) -> None:
-        """Reduce what has left the window, whole blocks of what will be kept at a time."""
+        """Reduce what is no longer recent, whole blocks of what will be kept at a time."""
         if self.while_decoding:
             self._reduce(layer, state, call.rows, span=self.block << self.halvings)
 
@@ -120,7 +104,7 @@ class BalanceKV(CachePart):
         before: list[int] = state.tensors["reduced"].tolist() if state.tensors else [0] * len(held)
         first = [0 if times else self.sinks for times in before]
         counts = [
-            max(0, n - sinks - self.window) // span * span
+            max(0, n - sinks - self.recent) // span * span
             for n, sinks in zip(held, first, strict=True)
         ]
         counts = [n if n > 1 else 0 for n in counts]  # one token cannot be halved
@@ -151,7 +135,7 @@ class BalanceKV(CachePart):
         weight.masked_fill_(place < start[:, None, None], 1.0)
         order = (weight == 0).long().sort(dim=-1, stable=True).indices
         order = order[..., : int((weight > 0).sum(dim=-1).max())]
-        weight, columns = weight.gather(-1, order), _columns(taken).gather(-1, order)
+        weight, columns = weight.gather(-1, order), taken_columns(taken).gather(-1, order)
         index = torch.where(weight > 0, columns, -1).to(torch.int32)
         bias = weight.log().masked_fill(weight == 0, 0.0)
         return PackedBody(_at(taken.k, order), _at(taken.v, order), index, bias=bias)
@@ -247,13 +231,6 @@ def _halvings(keep: float) -> int:
     if halvings < 0 or keep != 0.5**halvings:
         raise UserError(f"keep must be 1, 1/2, 1/4 or another power of a half, got {keep}")
     return halvings
-
-
-def _columns(taken: Taken) -> Int[Tensor, "batch kv_heads slots"]:
-    if taken.index is not None:
-        return taken.index
-    slots = torch.arange(taken.k.shape[2], device=taken.k.device, dtype=torch.int32)
-    return (slots + taken.first).expand(taken.k.shape[:3])
 
 
 def _generator(*numbers: int) -> torch.Generator:

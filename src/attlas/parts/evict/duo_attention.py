@@ -9,7 +9,7 @@ context (`duo_gates`); the share `sparsity` of all heads with the smallest gates
 more or less. Equal gates stream in the order of layers and heads.
 
 The prompt's own attention is exact. Streaming heads are then really shorter. So that this stays so,
-tokens that leave the recent window are moved behind the context of the retrieval heads, and
+tokens that are no longer recent are moved behind the context of the retrieval heads, and
 forgotten by the streaming heads, a block of them at a time: these see r to r + block − 1 recent tokens.
 
 Cost: the context of retrieval heads is copied once a block. With `sparsity = 0` all heads retrieve:
@@ -32,11 +32,12 @@ from torch import Tensor, nn
 
 from attlas.attach.call import Call
 from attlas.cache.duo_gates import fit_gates
+from attlas.cache.mixed import taken_columns
 from attlas.cache.part import CachePart, Role
 from attlas.calibration.parts import Calibrated
-from attlas.calibration.statistics import Calibration
 from attlas.catalog.registry import mechanism
 from attlas.errors import UserError
+from attlas.options import option
 from attlas.storage.layer import LayerState, StoredLayer, Taken
 from attlas.storage.ragged import RaggedBody
 from attlas.storage.rows import Rows
@@ -49,52 +50,40 @@ NAME = "heads"
     example={"sinks": 2, "recent": 6, "block": 3, "steps": 2},
 )  # fmt: skip
 class DuoAttention(Calibrated, CachePart):
-    """Let the heads that do not retrieve hold sinks and recent tokens alone.
-
-    Args:
-        sparsity: share of the key heads of all full-attention layers that stream, in [0, 1].
-        pattern: gates [layers, kv_heads], or a file of them: safetensors, or numbers in lines of
-            text, a layer each, as the authors publish them. Instead of a calibration.
-        sinks: first tokens that streaming heads keep.
-        recent: most recent tokens that they keep.
-        block: tokens that leave the window at a time.
-        steps: of the gates' optimisation, when they are calibrated.
-        calibration: gates of this model, or the file that holds them; the one that
-            `attlas calibrate duo-attention` made unless given.
-
-    Raises:
-        ValueError: a number out of its range, a pattern that cannot be read, or one beside a
-            calibration.
-    """
+    """Let the heads that do not retrieve hold sinks and recent tokens alone."""
 
     #: Streaming heads see fewer pairs.
     changes = ("mask",)
     role: ClassVar[Role] = "evict"
 
-    def __init__(
-        self,
-        sparsity: float = 0.5,
-        *,
-        pattern: Tensor | str | Path | None = None,
-        sinks: int = 64,
-        recent: int = 256,
-        block: int = 64,
-        steps: int = 80,
-        calibration: str | Path | Calibration | None = None,
-    ) -> None:
-        Calibrated.__init__(self, calibration)
-        if not 0 <= sparsity <= 1:
-            raise UserError(f"sparsity must lie in [0, 1], got {sparsity}")
-        least = {"sinks": 0, "recent": 1, "block": 1, "steps": 1}
-        given = {"sinks": sinks, "recent": recent, "block": block, "steps": steps}
-        for name, value in given.items():
-            if value < least[name]:
-                raise UserError(f"{name} must be at least {least[name]}, got {value}")
-        if pattern is not None and calibration is not None:
+    sparsity: float = option(
+        "share of the key heads of all full-attention layers that stream", default=0.5, at_least=0,
+        at_most=1, kw_only=False,
+    )  # fmt: skip
+    pattern: Tensor | str | Path | None = option(
+        "gates [layers, kv_heads] instead of a calibration, or a file of them: safetensors, or numbers "
+        "in lines of text, a layer each, as the authors publish them", default=None,
+    )  # fmt: skip
+    sinks: int = option("first tokens that streaming heads keep", default=64, at_least=0)
+    recent: int = option("newest tokens that streaming heads keep", default=256, at_least=1)
+    block: int = option(
+        "tokens that streaming heads forget at a time, once they are not recent", default=64,
+        at_least=1,
+    )  # fmt: skip
+    steps: int = option(
+        "steps of the gates' optimisation, when they are calibrated", default=80, at_least=1
+    )
+
+    def setup(self) -> None:
+        """Read the gates that are given.
+
+        Raises:
+            ValueError: a pattern that cannot be read, or one beside a calibration.
+        """
+        super().setup()
+        if self.pattern is not None and self.calibration is not None:
             raise UserError("give pattern= or calibration=, not both")
-        self.sparsity, self.sinks, self.recent = sparsity, sinks, recent
-        self.block, self.steps = block, steps
-        self.pattern = None if pattern is None else _gates(pattern)
+        self.given = None if self.pattern is None else _gates(self.pattern)
         self.retrieves: dict[int, Bool[Tensor, " kv_heads"]] = {}
 
     def fit(
@@ -115,12 +104,12 @@ class DuoAttention(Calibrated, CachePart):
         Raises:
             ValueError: gates of another model, or of another number of layers or heads.
         """
-        if self.pattern is None:
+        if self.given is None:
             super().check(model)
             gates = self.statistics["gates"]
         else:
             CachePart.check(self, model)
-            gates = self.pattern
+            gates = self.given
         config: Any = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         if list(gates.shape) != [config.num_hidden_layers, heads]:
@@ -138,7 +127,7 @@ class DuoAttention(Calibrated, CachePart):
         self._leave(layer, state, rows, block=1)
 
     def later(self, layer: StoredLayer, state: LayerState, call: Call) -> None:
-        """The same with what has left the window, a block at a time."""
+        """The same with what is no longer recent, a block at a time."""
         self._leave(layer, state, call.rows, block=self.block)
 
     def _leave(self, layer: StoredLayer, state: LayerState, rows: Rows, block: int) -> None:
@@ -163,10 +152,8 @@ class DuoAttention(Calibrated, CachePart):
         self, taken: Taken, retrieves: Bool[Tensor, " kv_heads"], held: RaggedBody | None
     ) -> RaggedBody:
         """Of the tokens taken those that a head holds on to: all, or what its sinks lack."""
-        slots = torch.arange(taken.k.shape[2], device=taken.k.device, dtype=torch.int32)
-        columns = taken.index
-        if columns is None:
-            columns = (slots + taken.first).expand(taken.k.shape[:3])
+        slots = torch.arange(taken.k.shape[2], device=taken.k.device)
+        columns = taken_columns(taken)
         lacks = self.sinks - (0 if held is None else held.lengths[..., None])
         keep = (columns >= 0) & (retrieves[:, None] | (slots < lacks))
         return RaggedBody.kept(taken.k, taken.v, columns, keep)

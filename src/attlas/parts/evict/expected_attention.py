@@ -23,55 +23,30 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from attlas.attach.call import Call
-from attlas.cache.policy import CachePolicy, Slots
+from attlas.cache.policy import ContinualPolicy, Slots
 from attlas.catalog.registry import mechanism
-from attlas.errors import UserError
+from attlas.options import option
 from attlas.storage.layer import LayerState
 from attlas.storage.rotary import Angles, Rotary, rotate
 
 
 @mechanism("expected-attention", example={"keep": 0.5})
-class ExpectedAttention(CachePolicy):
-    """Keep the keys that future queries are expected to attend to.
-
-    Args:
-        keep: share of the context kept, in (0, 1], the sinks included.
-        tokens: or tokens kept, the sinks included.
-        bytes: or bytes of the whole cache.
-        n_future: positions over which the rotation is averaged.
-        sinks: first tokens that always stay and are left out of the statistics.
-        use_covariance: take the spread of the queries into account, not only their mean.
-        use_vnorm: weigh by the norm of the values.
-        epsilon: added to the expected weight before the values' norm.
-        while_decoding: enforce the budget again after every later call.
-
-    Raises:
-        ValueError: a budget out of range or smaller than the sinks.
-    """
+class ExpectedAttention(ContinualPolicy):
+    """Keep the keys that future queries are expected to attend to."""
 
     rotates = True
+    beyond = ("mask: later queries do not meet the keys that were dropped",)
     comparable: ClassVar[tuple[str, ...]] = ("(keep=0.5)", "(keep=0.25)", "(keep=0.125)")
 
-    def __init__(
-        self,
-        keep: float | None = None,
-        *,
-        tokens: int | None = None,
-        bytes: int | None = None,
-        n_future: int = 512,
-        sinks: int = 4,
-        use_covariance: bool = True,
-        use_vnorm: bool = True,
-        epsilon: float = 0.0,
-        while_decoding: bool = False,
-    ) -> None:
-        super().__init__(keep, tokens=tokens, bytes=bytes, while_decoding=while_decoding)
-        if n_future < 1:
-            raise UserError(f"n_future must be at least 1, got {n_future}")
-        if sinks < 0:
-            raise UserError(f"sinks must be at least 0, got {sinks}")
-        self.n_future, self.sinks = n_future, sinks
-        self.use_covariance, self.use_vnorm, self.epsilon = use_covariance, use_vnorm, epsilon
+    n_future: int = option("positions over which the rotation is averaged", default=512, at_least=1)
+    sinks: int = option(
+        "first tokens that always stay and are left out of the statistics", default=4, at_least=0
+    )
+    use_covariance: bool = option(
+        "take the spread of the queries into account, not only their mean", default=True
+    )
+    use_vnorm: bool = option("weigh by the norm of the values", default=True)
+    epsilon: float = option("added to the expected weight before the values' norm", default=0.0)
 
     @property
     def floor(self) -> tuple[str, int]:

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -31,62 +30,35 @@ from attlas.attach.call import Call
 from attlas.cache.policy import Slots
 from attlas.catalog.registry import mechanism
 from attlas.errors import UserError
+from attlas.options import option
 from attlas.parts.evict.snapkv import SnapKV
 from attlas.storage.layer import LayerState
 
 
 @mechanism("gui-kv", example={"keep": 0.5, "window": 4, "images": ((2, 8), (10, 16))})
 class GuiKV(SnapKV):
-    """Keep what the last queries read, what stands out on the last screen, and what it does not repeat.
-
-    Args:
-        keep: share of the context kept, in (0, 1], the window included.
-        tokens: or tokens kept, the window included.
-        bytes: or bytes of the whole cache.
-        images: (first token, token behind the last) of each image, in order, padding not counted; the
-            same in every row.
-        image_token: or the id that stands for images in `input_ids`; a run of it is an image.
-        window: how many of the last queries are asked.
-        kernel: width of the pooling along positions, odd.
-        pooling: "avg" or "max".
-        alpha: weight of the spatial score.
-        temperature: of its softmax.
-        rank: most columns of the basis.
-
-    Raises:
-        ValueError: a budget out of range or smaller than the window; an even kernel; spans that
-            overlap; neither or both of `images` and `image_token`.
-    """
+    """Keep what the last queries read, what stands out on the last screen and what it does not show."""
 
     wants_hidden = True
+    beyond = ("mask: later queries do not meet the keys that were dropped",)
 
-    def __init__(
-        self,
-        keep: float | None = None,
-        *,
-        tokens: int | None = None,
-        bytes: int | None = None,
-        images: Sequence[tuple[int, int]] | None = None,
-        image_token: int | None = None,
-        window: int = 64,
-        kernel: int = 5,
-        pooling: Literal["avg", "max"] = "avg",
-        alpha: float = 0.1,
-        temperature: float = 1.0,
-        rank: int = 32,
-    ) -> None:
-        super().__init__(
-            keep, tokens=tokens, bytes=bytes, window=window, kernel=kernel, pooling=pooling
-        )
-        if (images is None) == (image_token is None):
+    images: Sequence[tuple[int, int]] | None = option(
+        "(first token, token behind the last) of each image, in order, padding not counted; the same in "
+        "every row", default=None,
+    )  # fmt: skip
+    image_token: int | None = option(
+        "or the id that stands for images in `input_ids`; a run of it is an image", default=None
+    )
+    alpha: float = option("weight of the spatial score", default=0.1)
+    temperature: float = option("temperature of the spatial score's softmax", default=1.0, above=0)
+    rank: int = option("most columns of the basis", default=32, at_least=1)
+
+    def setup(self) -> None:
+        """Refuse spans that overlap, and neither or both of `images` and `image_token`."""
+        super().setup()
+        if (self.images is None) == (self.image_token is None):
             raise UserError("give either images= (spans of tokens) or image_token= (an id)")
-        if not temperature > 0:
-            raise UserError(f"temperature must be positive, got {temperature}")
-        if rank < 1:
-            raise UserError(f"rank must be at least 1, got {rank}")
-        self.images = None if images is None else _checked(images)
-        self.image_token = image_token
-        self.alpha, self.temperature, self.rank = alpha, temperature, rank
+        _check_spans(self.images or ())
 
     def learn(self, state: LayerState, call: Call) -> None:
         """The last queries, and how long what the layer was given is; with ids, which are images."""
@@ -172,11 +144,9 @@ class GuiKV(SnapKV):
         scores.scatter_(1, earlier[redundant], 0.0)
 
 
-def _checked(images: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    spans = tuple((int(start), int(stop)) for start, stop in images)
-    ordered = all(before[1] <= after[0] for before, after in pairwise(spans))
-    if not ordered or any(not 0 <= start < stop for start, stop in spans):
+def _check_spans(images: Sequence[tuple[int, int]]) -> None:
+    ordered = all(before[1] <= after[0] for before, after in pairwise(images))
+    if not ordered or any(not 0 <= start < stop for start, stop in images):
         raise UserError(
             f"images takes spans (start, stop) in order that do not overlap, got {images}"
         )
-    return spans

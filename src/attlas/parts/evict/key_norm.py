@@ -18,44 +18,26 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attlas.cache.policy import CachePolicy, Slots
+from attlas.cache.policy import ContinualPolicy, Slots
 from attlas.catalog.registry import mechanism
+from attlas.options import option
 from attlas.storage.layer import LayerState
 
 
 @mechanism("key-norm-eviction", aliases=("knorm", "key-norm"), example={"keep": 0.5})
-class KeyNorm(CachePolicy):
-    """Keep the keys of smallest norm.
-
-    Args:
-        keep: share of the context kept, in (0, 1].
-        tokens: or tokens kept, on average over the layers.
-        bytes: or bytes of the whole cache.
-        skip_layers: layers that stay whole, paid for by the others; the paper's first two.
-        while_decoding: enforce the budget again after every later call.
-
-    Raises:
-        ValueError: a budget out of range, or one that the whole layers use up.
-    """
+class KeyNorm(ContinualPolicy):
+    """Keep the keys of smallest norm."""
 
     comparable: ClassVar[tuple[str, ...]] = ("(keep=0.5)",)
 
-    def __init__(
-        self,
-        keep: float | None = None,
-        *,
-        tokens: int | None = None,
-        bytes: int | None = None,
-        skip_layers: Sequence[int] = (0, 1),
-        while_decoding: bool = False,
-    ) -> None:
-        super().__init__(keep, tokens=tokens, bytes=bytes, while_decoding=while_decoding)
-        self.skip_layers = tuple(skip_layers)
+    skip_layers: Sequence[int] = option(
+        "layers that stay whole, paid for by the others; the paper's first two", default=(0, 1)
+    )
 
     @property
     def skipped(self) -> tuple[int, ...]:
         """`skip_layers`."""
-        return self.skip_layers
+        return tuple(self.skip_layers)
 
     def scores(self, state: LayerState, slots: Slots) -> Float[Tensor, "batch kv_heads slots"]:
         """Minus the norm of each key."""

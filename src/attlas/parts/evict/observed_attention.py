@@ -27,45 +27,26 @@ from torch.nn import functional as F
 
 from attlas.attach.blocks import weight_blocks
 from attlas.attach.call import Call
-from attlas.cache.policy import CachePolicy, Slots
+from attlas.cache.policy import ContinualPolicy, Slots
 from attlas.catalog.registry import mechanism
-from attlas.errors import UserError
+from attlas.options import option
 from attlas.storage.layer import LayerState, StoredLayer
 from attlas.storage.rows import Rows
 
 
 @mechanism("observed-attention", paper="", aliases=("h2o",), example={"keep": 0.5})
-class ObservedAttention(CachePolicy):
-    """Keep the keys that have received most attention.
-
-    Args:
-        keep: share of the context kept, in (0, 1], recent tokens included.
-        tokens: or tokens kept, recent ones included.
-        bytes: or bytes of the whole cache.
-        recent: last tokens that always stay.
-        divide: by the number of queries that can see a key; H2O does not.
-        while_decoding: count on and enforce the budget again after every later call.
-
-    Raises:
-        ValueError: a budget out of range, or smaller than `recent`.
-    """
+class ObservedAttention(ContinualPolicy):
+    """Keep the keys that have received most attention."""
 
     comparable: ClassVar[tuple[str, ...]] = ("(keep=0.5)", "(keep=0.25)", "(keep=0.125)")
 
-    def __init__(
-        self,
-        keep: float | None = None,
-        *,
-        tokens: int | None = None,
-        bytes: int | None = None,
-        recent: int = 0,
-        divide: bool = True,
-        while_decoding: bool = False,
-    ) -> None:
-        super().__init__(keep, tokens=tokens, bytes=bytes, while_decoding=while_decoding)
-        if recent < 0:
-            raise UserError(f"recent must be at least 0, got {recent}")
-        self.recent, self.divide = recent, divide
+    recent: int = option("newest tokens that always stay", default=0, at_least=0)
+    divide: bool = option(
+        "divide by the number of queries that can see a key; H2O does not", default=True
+    )
+    while_decoding: bool = option(
+        "count on and enforce the budget again after every later call", default=False
+    )
 
     @property
     def floor(self) -> tuple[str, int]:

@@ -17,7 +17,7 @@ can hold more than was promised; here the mean is whole and the sum exact.
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from jaxtyping import Int
@@ -26,7 +26,7 @@ from torch import Tensor
 from attlas.cache.policy import Slots
 from attlas.cache.scored import ScoredPolicy
 from attlas.catalog.registry import mechanism
-from attlas.errors import UserError
+from attlas.options import option
 from attlas.storage.layer import LayerState
 
 
@@ -37,40 +37,15 @@ from attlas.storage.layer import LayerState
     example={"keep": 0.5, "scorer_options": {"window": 4}},
 )
 class PyramidKV(ScoredPolicy):
-    """Budgets that fall from layer to layer, over another policy's scores.
-
-    Args:
-        keep: share of the context kept, in (0, 1], on average over the layers.
-        tokens: or tokens kept, on average.
-        bytes: or bytes of the whole cache.
-        scorer: name of the policy that ranks the keys.
-        scorer_options: its options, budget aside.
-        beta: how steep the pyramid is: the last layer keeps the average divided by it.
-
-    Raises:
-        ValueError: a budget out of range or smaller than what the scorer must hold; a scorer that
-            sets budgets of its own; beta below 1.
-    """
+    """Budgets that fall from layer to layer, over another policy's scores."""
 
     replaced: ClassVar[tuple[str, ...]] = (*ScoredPolicy.replaced, "budgets")
     comparable: ClassVar[tuple[str, ...]] = ("(keep=0.5)", "(keep=0.25)", "(keep=0.125)")
 
-    def __init__(
-        self,
-        keep: float | None = None,
-        *,
-        tokens: int | None = None,
-        bytes: int | None = None,
-        scorer: str = "snapkv",
-        scorer_options: dict[str, Any] | None = None,
-        beta: float = 20.0,
-    ) -> None:
-        super().__init__(
-            keep, tokens=tokens, bytes=bytes, scorer=scorer, scorer_options=scorer_options
-        )
-        if not beta >= 1:
-            raise UserError(f"beta must be at least 1, got {beta}")
-        self.beta = beta
+    beta: float = option(
+        "how steep the pyramid is: the last layer keeps the average divided by it", default=20.0,
+        at_least=1,
+    )  # fmt: skip
 
     def budgets(self, state: LayerState, slots: Slots) -> Int[Tensor, " batch"]:
         """This layer's step of the pyramid, for each row by its own length."""

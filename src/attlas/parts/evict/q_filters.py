@@ -20,7 +20,6 @@ Source: "Q-Filters: Leveraging QK Geometry for Efficient KV Cache Compression".
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -29,11 +28,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from attlas.attach.call import Call
-from attlas.cache.policy import CachePolicy, Slots
+from attlas.cache.policy import ContinualPolicy, Slots
 from attlas.calibration.parts import Calibrated, Calibrator
-from attlas.calibration.statistics import Calibration
 from attlas.catalog.registry import mechanism
 from attlas.errors import UserError
+from attlas.options import option
 from attlas.storage.layer import LayerState
 
 #: Queries of each head that are kept to count signs.
@@ -89,47 +88,19 @@ def _filter(
     return filters.float()
 
 
-@mechanism("q-filters", aliases=("qfilters",), example={"keep": 0.5, "window": 4})
-class QFilters(Calibrated, CachePolicy):
-    """Keep the keys that lie most along the direction in which the queries of a head lean.
+@mechanism("q-filters", aliases=("qfilters",), example={"keep": 0.5, "recent": 4})
+class QFilters(Calibrated, ContinualPolicy):
+    """Keep the keys that lie most along the direction in which the queries of a head lean."""
 
-    Args:
-        keep: share of the context kept, in (0, 1], the window included.
-        tokens: or tokens kept, the window included.
-        bytes: or bytes of the whole cache.
-        window: how many of the last tokens always stay.
-        calibration: filters of this model, or the file that holds them; the one that
-            `attlas calibrate q-filters` made unless given.
-        while_decoding: enforce the budget again after every later call.
-
-    Raises:
-        ValueError: a budget out of range or smaller than the window.
-    """
-
+    beyond = ("mask: later queries do not meet the keys that were dropped",)
     comparable: ClassVar[tuple[str, ...]] = ("(keep=0.5)", "(keep=0.25)", "(keep=0.125)")
 
-    def __init__(
-        self,
-        keep: float | None = None,
-        *,
-        tokens: int | None = None,
-        bytes: int | None = None,
-        window: int = 64,
-        calibration: str | Path | Calibration | None = None,
-        while_decoding: bool = False,
-    ) -> None:
-        Calibrated.__init__(self, calibration)
-        CachePolicy.__init__(
-            self, keep, tokens=tokens, bytes=bytes, while_decoding=while_decoding
-        )  # fmt: skip
-        if window < 0:
-            raise UserError(f"window must be at least 0, got {window}")
-        self.window = window
+    recent: int = option("newest tokens that always stay", default=64, at_least=0, former="window")
 
     @property
     def floor(self) -> tuple[str, int]:
-        """The window."""
-        return "window", self.window
+        """The recent tokens."""
+        return "recent", self.recent
 
     def calibrator(self) -> QueryDirections:
         """The same filters serve every budget."""
@@ -143,8 +114,8 @@ class QFilters(Calibrated, CachePolicy):
                 raise UserError(f"the calibration holds no filter for layer {number}")
 
     def scores(self, state: LayerState, slots: Slots) -> Float[Tensor, "batch kv_heads slots"]:
-        """The product of each key with the direction of its queries; the window comes first."""
+        """The product of each key with the direction of its queries; the recent ones come first."""
         filters = self.statistics[f"{state.layer}.filter"]
         scores = -torch.einsum("bhtd,hd->bht", slots.keys.float(), filters)
-        recent = (slots.rank >= (slots.total - self.window)[:, None, None]) & slots.valid
+        recent = (slots.rank >= (slots.total - self.recent)[:, None, None]) & slots.valid
         return scores.masked_fill(recent, torch.inf)

@@ -16,12 +16,12 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 import torch
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
 from attlas.attach.call import Call
+from attlas.cache.asked import asked_weights, remember
 from attlas.cache.policy import CachePolicy, Slots
 from attlas.catalog.registry import mechanism
 from attlas.errors import UserError
@@ -57,36 +57,12 @@ class SnapKV(CachePolicy):
 
     def learn(self, state: LayerState, call: Call) -> None:
         """The last w valid queries so far, with their columns (-1 where a row has fewer)."""
-        _, valid = call.ranks
-        columns = torch.where(valid, call.queries, -1)
-        queries = call.q
-        if "queries" in state.tensors:
-            queries = torch.cat([state.tensors["queries"], queries], dim=2)
-            columns = torch.cat([state.tensors["columns"], columns], dim=1)
-        if call.rows.valid is None:
-            queries, columns = queries[:, :, -self.window :], columns[:, -self.window :]
-        else:
-            last = columns.topk(min(self.window, columns.shape[1]), dim=1).indices.flip(1)
-            at = last[:, None, :, None].expand(-1, queries.shape[1], -1, queries.shape[-1])
-            queries, columns = queries.gather(2, at), columns.gather(1, last)
-        # A copy, so that the window does not hold on to the queries of the whole prompt.
-        state.tensors |= {"queries": queries.clone(), "columns": columns.clone()}
+        remember(state, call, lambda rank, count, _: rank >= count - self.window)
 
     def scores(self, state: LayerState, slots: Slots) -> Float[Tensor, "batch kv_heads slots"]:
         """Pooled mean attention of the last queries; their own tokens above all others."""
-        queries, columns = state.tensors["queries"], state.tensors["columns"]
-        heads = slots.keys.shape[1]
-        grouped = rearrange(queries.float() * state.scaling, "b (h g) w d -> b h (g w) d", h=heads)
-        logits = grouped @ slots.keys.float().transpose(-1, -2)
-        logits = rearrange(logits, "b h (g w) t -> b h g w t", w=columns.shape[1])
-        asked = columns >= 0
-        # No slot before the first asked query lies in anyone's future: slots are in order.
-        first = int(columns.clamp(min=0).min())
-        late = slots.original_position[:, :, None, first:] > columns[:, None, :, None]
-        logits[..., first:].masked_fill_((late & asked[:, None, :, None])[:, :, None], -torch.inf)
-        if not slots.valid.all():
-            logits.masked_fill_(~slots.valid[:, :, None, None], -torch.inf)
-        weights = logits.softmax(dim=-1)
+        asked = state.tensors["columns"] >= 0
+        weights = asked_weights(state, slots)
         if asked.all():
             mean = weights.mean(dim=3)
         else:

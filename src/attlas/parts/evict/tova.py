@@ -20,41 +20,25 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
-from attlas.cache.policy import Slots
+from attlas.attach.call import Call
+from attlas.cache.asked import asked_weights, remember
+from attlas.cache.policy import ContinualPolicy, Slots
 from attlas.catalog.registry import mechanism
-from attlas.parts.evict.snapkv import SnapKV
 from attlas.storage.layer import LayerState
 
 
 @mechanism("tova", paper="snapkv", example={"keep": 0.5})
-class TOVA(SnapKV):
-    """Keep what the last query reads, averaged over all heads.
-
-    Args:
-        keep: share of the context kept, in (0, 1].
-        tokens: or tokens kept.
-        bytes: or bytes of the whole cache.
-        while_decoding: enforce the budget again after every later call, as the paper does.
-
-    Raises:
-        ValueError: a budget out of range.
-    """
+class TOVA(ContinualPolicy):
+    """Keep what the last query reads, averaged over all heads."""
 
     comparable: ClassVar[tuple[str, ...]] = ("(keep=0.5)", "(keep=0.25)", "(keep=0.125)")
 
-    def __init__(
-        self,
-        keep: float | None = None,
-        *,
-        tokens: int | None = None,
-        bytes: int | None = None,
-        while_decoding: bool = False,
-    ) -> None:
-        super().__init__(keep, tokens=tokens, bytes=bytes, window=1, kernel=1)
-        self.while_decoding = while_decoding
+    def learn(self, state: LayerState, call: Call) -> None:
+        """The last valid query of each row."""
+        remember(state, call, lambda rank, count, _: rank == count - 1)
 
     def scores(self, state: LayerState, slots: Slots) -> Float[Tensor, "batch kv_heads slots"]:
         """Mean attention of the last query over all heads; its own token above all others."""
         last = (slots.rank == (slots.total - 1)[:, None, None]) & slots.valid
-        mean = super().scores(state, slots).mean(dim=1, keepdim=True).expand(last.shape)
-        return mean.masked_fill(last, mean.masked_fill(last, 0.0).max().item() + 1)
+        mean = asked_weights(state, slots)[:, :, :, 0].mean(dim=2).mean(dim=1, keepdim=True)
+        return mean.expand(last.shape).masked_fill(last, mean.max().item() + 1)

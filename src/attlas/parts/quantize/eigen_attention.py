@@ -15,7 +15,7 @@ singular values, √λ, and searches a threshold for each layer by the error of 
 one threshold serves all layers: as given, or the highest at which the cache keeps to its share of bytes.
 
 The current token and the newest, where asked, stay as they came; the model's own projections compute
-them. The authors' other form, with the bases folded into the projections, is `fold`.
+them. The authors' other form, with the bases folded into the projections, is `attlas.cache.folding`.
 
 Cost: 2·r·dim operations a number of keys and values read; bytes fall to (r_k + r_v)/(2·dim), with a
 position of 4 bytes a token beside rotated keys (and for a while one more, with the cache), and the
@@ -26,24 +26,22 @@ Source: "Eigen Attention: Attention in Low-Rank Space for KV Cache Compression".
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from attlas import masks, ops
 from attlas.attach.call import Call
 from attlas.cache.part import CachePart
 from attlas.cache.quantizer import Quantizer
-from attlas.calibration import Calibrated, Calibration, Calibrator
+from attlas.calibration import Calibrated, Calibrator
 from attlas.catalog.registry import mechanism
-from attlas.errors import UserError, at_least_one, exactly_one
+from attlas.errors import UserError, exactly_one
 from attlas.hf.caches import DynamicLayer
+from attlas.options import option
 from attlas.storage.body import Body
-from attlas.storage.layer import LayerState, StoredLayer, Taken
+from attlas.storage.layer import LayerState, Taken
 from attlas.storage.low_rank import Bases, LowRankBody, rotated
 from attlas.storage.rotary import Rotary
 
@@ -56,8 +54,9 @@ class Subspaces(Calibrator):
         rotary: how the model rotates; None when it does not.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
+    def setup(self) -> None:
+        """The model is not known yet."""
+        super().setup()
         self.layers: tuple[int, ...] = ()
         self.rotary: Rotary | None = None
 
@@ -106,44 +105,37 @@ class Subspaces(Calibrator):
 
 @mechanism("eigen-attention", example={"keep": 0.6, "block": 1})
 class EigenAttention(Calibrated, Quantizer):
-    """Hold keys and values as coordinates in the directions that carry most of their energy.
+    """Hold keys and values as coordinates in the directions that carry most of their energy."""
 
-    Args:
-        keep: share of the bytes of keys and values kept, in (0, 1].
-        rank: or directions kept, of keys and of values, in every layer.
-        energy: or share of the energy that every layer's keys, and each head's values, keep.
-        recent: newest tokens that stay as they came.
-        block: tokens that are encoded at once.
-        calibration: bases of this model, or the file that holds them; the one that
-            `attlas calibrate eigen-attention` made unless given.
-
-    Raises:
-        ValueError: none or several of keep, rank and energy, or one out of range.
-    """
-
+    #: Keys and values are projected, as they are cached.
+    changes = ("project",)
+    beyond = (
+        "score: products are those of the keys' coordinates",
+        "aggregate: sums are those of the values' coordinates",
+    )
     rotates = True
 
     everything: ClassVar[dict[str, Any]] = {"keep": 1.0}
     comparable: ClassVar[tuple[str, ...]] = ("(keep=0.75)", "(keep=0.5)")
 
-    def __init__(
-        self,
-        keep: float | None = None,
-        *,
-        rank: int | None = None,
-        energy: float | None = None,
-        recent: int = 0,
-        block: int = 16,
-        calibration: str | Path | Calibration | None = None,
-    ) -> None:
-        Calibrated.__init__(self, calibration)
-        Quantizer.__init__(self, recent=recent, block=block)
-        exactly_one("eigen attention", keep=keep, rank=rank, energy=energy)
-        for name, share in (("keep", keep), ("energy", energy)):
-            if share is not None and not 0 < share <= 1:
-                raise UserError(f"{name} must lie in (0, 1], got {share}")
-        self.keep, self.energy = keep, energy
-        self.rank = None if rank is None else at_least_one("rank", rank)
+    keep: float | None = option(
+        "share of the bytes of keys and values kept", default=None, above=0, at_most=1,
+        kw_only=False,
+    )  # fmt: skip
+    rank: int | None = option(
+        "or directions kept, of keys and of values, in every layer", default=None, at_least=1
+    )
+    energy: float | None = option(
+        "or share of the energy that every layer's keys, and each head's values, keep", default=None,
+        above=0, at_most=1,
+    )  # fmt: skip
+    recent: int = option("newest tokens that stay as they came", default=0, at_least=0)
+    block: int = option("tokens that are encoded at once", default=16, at_least=1)
+
+    def setup(self) -> None:
+        """Refuse none or several of keep, rank and energy."""
+        super().setup()
+        exactly_one("eigen attention", keep=self.keep, rank=self.rank, energy=self.energy)
         self.directions: dict[int, tuple[Tensor, Tensor]] = {}
 
     def calibrator(self) -> Subspaces:
@@ -210,11 +202,6 @@ class EigenAttention(Calibrated, Quantizer):
             positions = torch.cat([known[:, : call.forward_pass.offset], positions], dim=1)
         state.tensors["positions"] = positions
 
-    def later(self, layer: StoredLayer, state: LayerState, call: Call) -> None:
-        """Encode what is no longer new, a block at a time."""
-        self.learn(state, call)
-        super().later(layer, state, call)
-
     def encode(self, state: LayerState, taken: Taken) -> dict[str, Body]:
         """Coordinates of these tokens."""
         bases = self.bases(state)
@@ -258,85 +245,3 @@ def _positions(known: Int[Tensor, "batch seen"], taken: Taken) -> Int[Tensor, "b
     if bool((columns == columns[:, :1]).all()):
         columns = columns[:, :1]
     return known[:, None].expand(-1, columns.shape[1], -1).gather(-1, columns)
-
-
-@dataclass(frozen=True)
-class Folded:
-    """Attention of a layer with the bases merged into its projections, as the authors run it.
-
-    Attributes:
-        q: projection of queries; into the basis where nothing is rotated.
-        k: projection of tokens to coordinates of keys.
-        v: projection of tokens to coordinates of values.
-        o: projection of coordinates of heads' outputs, out of the values' basis.
-        basis: of keys.
-        rotary: how keys, read back, and queries are rotated; None when they are not.
-    """
-
-    q: Float[Tensor, "queries model"]
-    k: Float[Tensor, "keys model"]
-    v: Float[Tensor, "values model"]
-    o: Float[Tensor, "out outputs"]
-    basis: Float[Tensor, "b_heads dim rank"]
-    kv_heads: int
-    rotary: Rotary | None = None
-
-    def __call__(
-        self,
-        x: Float[Tensor, "batch tokens model"],
-        positions: Int[Tensor, "batch tokens"] | None = None,
-    ) -> Float[Tensor, "batch tokens out"]:
-        """Causal attention of x with itself; only coordinates of keys and values would be cached."""
-        _, dim, rank = self.basis.shape
-        width = rank if self.rotary is None else dim
-        q = (x @ self.q.mT).unflatten(-1, (-1, width)).transpose(1, 2)
-        k, v = (
-            (x @ w.mT).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2) for w in (self.k, self.v)
-        )
-        if self.rotary is not None:
-            if positions is None:
-                positions = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
-            k = self.rotary.rotate(k @ self.basis.mT, positions)
-            q = self.rotary.rotate(q, positions)
-        heads = ops.attend(q, k, v, mask=masks.causal, scale=dim**-0.5)
-        return heads.transpose(1, 2).flatten(2) @ self.o.mT
-
-
-def fold(
-    q_weight: Float[Tensor, "q_rows model"],
-    k_weight: Float[Tensor, "k_rows model"],
-    v_weight: Float[Tensor, "v_rows model"],
-    o_weight: Float[Tensor, "out o_columns"],
-    basis_k: Float[Tensor, "k_heads dim k_rank"],
-    basis_v: Float[Tensor, "kv_heads v_dim v_rank"],
-    rotary: Rotary | None = None,
-) -> Folded:
-    """The layer's projections with the bases merged in.
-
-    k_low = Uᵀ W_k and v_low = Wᵀ W_v for each key head, o_up = W_o W for each query head; without
-    rotation queries are projected alike, Uᵀ W_q, and scores are those of the coordinates.
-
-    Args:
-        q_weight: as the model has them, heads one below the other.
-        k_weight: likewise.
-        v_weight: likewise.
-        o_weight: heads one beside the other.
-        basis_k: directions of keys and queries; of one head when all share them.
-        basis_v: directions of values.
-        rotary: the model's rotation; None when it does not rotate.
-    """
-    kv_heads, v_dim, _ = basis_v.shape
-    heads = o_weight.shape[1] // v_dim
-
-    def into(basis: Tensor, weight: Tensor, count: int) -> Tensor:
-        if basis.shape[0] not in (1, count):
-            basis = basis.repeat_interleave(count // basis.shape[0], dim=0)
-        folded: Tensor = (basis.mT @ weight.unflatten(0, (count, -1))).flatten(0, 1)
-        return folded
-
-    o = into(basis_v, o_weight.mT, heads).mT
-    q = q_weight if rotary is not None else into(basis_k, q_weight, heads)
-    return Folded(
-        q, into(basis_k, k_weight, kv_heads), into(basis_v, v_weight, kv_heads), o, basis_k, kv_heads,
-        rotary,
-    )  # fmt: skip

@@ -32,11 +32,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from attlas.attach.call import Call
-from attlas.cache.mixed import attention_paid, remember, spread, taken_columns
+from attlas.cache.asked import remember
+from attlas.cache.mixed import attention_paid, spread, taken_columns
 from attlas.cache.part import Role
 from attlas.cache.quantizer import Quantizer
 from attlas.catalog.registry import mechanism
 from attlas.errors import UserError
+from attlas.options import option
 from attlas.storage.body import Body
 from attlas.storage.layer import LayerState, StoredLayer, Taken
 from attlas.storage.rows import Rows
@@ -50,78 +52,56 @@ PerGroup = Float[Tensor, "tokens batch groups"]
     "qaq-quality-adaptive-quantization", aliases=("qaq",), example={"block": 8, "q_norm": 4.0}
 )
 class QAQ(Quantizer):
-    """Keep every token in as many bits as the allowed error of outputs asks for.
-
-    Args:
-        key_error: error e of outputs that keys may cause.
-        value_error: error e of outputs that values may cause.
-        bits: the same bits for all instead, 0 to 16.
-        bits_min: fewest bits.
-        bits_max: most bits, at most 16.
-        outliers: share r of a group's numbers that is kept exactly.
-        level: what a group is: a "token" of all layers, a token of a "layer", or of a "head".
-        method: "uniform" or "normal"; normal codes take fixed `bits`.
-        centre: of uniform codes: the "middle" of the range, the "mean", or "zero".
-        last: how many of the last queries tell what attention a token gets.
-        q_norm: norm of a query.
-        block: tokens encoded together.
-
-    Raises:
-        ValueError: numbers out of range, or normal codes without fixed bits.
-    """
+    """Keep every token in as many bits as the allowed error of outputs asks for."""
 
     joins: ClassVar[tuple[Role, ...]] = ("evict",)
     comparable: ClassVar[tuple[str, ...]] = ("",)
 
-    def __init__(
-        self,
-        key_error: float = 3.0,
-        value_error: float = 1.0,
-        *,
-        bits: int | None = None,
-        bits_min: int = 1,
-        bits_max: int = 8,
-        outliers: float = 0.01,
-        level: Literal["token", "layer", "head"] = "layer",
-        method: Literal["uniform", "normal"] = "uniform",
-        centre: Literal["middle", "mean", "zero"] = "middle",
-        last: int = 5,
-        q_norm: float = 300.0,
-        block: int = 64,
-    ) -> None:
-        for name, number in (("key_error", key_error), ("value_error", value_error),
-                             ("q_norm", q_norm)):  # fmt: skip
-            if not number > 0:
-                raise UserError(f"{name} must be above 0, got {number}")
-        if not 0 <= outliers < 1:
-            raise UserError(f"outliers must be in [0, 1), got {outliers}")
-        if last < 1:
-            raise UserError(f"last must be at least 1, got {last}")
-        if level not in ("token", "layer", "head"):
-            raise UserError(f"level must be 'token', 'layer' or 'head', got {level!r}")
-        if method not in ("uniform", "normal"):
-            raise UserError(f"method must be 'uniform' or 'normal', got {method!r}")
-        if centre not in ("middle", "mean", "zero"):
-            raise UserError(f"centre must be 'middle', 'mean' or 'zero', got {centre!r}")
-        if method == "normal" and bits is None:
+    key_error: float = option(
+        "error e of outputs that keys may cause", default=3.0, above=0, kw_only=False
+    )
+    value_error: float = option(
+        "error e of outputs that values may cause", default=1.0, above=0, kw_only=False
+    )
+    bits: int | None = option("the same bits for all instead", default=None, at_least=0, at_most=16)
+    bits_min: int = option("fewest bits", default=1, at_least=0, at_most=16)
+    bits_max: int = option("most bits", default=8, at_least=0, at_most=16)
+    outliers: float = option(
+        "share r of a group's numbers that is kept exactly", default=0.01, at_least=0, below=1
+    )
+    level: Literal["token", "layer", "head"] = option(
+        "what a group is: a token of all layers, a token of one layer, or of one head",
+        default="layer",
+    )
+    method: Literal["uniform", "normal"] = option(
+        "how codes are spaced; normal codes take fixed `bits`", default="uniform"
+    )
+    centre: Literal["middle", "mean", "zero"] = option(
+        "centre of uniform codes: the middle of the range, the mean, or zero", default="middle"
+    )
+    last: int = option(
+        "how many of the last queries tell what attention a token gets", default=5, at_least=1
+    )
+    q_norm: float = option("norm of a query", default=300.0, above=0)
+    block: int = option("tokens that are encoded together", default=64, at_least=1)
+
+    def setup(self) -> None:
+        """Refuse normal codes without fixed bits, and bits out of order."""
+        super().setup()
+        if self.method == "normal" and self.bits is None:
             raise UserError("method='normal' takes fixed bits: there is no rule for its error")
-        bits_min, bits_max = (bits_min, bits_max) if bits is None else (bits, bits)
-        if not 0 <= bits_min <= bits_max <= 16:
-            raise UserError(f"bits must be 0 to 16 and in order, got {bits_min} to {bits_max}")
-        super().__init__(recent=last - 1, block=block)
-        self.errors = {"k": key_error, "v": value_error}
-        self.bits_min, self.bits_max, self.outliers, self.last = bits_min, bits_max, outliers, last
-        self.level, self.method, self.centre, self.q_norm = level, method, centre, q_norm
+        fixed = self.bits
+        self.range = (self.bits_min, self.bits_max) if fixed is None else (fixed, fixed)
+        if self.range[0] > self.range[1]:
+            raise UserError(
+                f"bits_min must be at most bits_max, got {self.bits_min} and {self.bits_max}"
+            )
+        self.recent = self.last - 1
         self.waiting: list[tuple[StoredLayer, LayerState]] = []
 
     def learn(self, state: LayerState, call: Call) -> None:
         """Keep the last queries."""
         remember(state, call, lambda rank, count, _: rank >= count - self.last)
-
-    def later(self, layer: StoredLayer, state: LayerState, call: Call) -> None:
-        """Keep the last queries, and encode a block at a time."""
-        self.learn(state, call)
-        self.compress(layer, state, call.rows)
 
     def compress(self, layer: StoredLayer, state: LayerState, rows: Rows) -> None:
         """Find what attention tokens get, and encode all but the newest."""
@@ -152,12 +132,12 @@ class QAQ(Quantizer):
         for name in ("k", "v"):
             parts = torch.stack([getattr(t, name) for t in taken])
             x = self._grouped(parts)
-            error = key_error(tokens, self.errors["k"], self.q_norm)[:, None]
+            error = key_error(tokens, self.key_error, self.q_norm)[:, None]
             if name == "v":
-                error = value_error(tokens, self.errors["v"])[:, None] / most
+                error = value_error(tokens, self.value_error)[:, None] / most
             apart = outlying(x, self.outliers)
             symmetric = self.centre == "zero"
-            bits = group_bits(x, apart, error, self.bits_min, self.bits_max, symmetric)
+            bits = group_bits(x, apart, error, *self.range, symmetric)
             mean, scale = centred(x, apart, bits, self.method, self.centre)
             mean, scale = mean.to(parts.dtype), scale.to(parts.dtype)
             bits = torch.where(hole, HOLE, bits)

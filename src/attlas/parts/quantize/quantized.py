@@ -22,6 +22,7 @@ from attlas.cache.quantizer import Quantizer, offered
 from attlas.catalog.registry import mechanism
 from attlas.errors import UserError
 from attlas.ops.quantize import check, encode
+from attlas.options import option
 from attlas.storage.body import Body
 from attlas.storage.coded import CodedBody
 from attlas.storage.layer import LayerState, Taken
@@ -35,21 +36,7 @@ from attlas.storage.packed import PackedBody
     example={"bits": 4, "key_group": 8, "recent": 4},
 )
 class QuantizedCache(Quantizer):
-    """Keep the context in few bits, the newest tokens in full precision.
-
-    Args:
-        bits: of keys and values: 16 (nothing is rounded), 8, 4, 3, 2 or 1.
-        key_bits: of keys, `bits` unless given.
-        value_bits: of values, `bits` unless given.
-        key_group: tokens over which a channel of keys has one step; also what is encoded at once.
-            32, and 16 for keys of 2 bits or fewer, which larger groups harm most.
-        channel_group: channels of a value that share a step; 64, or all where 64 do not divide them.
-        recent: newest tokens that stay in full precision.
-
-    Raises:
-        ValueError: bits that are not offered, 16 for keys or values alone, a group that does not
-            divide the model's channels.
-    """
+    """Keep the context in few bits, the newest tokens in full precision."""
 
     everything: ClassVar[dict[str, Any]] = {"bits": 16}
     comparable: ClassVar[tuple[str, ...]] = (
@@ -57,24 +44,26 @@ class QuantizedCache(Quantizer):
         "(bits=4)+quest-page-selection(keep=0.125)",
     )  # fmt: skip
 
-    def __init__(
-        self,
-        bits: int = 4,
-        *,
-        key_bits: int | None = None,
-        value_bits: int | None = None,
-        key_group: int | None = None,
-        channel_group: int | None = None,
-        recent: int = 64,
-    ) -> None:
-        self.key_bits = bits if key_bits is None else key_bits
-        self.value_bits = bits if value_bits is None else value_bits
-        if key_group is None:
-            key_group = 16 if self.key_bits <= 2 else 32
-        if key_group < 1:
-            raise UserError(f"key_group must be at least 1, got {key_group}")
-        super().__init__(recent=recent, block=key_group)
-        self.key_group, self.channel_group = key_group, channel_group
+    bits: int = option(
+        "bits of a number: 16 (nothing is rounded), 8, 4, 3, 2 or 1", default=4, kw_only=False
+    )
+    key_bits: int = option("bits of keys; `bits` unless given", factory=lambda part: part.bits)
+    value_bits: int = option("bits of values; `bits` unless given", factory=lambda part: part.bits)
+    key_group: int = option(
+        "tokens over which a channel of keys has one step, and which are encoded at once; 32, and 16 "
+        "for keys of 2 bits or fewer, which larger groups harm most, unless given", at_least=1,
+        factory=lambda part: 16 if part.key_bits <= 2 else 32,
+    )  # fmt: skip
+    channel_group: int | None = option(
+        "channels of a value that share a step; 64, or all where 64 do not divide them, unless given",
+        default=None, at_least=1,
+    )  # fmt: skip
+    recent: int = option("newest tokens that stay in full precision", default=64, at_least=0)
+
+    def setup(self) -> None:
+        """Refuse bits that are not offered, and 16 for keys or values alone."""
+        super().setup()
+        self.block = self.key_group
         offered(key_bits=self.key_bits, value_bits=self.value_bits)
         if (self.key_bits == 16) != (self.value_bits == 16):
             raise UserError(

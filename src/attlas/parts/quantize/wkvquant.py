@@ -34,10 +34,10 @@ from torch import Tensor, nn
 from attlas.cache.fitting import fitted, narrowed
 from attlas.cache.mixed import widths
 from attlas.cache.quantizer import Quantizer, offered
-from attlas.calibration import Calibrated, Calibration
+from attlas.calibration import Calibrated
 from attlas.catalog.registry import mechanism
-from attlas.errors import UserError
 from attlas.ops.quantize import Codes, check, encode
+from attlas.options import option
 from attlas.storage.body import Body
 from attlas.storage.changed import ShiftedBody
 from attlas.storage.layer import LayerState, Taken
@@ -46,49 +46,32 @@ from attlas.storage.packed import PackedBody
 
 @mechanism("wkvquant", example={"block": 4, "steps": 4, "length": 48})
 class WKVQuant(Calibrated, Quantizer):
-    """Keep the past in few bits, shifted, scaled and clipped by learned constants.
-
-    Args:
-        bits: 16 (nothing is rounded), 8, 4, 3, 2 or 1.
-        channel_group: channels of a token that share a step; all unless given.
-        recent: newest tokens that stay in full precision, at least 1.
-        block: tokens encoded together.
-        steps: steps of the fit, each over one text; 0 leaves the constants where they begin.
-        length: tokens of a text that a step reads.
-        rate: learning rate of the fit.
-        calibration: what was fitted, or a file of it; the one in the user's cache folder unless given.
-
-    Raises:
-        ValueError: bits that are not offered, a group that does not divide the channels.
-    """
+    """Keep the past in few bits, shifted, scaled and clipped by learned constants."""
 
     everything: ClassVar[dict[str, Any]] = {"bits": 16}
 
-    def __init__(
-        self,
-        bits: int = 4,
-        *,
-        channel_group: int | None = None,
-        recent: int = 1,
-        block: int = 16,
-        steps: int = 40,
-        length: int = 256,
-        rate: float = 5e-3,
-        calibration: str | Path | Calibration | None = None,
-    ) -> None:
-        Quantizer.__init__(self, recent=recent, block=block)
-        Calibrated.__init__(self, calibration)
-        offered(bits=bits)
-        if recent < 1:
-            raise UserError(f"recent must be at least 1, the token of the step, got {recent}")
-        if steps < 0:
-            raise UserError(f"steps must be at least 0, got {steps}")
-        if length < 2:
-            raise UserError(f"length must be at least 2, got {length}")
-        if not rate > 0:
-            raise UserError(f"rate must be above 0, got {rate}")
-        self.bits, self.channel_group = bits, channel_group
-        self.steps, self.length, self.rate = steps, length, rate
+    bits: int = option(
+        "bits of a number: 16 (nothing is rounded), 8, 4, 3, 2 or 1", default=4, kw_only=False
+    )
+    channel_group: int | None = option(
+        "channels of a token that share a step; all unless given", default=None, at_least=1
+    )
+    recent: int = option(
+        "newest tokens that stay in full precision, among them the token of the step", default=1,
+        at_least=1,
+    )  # fmt: skip
+    block: int = option("tokens that are encoded together", default=16, at_least=1)
+    steps: int = option(
+        "steps of the fit, each over one text; 0 leaves the constants where they begin", default=40,
+        at_least=0,
+    )  # fmt: skip
+    length: int = option("tokens of a text that a step reads", default=256, at_least=2)
+    rate: float = option("learning rate of the fit", default=5e-3, above=0)
+
+    def setup(self) -> None:
+        """Refuse bits that are not offered."""
+        super().setup()
+        offered(bits=self.bits)
 
     @property
     def calibration_key(self) -> str:

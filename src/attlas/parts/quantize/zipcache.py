@@ -24,80 +24,49 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from attlas.attach.call import Call
-from attlas.cache.mixed import (
-    attention_paid,
-    drawn,
-    greatest,
-    parted,
-    remember,
-    spread,
-    taken_columns,
-    widths,
-)
-from attlas.cache.quantizer import Quantizer, offered
+from attlas.cache.asked import drawn, remember
+from attlas.cache.mixed import Classes, MixedQuantizer, attention_paid, greatest, taken_columns
 from attlas.catalog.registry import mechanism
-from attlas.errors import UserError
-from attlas.ops.quantize import check, encode
+from attlas.ops.quantize import encode
+from attlas.options import option
 from attlas.storage.body import Body
 from attlas.storage.layer import LayerState, StoredLayer, Taken
-from attlas.storage.packed import PackedBody
 from attlas.storage.rows import Rows
 from attlas.storage.shared import SharedBody, encode_rows
 
 
 @mechanism("zipcache", example={"block": 8})
-class ZipCache(Quantizer):
-    """Keep salient tokens in more bits than the others.
-
-    Args:
-        salient_bits: of salient tokens: 16 (as they are), 8, 4, 3, 2 or 1.
-        other_bits: of the others.
-        ratio: share of the tokens that are not salient, in [0, 1].
-        keys: "channel": a key's channel has one step over all tokens of a body; "token": keys are
-            coded as values are.
-        probes: share of the queries that are probes for being new, and again drawn at random.
-        block: tokens encoded together.
-        recent: newest tokens that stay in full precision.
-        seed: of the drawing of probes.
-
-    Raises:
-        ValueError: bits that are not offered, shares out of range.
-    """
+class ZipCache(MixedQuantizer):
+    """Keep salient tokens in more bits than the others."""
 
     everything: ClassVar[dict[str, Any]] = {"salient_bits": 16, "other_bits": 16}
     comparable: ClassVar[tuple[str, ...]] = ("",)
 
-    def __init__(
-        self,
-        salient_bits: int = 4,
-        other_bits: int = 2,
-        *,
-        ratio: float = 0.4,
-        keys: Literal["channel", "token"] = "channel",
-        probes: float = 0.05,
-        block: int = 100,
-        recent: int = 0,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(recent=recent, block=block)
-        offered(salient_bits=salient_bits, other_bits=other_bits)
-        if not 0 <= ratio <= 1:
-            raise UserError(f"ratio must be in [0, 1], got {ratio}")
-        if not 0 < probes <= 0.5:
-            raise UserError(f"probes must be in (0, 0.5], got {probes}")
-        if keys not in ("channel", "token"):
-            raise UserError(f"keys must be 'channel' or 'token', got {keys!r}")
-        self.salient_bits, self.other_bits, self.ratio = salient_bits, other_bits, ratio
-        self.keys, self.probes, self.seed = keys, probes, seed
+    salient_bits: int = option(
+        "bits of salient tokens: 16 (as they are), 8, 4, 3, 2 or 1", default=4, kw_only=False
+    )
+    other_bits: int = option("bits of the others", default=2, kw_only=False)
+    ratio: float = option(
+        "share of the tokens that are not salient", default=0.4, at_least=0, at_most=1
+    )
+    keys: Literal["channel", "token"] = option(
+        "channel: a key's channel has one step over all tokens of a body; token: keys are coded as "
+        "values are", default="channel",
+    )  # fmt: skip
+    probes: float = option(
+        "share of the queries that are probes for being new, and again drawn at random", default=0.05,
+        above=0, at_most=0.5,
+    )  # fmt: skip
+    block: int = option("tokens that are encoded together", default=100, at_least=1)
+    recent: int = option("newest tokens that stay in full precision", default=0, at_least=0)
+    seed: int = option("seed of the drawing of probes", default=0)
 
-    def formats(self, model: nn.Module) -> None:
-        """Refuse heads whose codes would not fill whole bytes."""
-        for width in widths(model):
-            for bits in {self.salient_bits, self.other_bits} - {16}:
-                check(bits, width, 1, 1)
+    def precisions(self) -> dict[str, int]:
+        """Of salient tokens and of the others."""
+        return {"salient_bits": self.salient_bits, "other_bits": self.other_bits}
 
     def learn(self, state: LayerState, call: Call) -> None:
         """Keep the probes among the queries so far."""
@@ -111,7 +80,7 @@ class ZipCache(Quantizer):
             return (rank >= encoded) & self._probes(rank, count, torch.full_like(count, self.block))
 
         remember(state, call, rule)
-        self._encode(layer, state, call.rows)
+        super().compress(layer, state, call.rows)
 
     def _probes(self, rank: Tensor, count: Tensor, span: Tensor) -> Tensor:
         """The newest of `span` queries, and drawn ones."""
@@ -119,33 +88,35 @@ class ZipCache(Quantizer):
         return newest | (drawn(rank, self.seed) < self.probes)
 
     def compress(self, layer: StoredLayer, state: LayerState, rows: Rows) -> None:
-        """Measure who gets attention, and encode all but the newest tokens."""
-        self._encode(layer, state, rows)
+        """The prompt is over: its probes are asked for the last time."""
+        super().compress(layer, state, rows)
         for name in ("queries", "columns"):
             state.tensors.pop(name, None)
 
-    def _encode(self, layer: StoredLayer, state: LayerState, rows: Rows) -> None:
-        if max(layer.lengths(rows)) - self.recent < self.block:
-            return
-        state.tensors["saliency"] = spread(layer, saliency(layer, state, rows))
-        super().compress(layer, state, rows)
-        del state.tensors["saliency"]
+    def worth(
+        self, layer: StoredLayer, state: LayerState, rows: Rows
+    ) -> Float[Tensor, "batch kv_heads slots"]:
+        """What the probes attend to."""
+        return saliency(layer, state, rows)
+
+    def classes(
+        self,
+        state: LayerState,
+        taken: Taken,
+        worth: Float[Tensor, "batch kv_heads slots"],
+        valid: Bool[Tensor, "batch kv_heads slots"],
+    ) -> Classes:
+        """Salient tokens and the others."""
+        other = least(worth, valid, self.ratio)
+        return {"salient": (valid & ~other, self.salient_bits), "other": (other, self.other_bits)}
 
     def encode(self, state: LayerState, taken: Taken) -> dict[str, Body]:
-        """A body of salient tokens and one of the others."""
-        columns = taken_columns(taken)
-        valid = columns >= 0
-        scores = state.tensors["saliency"].gather(-1, columns.clamp(min=0).long())
-        other = least(scores, valid, self.ratio)
+        """The bodies; the prompt's factors of channels serve what follows too."""
+        valid = taken_columns(taken) >= 0
         for name, x in self._separated(taken).items():
-            if name not in state.tensors:  # those of the prompt serve what follows
+            if name not in state.tensors:
                 state.tensors[name] = channel_scale(x, valid).to(torch.float16)
-        classes = {
-            "salient": (valid & ~other, self.salient_bits),
-            "other": (other, self.other_bits),
-        }
-        found = ((name, parted(taken, of), bits) for name, (of, bits) in classes.items())
-        return {name: self._body(state, t, bits) for name, t, bits in found if t is not None}
+        return super().encode(state, taken)
 
     def _separated(self, taken: Taken) -> dict[str, Tensor]:
         """What is divided by factors of channels."""
@@ -154,9 +125,8 @@ class ZipCache(Quantizer):
         values = {"values": taken.v}
         return values if self.keys == "channel" else {"keys": taken.k, **values}
 
-    def _body(self, state: LayerState, taken: Taken, bits: int) -> Body:
-        if bits == 16:
-            return PackedBody(taken.k, taken.v, taken.index)
+    def coded(self, state: LayerState, taken: Taken, bits: int) -> Body:
+        """Codes of whole rows, or of channels for keys."""
         if self.keys == "channel":
             k = encode(taken.k, bits, token_group=taken.k.shape[2], channel_group=1)
         else:
