@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from attlas.attach.part import Part
 from attlas.calibration.statistics import Calibration, default_path
 from attlas.errors import UserError
+from attlas.options import option
 
 
 class Calibrator(Part):
@@ -21,7 +22,9 @@ class Calibrator(Part):
         sums: running sums, named by layer: "3.squares".
     """
 
-    def __init__(self) -> None:
+    def setup(self) -> None:
+        """Nothing was read yet."""
+        super().setup()
         self.sums: dict[str, Tensor] = {}
 
     def add(self, name: str, value: Tensor) -> None:
@@ -38,20 +41,17 @@ class Calibrator(Part):
         raise NotImplementedError
 
 
-class Calibrated:
-    """Mixin of parts that need statistics of the model: `class QFilters(Calibrated, CachePolicy)`.
+class Calibrated(Part):
+    """Mixin of parts that need statistics of the model: `class QFilters(Calibrated, CachePolicy)`."""
 
-    Args:
-        calibration: a file, statistics, or None for the file that `attlas calibrate` left in the
-            user's cache folder.
-    """
+    calibration: str | Path | Calibration | None = option(
+        "a file, or statistics; what `attlas calibrate` left in the user's cache folder unless given",
+        default=None,
+    )  # fmt: skip
 
-    def __init__(self, calibration: str | Path | Calibration | None = None) -> None:
-        if calibration is not None and not isinstance(calibration, (str, Path, Calibration)):
-            raise TypeError(
-                f"calibration takes a file or a Calibration, got {type(calibration).__name__}"
-            )
-        self.calibration = calibration
+    def setup(self) -> None:
+        """The model is not known yet."""
+        super().setup()
         self.found: Calibration | None = None
 
     @property
@@ -100,4 +100,4 @@ class Calibrated:
         device: Any = next(model.parameters()).device
         tensors = {name: t.to(device) for name, t in found.tensors.items()}
         self.found = Calibration(found.key, found.model, tensors, found.about)
-        super().check(model)  # type: ignore[misc]
+        super().check(model)
