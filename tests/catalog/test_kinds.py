@@ -74,14 +74,12 @@ class ToyAdapter(Adapter):
     """A toy."""
 
 
-@dataclass(frozen=True)
 class ToyStudy(Study):
     """A toy."""
 
     claim = "toys are claims"
 
 
-@dataclass
 class ToySystem(System):
     """A toy."""
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import ClassVar, TypeAlias, TypeVar
+from typing import ClassVar, TypeAlias, TypeVar, cast
 
 import torch
 from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
 from attlas.catalog.kinds import POSITION, Kind
+from attlas.options import Configured
 
 #: FlexAttention's pointwise change of scores: (score, b, h, q_idx, kv_idx) -> score.
 ScoreMod: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -37,14 +38,14 @@ def by_groups(score_mod: ScoreMod, size: int) -> ScoreMod:
     return additive(grouped) if getattr(score_mod, "additive", False) else grouped
 
 
-class Position(nn.Module):
+class Position(Configured, nn.Module):
     """A position encoding. Subclasses override the one hook where theirs enters.
 
-    `embed` adds to the inputs, `rotate` turns queries and keys, `score_mod` changes the scores.
+    `embed` adds to the inputs, `rotate` rotates queries and keys, `score_mod` changes the scores.
     """
 
     kind: ClassVar[Kind] = POSITION
-    score_mod: ScoreMod | None = None
+    score_mod = cast("ScoreMod | None", None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Position:
         # Frequencies and slopes are constants: they go where the layer goes, in their own precision.
