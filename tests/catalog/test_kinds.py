@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -84,7 +83,6 @@ class ToySystem(System):
     """A toy."""
 
 
-@dataclass(frozen=True)
 class ToyTask(Task):
     """A toy."""
 

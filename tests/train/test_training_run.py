@@ -206,7 +206,7 @@ def toys():
         (["--task", "recal"], "did you mean 'recall'"),
         (["--task", "recall(pears=3)"], "takes no option 'pears'"),
         (["--task", "recall(pairs=3, length=8)"], "length must be at least 9"),
-        (["--task", "recall(pairs='a')"], "pairs is a number"),
+        (["--task", "recall(pairs='a')"], "pairs takes int"),
         (["--batch", "9", "--accumulate", "2"], "batch must be a multiple"),
         (["--rate", "-1"], "rate must be a positive number"),
         (["--dim", "15"], "heads must divide dim=15"),

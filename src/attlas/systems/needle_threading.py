@@ -270,7 +270,7 @@ def _task(system: NeedleThreading) -> OneNeedle:
     name = "0" * system.size
     per = len(text_of([(name, name)] * 2)) - len(text_of([(name, name)]))
     pairs = [max(SEVERAL, length // per) for length in system.lengths]
-    return OneNeedle(max(SEVERAL, min(pairs) - 1), max(pairs), 10**system.size)
+    return OneNeedle(fewest=max(SEVERAL, min(pairs) - 1), pairs=max(pairs), symbols=10**system.size)
 
 
 def _trained(system: NeedleThreading, seed: int, tick: Callable[[float], None]) -> torch.nn.Module:
