@@ -103,7 +103,7 @@ def test_a_broken_system_fails_the_check_for_it(toy, monkeypatch):
         ("needle-treading", "did you mean 'needle-threading'"),
         ("snapkv", "unknown system 'snapkv'"),
         ("needle-threading(smaples=3)", "takes no option 'smaples'"),
-        ("needle-threading(samples=0)", "samples takes a whole number"),
+        ("needle-threading(samples=0)", "samples must be at least 1"),
         ("needle-threading(samples=3", "cannot be read"),
     ],
 )

@@ -45,7 +45,6 @@ class Learned(Position):
 class Sinusoidal(Position):
     """Sines and cosines of geometrically spaced wavelengths from 2π to base · 2π tokens."""
 
-    frequencies: Tensor
     dim: int = option("width of the inputs, even", at_least=1, kw_only=False)
     base: float = option(
         "the longest wavelength, in 2π tokens", default=10000.0, above=0, kw_only=False
@@ -54,6 +53,7 @@ class Sinusoidal(Position):
     def setup(self) -> None:
         """Make the frequencies."""
         super().setup()
+        self.frequencies: Tensor
         exponents = torch.arange(0, even("dim", self.dim), 2) / self.dim
         self.register_buffer("frequencies", self.base**-exponents, persistent=False)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import ClassVar, TypeAlias, TypeVar, cast
+from typing import ClassVar, TypeAlias, TypeVar
 
 import torch
 from jaxtyping import Float, Integer
@@ -45,7 +45,6 @@ class Position(Configured, nn.Module):
     """
 
     kind: ClassVar[Kind] = POSITION
-    score_mod = cast("ScoreMod | None", None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Position:
         # Frequencies and slopes are constants: they go where the layer goes, in their own precision.
@@ -69,6 +68,11 @@ class Position(Configured, nn.Module):
     ) -> Float[Tensor, "batch heads tokens dim"]:
         """Queries or keys rotated by their positions."""
         return x
+
+    @property
+    def score_mod(self) -> ScoreMod | None:
+        """Pointwise change of the scores, None for no change; a subclass has a method of that name."""
+        return None
 
 
 def even(name: str, width: int) -> int:

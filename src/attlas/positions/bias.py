@@ -21,12 +21,12 @@ from attlas.positions.base import Position, additive, relative
 class ALiBi(Position):
     """Linear penalties on distance, steeper for earlier heads; nothing is trained."""
 
-    slopes: Tensor
     heads: int = option("query heads", at_least=1, kw_only=False)
 
     def setup(self) -> None:
         """Make the slopes."""
         super().setup()
+        self.slopes: Tensor
         self.register_buffer("slopes", torch.tensor(_slopes(self.heads)), persistent=False)
 
     @additive

@@ -32,7 +32,6 @@ Scaling = Literal["linear", "ntk", "yarn"]
 class RoPE(Position):
     """Rotary positions."""
 
-    frequencies: Tensor
     head_dim: int = option("width of a head, even", at_least=1, kw_only=False)
     base: float | Sequence[float] = option(
         "of the wavelengths; a sequence gives one for each key head, shared by the query heads of its "
@@ -53,6 +52,7 @@ class RoPE(Position):
     def setup(self) -> None:
         """Make the frequencies."""
         super().setup()
+        self.frequencies: Tensor
         even("head_dim", self.head_dim)
         width, factor, scaling = self.head_dim, self.factor, self.scaling
         self.magnitude = 0.1 * math.log(factor) + 1.0 if scaling == "yarn" else 1.0
