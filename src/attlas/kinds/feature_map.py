@@ -39,6 +39,7 @@ class FeatureMap(Configured, nn.Module):
 
     def setup(self) -> None:
         """Refuse earlier maps where it takes none."""
+        self.previous = tuple(self.previous)
         if self.previous and not self.takes_previous:
             raise ValueError(
                 f"previous: {type(self).__name__} reads no earlier maps, got {self.previous}"
