@@ -17,7 +17,7 @@ starts from a map that is not uniform. C = 2 is that model's.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from einops import reduce
@@ -26,52 +26,46 @@ from torch.nn.functional import pad
 
 from attlas.attention import Attention
 from attlas.catalog.registry import mechanism
+from attlas.errors import at_least_one
 from attlas.inputs import Inputs
-from attlas.options import option
-from attlas.supports import Supports
 
 
 @mechanism("compressed-convolutional", aliases=("cca",))
 class CompressedConvolutional(Attention):
-    """Attention in a compressed latent; fewer `kv_heads` compress keys and values further (CCGQA)."""
+    """Attention in a compressed latent; fewer `kv_heads` compress keys and values further (CCGQA).
 
-    supports = Supports(cross=False)
+    Args:
+        compression: C, how much narrower all heads together are than the inputs, unless `head_dim`
+            says how wide they are.
+        kernels: tokens that the depthwise and the per-head convolution see.
+    """
+
+    has_cross_form = False
     expected_failures: ClassVar[dict[str, str]] = {
         "static-cache": "no room for the inputs that the convolutions look back at"
     }
 
-    head_dim: int = option(
-        "width of a head; dim / (heads · compression) unless given", kw_only=False, at_least=1,
-        factory=lambda layer: 0,  # `setup` works it out, when it has the compression
-    )  # fmt: skip
-    compression: int = option(
-        "C, how much narrower all heads together are than the inputs, unless head_dim is given",
-        default=2, at_least=1,
-    )  # fmt: skip
-    kernels: tuple[int, int] = option(
-        "tokens that the depthwise and the per-head convolution see", default=(2, 2), at_least=1
-    )
+    def __init__(
+        self, dim: int, heads: int = 8, kv_heads: int | None = None, head_dim: int | None = None,
+        *, compression: int = 2, kernels: tuple[int, int] = (2, 2), **options: Any,
+    ) -> None:  # fmt: skip
+        parts = at_least_one("heads", heads) * at_least_one("compression", compression)
+        if head_dim is None and at_least_one("dim", dim) % parts:
+            raise ValueError(f"heads · compression must divide dim={dim}, got {parts}")
+        self.kernels = (at_least_one("kernels", kernels[0]), at_least_one("kernels", kernels[1]))
+        super().__init__(dim, heads, kv_heads, head_dim or dim // parts, **options)
 
-    def setup(self) -> None:
-        """The width of a head, which the projections need; then convolutions and temperatures."""
-        parts = self.heads * self.compression
-        if not self.head_dim and self.dim % parts:
-            raise ValueError(f"heads · compression must divide dim={self.dim}, got {parts}")
-        self.head_dim = self.head_dim or self.dim // parts
-        super().setup()
-        groups, (first, second) = self.heads + self.kv_heads, self.kernels
-        channels = groups * self.head_dim
+    def make_projections(self) -> None:
+        """Narrow projections, the two convolutions and the keys' temperatures."""
+        super().make_projections()
+        del self.v_proj
+        groups, width = self.heads + self.kv_heads, self.kv_heads * self.head_dim
+        self.v_current = nn.Linear(self.dim, width - width // 2, bias=self.bias)
+        self.v_delayed = nn.Linear(self.dim, width // 2, bias=self.bias)
+        channels, (first, second) = groups * self.head_dim, self.kernels
         self.conv_channels = nn.Conv1d(channels, channels, first, groups=channels)
         self.conv_heads = nn.Conv1d(channels, channels, second, groups=groups)
         self.temperature = nn.Parameter(torch.ones(self.kv_heads))
-
-    def make_projections(self) -> None:
-        """Narrow projections; of the values one half is made of the token before."""
-        super().make_projections()
-        del self.v_proj
-        width = self.kv_heads * self.head_dim
-        self.v_current = nn.Linear(self.dim, width - width // 2, bias=self.bias)
-        self.v_delayed = nn.Linear(self.dim, width // 2, bias=self.bias)
 
     def project(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         """Convolved queries and keys with their means, not normalised yet; values of two tokens."""
@@ -92,7 +86,7 @@ class CompressedConvolutional(Attention):
         return q + mean, k + group_mean, self.split_heads(v)
 
     def position(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """Both of length √d, keys times their temperature, then rotated."""
+        """Both of length √d, keys times their temperature, then turned."""
         q, k = (nn.functional.normalize(t, dim=-1) * self.head_dim**0.5 for t in (q, k))
         return super().position(q, k * self.temperature[:, None, None], inputs)
 

@@ -16,7 +16,7 @@ which spins do not need, are ours.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from einops import rearrange
@@ -25,40 +25,43 @@ from torch import Tensor, nn
 from attlas import ops
 from attlas.attention import Attention
 from attlas.catalog.registry import mechanism
+from attlas.errors import at_least_one
 from attlas.inputs import Inputs
-from attlas.options import option
-from attlas.supports import Supports
+from attlas.masks import Mask
 
 
 @mechanism("factored-attention", aliases=("factored",))
 class Factored(Attention):
-    """Attention with learned weights for displacements."""
+    """Attention with learned weights for displacements.
 
-    supports = Supports(position=False, memory="quadratic")
-    beyond = ("project: no queries and keys are made",)
+    Args:
+        length: sites, and tokens at most.
+        lattice: "ring", "square" or, not the same for all sites, "free".
+    """
 
-    length: int = option("sites, and tokens at most", default=512, at_least=1)
-    lattice: Literal["ring", "square", "free"] = option(
-        "on which displacements are taken; free has a weight for each pair of sites", default="ring"
-    )
+    has_own_position = True
+    memory_law = "quadratic"
 
-    def setup(self) -> None:
-        """α; a square lattice has a square number of sites."""
-        if self.lattice == "square" and math.isqrt(self.length) ** 2 != self.length:
-            raise ValueError(
-                f"length must be a square number on a square lattice, got {self.length}"
-            )
-        super().setup()
+    def __init__(
+        self, dim: int, heads: int = 8, *args: Any, length: int = 512,
+        lattice: Literal["ring", "square", "free"] = "ring", **options: Any,
+    ) -> None:  # fmt: skip
+        if lattice not in ("ring", "square", "free"):
+            raise ValueError(f"lattice must be 'ring', 'square' or 'free', got {lattice!r}")
+        if lattice == "square" and math.isqrt(at_least_one("length", length)) ** 2 != length:
+            raise ValueError(f"length must be a square number on a square lattice, got {length}")
+        self.length, self.lattice = at_least_one("length", length), lattice
+        super().__init__(dim, heads, *args, **options)
+
+    def make_projections(self) -> None:
+        """Values, the output and α."""
+        super().make_projections()
+        del self.q_proj, self.k_proj
         free = self.lattice == "free"
         around = 2 * self.heads * self.length if free else self.heads + self.length
         sites = (self.length, self.length) if free else (self.length,)
         self.alpha = nn.Parameter(torch.empty(self.heads, *sites))
         nn.init.uniform_(self.alpha, -math.sqrt(6 / around), math.sqrt(6 / around))
-
-    def make_projections(self) -> None:
-        """Values and the output."""
-        super().make_projections()
-        del self.q_proj, self.k_proj
 
     def project(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         """Values; ones stand for the queries and keys, by which a cache counts its tokens."""
@@ -69,27 +72,27 @@ class Factored(Attention):
         q = v.new_ones(len(v), self.heads, inputs.x.shape[1], 1)
         return q, torch.ones_like(v[..., :1]), v
 
-    def score(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
-        """α of all pairs."""
-        return self.shared(inputs).expand(len(q), -1, -1, -1)
-
-    def normalize(self, scores: Tensor, inputs: Inputs) -> Tensor:
-        """The scores themselves, 0 where a pair is hidden."""
-        return scores.masked_fill(scores == -torch.inf, 0.0)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
+    ) -> Tensor:
         """One product for the whole batch, whose rows share the weights unless a mask differs."""
         if self.training and self.dropout:
             return super().attend(q, k, v, inputs)
-        weights, visible = self.shared(inputs), inputs.visible(q, k)
-        weights = weights if visible is None else weights.masked_fill(~visible, 0.0)
-        return torch.einsum("b h i j, b h j d -> b h i d", weights, ops.repeated(v, q.shape[1]))
+        shared = self.shown(mask, inputs)
+        return torch.einsum("b h i j, b h j d -> b h i d", shared, ops.repeated(v, q.shape[1]))
 
-    def shared(self, inputs: Inputs) -> Tensor:
-        """As `score`; its batch is 1 where all rows have the same positions."""
-        queries, keys = inputs.positions[..., :, None], inputs.key_positions[..., None, :]
-        weights = self.at(queries, keys)
-        return rearrange(weights, "h ... i j -> ... h i j") if weights.ndim == 4 else weights[None]
+    def weigh(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
+        """α of all pairs, 0 where they may not meet, [batch, heads, queries, keys]."""
+        return self.shown(mask, inputs).expand(len(q), -1, -1, -1)
+
+    def shown(self, mask: Mask | Tensor | None, inputs: Inputs) -> Tensor:
+        """As `weigh`; its batch is 1 where all rows have the same positions and mask."""
+        rows, columns = inputs.positions[..., :, None], inputs.key_positions[..., None, :]
+        weights = self.at(rows, columns)
+        each = rearrange(weights, "h ... i j -> ... h i j") if weights.ndim == 4 else weights[None]
+        queries, keys = each.shape[-2:]
+        visible = ops.as_dense(mask, queries, keys, keys - queries, each.device)
+        return each if visible is None else each.masked_fill(~visible, 0.0)
 
     def at(self, rows: Tensor, columns: Tensor) -> Tensor:
         """α between sites, [heads, ...]."""

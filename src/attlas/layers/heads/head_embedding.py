@@ -15,7 +15,7 @@ the position embeddings after which the paper models them, and grouped keys are 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from einops import rearrange
@@ -25,8 +25,6 @@ from attlas.attention import Attention
 from attlas.catalog.registry import Reduction, mechanism
 from attlas.inputs import Inputs
 from attlas.kinds.claim import Claim
-from attlas.options import option
-from attlas.options import option
 
 
 def _products(mhe: HeadEmbedding, plain: Attention) -> None:
@@ -40,7 +38,11 @@ def _products(mhe: HeadEmbedding, plain: Attention) -> None:
 
 @mechanism("head-embedding-mha", aliases=("mhe",), reduces_to=Reduction("softmax", {}, _products))
 class HeadEmbedding(Attention):
-    """Attention whose heads share projections and differ by embeddings."""
+    """Attention whose heads share projections and differ by embeddings.
+
+    Args:
+        mode: how an embedding enters, "multiplicative" or "additive".
+    """
 
     claims = (
         Claim(
@@ -53,9 +55,14 @@ class HeadEmbedding(Attention):
         ),
     )
 
-    mode: Literal["multiplicative", "additive"] = option(
-        "how an embedding enters", default="multiplicative"
-    )
+    def __init__(
+        self, dim: int, heads: int = 8, *args: Any,
+        mode: Literal["multiplicative", "additive"] = "multiplicative", **options: Any,
+    ) -> None:  # fmt: skip
+        if mode not in ("multiplicative", "additive"):
+            raise ValueError(f"mode must be 'multiplicative' or 'additive', got {mode!r}")
+        self.mode = mode
+        super().__init__(dim, heads, *args, **options)
 
     def make_projections(self) -> None:
         """Projections one head wide, an embedding for each head, and the output."""

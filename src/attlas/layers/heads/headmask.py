@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,27 +30,33 @@ from torch import Tensor, nn
 from attlas.attention import Attention
 from attlas.catalog.registry import Reduction, mechanism
 from attlas.inputs import Inputs
-from attlas.options import option
-from attlas.options import option
 
 
 @mechanism("headmask", reduces_to=Reduction(
     "softmax", {}, lambda layer, plain: plain.load_state_dict(layer.state_dict())
 ))  # fmt: skip
 class HeadMask(Attention):
-    """Attention that trains with some heads switched off."""
+    """Attention that trains with some heads switched off.
 
-    masked: int = option("N, heads switched off in training", default=1, at_least=0)
-    choice: Literal["random", "importance"] = option("which ones", default="random")
+    Args:
+        masked: N, heads switched off in training.
+        choice: which ones, "random" or "importance".
+    """
 
-    def setup(self) -> None:
-        """The heads' importance, by chance until a first backward pass has told."""
-        super().setup()
-        if self.masked >= self.heads:
-            raise ValueError(f"masked must be below heads={self.heads}, got {self.masked}")
-        self.measuring = False
-        self.importance: Tensor
-        self.register_buffer("importance", torch.rand(self.heads), persistent=False)
+    importance: Tensor
+
+    def __init__(
+        self, dim: int, heads: int = 8, *args: Any, masked: int = 1,
+        choice: Literal["random", "importance"] = "random", **options: Any,
+    ) -> None:  # fmt: skip
+        if choice not in ("random", "importance"):
+            raise ValueError(f"choice must be 'random' or 'importance', got {choice!r}")
+        super().__init__(dim, heads, *args, **options)
+        if not 0 <= masked < heads:
+            raise ValueError(f"masked must be at least 0 and below heads={heads}, got {masked}")
+        self.masked, self.choice, self.measuring = masked, choice, False
+        # By chance until a first backward pass has told.
+        self.register_buffer("importance", torch.rand(heads), persistent=False)
 
     def output(self, heads: Tensor, inputs: Inputs) -> Tensor:
         """Heads times their gates in training, joined and projected."""
@@ -73,7 +79,7 @@ class HeadMask(Attention):
 
 @contextmanager
 def measuring(model: nn.Module) -> Iterator[None]:
-    """All heads are on while this lasts, so that a backward pass tells their importance."""
+    """All heads are on inside, so that a backward pass tells their importance."""
     layers = [layer for layer in model.modules() if isinstance(layer, HeadMask)]
     for layer in layers:
         layer.measuring = True
