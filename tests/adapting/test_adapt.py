@@ -20,6 +20,7 @@ from attlas.catalog import registry
 from attlas.cli import main
 from attlas.kinds.adapter import Adapter
 from attlas.models.load import load_tokenizer
+from attlas.options import option
 from tiny_folder import save
 
 SMALL = ("--length", "32", "--batch", "2", "--tested", "64", "--device", "cpu")
@@ -28,8 +29,8 @@ SMALL = ("--length", "32", "--batch", "2", "--tested", "64", "--device", "cpu")
 class ToyNorm(Adapter):
     """Toy: trains the model's last norm; `at` is a step at which it is interrupted."""
 
-    def __init__(self, at: int = -1, nan: bool = False) -> None:
-        self.at, self.nan = at, nan
+    at: int = option("a step", default=-1)
+    nan: bool = option("whether the loss is no number", default=False)
 
     def change(self, injection) -> None:
         self.norm = injection.model.base_model.norm.weight

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -74,19 +73,16 @@ class ToyAdapter(Adapter):
     """A toy."""
 
 
-@dataclass(frozen=True)
 class ToyStudy(Study):
     """A toy."""
 
     claim = "toys are claims"
 
 
-@dataclass
 class ToySystem(System):
     """A toy."""
 
 
-@dataclass(frozen=True)
 class ToyTask(Task):
     """A toy."""
 

@@ -18,6 +18,7 @@ from attlas.cli import main
 from attlas.contract.parts import prompt, small_llama
 from attlas.errors import UserError
 from attlas.kinds.adapter import Adapter
+from attlas.options import option
 from tiny_folder import save
 
 
@@ -37,8 +38,7 @@ class LowRank(nn.Module):
 class ToyLowRank(Adapter):
     """Toy: low-rank differences of the projections that leave the MLPs."""
 
-    def __init__(self, rank: int = 2) -> None:
-        self.rank = rank
+    rank: int = option("of the differences", default=2, at_least=1, kw_only=False)
 
     def check(self, model) -> None:
         if not hasattr(model.base_model, "layers") or not hasattr(

@@ -8,14 +8,16 @@ import torch
 from torch import nn
 
 from attlas.kinds.feature_map import FeatureMap
+from attlas.options import option
 
 
 class Good(FeatureMap):
     """Every channel is weighed by its mean over the map."""
 
-    def __init__(self, channels: int, **options: object) -> None:
-        super().__init__(channels, **options)
-        self.weight = nn.Parameter(torch.randn(channels, channels) / channels)
+    def setup(self) -> None:
+        super().setup()
+        weight = torch.randn(self.channels, self.channels) / self.channels
+        self.weight = nn.Parameter(weight)
 
     def gate(self, x, previous=()):
         return (x.mean((2, 3)) @ self.weight)[..., None, None].sigmoid()
@@ -28,9 +30,11 @@ class ReadsEarlier(Good):
     multiple = 2
     smallest = 4
 
-    def __init__(self, channels: int, previous: tuple[int, ...] = (3,)) -> None:
-        super().__init__(channels, previous=previous)
-        self.read = nn.Linear(previous[0], channels)
+    previous: tuple[int, ...] = option("channels of the map", default=(3,), kw_only=False)
+
+    def setup(self) -> None:
+        super().setup()
+        self.read = nn.Linear(self.previous[0], self.channels)
 
     def gate(self, x, previous=()):
         return super().gate(x) * self.read(previous[0].mean((2, 3)))[..., None, None]
@@ -111,8 +115,8 @@ class GateOfAnotherShape(Good):
 class DeadParameter(Good):
     """A parameter that no output depends on."""
 
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels)
+    def setup(self) -> None:
+        super().setup()
         self.dead = nn.Parameter(torch.ones(3))
 
 

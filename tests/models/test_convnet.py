@@ -18,9 +18,9 @@ class Remembers(FeatureMap):
 
     takes_previous = True
 
-    def __init__(self, channels, previous):
-        super().__init__(channels, previous)
-        self.read = nn.Linear(sum(previous), channels)
+    def setup(self):
+        super().setup()
+        self.read = nn.Linear(sum(self.previous), self.channels)
         self.register_buffer("share", torch.tensor(0.5), persistent=False)
 
     def gate(self, x, previous=()):

@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from attlas import Attention
-from attlas.positions import ALiBi, Learned, Position, RoPE, Sinusoidal, T5Bias, named
+from attlas.positions import ALiBi, Learned, Position, RoPE, Sinusoidal, T5Bias, encoding_of
 
 
 def _config(head_dim: int, **scaling: Any) -> LlamaConfig:
@@ -153,7 +153,7 @@ def test_learned_positions_end() -> None:
         (lambda: RoPE(7), "head_dim must be even"),
         (lambda: Sinusoidal(7), "dim must be even"),
         (lambda: RoPE(8, scaling="linear", factor=0.5), "factor must be at least 1"),
-        (lambda: named("rpoe", dim=8, heads=2, head_dim=4), "did you mean 'rope'"),
+        (lambda: encoding_of("rpoe", Attention(8, 2)), "did you mean 'rope'"),
     ],
 )
 def test_wrong_arguments_are_refused_by_name(call: Any, said: str) -> None:
@@ -163,7 +163,7 @@ def test_wrong_arguments_are_refused_by_name(call: Any, said: str) -> None:
 
 @pytest.mark.parametrize("name", ["none", "learned", "sinusoidal", "rope", "alibi", "t5"])
 def test_every_named_position_works_in_a_layer(name: str) -> None:
-    assert isinstance(named(name, dim=16, heads=2, head_dim=8), Position)
+    assert isinstance(encoding_of(name, Attention(16, 2)), Position)
     layer = Attention(16, 2, position=name, causal=True).double()
     x = torch.randn(2, 9, 16, dtype=torch.float64)
     whole, cache = layer(x), layer.init_cache()

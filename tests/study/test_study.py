@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ from attlas.cli import main
 from attlas.kinds.claim import Claim
 from attlas.kinds.expect import Beats, NoWorse, Row, Within, verdict
 from attlas.kinds.study import Study
+from attlas.options import Configured, option
 from attlas.study.find import chosen, claims, studies
 from attlas.study.page import page
 from attlas.study.record import rows_of
@@ -36,7 +36,6 @@ def cli(*arguments: str) -> int:
 @pytest.fixture
 def toy():
     @attlas.mechanism("toy-study", paper="", example={"size": 2})
-    @dataclass(frozen=True)
     class Toy(Study):
         """Toy: noise around two means."""
 
@@ -46,7 +45,7 @@ def toy():
         broken = ()
         runs = ()
 
-        size: int = 10
+        size: int = option("how many numbers", default=10, at_least=1)
 
         def run(self, seed):
             type(self).runs += (seed,)
@@ -91,10 +90,10 @@ def test_a_toy_study_is_found_without_being_named_anywhere(toy, capsys, tmp_path
     ("rows-tell", {"run": lambda self, seed: [Row("one", float("nan")), Row("two", 3.0)]}),
     ("rows-tell", {"run": lambda self, seed: [Row("one", 1.0, None), Row("two", 3.0, None)]}),
     ("described", {"claim": " "}),
-    ("wrong-options", {"__post_init__": lambda self: None}),
+    ("wrong-options", {"__init__": lambda self, **options: Configured.__init__(self)}),
 ])  # fmt: skip
 def test_a_broken_study_does_not_pass(toy, check, broken):
-    cls = dataclass(frozen=True)(type("Broken", (toy,), {"__doc__": "Broken.", **broken}))
+    cls = type("Broken", (toy,), {"__doc__": "Broken.", **broken})
     failed = {r.check for r in attlas.check(cls, raises=False) if r.status == "failed"}
     assert check in failed
 
@@ -111,7 +110,7 @@ def test_a_picture_that_cuts_a_text_or_stays_open_does_not_pass(toy):
         return plt.figure()
 
     for picture in (cut, left_open):
-        cls = dataclass(frozen=True)(type("Broken", (toy,), {"picture": picture}))
+        cls = type("Broken", (toy,), {"picture": picture})
         failed = [r.check for r in attlas.check(cls, raises=False) if r.status == "failed"]
         assert "picture-draws" in failed
     plt.close("all")
@@ -236,13 +235,11 @@ def test_wrong_words_end_in_one_sentence(toy, tmp_path, capsys, arguments, told)
 
 SLOW = """
 import sys, time
-from dataclasses import dataclass
 import attlas
 from attlas.kinds.study import Beats, Row, Study
 from attlas.cli import main
 
 @attlas.mechanism("slow", paper="")
-@dataclass(frozen=True)
 class Slow(Study):
     claim = set_up = "slow"
     expects = (Beats("x", "x"),)

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -21,6 +20,7 @@ from attlas.catalog.table import markdown
 from attlas.cli import main
 from attlas.errors import UserError
 from attlas.kinds.system import Example, System
+from attlas.options import option
 
 
 def cli(*arguments: str) -> int:
@@ -32,11 +32,10 @@ def cli(*arguments: str) -> int:
 @pytest.fixture
 def toy():
     @attlas.mechanism("toy-doubler", paper="", example={"count": 6})
-    @dataclass
     class Doubler(System):
         """Toy: learns by how much numbers are multiplied, from examples of it."""
 
-        count: int = 20
+        count: int = option("numbers", default=20, at_least=1)
 
         def data(self, cell, seed, split="test"):
             if cell not in self.cells:
@@ -104,7 +103,7 @@ def test_a_broken_system_fails_the_check_for_it(toy, monkeypatch):
         ("needle-treading", "did you mean 'needle-threading'"),
         ("snapkv", "unknown system 'snapkv'"),
         ("needle-threading(smaples=3)", "takes no option 'smaples'"),
-        ("needle-threading(samples=0)", "samples takes a whole number"),
+        ("needle-threading(samples=0)", "samples must be at least 1"),
         ("needle-threading(samples=3", "cannot be read"),
     ],
 )

@@ -17,6 +17,7 @@ import torch
 from attlas.attention import Attention
 from attlas.catalog import registry
 from attlas.cli import main
+from attlas.supports import Supports
 from attlas.train import run as running
 
 TINY = ["--dim", "16", "--layers", "1", "--heads", "2", "--batch", "8", "--tested", "16",
@@ -202,11 +203,11 @@ def toys():
         (["--task", "digits-shifted", "--mechanisms", "ela+none"], "one mechanism for all layers"),
         (["--task", "digits-shifted", "--mechanisms", "ela(channels=3)"], "channels is set by"),
         (["--task", "digits-shifted", "--layers", "2", "--dim", "15"], "dim must be a multiple"),
-        (["--task", "digits-shifted(size=7)"], "size must lie between 8 and 64"),
+        (["--task", "digits-shifted(size=7)"], "size must be at least 8 and at most 64"),
         (["--task", "recal"], "did you mean 'recall'"),
         (["--task", "recall(pears=3)"], "takes no option 'pears'"),
         (["--task", "recall(pairs=3, length=8)"], "length must be at least 9"),
-        (["--task", "recall(pairs='a')"], "pairs is a number"),
+        (["--task", "recall(pairs='a')"], "pairs takes int"),
         (["--batch", "9", "--accumulate", "2"], "batch must be a multiple"),
         (["--rate", "-1"], "rate must be a positive number"),
         (["--dim", "15"], "heads must divide dim=15"),

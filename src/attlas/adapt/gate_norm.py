@@ -36,6 +36,7 @@ from attlas.errors import UserError, exactly_one
 from attlas.hf.caches import Cache, DynamicLayer, the_cache
 from attlas.kinds.adapter import Adapter
 from attlas.kinds.injection import Injection
+from attlas.options import option
 
 #: Model types in whose layers attention has a norm, projections and a residual path to itself.
 FAMILIES = ("llama", "mistral", "qwen2")
@@ -58,30 +59,23 @@ def coupling(
 
 @mechanism("gate-norm", paper="gate-norm", example={"layers": 2})
 class GateNorm(Adapter):
-    """Gate-Norm: removes attention sublayers by a score of their weights.
-
-    Args:
-        layers: how many lose attention.
-        share: or which share of all layers, rounded to a whole number; the paper removes 8 to 16 of 40.
-        gains: fold the gains of the norm before attention into the score.
-
-    Raises:
-        ValueError: both `layers` and `share` or none, a number below 0, or a share outside 0..1.
-    """
+    """Gate-Norm: removes attention sublayers by a score of their weights."""
 
     nothing: ClassVar = {"layers": 0}
 
-    def __init__(
-        self, layers: int | None = None, share: float | None = None, gains: bool = False
-    ) -> None:
-        exactly_one("gate-norm", layers=layers, share=share)
-        if layers is not None and (
-            not isinstance(layers, int) or isinstance(layers, bool) or layers < 0
-        ):
-            raise UserError(f"layers takes a whole number of at least 0, got {layers!r}")
-        if share is not None and not 0 <= share < 1:
-            raise UserError(f"share takes a number from 0 to below 1, got {share!r}")
-        self.layers, self.share, self.gains = layers, share, gains
+    layers: int | None = option("how many lose attention", default=None, at_least=0, kw_only=False)
+    share: float | None = option(
+        "or which share of all layers, rounded to a whole number; the paper removes 8 to 16 of 40",
+        default=None, at_least=0, below=1, kw_only=False,
+    )  # fmt: skip
+    gains: bool = option(
+        "fold the gains of the norm before attention into the score", default=False
+    )
+
+    def setup(self) -> None:
+        """Refuse both numbers and none."""
+        super().setup()
+        exactly_one("gate-norm", layers=self.layers, share=self.share)
 
     def check(self, model: Any) -> None:
         """Refuse other families, and a number that leaves no layer with attention.

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from attlas.attach.call import Call
 from attlas.attach.part import Selector
 from attlas.cache.part import CachePart, Role, absorb
+from attlas.cache.summaries import Portion
 from attlas.catalog.kinds import SELECT, Kind
 from attlas.errors import UserError
 from attlas.options import option
@@ -41,6 +42,8 @@ class Selection(CachePart, Selector):
     changes: ClassVar[tuple[str, ...]] = ("mask",)
     role: ClassVar[Role] = "select"
     joins: ClassVar[tuple[Role, ...]] = ("evict", "quantize")
+    #: Options of all selections that would mean nothing here; any value but the default is refused.
+    without: ClassVar[tuple[str, ...]] = ()
 
     page: int = option("tokens that are packed, and may be chosen, together", default=1, at_least=1)
     recent: int = option(
@@ -70,6 +73,11 @@ class Selection(CachePart, Selector):
             raise UserError(
                 f"capacity={self.capacity} is of the device tier; give offload=True with it"
             )
+        for name in self.without:
+            one = type(self).declared_options[name]
+            default = one.factory(self) if one.factory else one.default
+            if (got := getattr(self, name)) != default:
+                raise UserError(f"{name} of {type(self).__name__} is always {default}, got {got}")
 
     # What a selection defines.
 
@@ -124,6 +132,25 @@ class Selection(CachePart, Selector):
         if state is None or body is None or state.layer in self.dense_layers:
             return None
         return self.choose(state, body, call)
+
+
+class PortionSelection(Selection):
+    """Base of the selections of which a step reads a share or a number of tokens."""
+
+    keep: float | None = option(
+        "share of a row's packed tokens that a step reads", default=None, above=0, at_most=1,
+        kw_only=False,
+    )  # fmt: skip
+    tokens: int | None = option("or their number, whole pages of them", default=None, at_least=1)
+
+    def setup(self) -> None:
+        """Understand the budget."""
+        super().setup()
+        self.portion = self.asked()
+
+    def asked(self) -> Portion:
+        """How many pages a step reads."""
+        return Portion.asked(self.keep, self.tokens, self.page)
 
 
 def first_body(layer: StoredLayer) -> Body | None:

@@ -23,8 +23,7 @@ class Calibrator(Part):
     """
 
     def setup(self) -> None:
-        """Nothing was read yet."""
-        super().setup()
+        """Nothing has been read yet."""
         self.sums: dict[str, Tensor] = {}
 
     def add(self, name: str, value: Tensor) -> None:
@@ -45,12 +44,12 @@ class Calibrated(Part):
     """Mixin of parts that need statistics of the model: `class QFilters(Calibrated, CachePolicy)`."""
 
     calibration: str | Path | Calibration | None = option(
-        "a file, or statistics; what `attlas calibrate` left in the user's cache folder unless given",
-        default=None,
+        "statistics of this model, or the file that holds them; the one that `attlas calibrate` left in "
+        "the user's cache folder unless given", default=None,
     )  # fmt: skip
 
     def setup(self) -> None:
-        """The model is not known yet."""
+        """The statistics are found when the part is attached."""
         super().setup()
         self.found: Calibration | None = None
 

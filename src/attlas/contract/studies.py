@@ -7,7 +7,6 @@ import io
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -108,14 +107,11 @@ def _texts(figure: Figure) -> Iterator[Text]:
 @check("study", poisoned=False)
 def wrong_options(subject: Subject) -> Iterator[Measure]:
     """An option of the wrong type or range, and a wrong seed, are refused by name."""
-    cls: Any = subject.object
-    own = "__dataclass_fields__" in vars(cls)
-    yield holds("dataclass", own, "it is no frozen dataclass itself, so its options are no fields")
-    for field in fields(cls):
-        wrong = next((v for kind, v in WRONG.items() if isinstance(field.default, kind)), None)
+    options: Any = subject.object
+    for name, option in options.declared_options.items():
+        wrong = next((v for kind, v in WRONG.items() if isinstance(option.default, kind)), None)
         if wrong is not None:
-            made = partial(subject.made, **{field.name: wrong})
-            yield refuses(f"{field.name}={wrong!r}", made, field.name)
+            yield refuses(f"{name}={wrong!r}", partial(subject.made, **{name: wrong}), name)
     yield refuses("seed=-1", lambda: subject.made().rows(-1), "seed")
 
 

@@ -30,13 +30,14 @@ from attlas.catalog.kinds import ADAPTER, Kind
 from attlas.errors import UserError
 from attlas.kinds import difference
 from attlas.kinds.injection import Injection, refuse
+from attlas.options import Configured
 
 
-class Adapter:
+class Adapter(Configured):
     """Base of all adapters; an object serves one model at a time.
 
-    Constructor options are kept as attributes of the same name, numbers, texts and lists that JSON
-    holds, so that a saved difference tells with which it was made.
+    Options are numbers, texts and lists that JSON holds, so that a saved difference tells with which
+    it was made.
 
     Attributes:
         nothing: options with which it changes no logit when it is injected; none for an adapter that
@@ -48,8 +49,10 @@ class Adapter:
     kind: ClassVar[Kind] = ADAPTER
     nothing: ClassVar[Mapping[str, Any]] = {}
 
-    injection: Injection | None = None
-    saved: Mapping[str, Tensor] | None = None
+    def setup(self) -> None:
+        """It is in no model yet."""
+        self.injection: Injection | None = None
+        self.saved: Mapping[str, Tensor] | None = None
 
     # What a paper overrides ------------------------------------------------------------------------
 
@@ -106,11 +109,6 @@ class Adapter:
         """Under which it is registered; its class's otherwise."""
         entry = registry.entry_of(type(self))
         return type(self).__name__ if entry is None else entry.name
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The options that it was constructed with."""
-        return {name: getattr(self, name) for name in registry.signature(type(self))}
 
     def inject(self, model: Any) -> Injection:
         """Put it into a model; what comes back undoes that, called or left as a `with` block.

@@ -11,49 +11,52 @@ It is declared in the mechanism's own file, on its class:
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from attlas.errors import UserError
 from attlas.kinds.study import Beats, Expectation, NoWorse, Row, Study
+from attlas.options import option
 
 if TYPE_CHECKING:
     from attlas.train.plan import Plan
 
 
-@dataclass(frozen=True)
 class Claim(Study):
-    """A paper's claim that training shows.
+    """A paper's claim that training shows."""
 
-    Attributes:
-        says: the claim, in our words.
-        task: as `attlas train` takes it.
-        ours: the mechanism as `attlas train` takes it; that of the class that declares it unless given.
-        against: what it is held against; the first decides between "partly" and "does not hold here".
-        split: the test that counts; the task's first unless given.
-        better: "higher" or "lower".
-        margin: how much worse than the first rival is still "no worse", as a share; None: better.
-        also: tells several claims of one mechanism apart.
-        steps: of the optimiser.
-        batch: rows of a step.
-        dim: width of the model.
-        layers: of the model.
-        heads: of each layer.
-    """
+    says: str = option("the claim, in our words", kw_only=False)
+    task: str = option("as `attlas train` takes it", kw_only=False)
+    ours: str = option(
+        "the mechanism as `attlas train` takes it; that of the class that declares it unless given",
+        default="",
+    )  # fmt: skip
+    against: tuple[str, ...] = option(
+        "what it is held against; the first decides between partly and does not hold here",
+        default=("softmax",),
+    )  # fmt: skip
+    split: str = option("the test that counts; the task's first unless given", default="")
+    better: Literal["higher", "lower"] = option("which score is better", default="higher")
+    margin: float | None = option(
+        "how much worse than the first rival is still no worse, as a share; None: better",
+        default=None,
+    )
+    also: str = option("tells several claims of one mechanism apart", default="")
+    steps: int = option("of the optimiser", default=1000, at_least=1)
+    batch: int = option("rows of a step", default=32, at_least=1)
+    dim: int = option("width of the model", default=64, at_least=1)
+    layers: int = option("of the model", default=2, at_least=1)
+    heads: int = option("of each layer", default=4, at_least=1)
 
-    says: str
-    task: str
-    ours: str = ""
-    against: tuple[str, ...] = ("softmax",)
-    split: str = ""
-    better: Literal["higher", "lower"] = "higher"
-    margin: float | None = None
-    also: str = ""
-    steps: int = 1000
-    batch: int = 32
-    dim: int = 64
-    layers: int = 2
-    heads: int = 4
+    def setup(self) -> None:
+        """Refuse to be held against nothing, and a GPU by its number."""
+        super().setup()
+        if not self.against:
+            raise ValueError("against takes one or more mechanisms, got ()")
+        if ":" in self.device:
+            raise ValueError(
+                f"device of a training is 'cpu' or 'cuda', got {self.device!r}; CUDA_VISIBLE_DEVICES "
+                "chooses among GPUs"
+            )
 
     @property
     def name(self) -> str:
@@ -121,13 +124,3 @@ class Claim(Study):
             dim=self.dim, layers=self.layers, heads=self.heads, tested=512, save=self.steps,
             device=kind, dtype="float32" if kind == "cpu" else "bfloat16",
         )  # fmt: skip
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.better not in ("higher", "lower"):
-            raise ValueError(f"better takes 'higher' or 'lower', got {self.better!r}")
-        if ":" in self.device:
-            raise ValueError(
-                f"device of a training is 'cpu' or 'cuda', got {self.device!r}; CUDA_VISIBLE_DEVICES "
-                "chooses among GPUs"
-            )

@@ -14,21 +14,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from attlas.catalog.kinds import MODULE, Kind
-from attlas.errors import at_least_one
+from attlas.options import Configured, option
 
 Map = Float[Tensor, "batch channels height width"]
 
 
-class FeatureMap(nn.Module):
-    """A module that reads a feature map and gives one of the same shape.
-
-    Args:
-        channels: of the map.
-        previous: channels of each earlier map that `forward` is given, first those of the stem.
-
-    Raises:
-        ValueError: sizes below 1, or earlier maps where it takes none.
-    """
+class FeatureMap(Configured, nn.Module):
+    """A module that reads a feature map and gives one of the same shape."""
 
     kind: ClassVar[Kind] = MODULE
     #: Whether it also reads the maps of earlier stages.
@@ -36,19 +28,24 @@ class FeatureMap(nn.Module):
     #: How the memory of a forward pass grows with height · width: "linear" or "quadratic".
     memory_law: ClassVar[Literal["linear", "quadratic"]] = "linear"
     #: The least height and width, and what both must be a multiple of; an instance may set its own.
-    smallest: int = 1
-    multiple: int = 1
-    #: What the last training pass adds to the loss, already weighted; a model sums its modules'.
-    auxiliary_loss: Tensor | None = None
+    smallest = 1
+    multiple = 1
 
-    def __init__(self, channels: int, previous: Sequence[int] = ()) -> None:
-        super().__init__()
-        self.channels = at_least_one("channels", channels)
-        self.previous = tuple(at_least_one("previous", width) for width in previous)
+    channels: int = option("of the map", at_least=1, kw_only=False)
+    previous: Sequence[int] = option(
+        "channels of each earlier map that `forward` is given, first those of the stem", default=(),
+        at_least=1, kw_only=False,
+    )  # fmt: skip
+
+    def setup(self) -> None:
+        """Refuse earlier maps where it takes none."""
+        self.previous = tuple(self.previous)
         if self.previous and not self.takes_previous:
             raise ValueError(
-                f"previous: {type(self).__name__} reads no earlier maps, got {previous}"
+                f"previous: {type(self).__name__} reads no earlier maps, got {self.previous}"
             )
+        #: What the last training pass adds to the loss, already weighted; a model sums its modules'.
+        self.auxiliary_loss: Tensor | None = None
 
     def forward(self, x: Map, previous: Sequence[Tensor] | None = None) -> Map:
         """The map, changed.

@@ -1,12 +1,11 @@
 """Study: a paper's claim as an experiment, from a seed to rows, from rows to a verdict and a picture.
 
     @mechanism("my-study", example={"steps": 5})
-    @dataclass(frozen=True)
     class MyStudy(Study):
         claim = "two heads learn it sooner than one"
         set_up = "steps to 99 % of a toy task"
         expects = (Beats("two heads", "one head"),)
-        steps: int = 1000                     # an option, with the value of the real experiment
+        steps: int = option("of the training", default=1000, at_least=1)   # as in the real experiment
 
         def run(self, seed):
             yield Row("two heads", ..., "steps", "lower")
@@ -20,11 +19,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from attlas.catalog.kinds import STUDY, Kind
 from attlas.kinds.expect import Beats, Expectation, NoWorse, Row, Verdict, Within, verdict
+from attlas.options import Configured, option
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,30 +31,26 @@ if TYPE_CHECKING:
 __all__ = ["Beats", "Expectation", "NoWorse", "Row", "Study", "Verdict", "Within"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Study:
-    """A claim and its experiment; subclasses are frozen dataclasses whose fields are its options.
-
-    Whole-number options are at least 1 (at least 0 where 0 is the default), other numbers finite.
-
-    Attributes:
-        deterministic: whether every seed gives the same rows.
-        axis: what the places of rows, `at`, measure.
-        on_gpu: whether it computes on `device`; a study that does not refuses any but the CPU.
-        seeds: how many seeds decide, 0, 1, ...
-        device: "cpu", "cuda" or "cuda:N".
-
-    Raises:
-        ValueError: an option of the wrong type or range, by its name.
-    """
+class Study(Configured):
+    """A claim and its experiment."""
 
     kind: ClassVar[Kind] = STUDY
+    #: Whether every seed gives the same rows.
     deterministic: ClassVar[bool] = False
+    #: What the places of rows, `at`, measure.
     axis: ClassVar[str] = ""
+    #: Whether it computes on `device`; a study that does not refuses any but the CPU.
     on_gpu: ClassVar[bool] = True
 
-    seeds: int = 3
-    device: str = "cpu"
+    seeds: int = option("how many seeds decide, 0, 1, ...", default=3, at_least=1)
+    device: str = option("cpu, cuda or cuda:N", default="cpu")
+
+    def setup(self) -> None:
+        """Refuse a device that is none, or that it does not compute on."""
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
+            raise ValueError(f"device takes 'cpu', 'cuda' or 'cuda:N', got {self.device!r}")
+        if not self.on_gpu and self.device != "cpu":
+            raise ValueError(f"device of this study is the CPU only, got {self.device!r}")
 
     @property
     def claim(self) -> str:
@@ -121,37 +116,5 @@ class Study:
     @property
     def settings(self) -> dict[str, Any]:
         """What decides the rows of a seed, as JSON can hold it."""
-        found = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "seeds"}
+        found = {name: value for name, value in self.options.items() if name != "seeds"}
         return {name: list(v) if isinstance(v, tuple) else v for name, v in found.items()}
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            _check(field.name, getattr(self, field.name), field.default)
-        if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
-            raise ValueError(f"device takes 'cpu', 'cuda' or 'cuda:N', got {self.device!r}")
-        if not self.on_gpu and self.device != "cpu":
-            raise ValueError(f"device of this study is the CPU only, got {self.device!r}")
-
-
-def _check(name: str, value: Any, default: Any) -> None:
-    """Refuse a value that is not of its default's type, or a size below 1.
-
-    Raises:
-        ValueError: naming the option.
-    """
-    if isinstance(default, tuple):
-        if not isinstance(value, tuple | list) or not value:
-            raise ValueError(f"{name} takes one or more values such as {default!r}, got {value!r}")
-        for each in value:
-            _check(f"each of {name}", each, default[0])
-    elif isinstance(default, bool | str):
-        if not isinstance(value, type(default)):
-            raise ValueError(f"{name} takes {type(default).__name__}, got {value!r}")
-    elif isinstance(default, int):
-        least = min(default, 1)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} takes a whole number of at least {least}, got {value!r}")
-    elif isinstance(default, float) and (
-        isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value)
-    ):
-        raise ValueError(f"{name} takes a finite number, got {value!r}")

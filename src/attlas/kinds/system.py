@@ -1,9 +1,8 @@
 """System: a whole job, from data to answers to a score, held against a trivial baseline.
 
     @mechanism("my-system", example={"size": 8})
-    @dataclass
     class MySystem(System):
-        size: int = 64                                   # an option
+        size: int = option("numbers of a task", default=64, at_least=1)
 
         cells = ("short", "long")                        # what is scored apart
 
@@ -20,7 +19,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -29,6 +27,7 @@ from torch import Tensor
 from attlas.catalog import registry
 from attlas.catalog.kinds import SYSTEM, Kind
 from attlas.errors import UserError
+from attlas.options import Configured
 
 CONFIG, WEIGHTS = "system.json", "system.safetensors"
 
@@ -40,26 +39,12 @@ class Example(NamedTuple):
     target: Any
 
 
-@dataclass
-class System:
-    """A job; subclasses are dataclasses whose fields are its options, refused by name in `check`.
-
-    Attributes:
-        title: of its score, with the unit; scores lie in [0, 1] and are shown as per cent.
-    """
+class System(Configured):
+    """A job."""
 
     kind: ClassVar[Kind] = SYSTEM
+    #: Of its score, with the unit; scores lie in [0, 1] and are shown as per cent.
     title: ClassVar[str] = "accuracy %"
-
-    def __post_init__(self) -> None:
-        self.check()
-
-    def check(self) -> None:
-        """Refuse options that cannot be honoured.
-
-        Raises:
-            ValueError: naming the option.
-        """
 
     @property
     def needs(self) -> str | None:
@@ -123,7 +108,7 @@ class System:
         folder.mkdir(parents=True, exist_ok=True)
         state = {name: tensor.detach().clone() for name, tensor in self.state().items()}
         save_file(state, folder / WEIGHTS)
-        packed = {"name": self.registered_name, "options": asdict(self)}
+        packed = {"name": self.registered_name, "options": self.options}
         # Last, so that a folder with it is whole.
         (folder / CONFIG).write_text(json.dumps(packed), encoding="utf-8")
 
@@ -145,7 +130,7 @@ class System:
             raise UserError(
                 f"{folder} holds no whole system ({error}); fit and save it anew"
             ) from error
-        own = (self.registered_name, json.loads(json.dumps(asdict(self))))
+        own = (self.registered_name, json.loads(json.dumps(self.options)))
         if found != own:
             raise UserError(
                 f"{folder} was saved by {found[0]} with {found[1]}, this is {own[0]} with {own[1]}"

@@ -17,14 +17,15 @@ Source: "ELA: Efficient Local Attention for Deep Convolutional Neural Networks".
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from attlas.catalog.registry import mechanism
-from attlas.errors import at_least_one
 from attlas.kinds.feature_map import FeatureMap, Map
+from attlas.options import option
 
 #: Of each version: kernel, channels of a group of the convolution, norm groups.
 VERSIONS = {"T": (5, 1, 32), "B": (7, 1, 16), "S": (5, 8, 16), "L": (7, 8, 16)}
@@ -32,43 +33,46 @@ VERSIONS = {"T": (5, 1, 32), "B": (7, 1, 16), "S": (5, 8, 16), "L": (7, 8, 16)}
 
 @mechanism("ela-efficient-local", aliases=("ela",), example={"channels": 16})
 class ELA(FeatureMap):
-    """Efficient local attention.
+    """Efficient local attention."""
 
-    Args:
-        channels: of the map.
-        version: T, B, S or L, which decides what is not given besides.
-        kernel: positions that the convolution reads; odd.
-        groups: of the convolution.
-        norm_groups: groups of channels that are normalised together over a strip.
+    version: Literal["T", "B", "S", "L"] = option(
+        "decides what is not given besides", default="B", kw_only=False
+    )
+    kernel: int = option(
+        "positions that the convolution reads, odd; the version's unless given", at_least=1,
+        factory=lambda module: VERSIONS[module.version][0],
+    )  # fmt: skip
+    groups: int | None = option(
+        "of the convolution; the version's unless given", default=None, at_least=1
+    )
+    norm_groups: int | None = option(
+        "groups of channels that are normalised together over a strip; the version's unless given",
+        default=None, at_least=1,
+    )  # fmt: skip
 
-    Raises:
-        ValueError: an unknown version, an even kernel, or groups that do not divide the channels.
-    """
-
-    def __init__(
-        self, channels: int, version: str = "B", *, kernel: int | None = None,
-        groups: int | None = None, norm_groups: int | None = None,
-    ) -> None:  # fmt: skip
-        super().__init__(channels)
-        if version not in VERSIONS:
-            raise ValueError(f"version must be one of {list(VERSIONS)}, got {version!r}")
-        own_kernel, per_group, own_norm_groups = VERSIONS[version]
-        kernel = own_kernel if kernel is None else at_least_one("kernel", kernel)
-        if kernel % 2 == 0:
-            raise ValueError(f"kernel must be odd, so that a strip keeps its length, got {kernel}")
+    def setup(self) -> None:
+        """Make the convolution and the norm."""
+        super().setup()
+        if self.kernel % 2 == 0:
+            raise ValueError(
+                f"kernel must be odd, so that a strip keeps its length, got {self.kernel}"
+            )
+        _, per_group, norm_groups = VERSIONS[self.version]
         self.conv = nn.Conv1d(
-            channels, channels, kernel, padding=kernel // 2, bias=False,
-            groups=self._divisor("groups", groups, channels // per_group, version),
+            self.channels, self.channels, self.kernel, padding=self.kernel // 2, bias=False,
+            groups=self._divisor("groups", self.groups, self.channels // per_group),
         )  # fmt: skip
         self.norm = nn.GroupNorm(
-            self._divisor("norm_groups", norm_groups, own_norm_groups, version), channels
+            self._divisor("norm_groups", self.norm_groups, norm_groups), self.channels
         )
 
-    def _divisor(self, name: str, given: int | None, own: int, version: str) -> int:
-        value = own if given is None else at_least_one(name, given)
+    def _divisor(self, name: str, given: int | None, own: int) -> int:
+        value = own if given is None else given
         if value < 1 or self.channels % value:
-            whose = f"{value}, version {version}'s; give {name}" if given is None else str(value)
-            raise ValueError(f"{name} must divide channels={self.channels}, got {whose}")
+            whose = f"{value}, version {self.version}'s; give {name}"
+            raise ValueError(
+                f"{name} must divide channels={self.channels}, got {whose if given is None else value}"
+            )
         return value
 
     def strips(

@@ -12,15 +12,20 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
+from attlas.options import option
 from attlas.positions.base import Position, as_float, even
 
 
 class Learned(Position):
     """A trained vector for each of `length` positions, normal with standard deviation 0.02."""
 
-    def __init__(self, dim: int, length: int = 2048) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(length, dim) * 0.02)
+    dim: int = option("width of the inputs", at_least=1, kw_only=False)
+    length: int = option("positions that have a vector", default=2048, at_least=1, kw_only=False)
+
+    def setup(self) -> None:
+        """Draw the vectors."""
+        super().setup()
+        self.weight = nn.Parameter(torch.randn(self.length, self.dim) * 0.02)
 
     def embed(
         self, x: Float[Tensor, "batch tokens dim"], positions: Integer[Tensor, "*batch tokens"]
@@ -40,12 +45,17 @@ class Learned(Position):
 class Sinusoidal(Position):
     """Sines and cosines of geometrically spaced wavelengths from 2π to base · 2π tokens."""
 
-    frequencies: Tensor
+    dim: int = option("width of the inputs, even", at_least=1, kw_only=False)
+    base: float = option(
+        "the longest wavelength, in 2π tokens", default=10000.0, above=0, kw_only=False
+    )
 
-    def __init__(self, dim: int, base: float = 10000.0) -> None:
-        super().__init__()
-        exponents = torch.arange(0, even("dim", dim), 2) / dim
-        self.register_buffer("frequencies", base**-exponents, persistent=False)
+    def setup(self) -> None:
+        """Make the frequencies."""
+        super().setup()
+        self.frequencies: Tensor
+        exponents = torch.arange(0, even("dim", self.dim), 2) / self.dim
+        self.register_buffer("frequencies", self.base**-exponents, persistent=False)
 
     def embed(
         self, x: Float[Tensor, "batch tokens dim"], positions: Integer[Tensor, "*batch tokens"]

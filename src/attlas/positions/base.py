@@ -11,6 +11,7 @@ from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
 from attlas.catalog.kinds import POSITION, Kind
+from attlas.options import Configured
 
 #: FlexAttention's pointwise change of scores: (score, b, h, q_idx, kv_idx) -> score.
 ScoreMod: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -37,14 +38,13 @@ def by_groups(score_mod: ScoreMod, size: int) -> ScoreMod:
     return additive(grouped) if getattr(score_mod, "additive", False) else grouped
 
 
-class Position(nn.Module):
+class Position(Configured, nn.Module):
     """A position encoding. Subclasses override the one hook where theirs enters.
 
-    `embed` adds to the inputs, `rotate` turns queries and keys, `score_mod` changes the scores.
+    `embed` adds to the inputs, `rotate` rotates queries and keys, `score_mod` changes the scores.
     """
 
     kind: ClassVar[Kind] = POSITION
-    score_mod: ScoreMod | None = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Position:
         # Frequencies and slopes are constants: they go where the layer goes, in their own precision.
@@ -68,6 +68,11 @@ class Position(nn.Module):
     ) -> Float[Tensor, "batch heads tokens dim"]:
         """Queries or keys rotated by their positions."""
         return x
+
+    @property
+    def score_mod(self) -> ScoreMod | None:
+        """Pointwise change of the scores, None for no change; a subclass has a method of that name."""
+        return None
 
 
 def even(name: str, width: int) -> int:

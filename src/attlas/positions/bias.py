@@ -14,19 +14,20 @@ import math
 import torch
 from torch import Tensor, nn
 
+from attlas.options import option
 from attlas.positions.base import Position, additive, relative
 
 
 class ALiBi(Position):
     """Linear penalties on distance, steeper for earlier heads; nothing is trained."""
 
-    slopes: Tensor
+    heads: int = option("query heads", at_least=1, kw_only=False)
 
-    def __init__(self, heads: int) -> None:
-        super().__init__()
-        if heads < 1:
-            raise ValueError(f"heads must be at least 1, got {heads}")
-        self.register_buffer("slopes", torch.tensor(_slopes(heads)), persistent=False)
+    def setup(self) -> None:
+        """Make the slopes."""
+        super().setup()
+        self.slopes: Tensor
+        self.register_buffer("slopes", torch.tensor(_slopes(self.heads)), persistent=False)
 
     @additive
     def score_mod(
@@ -37,21 +38,21 @@ class ALiBi(Position):
 
 
 class T5Bias(Position):
-    """A trained number for each head and bucket of distances, exact near and logarithmic far.
+    """A trained number for each head and bucket of distances, exact near and logarithmic far."""
 
-    Args:
-        heads: query heads.
-        buckets: numbers a head.
-        max_distance: tokens from which on all distances share a bucket.
-        bidirectional: half of the buckets for keys after the query.
-    """
+    heads: int = option("query heads", at_least=1, kw_only=False)
+    buckets: int = option("numbers a head", default=32, at_least=1, kw_only=False)
+    max_distance: int = option(
+        "tokens from which on all distances share a bucket", default=128, at_least=1, kw_only=False
+    )
+    bidirectional: bool = option(
+        "half of the buckets are for keys after the query", default=True, kw_only=False
+    )
 
-    def __init__(
-        self, heads: int, buckets: int = 32, max_distance: int = 128, bidirectional: bool = True
-    ) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(buckets, heads) * 0.02)
-        self.max_distance, self.bidirectional = max_distance, bidirectional
+    def setup(self) -> None:
+        """Draw the biases."""
+        super().setup()
+        self.weight = nn.Parameter(torch.randn(self.buckets, self.heads) * 0.02)
 
     @additive
     def score_mod(

@@ -1,6 +1,6 @@
-"""Rotary position embedding: turn each pair of channels by an angle that grows with position.
+"""Rotary position embedding: rotate each pair of channels by an angle that grows with position.
 
-    (q R_t) · (k R_s) depends on t − s alone;   R_t turns pair i by t · θ_i,   θ_i = base^(−2i/d)
+    (q R_t) · (k R_s) depends on t − s alone;   R_t rotates pair i by t · θ_i,   θ_i = base^(−2i/d)
 
 Longer contexts than trained for (s = factor):
     linear   θ_i / s                                     (position interpolation)
@@ -23,56 +23,48 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 
 from attlas.ops.fused import fused
+from attlas.options import option
 from attlas.positions.base import Position, even
 
 Scaling = Literal["linear", "ntk", "yarn"]
 
 
 class RoPE(Position):
-    """Rotary positions.
+    """Rotary positions."""
 
-    Args:
-        head_dim: width of a head, even.
-        base: of the wavelengths; a sequence gives one for each key head (the query heads of a group
-            share their key head's).
-        scaling: "linear", "ntk" or "yarn"; None leaves the frequencies alone.
-        factor: how many times longer than trained for.
-        original_length: tokens trained for, which YaRN's ramp needs.
-        interleaved: pair channels (0,1), (2,3), … instead of (i, i + d/2).
+    head_dim: int = option("width of a head, even", at_least=1, kw_only=False)
+    base: float | Sequence[float] = option(
+        "of the wavelengths; a sequence gives one for each key head, shared by the query heads of its "
+        "group", default=10000.0, above=0, kw_only=False,
+    )  # fmt: skip
+    scaling: Scaling | None = option(
+        "how contexts longer than trained for are read; None leaves the frequencies alone",
+        default=None,
+    )
+    factor: float = option("how many times longer than trained for", default=1.0, at_least=1)
+    original_length: int = option(
+        "tokens trained for, which YaRN's ramp needs", default=2048, at_least=1
+    )
+    interleaved: bool = option(
+        "pair channels (0, 1), (2, 3), … instead of (i, i + d/2)", default=False
+    )
 
-    Raises:
-        ValueError: an odd width, an unknown scaling, or a factor below 1.
-    """
-
-    frequencies: Tensor
-
-    def __init__(
-        self,
-        head_dim: int,
-        base: float | Sequence[float] = 10000.0,
-        *,
-        scaling: Scaling | None = None,
-        factor: float = 1.0,
-        original_length: int = 2048,
-        interleaved: bool = False,
-    ) -> None:
-        super().__init__()
-        even("head_dim", head_dim)
-        if scaling not in (None, "linear", "ntk", "yarn"):
-            raise ValueError(f"scaling must be 'linear', 'ntk', 'yarn' or None, got {scaling!r}")
-        if factor < 1:
-            raise ValueError(f"factor must be at least 1, got {factor}")
-        self.interleaved = interleaved
+    def setup(self) -> None:
+        """Make the frequencies."""
+        super().setup()
+        self.frequencies: Tensor
+        even("head_dim", self.head_dim)
+        width, factor, scaling = self.head_dim, self.factor, self.scaling
         self.magnitude = 0.1 * math.log(factor) + 1.0 if scaling == "yarn" else 1.0
-        bases = torch.tensor(base, dtype=torch.float32)
+        bases = torch.tensor(self.base, dtype=torch.float32)
         if scaling == "ntk":
-            bases = bases * factor ** (head_dim / (head_dim - 2))
+            bases = bases * factor ** (width / (width - 2))
         # Written as in Transformers: another rounding would show after some hundred tokens.
-        theta = 1.0 / bases[..., None] ** (torch.arange(0, head_dim, 2) / head_dim)
+        theta = 1.0 / bases[..., None] ** (torch.arange(0, width, 2) / width)
         if scaling == "linear":
             theta = theta / factor
         elif scaling == "yarn":
-            ramp = _yarn_ramp(head_dim, bases, original_length)
+            ramp = _yarn_ramp(width, bases, self.original_length)
             theta = theta * (1 - ramp) + theta / factor * ramp
         self.register_buffer("frequencies", theta, persistent=False)  # [pairs] or [kv_heads, pairs]
 
@@ -81,11 +73,13 @@ class RoPE(Position):
         x: Float[Tensor, "batch heads tokens dim"],
         positions: Integer[Tensor, "*batch tokens"],
     ) -> Float[Tensor, "batch heads tokens dim"]:
-        """Turn x, whose tokens stand at `positions`."""
-        return (_turned_pairs if self.interleaved else _turned_halves)(x, *self.waves(x, positions))
+        """Rotate x, whose tokens stand at `positions`."""
+        return (_rotated_pairs if self.interleaved else _rotated_halves)(
+            x, *self.waves(x, positions)
+        )
 
     def waves(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [*batch, heads or 1, tokens, pairs] of the angles that turn x."""
+        """Cosines and sines [*batch, heads or 1, tokens, pairs] of the angles that rotate x."""
         # In float32, as Transformers does; in float64 for those who check against it.
         dtype = torch.promote_types(x.dtype, torch.float32)
         angles = positions[..., None, :, None].to(dtype) * self._per_head(x)[:, None, :].to(dtype)
@@ -103,15 +97,15 @@ class RoPE(Position):
 
 
 @fused
-def _turned_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Channel i turned with channel i + d/2."""
+def _rotated_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Channel i rotated with channel i + d/2."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 @fused
-def _turned_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Channel 2i turned with channel 2i + 1."""
+def _rotated_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Channel 2i rotated with channel 2i + 1."""
     even_half, odd_half = x[..., 0::2], x[..., 1::2]
     rotated = (even_half * cos - odd_half * sin, even_half * sin + odd_half * cos)
     return torch.stack(rotated, dim=-1).flatten(-2)

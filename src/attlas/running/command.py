@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -112,7 +111,7 @@ def _plain(system: System) -> dict[str, Any]:
     """Options as JSON holds them."""
     import json
 
-    plain: dict[str, Any] = json.loads(json.dumps(asdict(system)))
+    plain: dict[str, Any] = json.loads(json.dumps(system.options))
     return plain
 
 

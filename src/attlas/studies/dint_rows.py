@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 
 from attlas.catalog.registry import make, mechanism
 from attlas.kinds.study import Beats, Row, Study, Within
+from attlas.options import option
 
 
 @mechanism("dint-transformer-rows", paper="dint-transformer", example={"dim": 16, "length": 8})
-@dataclass(frozen=True)
 class DintRows(Study):
-    """Row sums of random layers of both kinds, in float64.
-
-    Attributes:
-        dim: width of the layers.
-        heads: of each.
-        length: tokens.
-        depth: of the layer, which sets the differential map's λ.
-    """
+    """Row sums of random layers of both kinds, in float64."""
 
     claim = "the rows of its map sum to one, those of the differential map do not"
     on_gpu = False
@@ -30,10 +22,10 @@ class DintRows(Study):
         Beats("dint-transformer", "differential-transformer"),
     )
 
-    dim: int = 64
-    heads: int = 4
-    length: int = 64
-    depth: int = 6
+    dim: int = option("width of the layers", default=64, at_least=1)
+    heads: int = option("of each layer", default=4, at_least=1)
+    length: int = option("tokens", default=64, at_least=1)
+    depth: int = option("of the layer, which sets the differential map's λ", default=6, at_least=1)
 
     @property
     def set_up(self) -> str:

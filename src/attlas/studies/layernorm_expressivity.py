@@ -16,7 +16,6 @@ baseline and one of the same norm √d beside it, which tells projection from sc
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +24,7 @@ from torch import Generator, Tensor, nn
 
 from attlas.catalog.registry import mechanism
 from attlas.kinds.study import Beats, Row, Study, Within
+from attlas.options import option
 
 #: Accuracy at which the majority task counts as learned, and steps between two looks at it.
 LEARNED, LOOK = 0.99, 10
@@ -144,22 +144,8 @@ class _Shrunk(nn.Module):
     "dims": (2, 3), "keys": 8, "sets": 1, "classes": 4, "length": 8, "margin": 2, "dim": 4, "batch": 8,
     "limit": 20,
 })  # fmt: skip
-@dataclass(frozen=True)
 class LayerNormExpressivity(Study):
-    """Both parts of LayerNorm, measured.
-
-    Attributes:
-        dims: widths of the random keys, for the share that no query can select.
-        keys: of a set.
-        sets: drawn of each width.
-        classes: tokens of the majority task.
-        length: of its sequences.
-        margin: by how many the majority is ahead.
-        dim: width of its model.
-        batch: sequences of a step.
-        rate: of Adam.
-        limit: steps after which a model that has not learned it is given up; it counts as this many.
-    """
+    """Both parts of LayerNorm, measured."""
 
     claim = (
         "LayerNorm's projection lets attention see all keys equally, so that the majority task trains "
@@ -168,17 +154,33 @@ class LayerNormExpressivity(Study):
 
     axis = "width of the keys"
 
-    seeds: int = 5
-    dims: tuple[int, ...] = (2, 3, 4, 6, 8)
-    keys: int = 32
-    sets: int = 4
-    classes: int = 20
-    length: int = 50
-    margin: int = 6
-    dim: int = 32
-    batch: int = 128
-    rate: float = 3e-3
-    limit: int = 2000
+    seeds: int = option("how many seeds decide, 0, 1, ...", default=5, at_least=1)
+    dims: tuple[int, ...] = option(
+        "widths of the random keys, for the share that no query can select", default=(2, 3, 4, 6, 8),
+        at_least=1,
+    )  # fmt: skip
+    keys: int = option("keys of a set", default=32, at_least=1)
+    sets: int = option("sets drawn of each width", default=4, at_least=1)
+    classes: int = option("tokens of the majority task", default=20, at_least=2)
+    length: int = option("of the majority task's sequences", default=50, at_least=1)
+    margin: int = option("by how many the majority is ahead", default=6, at_least=1)
+    dim: int = option("width of the majority task's model", default=32, at_least=1)
+    batch: int = option("sequences of a step", default=128, at_least=1)
+    rate: float = option("of Adam", default=3e-3, above=0)
+    limit: int = option(
+        "steps after which a model that has not learned it is given up; it counts as this many",
+        default=2000, at_least=1,
+    )  # fmt: skip
+
+    def setup(self) -> None:
+        """Refuse no widths, and a majority that no sequence can have."""
+        super().setup()
+        if not self.dims:
+            raise ValueError("dims takes one or more widths, got ()")
+        if self.margin > self.length // 2:
+            raise ValueError(
+                f"margin takes at most half of length = {self.length}, got {self.margin}"
+            )
 
     @property
     def set_up(self) -> str:
@@ -256,12 +258,3 @@ class LayerNormExpressivity(Study):
             found.append(tokens[first - second >= self.margin])
         tokens = torch.cat(found)[:rows].to(self.device)
         return tokens, F.one_hot(tokens, self.classes).sum(1).argmax(-1)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.classes < 2:
-            raise ValueError(f"classes takes at least 2 tokens, got {self.classes}")
-        if self.margin > self.length // 2:
-            raise ValueError(
-                f"margin takes at most half of length = {self.length}, got {self.margin}"
-            )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,31 +10,22 @@ from torch import Generator, Tensor
 
 from attlas.catalog.registry import mechanism
 from attlas.kinds.study import Beats, Row, Study
+from attlas.options import option
 
 
 @mechanism("qk-norm-logits", paper="qk-norm", example={"steps": 2, "dim": 16, "batch": 4})
-@dataclass(frozen=True)
 class QKNormLogits(Study):
-    """The same small decoder trained with and without QK-norm; the largest score before the softmax.
-
-    Attributes:
-        steps: of AdamW.
-        rate: its learning rate.
-        batch: rows of a step.
-        dim: width of the model.
-        layers: of the model.
-        heads: of each layer.
-    """
+    """The same small decoder trained with and without QK-norm; the largest score before the softmax."""
 
     claim = "cosines bound the scores, so that training at high rates does not blow them up"
     expects = (Beats("qk-norm", "softmax"),)
 
-    steps: int = 400
-    rate: float = 1e-2
-    batch: int = 64
-    dim: int = 64
-    layers: int = 2
-    heads: int = 4
+    steps: int = option("of AdamW", default=400, at_least=1)
+    rate: float = option("AdamW's learning rate", default=1e-2, above=0)
+    batch: int = option("rows of a step", default=64, at_least=1)
+    dim: int = option("width of the model", default=64, at_least=1)
+    layers: int = option("of the model", default=2, at_least=1)
+    heads: int = option("of each layer", default=4, at_least=1)
 
     @property
     def set_up(self) -> str:

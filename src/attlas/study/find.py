@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any
 
 from attlas.catalog import registry
@@ -43,7 +43,7 @@ def claims() -> dict[str, Claim]:
     found: dict[str, Claim] = {}
     for entry in registry.entries():
         for claim in vars(entry.object).get("claims", ()) if _declares(entry) else ():
-            whole = replace(claim, ours=claim.ours or entry.name)
+            whole = Claim(**{**claim.options, "ours": claim.ours or entry.name})
             if whole.name in found:
                 raise UserError(f"two claims are called {whole.name!r}; tell them apart by `also=`")
             found[whole.name] = whole
@@ -101,7 +101,7 @@ def _made(text: str, known: dict[str, Claim], common: dict[str, Any]) -> Named:
             made: Study = registry.make(name, **{**common, **given})
             about = registered[key].paper or name
         else:
-            made = replace(known[key], **{**common, **given})
+            made = Claim(**{**known[key].options, **common, **given})
             about = known[key].ours.partition("(")[0]
     except ValueError as error:
         raise UserError(f"study {name}: {error}") from error
@@ -110,5 +110,5 @@ def _made(text: str, known: dict[str, Claim], common: dict[str, Any]) -> Named:
 
 def options_of(study: Study) -> str:
     """The options that may be given, with their values."""
-    taken = _SIZES if isinstance(study, Claim) else tuple(f.name for f in fields(study))
+    taken = _SIZES if isinstance(study, Claim) else tuple(study.options)
     return ", ".join(f"{name}={getattr(study, name)!r}" for name in taken if name != "device")

@@ -31,7 +31,6 @@ import random
 import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +41,7 @@ from attlas.catalog.registry import mechanism
 from attlas.errors import UnknownName, UserError
 from attlas.hf.caches import cache_of, with_cache
 from attlas.kinds.system import Example, System
+from attlas.options import option
 from attlas.tasks.chat import template, tokens
 from attlas.tasks.threads import (
     MARK,
@@ -76,56 +76,42 @@ ASKED = {
     "needle-threading", paper="needle-threading",
     example={"reader": "solver", "lengths": (600,), "samples": 8, "asks": 4, "size": 4, "steps": 3},
 )  # fmt: skip
-@dataclass
 class NeedleThreading(System):
-    """Haystacks of keys and values, and who reads them.
+    """Haystacks of keys and values, and who reads them."""
 
-    Args:
-        tasks: of TASKS.
-        lengths: of the haystacks, in the reader's tokens; in characters where it has no tokenizer.
-        samples: questions of each task and length.
-        asks: questions of one haystack at most.
-        size: digits of a key; 32 for UUIDs.
-        steps: pairs of a thread.
-        reader: a model that `attlas.load` takes, "solver" or "trained".
-        threshold: accuracy that a context needs to count as used.
-        mechanism: attention of the decoder that is trained, as `attlas train --mechanisms` takes it.
-        train_steps: of its optimiser.
-    """
+    tasks: tuple[str, ...] | list[str] = option(
+        "needle, needles, conditional, threads, branching, thread-forward and so on", default=TASKS
+    )
+    lengths: tuple[int, ...] | list[int] = option(
+        "of the haystacks, in the reader's tokens; in characters where it has no tokenizer",
+        default=(256, 512, 1024), at_least=1,
+    )  # fmt: skip
+    samples: int = option("questions of each task and length", default=100, at_least=1)
+    asks: int = option("questions of one haystack at most", default=10, at_least=1)
+    size: int = option("digits of a key; 32 for UUIDs", default=3, at_least=1, at_most=32)
+    steps: int = option("pairs of a thread", default=3, at_least=2)
+    reader: str = option("a model that `attlas.load` takes, solver or trained", default="smollm2")
+    threshold: float = option(
+        "accuracy that a context needs to count as used", default=0.75, above=0, at_most=1
+    )
+    mechanism: str = option(
+        "attention of the decoder that is trained, as `attlas train --mechanisms` takes it",
+        default="multi-token-attention",
+    )  # fmt: skip
+    train_steps: int = option("of the trained decoder's optimiser", default=400, at_least=1)
 
-    tasks: tuple[str, ...] = TASKS
-    lengths: tuple[int, ...] = (256, 512, 1024)
-    samples: int = 100
-    asks: int = 10
-    size: int = 3
-    steps: int = 3
-    reader: str = "smollm2"
-    threshold: float = 0.75
-    mechanism: str = "multi-token-attention"
-    train_steps: int = 400
-
-    def check(self) -> None:
+    def setup(self) -> None:
         """Refuse options that make no haystack."""
         for name in ("tasks", "lengths"):
-            value = getattr(self, name)
-            if isinstance(value, str) or not isinstance(value, Sequence) or not value:
-                raise UserError(f"{name} takes several, as {name}=(..., ), got {value!r}")
+            if not getattr(self, name):
+                raise UserError(
+                    f"{name} takes several, as {name}=(..., ), got {getattr(self, name)!r}"
+                )
         for task in self.tasks:
             if task not in TASKS:
                 raise UnknownName("task", task, TASKS)
-        least = {"samples": 1, "asks": 1, "size": 1, "steps": 2, "train_steps": 1}
-        for name, low in least.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise UserError(f"{name} takes a whole number of at least {low}, got {value!r}")
         if "branching" in self.tasks and self.steps < 3:
             raise UserError(f"steps must be at least 3 for branching threads, got {self.steps}")
-        if not all(type(n) is int and n > 0 for n in self.lengths):
-            raise UserError(f"lengths takes whole numbers above 0, got {self.lengths}")
-        if self.size > 32:
-            raise UserError(f"size takes 32 digits at most, a UUID, got {self.size}")
-        if not 0 < self.threshold <= 1:
-            raise UserError(f"threshold must lie in (0, 1], got {self.threshold}")
         if self.reader == "trained" and (set(self.tasks) != {"needle"} or self.size > 2):
             raise UserError("reader 'trained' takes tasks=('needle',) and size=2 or 1")
         if self.reader == "trained":
@@ -284,7 +270,7 @@ def _task(system: NeedleThreading) -> OneNeedle:
     name = "0" * system.size
     per = len(text_of([(name, name)] * 2)) - len(text_of([(name, name)]))
     pairs = [max(SEVERAL, length // per) for length in system.lengths]
-    return OneNeedle(max(SEVERAL, min(pairs) - 1), max(pairs), 10**system.size)
+    return OneNeedle(fewest=max(SEVERAL, min(pairs) - 1), pairs=max(pairs), symbols=10**system.size)
 
 
 def _trained(system: NeedleThreading, seed: int, tick: Callable[[float], None]) -> torch.nn.Module:

@@ -57,7 +57,7 @@ def test_layers_share_the_total():
     model, ids = small_llama(), prompt(120, 2)
     mask = torch.ones_like(ids)
     mask[0, :33] = 0
-    part, found = ActQKV(tokens=20, page=2, window=16, sinks=4, local=8, horizon=1), []
+    part, found = ActQKV(tokens=20, page=2, window=16, sinks=4, recent=8, horizon=1), []
     share = part._share
 
     def spy(*given):
@@ -85,7 +85,7 @@ def test_windows_read_first_tokens_pages_and_the_newest():
     """What a window may see beside what its probe chose: everything near, nothing later."""
     model, ids = small_llama(), prompt(60)
     exact = continued(model, ids)
-    part = ActQKV(tokens=4, page=2, window=8, sinks=4, local=6, horizon=1)
+    part = ActQKV(tokens=4, page=2, window=8, sinks=4, recent=6, horizon=1)
     read, inner = [], part._read
 
     def spy(state, scores, start, there, k):
@@ -113,7 +113,7 @@ def test_windows_read_first_tokens_pages_and_the_newest():
         ({"tokens": 33}, "tokens"),
         ({"keep": 0.5, "sinks": 40}, "sinks"),
         ({"keep": 0.5, "window": 0}, "window"),
-        ({"keep": 0.5, "local": -1}, "recent"),
+        ({"keep": 0.5, "recent": -1}, "recent"),
         ({"keep": 0.5, "horizon": 0}, "horizon"),
     ],
 )

@@ -34,7 +34,7 @@ def test_statistics_are_those_of_the_far_keys(ragged):
     mask = torch.ones_like(ids)
     if ragged:
         mask[0, :9] = 0
-    part = AdaptiveLongContext(0.5, sinks=4, window=4, page=2)
+    part = AdaptiveLongContext(0.5, sinks=4, recent=4, page=2)
     with torch.no_grad(), attach(model, part):
         cache = cache_of(model(ids, attention_mask=mask, use_cache=True))
         for i in range(5):
@@ -54,7 +54,7 @@ def test_statistics_are_those_of_the_far_keys(ragged):
 def test_near_heads_read_sinks_and_window_alone():
     """With τ = 0 every head stays near; bytes read are those of sinks, window and statistics."""
     model, ids = small_llama(), prompt(40)
-    with torch.no_grad(), attach(model, AdaptiveLongContext(0.0, sinks=4, window=6, page=4)):
+    with torch.no_grad(), attach(model, AdaptiveLongContext(0.0, sinks=4, recent=6, page=4)):
         cache = cache_of(model(ids, use_cache=True))
         model(ids[:, :1], **with_cache(model, cache))
     layer = cache.layers[0]
@@ -65,7 +65,7 @@ def test_near_heads_read_sinks_and_window_alone():
 
 def test_far_heads_read_everything_and_lists_cost_their_index():
     model, ids = small_llama(), prompt(40)
-    part = AdaptiveLongContext(0.5, sinks=4, window=6, page=4)
+    part = AdaptiveLongContext(0.5, sinks=4, recent=6, page=4)
     looks = torch.tensor([[True, False, False, True]])
     part.far_mass = lambda *_: torch.where(looks, torch.inf, -torch.inf)
     with torch.no_grad(), attach(model, part):
@@ -83,7 +83,7 @@ def test_far_heads_read_everything_and_lists_cost_their_index():
     [
         ({"threshold": 1.2}, "threshold"),
         ({"sinks": 6, "page": 4}, "sinks"),
-        ({"window": -1}, "recent"),
+        ({"recent": -1}, "recent"),
         ({"page": 0, "sinks": 0}, "page"),
     ],
 )

@@ -20,7 +20,7 @@ def delta_attention(case: Case) -> Iterator[Check]:
     scale = q.shape[-1] ** -0.5
     call = prompt_call(q, k, v, scale)
     if "sliding_window" in config:
-        ours = SparsePrefill(sinks=config.get("sink", 0), window=config["sliding_window"]).attend(
+        ours = SparsePrefill(sinks=config.get("sink", 0), recent=config["sliding_window"]).attend(
             call
         )
         assert ours is not None

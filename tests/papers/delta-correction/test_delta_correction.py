@@ -33,12 +33,12 @@ class Errors(Part):
     """How far each layer's heads would be from full attention: sparse, and corrected."""
 
     def __init__(self, pattern, **options):
-        self.pattern, self.options, self.found = pattern, options, []
+        self.pattern, self.asked, self.found = pattern, options, []
 
     def output(self, call, heads):
         q, k, v, full = call.q, call.k, call.v, heads.transpose(1, 2)
         sparse = ops.attend(q, k, v, mask=self.pattern)
-        both = sparse, ops.delta_correction(q, k, v, sparse, **self.options)
+        both = sparse, ops.delta_correction(q, k, v, sparse, **self.asked)
         self.found.append([(x - full)[:, :, :-32].norm(dim=-1).mean() for x in both])
         return heads
 
@@ -59,8 +59,8 @@ def padded(side, ids, count=9):
 
 
 PARTS = {
-    "sparse": lambda: [SparsePrefill(sinks=3, window=20)],
-    "corrected": lambda: [SparsePrefill(sinks=3, window=20), DeltaCorrection(6, tail=10)],
+    "sparse": lambda: [SparsePrefill(sinks=3, recent=20)],
+    "corrected": lambda: [SparsePrefill(sinks=3, recent=20), DeltaCorrection(6, tail=10)],
 }
 
 
@@ -70,12 +70,12 @@ PARTS = {
 def test_the_pattern_as_attention_and_as_a_mask(kind):
     model, ids = tiny_models.decoder(kind), tiny_models.prompt(2, 60)
     if "windows" not in find(kind).traits:
-        ours = logits(model, ids, SparsePrefill(sinks=3, window=20))
+        ours = logits(model, ids, SparsePrefill(sinks=3, recent=20))
         torch.testing.assert_close(ours, logits(model, ids, Thin(3, 20)), atol=1e-4, rtol=1e-4)
     full = logits(model, ids)
     for parts in PARTS.values():
         assert (logits(model, ids, *parts()) - full).abs().max() > 1e-2
-    whole = logits(model, ids, SparsePrefill(sinks=0, window=60), DeltaCorrection(6, tail=10))
+    whole = logits(model, ids, SparsePrefill(sinks=0, recent=60), DeltaCorrection(6, tail=10))
     torch.testing.assert_close(whole, full, atol=1e-4, rtol=1e-4)
 
 
@@ -106,10 +106,10 @@ def test_chunks_are_sparse_as_the_whole():
     model, ids = tiny_models.decoder("llama"), tiny_models.prompt(2, 60)
     for mask in (None, padded("left", ids)[0]):
         options = {} if mask is None else {"attention_mask": mask}
-        with attach(model, SparsePrefill(sinks=3, window=20)):
+        with attach(model, SparsePrefill(sinks=3, recent=20)):
             expected = tiny_models.greedy(model, ids, **options)
             assert tiny_models.greedy(model, ids, prefill_chunk_size=17, **options) == expected
-    with attach(model, SparsePrefill(sinks=3, window=20), DeltaCorrection(6, tail=4)):
+    with attach(model, SparsePrefill(sinks=3, recent=20), DeltaCorrection(6, tail=4)):
         assert len(tiny_models.greedy(model, ids, prefill_chunk_size=17)[0]) == 10
 
 
@@ -121,7 +121,7 @@ def test_a_mask_of_the_users_own_is_kept():
     positions = torch.cat([torch.arange(25), torch.arange(35)])[None]
     changed = ids.clone()
     changed[0, 3] = 5
-    sparse = SparsePrefill(sinks=3, window=20)
+    sparse = SparsePrefill(sinks=3, recent=20)
     for parts in ([sparse], [sparse, DeltaCorrection(1, tail=1)]):
         a, b = (
             logits(model, i, *parts, attention_mask=own[None, None], position_ids=positions)
@@ -131,7 +131,7 @@ def test_a_mask_of_the_users_own_is_kept():
         assert (a[0, 24] - b[0, 24]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("sparse", [SparsePrefill(sinks=3, window=20), Thin(3, 20)])
+@pytest.mark.parametrize("sparse", [SparsePrefill(sinks=3, recent=20), Thin(3, 20)])
 def test_gamma_1_and_short_prompts_are_exact(sparse):
     model, ids = tiny_models.decoder("llama"), tiny_models.prompt(2, 60)
     full = logits(model, ids)
@@ -146,7 +146,7 @@ def test_gamma_1_keeps_soft_caps_and_sink_logits(kind):
     mask, positions = padded("left", ids)
     options = {"attention_mask": mask, "position_ids": positions}
     full = logits(model, ids, **options)
-    parts = SparsePrefill(sinks=2, window=5), DeltaCorrection(1, tail=1)
+    parts = SparsePrefill(sinks=2, recent=5), DeltaCorrection(1, tail=1)
     ours = logits(model, ids, *parts, **options)
     valid = mask.bool()
     torch.testing.assert_close(ours[valid], full[valid], atol=1e-4, rtol=1e-4)
@@ -207,7 +207,7 @@ def test_what_is_not_visible_is_not_visited():
     ("make", "name"),
     [
         (lambda: SparsePrefill(sinks=-1), "sinks"),
-        (lambda: SparsePrefill(window=0), "window"),
+        (lambda: SparsePrefill(recent=0), "recent"),
         (lambda: DeltaCorrection(0), "gamma"),
         (lambda: DeltaCorrection(8, tail=0), "tail"),
         (lambda: ops.delta_correction(*[torch.zeros(1, 1, 4, 2)] * 4, gamma=-1), "gamma"),
@@ -226,7 +226,7 @@ def test_delta_correction_on_smollm2(smollm2):
     """
     model, tokenizer = smollm2
     ids = tokenizer(passage(random.Random(3), 4000), return_tensors="pt").input_ids[:, :500]
-    pattern = SparsePrefill(sinks=4, window=32).pattern
+    pattern = SparsePrefill(sinks=4, recent=32).pattern
     errors = Errors(pattern, gamma=4, tail=16)
     logits(model, ids, errors)
     sparse, corrected = torch.tensor(errors.found).T

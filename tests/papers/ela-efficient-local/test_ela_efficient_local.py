@@ -70,7 +70,7 @@ def test_weights_are_those_of_the_equations():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"version": "M"}, "version must be one of"),
+        ({"version": "M"}, "version must be 'T' or 'B'"),
         ({"kernel": 4}, "kernel must be odd"),
         ({"groups": 3}, "groups must divide channels=32, got 3"),
         ({"norm_groups": 5}, "norm_groups must divide channels=32, got 5"),

@@ -91,11 +91,11 @@ def test_chunk_keys_grow_as_a_prompt_makes_them():
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"chunk": 0}, "chunk"),
-        ({"chunk": 4, "length": 14}, "length"),
-        ({"chunk": 4, "length": 8}, "length"),
-        ({"chunk": 4, "length": 16, "begin": 6}, "begin"),
-        ({"chunk": 4, "length": 1024}, "512 positions"),
+        ({"page": 0}, "page"),
+        ({"page": 4, "length": 14}, "length"),
+        ({"page": 4, "length": 8}, "length"),
+        ({"page": 4, "length": 16, "begin": 6}, "begin"),
+        ({"page": 4, "length": 1024}, "512 positions"),
     ],
 )
 def test_refuses(options, named):

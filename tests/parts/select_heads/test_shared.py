@@ -22,12 +22,12 @@ PARTS = {
         tokens=4, dense=1, selection_layers=(1, 3), recent=2
     ),
     "delta-share": lambda: DeltaLayerAware(0.3, dense=0, selection_layers=(0, 3), recent=0, page=4),
-    "adaptive": lambda: AdaptiveLongContext(0.8, sinks=4, window=4, page=4),
+    "adaptive": lambda: AdaptiveLongContext(0.8, sinks=4, recent=4, page=4),
     "longheads": lambda: LongHeads(4, 12),
     "longheads-late": lambda: LongHeads(2, 8, begin=20, attend_self=False),
-    "actqkv": lambda: ActQKV(tokens=4, page=2, window=4, sinks=2, local=4, horizon=2),
-    "actqkv-share": lambda: ActQKV(0.4, page=4, window=None, sinks=0, local=3),
-    "adaptive-no-sinks": lambda: AdaptiveLongContext(0.5, sinks=0, window=2, page=2),
+    "actqkv": lambda: ActQKV(tokens=4, page=2, window=4, sinks=2, recent=4, horizon=2),
+    "actqkv-share": lambda: ActQKV(0.4, page=4, window=None, sinks=0, recent=3),
+    "adaptive-no-sinks": lambda: AdaptiveLongContext(0.5, sinks=0, recent=2, page=2),
 }  # fmt: skip
 WHOLE = {
     "recycled-keep": lambda: RecycledAttention(1.0, stride=3),
@@ -36,10 +36,10 @@ WHOLE = {
     "recycled-similar": lambda: RecycledAttention(1.0, similarity=-1.0),
     "delta-keep": lambda: DeltaLayerAware(1.0, dense=1, selection_layers=(2, 4), recent=2),
     "delta-tokens": lambda: DeltaLayerAware(tokens=500, dense=1, recent=0),
-    "adaptive": lambda: AdaptiveLongContext(1.0, sinks=4, window=2, page=2),
+    "adaptive": lambda: AdaptiveLongContext(1.0, sinks=4, recent=2, page=2),
     "longheads": lambda: LongHeads(4, 64, begin=4),
-    "actqkv-keep": lambda: ActQKV(1.0, page=2, window=5, sinks=2, local=3, horizon=1),
-    "actqkv-tokens": lambda: ActQKV(tokens=400, page=4, window=7, sinks=4, local=3),
+    "actqkv-keep": lambda: ActQKV(1.0, page=2, window=5, sinks=2, recent=3, horizon=1),
+    "actqkv-tokens": lambda: ActQKV(tokens=400, page=4, window=7, sinks=4, recent=3),
 }
 #: Their prompt is the model's own.
 EXACT = [name for name, make in PARTS.items() if make().exact_prefill]

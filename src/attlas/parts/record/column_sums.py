@@ -16,7 +16,6 @@ from torch import Tensor
 
 from attlas.attach.call import Call, ForwardPass
 from attlas.attach.part import Recorder
-from attlas.attach.where import Heads, Layers
 from attlas.catalog.registry import mechanism
 from attlas.errors import UserError
 
@@ -26,14 +25,11 @@ class ColumnSums(Recorder):
     """Records the attention that each token receives, [layers, batch, heads, tokens].
 
     The record is of one sequence and grows while a cache carries it on.
-
-    Args:
-        layers: numbers of layers that are looked at; all unless given.
-        heads: query heads that are looked at; all unless given.
     """
 
-    def __init__(self, *, layers: Layers = None, heads: Heads = None) -> None:
-        super().__init__(layers=layers, heads=heads)
+    def setup(self) -> None:
+        """Nothing is recorded yet."""
+        super().setup()
         self._sums: dict[int, Tensor] = {}
 
     def begin(self, forward_pass: ForwardPass) -> None:

@@ -22,9 +22,10 @@ from torch import Tensor
 
 from attlas.attach.call import Call, ForwardPass, Site
 from attlas.attach.part import Patch, Recorder
-from attlas.attach.where import Heads, Layers
+from attlas.attach.where import Heads
 from attlas.catalog.registry import mechanism
 from attlas.errors import UserError
+from attlas.options import option
 
 #: How far above a head's mean norm a dimension is massive; the paper's.
 RATIO = 5.0
@@ -36,16 +37,16 @@ class MassiveValues(Recorder):
 
     The result is {"q": [layers, batch, heads, dim], "k" and "v": [layers, batch, kv_heads, dim],
     "residual": [layers, batch, width]}, of what enters each layer's block.
-
-    Args:
-        layers: numbers of layers that are looked at; all unless given.
     """
 
     changes = ("project",)
     points = ("residual",)
 
-    def __init__(self, *, layers: Layers = None) -> None:
-        super().__init__(layers=layers)
+    def setup(self) -> None:
+        """Nothing is recorded yet; every head will be."""
+        super().setup()
+        if self.heads is not None:
+            raise UserError(f"heads: norms of all heads are recorded, got {self.heads!r}")
         self._squares: defaultdict[str, dict[int, Tensor]] = defaultdict(dict)
 
     def begin(self, forward_pass: ForwardPass) -> None:
@@ -99,35 +100,21 @@ class MassiveValues(Recorder):
 
 @mechanism("massive-values-disruption", paper="massive-values", example={"dimensions": 2})
 class MassiveValuesDisruption(Patch):
-    """Replace each head's most (or least) massive dimensions of q and k by their mean, in prompts.
-
-    Args:
-        dimensions: how many of each head; the published program's one.
-        which: "largest" or "smallest" norms.
-        layers: numbers of layers; all unless given.
-        heads: query heads; all unless given. Of the keys those heads that serve them.
-
-    Raises:
-        ValueError: a negative number, or another `which`.
-    """
+    """Replace each head's most (or least) massive dimensions of q and k by their mean, in prompts."""
 
     changes = ("project",)
+    beyond = ("position: what was projected is disrupted as it is multiplied; what is cached stays",)
     nothing: ClassVar[dict[str, Any] | None] = {"dimensions": 0}
 
-    def __init__(
-        self,
-        dimensions: int = 1,
-        *,
-        which: Literal["largest", "smallest"] = "largest",
-        layers: Layers = None,
-        heads: Heads = None,
-    ) -> None:
-        super().__init__(layers=layers, heads=heads)
-        if dimensions < 0:
-            raise UserError(f"dimensions must be at least 0, got {dimensions}")
-        if which not in ("largest", "smallest"):
-            raise UserError(f"which must be 'largest' or 'smallest', got {which!r}")
-        self.dimensions, self.which = dimensions, which
+    dimensions: int = option(
+        "how many of each head; the published program's one", default=1, at_least=0, kw_only=False
+    )
+    which: Literal["largest", "smallest"] = option(
+        "whether those of largest or smallest norm", default="largest"
+    )
+    heads: Heads = option(
+        "query heads; all unless given; of the keys those heads that serve them", default=None
+    )
 
     def position(self, call: Call, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """The prompt's own queries and keys, disrupted; a step's stay."""

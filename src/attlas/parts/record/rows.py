@@ -11,7 +11,6 @@ from torch import Tensor
 
 from attlas.attach.call import Call, ForwardPass
 from attlas.attach.part import Recorder
-from attlas.attach.where import Heads, Layers
 
 
 class RowRecorder(Recorder):
@@ -19,14 +18,11 @@ class RowRecorder(Recorder):
 
     The record is of one sequence: it grows call by call while a cache carries the sequence on, and
     starts anew with the next one. Rows follow the batch as the model ran it (beam search reorders).
-
-    Args:
-        layers: numbers of layers that are looked at; all unless given.
-        heads: query heads that are looked at, of all these layers or by layer; all unless given.
     """
 
-    def __init__(self, *, layers: Layers = None, heads: Heads = None) -> None:
-        super().__init__(layers=layers, heads=heads)
+    def setup(self) -> None:
+        """Nothing is recorded yet."""
+        super().setup()
         self._rows: defaultdict[int, list[Tensor]] = defaultdict(list)
 
     def begin(self, forward_pass: ForwardPass) -> None:

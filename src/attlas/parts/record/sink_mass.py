@@ -12,30 +12,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attlas.attach.call import Call
-from attlas.attach.where import Heads, Layers
 from attlas.catalog.registry import mechanism
-from attlas.errors import UserError
+from attlas.options import option
 from attlas.parts.record.rows import RowRecorder
 
 
 @mechanism("sink-mass", paper="")
 class SinkMass(RowRecorder):
-    """Records each query's weight on the first tokens, [layers, batch, heads, tokens].
+    """Records each query's weight on the first tokens, [layers, batch, heads, tokens]."""
 
-    Args:
-        sinks: how many first tokens count.
-        layers: numbers of layers that are looked at; all unless given.
-        heads: query heads that are looked at; all unless given.
-
-    Raises:
-        ValueError: sinks below 1.
-    """
-
-    def __init__(self, sinks: int = 1, *, layers: Layers = None, heads: Heads = None) -> None:
-        if sinks < 1:
-            raise UserError(f"sinks must be at least 1, got {sinks}")
-        super().__init__(layers=layers, heads=heads)
-        self.sinks = sinks
+    sinks: int = option("how many first tokens count", default=1, at_least=1, kw_only=False)
 
     def measure(
         self, call: Call, weights: Tensor, queries: Tensor, keys: Tensor

@@ -12,9 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from attlas.attach.call import Call
-from attlas.attach.where import Heads, Layers
 from attlas.catalog.registry import mechanism
-from attlas.errors import UserError
+from attlas.options import option
 from attlas.parts.record.rows import RowRecorder
 
 
@@ -24,21 +23,9 @@ class TopLinks(RowRecorder):
 
     The result is {"index": [layers, batch, heads, tokens, k], "weight": likewise}; where a query sees
     fewer than k keys, the index is -1 and the weight 0.
-
-    Args:
-        k: links per query.
-        layers: numbers of layers that are looked at; all unless given.
-        heads: query heads that are looked at; all unless given.
-
-    Raises:
-        ValueError: k below 1.
     """
 
-    def __init__(self, k: int = 8, *, layers: Layers = None, heads: Heads = None) -> None:
-        if k < 1:
-            raise UserError(f"k must be at least 1, got {k}")
-        super().__init__(layers=layers, heads=heads)
-        self.k = k
+    k: int = option("links per query", default=8, at_least=1, kw_only=False)
 
     def measure(
         self, call: Call, weights: Tensor, queries: Tensor, keys: Tensor

@@ -39,10 +39,11 @@ from attlas import ops
 from attlas.attach.call import Call
 from attlas.cache.part import Role
 from attlas.cache.probes import Running, page_cosines, probe
-from attlas.cache.selection import Selection, keys_of, lengths_of
-from attlas.cache.summaries import Portion, extend, first_best
+from attlas.cache.selection import PortionSelection, keys_of, lengths_of
+from attlas.cache.summaries import extend, first_best
 from attlas.catalog.registry import mechanism
-from attlas.errors import UserError, at_least_one
+from attlas.errors import UserError
+from attlas.options import option
 from attlas.storage.body import Body
 from attlas.storage.layer import Chosen, LayerState, StoredLayer
 from attlas.storage.rows import Rows, left_aligned
@@ -58,49 +59,44 @@ HALF = 0.501
 @mechanism(
     "actqkv-probe-query",
     aliases=("actqkv",),
-    example={"tokens": 4, "page": 2, "window": 6, "sinks": 2, "local": 4},
+    example={"tokens": 4, "page": 2, "window": 6, "sinks": 2, "recent": 4},
 )
-class ActQKV(Selection):
-    """Retrieve pages for each window of a prompt by its probe query, and for each token by its own.
-
-    Args:
-        keep: share of the far tokens that is read, on average over the layers, in (0, 1].
-        tokens: or their number, a number of pages.
-        page: tokens of a page.
-        window: tokens of a prompt that retrieve together; None reads prompts in full.
-        sinks: first tokens that are always read, a number of pages.
-        local: tokens before a window that are always read; the newest while decoding.
-        horizon: windows over which the statistics of queries run.
-
-    Raises:
-        ValueError: no budget or two, or a number that is out of range or no number of pages.
-    """
+class ActQKV(PortionSelection):
+    """Retrieve pages for each window of a prompt by its probe query, and for each token by its own."""
 
     changes = ("score", "mask")
     #: Keys are rotated back by their place in the text, which other parts would change.
     joins: ClassVar[tuple[Role, ...]] = ()
+    without: ClassVar[tuple[str, ...]] = ("dense_layers", "offload", "capacity")
     rotates = True
     exact_prefill = False
-
     everything: ClassVar[dict[str, Any]] = {"tokens": 4096}
 
-    def __init__(
-        self,
-        keep: float | None = None,
-        *,
-        tokens: int | None = None,
-        page: int = 32,
-        window: int | None = 256,
-        sinks: int = 64,
-        local: int = 512,
-        horizon: int = 4,
-    ) -> None:
-        super().__init__(page=page, recent=local)
-        self.portion = Portion.asked(keep, tokens, page)
-        if sinks < 0 or sinks % page:
-            raise UserError(f"sinks must be a whole number of pages of {page}, got {sinks}")
-        self.window = None if window is None else at_least_one("window", window)
-        self.sinks, self.local, self.horizon = sinks, local, at_least_one("horizon", horizon)
+    keep: float | None = option(
+        "share of the far tokens that is read, on average over the layers", default=None, above=0,
+        at_most=1, kw_only=False,
+    )  # fmt: skip
+    page: int = option("tokens of a page", default=32, at_least=1)
+    window: int | None = option(
+        "tokens of a prompt that retrieve together; None reads prompts in full", default=256,
+        at_least=1,
+    )  # fmt: skip
+    sinks: int = option(
+        "first tokens that are always read, a number of pages", default=64, at_least=0
+    )
+    recent: int = option(
+        "tokens before a window that are always read; the newest while decoding", default=512,
+        at_least=0, former="local",
+    )  # fmt: skip
+    horizon: int = option("windows over which the statistics of queries run", default=4, at_least=1)
+
+    def setup(self) -> None:
+        """Refuse sinks that fill no pages."""
+        super().setup()
+        if self.sinks % self.page:
+            raise UserError(
+                f"sinks must be a whole number of pages of {self.page}, got {self.sinks}"
+            )
 
     # The prompt, window by window.
 
@@ -118,7 +114,7 @@ class ActQKV(Selection):
             raise UserError("ActQKV reads a prompt by windows, and cannot honour changed scores")
         before, after = call.counts
         new = [b - a for a, b in zip(before, after, strict=True)]
-        far = max(after) - self.local > self.sinks + self.page
+        far = max(after) - self.recent > self.sinks + self.page
         rank, valid = call.ranks
         q = call.q if call.rows.valid is None else left_aligned(call.q, valid)
         positions = left_aligned(call.positions[:, None, :, None], valid)[:, 0, :, 0]
@@ -162,7 +158,7 @@ class ActQKV(Selection):
     ) -> tuple[Int[Tensor, "batch slots"], Bool[Tensor, "batch slots"]]:  # fmt: skip
         """(what a window reads, whether it is there): first tokens, retrieved pages, the newest."""
         first = self.sinks // self.page
-        near = ((start - self.local).clamp(min=0) // self.page).clamp(min=first)
+        near = ((start - self.recent).clamp(min=0) // self.page).clamp(min=first)
         count = (near - first).clamp(min=0)
         scores = scores[:, first:]
         wanted = self.portion.of_rows(count[:, None])[:, 0]
@@ -173,7 +169,7 @@ class ActQKV(Selection):
         slots = (pages[..., None] * self.page + inside).flatten(1)
         near = near * self.page
         newest = near[:, None] + torch.arange(
-            self.local + self.page + there.shape[1], device=start.device
+            self.recent + self.page + there.shape[1], device=start.device
         )
         head = torch.arange(self.sinks, device=start.device).expand(len(start), -1)
         at = torch.cat([head, slots, newest], dim=1)
@@ -268,11 +264,11 @@ class ActQKV(Selection):
     def _at_the_edge(
         self, state: LayerState, q: Float[Tensor, "batch heads n dim"], positions: Tensor
     ) -> Float[Tensor, "batch heads n dim"]:
-        """Queries as they stand `local` tokens behind the keys, whose own rotation is undone."""
+        """Queries as they stand `recent` tokens behind the keys, whose own rotation is undone."""
         rotary = state.rotary
         if rotary is None:
             return q.float()
-        edge = torch.full_like(positions, self.local)
+        edge = torch.full_like(positions, self.recent)
         return rotary.rotate(rotary.unrotate(q, positions), edge)
 
     def _page_keys(

@@ -1,13 +1,13 @@
 """Adaptive long-context heads: from what is near, and what far keys are like, tell who must look far.
 
-    near:  the first s tokens and the newest w      m_near = log Σ_near exp(q·k/√d)       exact
+    near:  the first s tokens and the newest r      m_near = log Σ_near exp(q·k/√d)       exact
     far:   the n others, taken as Gaussian          m_far  = log n + q·μ/√d + qᵀ Σ q / (2d)
     a query head reads near tokens alone when  sigmoid(m_near − m_far) ≥ τ,  else everything
 
 μ and Σ are the mean and covariance of a key head's far keys, as they are cached (rotated), gathered from
-the prompt and from every token that leaves the window: d² + d numbers for each key head. Deciding costs
+the prompt and from every token that is no longer recent: d² + d numbers for each key head. Deciding costs
 d² products for each query head and the sinks' scores, and reads no far key. With τ = 1 every head
-reads everything: full attention; with τ = 0 none does: sinks and window.
+reads everything: full attention; with τ = 0 none does: sinks and the newest tokens.
 
 A head that looks far reads by its own list, so two of one group read their keys twice; the lists of the
 others are filled up with −1, which costs their index alone.
@@ -29,6 +29,7 @@ from attlas.cache.row import mass_behind, scores_over
 from attlas.cache.selection import Selection, first_body, keys_of, lengths_of
 from attlas.catalog.registry import mechanism
 from attlas.errors import UserError
+from attlas.options import option
 from attlas.storage.body import Body
 from attlas.storage.layer import Chosen, LayerState, StoredLayer
 
@@ -36,33 +37,35 @@ from attlas.storage.layer import Chosen, LayerState, StoredLayer
 @mechanism(
     "adaptive-long-context-heads",
     aliases=("adaptive-heads",),
-    example={"sinks": 4, "window": 4, "page": 4},
+    example={"sinks": 4, "recent": 4, "page": 4},
 )
 class AdaptiveLongContext(Selection):
-    """Let each head read far tokens only when its query seems to need them.
+    """Let each head read far tokens only when its query seems to need them."""
 
-    Args:
-        threshold: a head stays near when near tokens have at least this share of its mass, in [0, 1].
-        sinks: first tokens that count as near, a whole number of pages.
-        window: newest tokens that count as near, beside those that do not fill a page.
-        page: tokens that are packed and listed together.
-
-    Raises:
-        ValueError: a number out of range, or sinks that are no whole number of pages.
-    """
-
-    everything: ClassVar[dict[str, Any]] = {"window": 4096}
+    without: ClassVar[tuple[str, ...]] = ("offload", "capacity")
+    everything: ClassVar[dict[str, Any]] = {"recent": 4096}
     comparable: ClassVar[tuple[str, ...]] = ("",)
 
-    def __init__(
-        self, threshold: float = 0.6, *, sinks: int = 16, window: int = 128, page: int = 16
-    ) -> None:
-        super().__init__(page=page, recent=window)
-        if not 0 <= threshold <= 1:
-            raise UserError(f"threshold is a share in [0, 1], got {threshold}")
-        if sinks < 0 or sinks % page:
-            raise UserError(f"sinks must be a whole number of pages of {page}, got {sinks}")
-        self.threshold, self.sinks = threshold, sinks
+    threshold: float = option(
+        "a head stays near when near tokens have at least this share of its mass", default=0.6,
+        at_least=0, at_most=1, kw_only=False,
+    )  # fmt: skip
+    sinks: int = option(
+        "first tokens that count as near, a whole number of pages", default=16, at_least=0
+    )
+    recent: int = option(
+        "newest tokens that count as near, beside those that do not fill a block", default=128,
+        at_least=0, former="window",
+    )  # fmt: skip
+    page: int = option("tokens that are packed and listed together", default=16, at_least=1)
+
+    def setup(self) -> None:
+        """Refuse sinks that fill no pages."""
+        super().setup()
+        if self.sinks % self.page:
+            raise UserError(
+                f"sinks must be a whole number of pages of {self.page}, got {self.sinks}"
+            )
 
     def summarize(self, state: LayerState, body: Body) -> None:
         """Add the keys that are far now to the sums of keys and of their outer products."""
@@ -94,9 +97,7 @@ class AdaptiveLongContext(Selection):
         count = tensors["counted"] - self.sinks
         return gaussian_mass(q[:, :, 0].float() * scaling, count, tensors["sum"], tensors["outer"])
 
-    def near_mass(
-        self, layer: StoredLayer, body: Body, call: Call
-    ) -> Float[Tensor, "batch heads"]:  # fmt: skip
+    def near_mass(self, layer: StoredLayer, body: Body, call: Call) -> Float[Tensor, "batch heads"]:
         """A query's mass on the sinks and on all that is not packed."""
         behind = mass_behind(layer, call.q, call.scaling, call.rows)
         if not self.sinks:
@@ -126,7 +127,7 @@ class AdaptiveLongContext(Selection):
         return Chosen(index, self.page, body.slots, scored=_scored(state))
 
     def later(self, layer: StoredLayer, state: LayerState, call: Call) -> None:
-        """Take what lists were filled up with off the bytes read, then pack what left the window."""
+        """Take what lists were filled up with off the bytes read, then pack what is no longer recent."""
         unread, body = call.forward_pass.shared.get((self.name, state.layer), 0), first_body(layer)
         if unread and body is not None:
             tokens = state.tensors["counted"].numel() * body.slots
@@ -158,5 +159,5 @@ def gaussian_mass(
 
 
 def _scored(state: LayerState) -> int:
-    """Bytes that a decision reads: the statistics. (The sinks and the window are read anyway.)"""
+    """Bytes that a decision reads: the statistics. (The near tokens are read anyway.)"""
     return sum(t.nbytes for t in state.tensors.values())

@@ -4,7 +4,7 @@
 
 Works behind whatever makes the prompt's attention sparse, given before it:
 
-    attach(model, SparsePrefill(sinks=4, window=2048), DeltaCorrection(gamma=64))
+    attach(model, SparsePrefill(sinks=4, recent=2048), DeltaCorrection(gamma=64))
 
 Queries are counted by each row's own valid tokens. Of a prompt in several calls each call is corrected
 by itself: groups are counted from its first token, and its last queries are dense. Texts packed into
@@ -25,28 +25,26 @@ from torch import Tensor
 from attlas.attach.call import Call
 from attlas.attach.part import Selector
 from attlas.catalog.registry import mechanism
-from attlas.errors import at_least_one
 from attlas.ops.delta import delta_correction
+from attlas.options import option
 from attlas.parts.select.sparse_prefill import is_prompt
 
 
 @mechanism("delta-correction", aliases=("delta-attention",), example={"gamma": 4, "tail": 4})
 class DeltaCorrection(Selector):
-    """Repair the output of a sparse prefill by full attention of every γ-th query.
-
-    Args:
-        gamma: queries from one that is dense to the next.
-        tail: last queries that are dense, at least; `gamma` and the remainder may add to them.
-
-    Raises:
-        ValueError: a `gamma` or `tail` below 1.
-    """
+    """Repair the output of a sparse prefill by full attention of every γ-th query."""
 
     #: What is summed is corrected.
     changes = ("aggregate",)
+    beyond = ("output: the correction is added to the heads' outputs, where the sums arrive",)
 
-    def __init__(self, gamma: int = 64, *, tail: int = 128) -> None:
-        self.gamma, self.tail = at_least_one("gamma", gamma), at_least_one("tail", tail)
+    gamma: int = option(
+        "queries from one that is dense to the next", default=64, at_least=1, kw_only=False
+    )
+    tail: int = option(
+        "last queries that are dense, at least; gamma and the remainder may add to them", default=128,
+        at_least=1,
+    )  # fmt: skip
 
     def output(
         self, call: Call, heads: Float[Tensor, "batch query heads value_dim"]
@@ -54,9 +52,8 @@ class DeltaCorrection(Selector):
         """The heads' outputs with what sparse attention missed."""
         if not is_prompt(call):
             return heads
-        end = (
-            call.forward_pass.offset + call.q.shape[2]
-        )  # a static cache has room behind the last token
+        # A static cache has room behind the last token.
+        end = call.forward_pass.offset + call.q.shape[2]
         visible = None if call.model_mask is None else call.model_mask[..., :end]
         corrected = delta_correction(
             call.q, call.k[:, :, :end], call.v[:, :, :end], heads.transpose(1, 2),

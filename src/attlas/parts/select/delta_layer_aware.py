@@ -25,10 +25,11 @@ from torch import nn
 from attlas.attach.call import Call
 from attlas.cache.part import Role
 from attlas.cache.row import key_bytes, weights_over
-from attlas.cache.selection import Selection, first_body, lengths_of
-from attlas.cache.summaries import Portion, best
+from attlas.cache.selection import PortionSelection, first_body, lengths_of
+from attlas.cache.summaries import best
 from attlas.catalog.registry import mechanism
-from attlas.errors import UserError, at_least_one
+from attlas.errors import UserError
+from attlas.options import option
 from attlas.storage.body import Body
 from attlas.storage.layer import Chosen, LayerState, StoredLayer
 
@@ -43,47 +44,41 @@ BLOCK = 16
     aliases=("delta-layers",),
     example={"tokens": 8, "dense": 1, "selection_layers": (2, 4), "recent": 4},
 )
-class DeltaLayerAware(Selection):
-    """Attend, in most layers, the tokens that a selection layer below them read most.
-
-    Args:
-        keep: share of the tokens older than `recent` that is published, in (0, 1].
-        tokens: or their number.
-        dense: so many of the first layers use full attention; a quarter unless given.
-        selection_layers: numbers of the layers that publish; three, evenly spaced behind the dense
-            ones, unless given. The layers below the first of them are full too.
-        recent: newest tokens that every layer reads, beside those that do not fill a block of about 16.
-        page: tokens that are published together.
-
-    Raises:
-        ValueError: no budget or two, or a number out of range.
-    """
+class DeltaLayerAware(PortionSelection):
+    """Attend, in most layers, the tokens that a selection layer below them read most."""
 
     #: Slots of one layer must be those of another, which dropping or sorting tokens by head would end.
     joins: ClassVar[tuple[Role, ...]] = ()
-
+    without: ClassVar[tuple[str, ...]] = ("dense_layers", "offload", "capacity")
     everything: ClassVar[dict[str, Any]] = {"tokens": 4096}
     comparable: ClassVar[tuple[str, ...]] = ("(keep=0.25)", "(keep=0.125)")
 
-    def __init__(
-        self,
-        keep: float | None = None,
-        *,
-        tokens: int | None = None,
-        dense: int | None = None,
-        selection_layers: Sequence[int] | None = None,
-        recent: int = 32,
-        page: int = 1,
-    ) -> None:
-        at_least_one("page", page)
-        super().__init__(page=page, recent=recent, block=page * max(1, BLOCK // page))
-        self.portion = Portion.asked(keep, tokens, page)
-        if dense is not None and dense < 0:
-            raise UserError(f"dense must be at least 0, got {dense}")
-        if selection_layers is not None and not selection_layers:
+    keep: float | None = option(
+        "share of the tokens older than recent that is published", default=None, above=0, at_most=1,
+        kw_only=False,
+    )  # fmt: skip
+    dense: int | None = option(
+        "so many of the first layers use full attention; a quarter unless given", default=None,
+        at_least=0,
+    )  # fmt: skip
+    selection_layers: Sequence[int] | None = option(
+        "layers that publish, those below the first of them being full too; three, evenly spaced "
+        "behind the dense ones, unless given", default=None,
+    )  # fmt: skip
+    recent: int = option(
+        "newest tokens that every layer reads, beside those that do not fill a block", default=32,
+        at_least=0,
+    )  # fmt: skip
+    block: int = option(
+        "tokens that are packed at once, a number of pages; about 16 unless given", at_least=1,
+        factory=lambda part: part.page * max(1, BLOCK // part.page),
+    )  # fmt: skip
+
+    def setup(self) -> None:
+        """Refuse to have no selection layer."""
+        super().setup()
+        if self.selection_layers is not None and not self.selection_layers:
             raise UserError("selection_layers names no layer; give at least one")
-        self.dense = dense
-        self.selection_layers = None if selection_layers is None else tuple(selection_layers)
 
     def full_ones(self, full: Sequence[int]) -> int:
         """How many of a model's full-attention layers come before any may select."""
@@ -92,7 +87,7 @@ class DeltaLayerAware(Selection):
     def selecting(self, full: Sequence[int]) -> tuple[int, ...]:
         """The selection layers of a model with these full-attention layers."""
         if self.selection_layers is not None:
-            return self.selection_layers
+            return tuple(self.selection_layers)
         behind = full[self.full_ones(full) :]
         return tuple(sorted({behind[i * len(behind) // SELECTING] for i in range(SELECTING)}))
 

@@ -19,7 +19,6 @@ Source: "Loki: Low-Rank Keys for Efficient Sparse Attention".
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -27,12 +26,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from attlas.attach.call import Call
-from attlas.cache.selection import Selection, keys_of, lengths_of
-from attlas.cache.summaries import Portion, best, extend
-from attlas.calibration import Calibrated, Calibration, Calibrator
+from attlas.cache.selection import PortionSelection, keys_of, lengths_of
+from attlas.cache.summaries import best, extend
+from attlas.calibration import Calibrated, Calibrator
 from attlas.catalog.registry import mechanism
-from attlas.errors import UserError, at_least_one
+from attlas.errors import UserError
 from attlas.ops.reference import grouped_product
+from attlas.options import option
 from attlas.storage.body import Body
 from attlas.storage.layer import Chosen, LayerState
 from attlas.storage.rotary import Rotary
@@ -43,15 +43,16 @@ NAME = "loki-low-rank-keys"
 class KeyComponents(Calibrator):
     """Principal components of the keys of every layer and key head.
 
-        C = E[k kᵀ] − E[k] E[k]ᵀ = P Λ Pᵀ,   λ_1 ≥ λ_2 ≥ …
-
-    Args:
-        rotary: whether keys are taken "after" their rotation or "before".
+    C = E[k kᵀ] − E[k] E[k]ᵀ = P Λ Pᵀ,   λ_1 ≥ λ_2 ≥ …
     """
 
-    def __init__(self, rotary: Literal["after", "before"]) -> None:
-        super().__init__()
-        self.rotary = rotary
+    rotary: Literal["after", "before"] = option(
+        "whether keys are taken after their rotation or before it", kw_only=False
+    )
+
+    def setup(self) -> None:
+        """Nothing is known of the model yet."""
+        super().setup()
         self.rotaries: dict[int, Rotary | None] = {}
 
     def check(self, model: nn.Module) -> None:
@@ -92,52 +93,31 @@ class KeyComponents(Calibrator):
 
 
 @mechanism("loki-low-rank-keys", aliases=("loki",), example={"keep": 0.5, "rank": 0.5, "block": 2})
-class Loki(Calibrated, Selection):
-    """Read the tokens whose keys' principal components go best with the query's.
-
-    Args:
-        keep: share of a row's packed tokens that a step reads, in (0, 1].
-        tokens: or how many of them.
-        rank: components that choose: a share of the head's width, as 0.25, or a number, as 16.
-        rotary: components of keys "after" their rotation or "before" it.
-        block: tokens that are packed at once.
-        calibration: a file or statistics; those that `attlas calibrate` left unless given.
-        offload: hold what is packed in host memory, and on the device what was read last.
-        capacity: tokens a head that the device then holds; as many as a step reads unless given.
-
-    Raises:
-        ValueError: none or both of `keep` and `tokens`, or an option out of range.
-    """
+class Loki(Calibrated, PortionSelection):
+    """Read the tokens whose keys' principal components go best with the query's."""
 
     #: Approximate logits choose which pairs meet.
     changes = ("score", "mask")
-
+    without: ClassVar[tuple[str, ...]] = ("page",)
     everything: ClassVar[dict[str, Any]] = {"keep": 1.0}
     comparable: ClassVar[tuple[str, ...]] = (
         "(keep=0.25)", "(keep=0.125)", "(keep=0.25, rank=0.5)", "(keep=0.125, rank=0.5)",
     )  # fmt: skip
 
-    def __init__(
-        self,
-        keep: float | None = None,
-        *,
-        tokens: int | None = None,
-        rank: float | int = 0.25,
-        rotary: Literal["after", "before"] = "after",
-        block: int = 16,
-        calibration: str | Path | Calibration | None = None,
-        offload: bool = False,
-        capacity: int | None = None,
-    ) -> None:
-        Selection.__init__(self, block=block, offload=offload, capacity=capacity)
-        Calibrated.__init__(self, calibration)
-        self.portion = Portion.asked(keep, tokens)
-        if isinstance(rank, float) and not 0 < rank <= 1:
-            raise UserError(f"rank must be a share in (0, 1] or a whole number, got {rank}")
-        if rotary not in ("after", "before"):
-            raise UserError(f"rotary must be 'after' or 'before', got {rotary!r}")
-        self.rank = rank if isinstance(rank, float) else at_least_one("rank", rank)
-        self.rotary = rotary
+    rank: float | int = option(
+        "components that choose: a share of the head's width, as 0.25, or a number, as 16",
+        default=0.25, above=0,
+    )  # fmt: skip
+    rotary: Literal["after", "before"] = option(
+        "components of keys after their rotation or before it", default="after"
+    )
+    block: int = option("tokens that are packed at once", default=16, at_least=1)
+
+    def setup(self) -> None:
+        """Refuse a share above the whole."""
+        super().setup()
+        if isinstance(self.rank, float) and self.rank > 1:
+            raise UserError(f"rank must be a share in (0, 1] or a whole number, got {self.rank}")
 
     @property
     def calibration_key(self) -> str:

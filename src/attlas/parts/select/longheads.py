@@ -9,7 +9,7 @@ A query at token t in chunk o = ⌊t/w⌋ scores the chunks by (its q without ro
 chunk 0, o − 1, o and the best of the others, n in all, as if they stood one behind the other: the chunk
 in place p at positions pw … pw + w − 1. No distance exceeds the length L = nw. Rotation knows distances
 alone, so instead of every key the query is moved: for chunk g it stands w((o − g) − (n − 1 − p)) nearer.
-Tokens before `begin` attend to all before them.
+Tokens before `begin` attend to all before them. Chunks are the pages of this package's other selections.
 
 Cost: L pairs a token and head beside t/w scores; c_g and the queries of the unfinished chunk are held.
 The prompt is read in blocks of queries, in memory linear in its length. With L ≥ the length of the
@@ -34,9 +34,10 @@ from attlas.cache.chunks import ChunkKeys, gathered
 from attlas.cache.part import Role
 from attlas.cache.selection import Selection, first_body
 from attlas.catalog.registry import mechanism
-from attlas.errors import UserError, at_least_one
+from attlas.errors import UserError
 from attlas.ops.pages import best_pages
 from attlas.ops.reference import merge
+from attlas.options import option
 from attlas.storage.body import Body
 from attlas.storage.layer import Chosen, LayerState, StoredLayer
 from attlas.storage.packed import PackedBody
@@ -46,45 +47,43 @@ from attlas.storage.rotary import rotate
 AT_ONCE = 2**22
 
 
-@mechanism("longheads", example={"chunk": 4, "length": 16})
+@mechanism("longheads", example={"page": 4, "length": 16})
 class LongHeads(Selection):
-    """Read long texts with a model trained on short ones, each head its own chunks.
-
-    Args:
-        chunk: tokens of a chunk; the authors' 256.
-        length: tokens that a query may attend, a number of chunks, at most what the model was trained
-            on; the authors' 4096.
-        begin: from this token on chunks are chosen, a number of chunks; `length` unless given.
-        attend_self: a query also attends to its own token.
-
-    Raises:
-        ValueError: fewer than three chunks, or a length that is no number of chunks.
-    """
+    """Read long texts with a model trained on short ones, each head its own chunks."""
 
     joins: ClassVar[tuple[Role, ...]] = ()
+    without: ClassVar[tuple[str, ...]] = ("recent", "dense_layers", "block", "offload", "capacity")
     rotates = True
     exact_prefill = False
     changes = ("position", "mask")
 
-    def __init__(
-        self,
-        chunk: int = 256,
-        length: int = 4096,
-        *,
-        begin: int | None = None,
-        attend_self: bool = True,
-    ) -> None:
-        super().__init__(page=at_least_one("chunk", chunk))
-        begin = length if begin is None else begin
-        for name, value in (("length", length), ("begin", begin)):
-            if at_least_one(name, value) % chunk:
-                raise UserError(f"{name} must be a number of chunks of {chunk}, got {value}")
-        if length < 3 * chunk:
+    page: int = option(
+        "tokens of a chunk; the authors' 256",
+        default=256,
+        at_least=1,
+        kw_only=False,
+        former="chunk",
+    )
+    length: int = option(
+        "tokens that a query may attend, a number of chunks, at most what the model was trained on; "
+        "the authors' 4096", default=4096, at_least=1, kw_only=False,
+    )  # fmt: skip
+    first_choosing: int = option(
+        "from this token on chunks are chosen, a number of chunks; length unless given", at_least=1,
+        factory=lambda part: part.length, alias="begin",
+    )  # fmt: skip
+    attend_self: bool = option("a query also attends to its own token", default=True)
+
+    def setup(self) -> None:
+        """Refuse fewer than three chunks, and lengths that are no number of chunks."""
+        super().setup()
+        for name, value in (("length", self.length), ("begin", self.first_choosing)):
+            if value % self.page:
+                raise UserError(f"{name} must be a number of chunks of {self.page}, got {value}")
+        if self.length < 3 * self.page:
             raise UserError(
-                f"length holds the first chunk and the last two, 3 x {chunk}; got {length}"
+                f"length holds the first chunk and the last two, 3 x {self.page}; got {self.length}"
             )
-        self.chunk, self.length, self.attend_self = chunk, length, attend_self
-        self.first_choosing = begin
 
     def check(self, model: nn.Module) -> None:
         """Refuse a length beyond the model's positions."""
@@ -99,7 +98,7 @@ class LongHeads(Selection):
     def learn(self, state: LayerState, call: Call) -> None:
         """The keys of the chunks that this call completed, unless its attention made them already."""
         if (self.name, state.layer) not in call.forward_pass.shared:
-            ChunkKeys(self.chunk, state).grow(call)
+            ChunkKeys(self.page, state).grow(call)
             call.forward_pass.shared[self.name, state.layer] = True
 
     def later(self, layer: StoredLayer, state: LayerState, call: Call) -> None:
@@ -143,7 +142,7 @@ class LongHeads(Selection):
         rank = torch.tensor(call.counts[1], device=call.q.device)[:, None] - 1
         index, moved = self.pick(state, call.q, rank, call.positions)
         index, moved = index[:, :, 0], moved[:, :, 0]
-        k, v = (gathered(x, index, self.chunk) for x in body.read())
+        k, v = (gathered(x, index, self.page) for x in body.read())
         scores = torch.einsum("bhcd,bhcwd->bhcw", moved * call.scaling, k)
         scores = scores.masked_fill(index[..., None] < 0, -torch.inf).flatten(2)[:, :, None]
         lse = scores.logsumexp(-1)
@@ -152,7 +151,7 @@ class LongHeads(Selection):
         parts = [(weights @ v.flatten(2, 3), lse), ops.decode(call.q, near, scale=call.scaling)]
         layer.read_bytes = sum(s.nbytes for s in near) + state.tensors["chunks"].nbytes
         layer.read_bytes += (
-            index.numel() * self.chunk * (k[0, 0, 0, 0].nbytes + v[0, 0, 0, 0].nbytes)
+            index.numel() * self.page * (k[0, 0, 0, 0].nbytes + v[0, 0, 0, 0].nbytes)
         )
         return merge([(out, mass.to(lse.dtype)) for out, mass in parts])[0]
 
@@ -211,7 +210,7 @@ class LongHeads(Selection):
         self, state: LayerState, call: Call, k: Tensor, v: Tensor, rank: Tensor, at: slice
     ) -> Float[Tensor, "batch heads block v_dim"]:
         """A block of queries, each with its own chunks: the chosen ones, and the one it stands in."""
-        rank, w = rank[:, at], self.chunk
+        rank, w = rank[:, at], self.page
         q = call.q[:, :, at]
         index, moved = self.pick(state, q, rank, call.positions[:, at])
         own = (rank // w)[:, None, :, None].expand(*index.shape[:3], 1).to(index.dtype)
@@ -239,7 +238,7 @@ class LongHeads(Selection):
 
         Chunks are ascending, −1 where there are fewer. A query before `begin` reads all before it.
         """
-        keys, w = state.tensors["chunks"], self.chunk
+        keys, w = state.tensors["chunks"], self.page
         wide, rotary = torch.promote_types(q.dtype, torch.float32), state.rotary
         raw = q.to(wide) if rotary is None else rotary.unrotate(q, positions)
         own = (rank // w)[:, None, :, None]

@@ -38,12 +38,13 @@ from torch import Tensor, nn
 from attlas.attach.call import Call
 from attlas.cache.factors import coded, decoded, factorised
 from attlas.cache.mixed import widths
-from attlas.cache.selection import Selection, first_body, keys_of, lengths_of
-from attlas.cache.summaries import Portion, best, extend
+from attlas.cache.selection import PortionSelection, first_body, keys_of, lengths_of
+from attlas.cache.summaries import best, extend
 from attlas.catalog.registry import mechanism
-from attlas.errors import UserError, at_least_one
+from attlas.errors import UserError
 from attlas.ops.reference import grouped_product, repeated
 from attlas.ops.segments import Coded, Listed, Segment, listed, taken
+from attlas.options import option
 from attlas.storage.body import Body
 from attlas.storage.layer import Chosen, LayerState, StoredLayer
 from attlas.storage.low_rank import wide
@@ -55,47 +56,23 @@ from attlas.storage.rows import Rows
     aliases=("lrqk",),
     example={"keep": 0.5, "rank": 4, "recent": 4, "block": 2},
 )
-class LRQK(Selection):
-    """Read the tokens whose keys' codes go best with the query's.
-
-    Args:
-        keep: share of a row's packed tokens that a step reads, in (0, 1].
-        tokens: or how many of them; the authors' 1024 or 2048.
-        rank: numbers of a code.
-        recent: newest tokens that are always read.
-        sweeps: over the factors of the prompt.
-        refinements: of the codes of a later token.
-        block: tokens that are packed at once.
-        offload: hold what is packed in host memory, and on the device what was read last.
-        capacity: tokens a head that the device then holds; as many as a step reads unless given.
-
-    Raises:
-        ValueError: none or both of `keep` and `tokens`, or an option out of range.
-    """
+class LRQK(PortionSelection):
+    """Read the tokens whose keys' codes go best with the query's."""
 
     #: Codes choose which pairs meet.
     changes = ("score", "mask")
-
+    without: ClassVar[tuple[str, ...]] = ("page",)
     everything: ClassVar[dict[str, Any]] = {"keep": 1.0}
     comparable: ClassVar[tuple[str, ...]] = ("(keep=0.25)", "(keep=0.125)")
 
-    def __init__(
-        self,
-        keep: float | None = None,
-        *,
-        tokens: int | None = None,
-        rank: int = 32,
-        recent: int = 64,
-        sweeps: int = 2,
-        refinements: int = 2,
-        block: int = 16,
-        offload: bool = False,
-        capacity: int | None = None,
-    ) -> None:
-        super().__init__(recent=recent, block=block, offload=offload, capacity=capacity)
-        self.portion = Portion.asked(keep, tokens)
-        self.rank, self.sweeps = at_least_one("rank", rank), at_least_one("sweeps", sweeps)
-        self.refinements = at_least_one("refinements", refinements)
+    tokens: int | None = option(
+        "or their number; the authors' 1024 or 2048", default=None, at_least=1
+    )
+    rank: int = option("numbers of a code", default=32, at_least=1)
+    recent: int = option("newest tokens that are always read", default=64, at_least=0)
+    sweeps: int = option("over the factors of the prompt", default=2, at_least=1)
+    refinements: int = option("of the codes of a later token", default=2, at_least=1)
+    block: int = option("tokens that are packed at once", default=16, at_least=1)
 
     def check(self, model: nn.Module) -> None:
         """Refuse a rank above the width of a head."""

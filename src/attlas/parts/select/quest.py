@@ -23,11 +23,12 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from attlas.attach.call import Call
-from attlas.cache.selection import Selection, keys_of, lengths_of
+from attlas.cache.selection import PortionSelection, keys_of, lengths_of
 from attlas.cache.summaries import Portion, best, extend
 from attlas.catalog.registry import mechanism
-from attlas.errors import at_least_one, exactly_one
+from attlas.errors import exactly_one
 from attlas.ops.pages import page_bounds, page_scores
+from attlas.options import option
 from attlas.storage.body import Body
 from attlas.storage.layer import Chosen, LayerState
 
@@ -38,43 +39,28 @@ LEAST_PAGES = 3
 @mechanism(
     "quest-page-selection", aliases=("quest",), example={"keep": 0.5, "page": 4, "dense_layers": ()}
 )
-class Quest(Selection):
-    """Read the pages whose bound is largest.
-
-    Args:
-        keep: share of a row's packed pages that a step reads, in (0, 1].
-        tokens: or a budget of tokens: `tokens // page` pages, three at least.
-        pages: or a number of pages.
-        page: tokens of a page.
-        dense_layers: layers that read everything; the paper's first two.
-        shared: query heads of a group read common pages.
-        offload: hold the pages in host memory, and on the device what was read last.
-        capacity: tokens a head that the device then holds; as many as a step reads unless given.
-
-    Raises:
-        ValueError: none or several of `keep`, `tokens` and `pages`, or one out of range.
-    """
+class Quest(PortionSelection):
+    """Read the pages whose bound is largest."""
 
     everything: ClassVar[dict[str, Any]] = {"keep": 1.0}
     comparable: ClassVar[tuple[str, ...]] = ("(keep=0.25)", "(keep=0.125)")
 
-    def __init__(
-        self,
-        keep: float | None = None,
-        *,
-        tokens: int | None = None,
-        pages: int | None = None,
-        page: int = 16,
-        dense_layers: Sequence[int] = (0, 1),
-        shared: bool = True,
-        offload: bool = False,
-        capacity: int | None = None,
-    ) -> None:
-        super().__init__(page=page, dense_layers=dense_layers, offload=offload, capacity=capacity)
-        exactly_one("a selection", keep=keep, tokens=tokens, pages=pages)
-        if tokens is not None:
-            pages = max(LEAST_PAGES, at_least_one("tokens", tokens) // page)
-        self.portion, self.shared = Portion(keep, pages), shared
+    tokens: int | None = option(
+        "or a budget of tokens: tokens // page pages, three at least", default=None, at_least=1
+    )
+    pages: int | None = option("or a number of pages", default=None, at_least=1)
+    page: int = option("tokens of a page", default=16, at_least=1)
+    dense_layers: Sequence[int] = option(
+        "layers that read everything; the paper's first two", default=(0, 1), at_least=0
+    )
+    shared: bool = option("query heads of a group read common pages", default=True)
+
+    def asked(self) -> Portion:
+        """A share, or a number of pages."""
+        exactly_one("a selection", keep=self.keep, tokens=self.tokens, pages=self.pages)
+        if self.tokens is not None:
+            return Portion(pages=max(LEAST_PAGES, self.tokens // self.page))
+        return Portion(self.keep, self.pages)
 
     def summarize(self, state: LayerState, body: Body) -> None:
         """Minimum and maximum of the keys of each new page."""

@@ -25,10 +25,11 @@ from torch.nn.functional import cosine_similarity, pad
 
 from attlas.attach.call import Call
 from attlas.cache.row import key_bytes, weights_over
-from attlas.cache.selection import Selection, first_body, lengths_of
-from attlas.cache.summaries import Portion, best
+from attlas.cache.selection import PortionSelection, first_body, lengths_of
+from attlas.cache.summaries import best
 from attlas.catalog.registry import mechanism
-from attlas.errors import UserError, at_least_one
+from attlas.errors import UserError
+from attlas.options import option
 from attlas.storage.body import Body
 from attlas.storage.layer import Chosen, LayerState, StoredLayer
 from attlas.storage.packed import PackedBody
@@ -37,45 +38,36 @@ from attlas.storage.rows import Rows
 STRIDE = 50
 
 
-@mechanism(
-    "recycled-attention",
-    aliases=("recycled",),
-    example={"tokens": 12, "stride": 3},
-)
-class RecycledAttention(Selection):
-    """Attend the tokens that the last full step read most, and all since.
+@mechanism("recycled-attention", aliases=("recycled",), example={"tokens": 12, "stride": 3})
+class RecycledAttention(PortionSelection):
+    """Attend the tokens that the last full step read most, and all since."""
 
-    Args:
-        keep: share of the tokens held at a full step that is read until the next, in (0, 1].
-        tokens: or their number, K.
-        stride: every so many steps one is full; 50 unless `similarity` is given.
-        similarity: or a step is full when its query's cosine similarity falls below this.
-
-    Raises:
-        ValueError: no budget or two, both a stride and a similarity, or one out of range.
-    """
-
+    #: Everything is packed at a full step, token by token.
+    without: ClassVar[tuple[str, ...]] = ("page", "recent", "block", "offload", "capacity")
     everything: ClassVar[dict[str, Any]] = {"stride": 1}
     comparable: ClassVar[tuple[str, ...]] = ("(keep=0.25)", "(keep=0.125)")
 
-    def __init__(
-        self,
-        keep: float | None = None,
-        *,
-        tokens: int | None = None,
-        stride: int | None = None,
-        similarity: float | None = None,
-    ) -> None:
-        super().__init__()
-        self.portion = Portion.asked(keep, tokens)
-        if stride is not None and similarity is not None:
+    keep: float | None = option(
+        "share of the tokens held at a full step that is read until the next", default=None, above=0,
+        at_most=1, kw_only=False,
+    )  # fmt: skip
+    tokens: int | None = option("or their number, K", default=None, at_least=1)
+    stride: int | None = option(
+        "every so many steps one is full; 50 unless similarity is given", default=None, at_least=1
+    )
+    similarity: float | None = option(
+        "or a step is full when its query's cosine similarity falls below this", default=None,
+        at_least=-1, at_most=1,
+    )  # fmt: skip
+
+    def setup(self) -> None:
+        """Refuse two rules of when a step is full."""
+        super().setup()
+        if self.stride is not None and self.similarity is not None:
             raise UserError(
-                f"give stride or similarity, not both; got stride={stride}, similarity={similarity}"
+                f"give stride or similarity, not both; got stride={self.stride}, "
+                f"similarity={self.similarity}"
             )
-        if similarity is not None and not -1 <= similarity <= 1:
-            raise UserError(f"similarity is a cosine in [-1, 1], got {similarity}")
-        self.similarity = similarity
-        self.stride = STRIDE if stride is None else at_least_one("stride", stride)
 
     def learn(self, state: LayerState, call: Call) -> None:
         """The last valid query so far."""
@@ -99,7 +91,7 @@ class RecycledAttention(Selection):
             return None
         if self.similarity is None:
             # What counts the steps holds no number: its length is told without asking a device.
-            if state.tensors["steps"].shape[1] + 1 >= self.stride:
+            if state.tensors["steps"].shape[1] + 1 >= (self.stride or STRIDE):
                 return None
             return Chosen(recycled, 1, body.slots)
         alike = cosine_similarity(call.q.float(), state.tensors["query"].float(), dim=-1)

@@ -1,14 +1,14 @@
-"""A sparse prefill: the prompt attends to its first tokens and to a window, decoding to everything.
+"""A sparse prefill: the prompt attends to its first tokens and the newest, decoding to everything.
 
-    token t of the prompt sees   {0 … s−1} ∪ {t−w+1 … t}
+    token t of the prompt sees   {0 … s−1} ∪ {t−r+1 … t}
 
-Tokens are counted by each row's own valid ones, so that padding is neither sink nor window. Every call
+Tokens are counted by each row's own valid ones, so that padding is neither first nor recent. Every call
 of several tokens is taken for a prompt or a piece of one, unless its cache has been compressed;
 sliding-window layers and models that are not causal stay as they are. Recorders are shown the weights
 of full attention.
 
-Cost: n·(s + w) pairs instead of n²/2; blocks without a visible pair are not visited. A window of the
-whole prompt reduces to full attention.
+Cost: n·(s + r) pairs instead of n²/2; blocks without a visible pair are not visited. Where `recent` is
+the whole prompt it is full attention.
 
 Source: the pattern of "Efficient Streaming Language Models with Attention Sinks", which "Delta
 Attention: Fast and Accurate Sparse Attention Inference by Delta Correction" repairs.
@@ -26,36 +26,31 @@ from attlas import masks
 from attlas.attach.call import Call
 from attlas.attach.part import Selector
 from attlas.catalog.registry import mechanism
-from attlas.errors import UserError, at_least_one
 from attlas.masks import Mask
 from attlas.masks.algebra import Reach
 from attlas.ops.delta import attend_with_sinks
+from attlas.options import option
 from attlas.storage.layer import StoredLayer
 
 
-@mechanism("sparse-prefill", paper="", example={"sinks": 2, "window": 8})
+@mechanism("sparse-prefill", paper="", example={"sinks": 2, "recent": 8})
 class SparsePrefill(Selector):
-    """Let the prompt's tokens attend to the first ones and to the newest.
-
-    Args:
-        sinks: first tokens that all see.
-        window: newest tokens that each sees, itself included.
-
-    Raises:
-        ValueError: negative sinks, or a window below 1.
-    """
+    """Let the prompt's tokens attend to the first ones and to the newest."""
 
     #: A pattern chooses which pairs may meet.
     changes = ("mask",)
+    everything: ClassVar[dict[str, Any]] = {"recent": 4096}
 
-    everything: ClassVar[dict[str, Any]] = {"window": 4096}
+    sinks: int = option("first tokens that all see", default=4, at_least=0)
+    recent: int = option(
+        "newest tokens that each sees, itself included", default=2048, at_least=1, former="window"
+    )
 
-    def __init__(self, *, sinks: int = 4, window: int = 2048) -> None:
-        if sinks < 0:
-            raise UserError(f"sinks must be at least 0, got {sinks}")
-        self.sinks, self.window = sinks, at_least_one("window", window)
-        near = masks.window(window)
-        self.pattern = masks.causal & (near | masks.sinks(sinks) if sinks else near)
+    def setup(self) -> None:
+        """Make the pattern."""
+        super().setup()
+        near = masks.window(self.recent)
+        self.pattern = masks.causal & (near | masks.sinks(self.sinks) if self.sinks else near)
 
     def attend(self, call: Call) -> Float[Tensor, "batch query heads value_dim"] | None:
         """Attention under the pattern; None where there is no prompt to thin out."""
@@ -71,7 +66,7 @@ class SparsePrefill(Selector):
         """The pattern where nothing else is hidden, so that its empty blocks are known; else booleans."""
         pattern: Mask = self.pattern
         if (valid := call.rows.of_keys(call.k.shape[2])) is not None:
-            key = ("sparse-prefill", self.sinks, self.window)
+            key = ("sparse-prefill", self.sinks, self.recent)
             if key not in call.forward_pass.shared:
                 call.forward_pass.shared[key] = Ranked(pattern, valid) & masks.padding(valid)
             pattern = call.forward_pass.shared[key]

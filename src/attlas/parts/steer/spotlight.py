@@ -24,59 +24,45 @@ from torch import Tensor
 from attlas.attach.blocks import weight_blocks
 from attlas.attach.call import Call
 from attlas.attach.part import Steerer
-from attlas.attach.where import Heads, Layers, Spans
+from attlas.attach.where import Spans
 from attlas.catalog.registry import mechanism
 from attlas.errors import UserError
+from attlas.options import option
 from attlas.positions import ScoreMod
 
 
 @mechanism("spotlight", example={"spans": [(2, 6)], "share": 0.4})
 class Spotlight(Steerer):
-    """Raise the attention on marked tokens to a target share.
-
-    Args:
-        spans: the marked tokens, see `attlas.attach.where`.
-        share: the target, in [0, 1).
-        over: "row": the share of each query and head, as in the paper; "layer": of all of a row of the
-            batch together, as in published code.
-        exact: reach the target, instead of coming nearer to it; with a share of each query alone.
-        layers: numbers of layers that are steered; all unless given.
-        heads: query heads that are steered; all unless given.
-
-    Raises:
-        ValueError: a share out of range, another `over`, `exact` over a layer, a span that is none.
-    """
+    """Raise the attention on marked tokens to a target share."""
 
     #: A bias on the scores of the marked tokens.
     changes = ("score",)
     nothing: ClassVar[dict[str, Any]] = {"share": 0.0}
 
-    def __init__(
-        self,
-        spans: Spans,
-        share: float = 0.3,
-        *,
-        over: Literal["row", "layer"] = "row",
-        exact: bool = False,
-        layers: Layers = None,
-        heads: Heads = None,
-    ) -> None:
-        super().__init__(spans=spans, layers=layers, heads=heads)
-        if not 0 <= share < 1:
-            raise UserError(f"share must lie in [0, 1), got {share}")
-        if over not in ("row", "layer"):
-            raise UserError(f"over must be 'row' or 'layer', got {over!r}")
-        if exact and over == "layer":  # one bias for all rows leaves their mean short of the target
+    spans: Spans = option("the marked tokens, see `attlas.attach.where`", kw_only=False)
+    share: float = option("the target share", default=0.3, at_least=0, below=1, kw_only=False)
+    over: Literal["row", "layer"] = option(
+        "row: the share of each query and head, as in the paper; layer: of all of a row of the batch "
+        "together, as in published code", default="row",
+    )  # fmt: skip
+    exact: bool = option(
+        "reach the target instead of coming nearer to it; with a share of each query alone",
+        default=False,
+    )
+
+    def setup(self) -> None:
+        """Refuse one bias for all rows, which leaves their mean short of the target."""
+        super().setup()
+        if self.exact and self.over == "layer":
             raise UserError(
                 "exact reaches the target of each query; it takes over='row', got 'layer'"
             )
-        self.marked, self.share, self.over, self.exact = spans, share, over, exact
 
     def score_mod(self, call: Call) -> ScoreMod | None:
         """The bias of this call's queries; None where all have the share already."""
         if not self.share:
             return None
-        inside = call.in_spans(self.marked)
+        inside = call.in_spans(self.spans)
         here = self.where.over_heads(call.layer, call.q.shape[1], call.q.device)
         bias = self.bias(self.shares(call, inside, here)) * here[None, :, None]
         if not bool((bias != 0).any()):

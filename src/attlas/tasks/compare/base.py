@@ -23,6 +23,7 @@ from attlas.compare.methods import Method
 from attlas.compare.presets import Preset
 from attlas.errors import UnknownName
 from attlas.journal import Line
+from attlas.options import Configured
 from attlas.tasks.record import Measure, pooled_fraction, pooled_share
 from attlas.tasks.roof import Roof
 
@@ -146,7 +147,7 @@ class Metric:
         return self.section is not COST
 
 
-class CompareTask:
+class CompareTask(Configured):
     """A task of `attlas compare`.
 
     Attributes:

@@ -1,8 +1,8 @@
 """What a task is: a generator of batches, a loss and a score.
 
     @task("reversing", needs="decoder")
-    @dataclass(frozen=True)
-    class Reversing(Task): ...
+    class Reversing(Task):
+        count: int = option("symbols of a string", default=12, at_least=2)
 
 The registry finds the files of this package, so a new task is one new file. Sums and counts,
 rather than means, let a batch be split over processes and accumulated parts without changing the
@@ -22,6 +22,7 @@ from torch import Generator, Tensor
 from attlas.catalog import registry
 from attlas.catalog.kinds import LAYER, MODULE, TASK, Kind
 from attlas.errors import UnknownName
+from attlas.options import Configured
 
 #: What the model reads, and `targets`, all with the rows first.
 Batch = dict[str, Tensor]
@@ -69,8 +70,8 @@ class Sizes:
     image: tuple[int, int, int] = (0, 0, 0)
 
 
-class Task:
-    """A task of `attlas train`; subclasses are frozen dataclasses whose fields are its options.
+class Task(Configured):
+    """A task of `attlas train`.
 
     Attributes:
         name: the name it is registered under.

@@ -11,11 +11,10 @@ Source: the toy task of "Multi-Token Attention", where the block itself is to be
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Generator, Tensor
 
+from attlas.options import option
 from attlas.tasks.train.base import IGNORED, Batch, Sizes, Task, distinct, integers, task
 
 BAR, ASK, FIRST = 0, 1, 2
@@ -23,27 +22,21 @@ TRIES = 200
 
 
 @task("blocks", needs="decoder")
-@dataclass(frozen=True)
 class Blocks(Task):
-    """Finding the block that holds all wanted letters.
+    """Finding the block that holds all wanted letters."""
 
-    Args:
-        blocks: of a row.
-        size: letters of a block.
-        wanted: letters that are asked for.
-        letters: of the vocabulary.
-    """
+    blocks: int = option("blocks of a row", default=6, at_least=2)
+    size: int = option("letters of a block", default=4, at_least=1)
+    wanted: int = option("letters that are asked for", default=2, at_least=1)
+    letters: int = option("letters of the vocabulary", default=16, at_least=1)
 
-    blocks: int = 6
-    size: int = 4
-    wanted: int = 2
-    letters: int = 16
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.wanted <= self.size <= self.letters:
-            raise ValueError(f"wanted, size and letters must not fall in this order, got {self}")
-        if self.blocks < 2:
-            raise ValueError(f"blocks must be at least 2, got {self.blocks}")
+    def setup(self) -> None:
+        """Refuse letters that do not suffice."""
+        if not self.wanted <= self.size <= self.letters:
+            raise ValueError(
+                "wanted, size and letters must not fall in this order, got "
+                f"{self.wanted}, {self.size} and {self.letters}"
+            )
 
     @property
     def sizes(self) -> Sizes:

@@ -12,12 +12,12 @@ operator, whose data rest on another solver; errors cannot be compared with thei
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Generator, Tensor
 
+from attlas.options import option
 from attlas.tasks.train.base import Batch, Sizes, integers, task
 from attlas.tasks.train.fields import TESTED, TRAINED, FieldTask, random_field
 
@@ -25,23 +25,16 @@ FINE = 128
 
 
 @task("burgers", needs="operator")
-@dataclass(frozen=True)
 class Burgers(FieldTask):
-    """One dimension.
+    """One dimension."""
 
-    Args:
-        points: shown; a divisor of 128.
-        viscosity: ν.
-    """
+    points: int = option("points that are shown, a divisor of 128", default=64, at_least=4)
+    viscosity: float = option("ν of the equation", default=0.01, at_least=0.005, at_most=1)
 
-    points: int = 64
-    viscosity: float = 0.01
-
-    def __post_init__(self) -> None:
-        if self.points < 4 or FINE % self.points:
+    def setup(self) -> None:
+        """Refuse points that are not evenly spaced."""
+        if FINE % self.points:
             raise ValueError(f"points must be a divisor of {FINE} and 4 or more, got {self.points}")
-        if not 0.005 <= self.viscosity <= 1:
-            raise ValueError(f"viscosity must lie in [0.005, 1], got {self.viscosity}")
 
     @property
     def sizes(self) -> Sizes:

@@ -13,11 +13,10 @@ one variable and its operations as single tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Generator
 
+from attlas.options import option
 from attlas.tasks.train.base import IGNORED, Batch, Sizes, Task, task
 
 SET, INC, PASS, PRINT = range(4)
@@ -25,21 +24,11 @@ SHARES = (0.05, 0.25, 0.6, 0.1)
 
 
 @task("counting", needs="decoder")
-@dataclass(frozen=True)
 class Counting(Task):
-    """Increments since the last reset.
+    """Increments since the last reset."""
 
-    Args:
-        length: tokens of a row.
-        most: the largest count that is told apart.
-    """
-
-    length: int = 48
-    most: int = 9
-
-    def __post_init__(self) -> None:
-        if self.length < 2 or self.most < 1:
-            raise ValueError(f"length must be 2 or more and most 1 or more, got {self}")
+    length: int = option("tokens of a row", default=48, at_least=2)
+    most: int = option("the largest count that is told apart", default=9, at_least=1)
 
     @property
     def splits(self) -> tuple[str, ...]:

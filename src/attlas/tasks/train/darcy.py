@@ -12,12 +12,12 @@ operator, on a coarser grid; errors cannot be compared with theirs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Generator, Tensor
 
+from attlas.options import option
 from attlas.tasks.train.base import Batch, Sizes, integers, task
 from attlas.tasks.train.fields import TESTED, TRAINED, FieldTask, random_field
 
@@ -27,19 +27,12 @@ CHUNK = 64
 
 
 @task("darcy", needs="operator")
-@dataclass(frozen=True)
 class Darcy(FieldTask):
-    """Two dimensions.
+    """Two dimensions."""
 
-    Args:
-        points: cells a side; the model reads the square of it.
-    """
-
-    points: int = 12
-
-    def __post_init__(self) -> None:
-        if not 4 <= self.points <= 32:
-            raise ValueError(f"points must lie between 4 and 32, got {self.points}")
+    points: int = option(
+        "cells a side; the model reads the square of it", default=12, at_least=4, at_most=32
+    )
 
     @property
     def sizes(self) -> Sizes:

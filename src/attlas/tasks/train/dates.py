@@ -9,7 +9,6 @@ and its end, the right ones before it being given. Ceiling: 100 %.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from datetime import date, timedelta
 
 from torch import Generator
@@ -26,7 +25,6 @@ _DAYS = (date(2100, 1, 1) - _FIRST).days
 
 
 @task("dates", needs="seq2seq")
-@dataclass(frozen=True)
 class Dates(Task):
     """Dates to ISO 8601."""
 

@@ -7,7 +7,6 @@ reaches about 99 % with a random split.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 from typing import ClassVar
 
@@ -15,23 +14,20 @@ import torch
 from torch import Generator, Tensor
 
 from attlas.errors import UserError
+from attlas.options import option
 from attlas.tasks.train.base import Batch, Sizes, Task, integers, task
 
 
 @task("digits", needs="vit")
-@dataclass(frozen=True)
 class Digits(Task):
-    """Ten classes.
-
-    Args:
-        patch: height and width of a patch in pixels: 1, 2 or 4.
-    """
+    """Ten classes."""
 
     yardstick: ClassVar[str] = "the classes are known, though some digits are hard to read"
 
-    patch: int = 2
+    patch: int = option("height and width of a patch in pixels: 1, 2 or 4", default=2)
 
-    def __post_init__(self) -> None:
+    def setup(self) -> None:
+        """Refuse patches that do not fill a picture."""
         if self.patch not in (1, 2, 4):
             raise ValueError(f"patch must be 1, 2 or 4, got {self.patch}")
 

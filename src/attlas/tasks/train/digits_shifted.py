@@ -8,12 +8,12 @@ Ceiling: 100 %, though specks may hide what tells two digits apart.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
 
+from attlas.options import option
 from attlas.tasks.train.base import Batch, Sizes, Task, integers, task
 from attlas.tasks.train.digits import images
 
@@ -21,25 +21,13 @@ SIDE = 8
 
 
 @task("digits-shifted", needs="convnet")
-@dataclass(frozen=True)
 class DigitsShifted(Task):
-    """Ten classes, at any place.
-
-    Args:
-        size: height and width of the picture.
-        specks: share of pixels that distract.
-    """
+    """Ten classes, at any place."""
 
     yardstick: ClassVar[str] = "the classes are known, though specks may hide some digits"
 
-    size: int = 20
-    specks: float = 0.1
-
-    def __post_init__(self) -> None:
-        if not SIDE <= self.size <= 64:
-            raise ValueError(f"size must lie between {SIDE} and 64, got {self.size}")
-        if not 0 <= self.specks <= 1:
-            raise ValueError(f"specks must lie between 0 and 1, got {self.specks}")
+    size: int = option("height and width of the picture", default=20, at_least=SIDE, at_most=64)
+    specks: float = option("share of pixels that distract", default=0.1, at_least=0, at_most=1)
 
     @property
     def sizes(self) -> Sizes:

@@ -9,31 +9,24 @@ Length Extrapolation", which asks it of language modelling.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Generator
 
+from attlas.options import option
 from attlas.tasks.train.base import Batch, Sizes, Task, task
 from attlas.tasks.train.recall import Recall, pairs_and_queries
 
 
 @task("extrapolation", needs="decoder")
-@dataclass(frozen=True)
 class Extrapolation(Task):
-    """Recall beyond the trained length.
+    """Recall beyond the trained length."""
 
-    Args:
-        length: tokens of a row in training.
-        pairs: keys to remember.
-        keys: of the vocabulary.
-    """
+    length: int = option("tokens of a row in training", default=16, at_least=1)
+    pairs: int = option("keys to remember", default=4, at_least=1)
+    keys: int = option("keys of the vocabulary", default=4, at_least=1)
 
-    length: int = 16
-    pairs: int = 4
-    keys: int = 4
-
-    def __post_init__(self) -> None:
-        Recall(self.pairs, self.keys, self.length)  # the same limits hold
+    def setup(self) -> None:
+        """Refuse what `recall` refuses."""
+        Recall(pairs=self.pairs, keys=self.keys, length=self.length)
 
     @property
     def splits(self) -> tuple[str, ...]:

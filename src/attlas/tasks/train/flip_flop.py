@@ -11,11 +11,10 @@ Source: "Exposing Attention Glitches with Flip-Flop Language Modeling".
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Generator
 
+from attlas.options import option
 from attlas.tasks.train.base import Batch, Sizes, Task, integers, next_tokens, task
 
 WRITE, IGNORE, READ, ZERO = 0, 1, 2, 3
@@ -23,21 +22,11 @@ OTHERS = {"sparse": 0.98, "dense": 0.1}
 
 
 @task("flip-flop", needs="decoder")
-@dataclass(frozen=True)
 class FlipFlop(Task):
-    """One bit.
+    """One bit."""
 
-    Args:
-        steps: instructions of a row.
-        ignore: probability of an ignore.
-    """
-
-    steps: int = 32
-    ignore: float = 0.8
-
-    def __post_init__(self) -> None:
-        if self.steps < 2 or not 0 <= self.ignore < 1:
-            raise ValueError(f"steps must be 2 or more and ignore in [0, 1), got {self}")
+    steps: int = option("instructions of a row", default=32, at_least=2)
+    ignore: float = option("probability of an ignore", default=0.8, at_least=0, below=1)
 
     @property
     def splits(self) -> tuple[str, ...]:

@@ -10,29 +10,23 @@ Source: the repeated strings of "In-context Learning and Induction Heads".
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Generator
 
+from attlas.options import option
 from attlas.tasks.train.base import Batch, Sizes, Task, distinct, next_tokens, task
 
 
 @task("induction", needs="decoder")
-@dataclass(frozen=True)
 class Induction(Task):
-    """A string and its repetition.
+    """A string and its repetition."""
 
-    Args:
-        half: symbols of the string.
-        symbols: of the vocabulary; at least `half`.
-    """
+    half: int = option("symbols of the string", default=16, at_least=2)
+    symbols: int = option("symbols of the vocabulary, at least half", default=32, at_least=2)
 
-    half: int = 16
-    symbols: int = 32
-
-    def __post_init__(self) -> None:
-        if not 2 <= self.half <= self.symbols:
+    def setup(self) -> None:
+        """Refuse too few symbols."""
+        if self.half > self.symbols:
             raise ValueError(f"half must lie between 2 and symbols={self.symbols}, got {self.half}")
 
     @property

@@ -12,11 +12,10 @@ matter; the paper retrieves several needles from long texts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Generator
 
+from attlas.options import option
 from attlas.tasks.train.base import IGNORED, Batch, Sizes, Task, distinct, integers, task
 
 MARK, ASK, FIRST = 0, 1, 2
@@ -24,23 +23,24 @@ TIMES = (1, 2, 4)
 
 
 @task("noise", needs="decoder")
-@dataclass(frozen=True)
 class Noise(Task):
-    """Marked pairs among unmarked ones.
+    """Marked pairs among unmarked ones."""
 
-    Args:
-        needles: marked pairs.
-        pairs: unmarked pairs of the shortest stretch; the others have 2 and 4 times as many.
-        keys: of the vocabulary.
-    """
+    needles: int = option("marked pairs", default=2, at_least=1)
+    pairs: int = option(
+        "unmarked pairs of the shortest stretch; the others have 2 and 4 times as many",
+        default=8,
+        at_least=1,
+    )
+    keys: int = option("keys of the vocabulary", default=8, at_least=1)
 
-    needles: int = 2
-    pairs: int = 8
-    keys: int = 8
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.needles <= min(self.keys, self.pairs):
-            raise ValueError(f"needles must lie between 1 and keys and pairs, got {self}")
+    def setup(self) -> None:
+        """Refuse more needles than there are keys, or unmarked pairs."""
+        if self.needles > min(self.keys, self.pairs):
+            raise ValueError(
+                f"needles must lie between 1 and keys={self.keys} and pairs={self.pairs}, "
+                f"got {self.needles}"
+            )
 
     @property
     def splits(self) -> tuple[str, ...]:

@@ -12,10 +12,9 @@ Long-Form Speech Synthesis".
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Generator
 
+from attlas.options import option
 from attlas.tasks.train.base import Batch, Sizes, Task, integers, task
 from attlas.tasks.train.spelling import COUNT, translation
 
@@ -23,20 +22,15 @@ _WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 
 
 @task("numbers", needs="seq2seq")
-@dataclass(frozen=True)
 class Numbers(Task):
-    """Digits from words.
+    """Digits from words."""
 
-    Args:
-        most: digits of the longest number in training.
-        least: digits of the shortest.
-    """
+    most: int = option("digits of the longest number in training", default=6, at_least=1)
+    least: int = option("digits of the shortest number in training", default=2, at_least=1)
 
-    most: int = 6
-    least: int = 2
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.least <= self.most:
+    def setup(self) -> None:
+        """Refuse numbers that no length has."""
+        if self.least > self.most:
             raise ValueError(f"least must lie between 1 and most={self.most}, got {self.least}")
 
     @property

@@ -12,34 +12,29 @@ trained here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Generator
 
+from attlas.options import option
 from attlas.tasks.train.base import IGNORED, Batch, Sizes, Task, distinct, integers, task
 
 
 @task("one-needle", needs="decoder")
-@dataclass(frozen=True)
 class OneNeedle(Task):
-    """Values of keys.
+    """Values of keys."""
 
-    Args:
-        fewest: pairs of a row at least.
-        pairs: at most.
-        symbols: names; at least two a pair.
-        asked: keys at the end of a row.
-    """
+    fewest: int = option("pairs of a row at least", default=4, at_least=1)
+    pairs: int = option("pairs of a row at most", default=8, at_least=1)
+    symbols: int = option("names of the vocabulary, at least two a pair", default=32, at_least=2)
+    asked: int = option("keys at the end of a row", default=4, at_least=1)
 
-    fewest: int = 4
-    pairs: int = 8
-    symbols: int = 32
-    asked: int = 4
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.asked <= self.fewest <= self.pairs:
-            raise ValueError(f"asked, fewest and pairs must rise from 1, got {self}")
+    def setup(self) -> None:
+        """Refuse more questions than pairs, and too few names."""
+        if not self.asked <= self.fewest <= self.pairs:
+            raise ValueError(
+                f"asked, fewest and pairs must rise from 1, got {self.asked}, {self.fewest} and "
+                f"{self.pairs}"
+            )
         if self.symbols < 2 * self.pairs:
             raise ValueError(f"symbols must be at least {2 * self.pairs}, got {self.symbols}")
 

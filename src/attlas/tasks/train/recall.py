@@ -11,31 +11,24 @@ distances drawn from a power law; here all places are equally likely.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Generator
 
+from attlas.options import option
 from attlas.tasks.train.base import IGNORED, Batch, Sizes, Task, distinct, integers, task
 
 
 @task("recall", needs="decoder")
-@dataclass(frozen=True)
 class Recall(Task):
-    """Associative recall.
+    """Associative recall."""
 
-    Args:
-        pairs: keys to remember.
-        keys: of the vocabulary.
-        length: tokens of a row; at least 3 · pairs.
-    """
+    pairs: int = option("keys to remember", default=4, at_least=1)
+    keys: int = option("keys of the vocabulary", default=4, at_least=1)
+    length: int = option("tokens of a row, at least three a pair", default=16, at_least=1)
 
-    pairs: int = 4
-    keys: int = 4
-    length: int = 16
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.pairs <= self.keys:
+    def setup(self) -> None:
+        """Refuse more pairs than keys, and rows without room for them."""
+        if self.pairs > self.keys:
             raise ValueError(f"pairs must lie between 1 and keys={self.keys}, got {self.pairs}")
         if self.length < 3 * self.pairs:
             raise ValueError(f"length must be at least {3 * self.pairs}, got {self.length}")

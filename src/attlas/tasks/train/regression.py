@@ -10,24 +10,18 @@ Source: "What Can Transformers Learn In-Context? A Case Study of Simple Function
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
 
+from attlas.options import option
 from attlas.tasks.train.base import Batch, Score, Sizes, Task, task
 
 
 @task("regression", needs="decoder")
-@dataclass(frozen=True)
 class Regression(Task):
-    """Linear functions learnt from their points.
-
-    Args:
-        dim: numbers of x.
-        points: of a row; more than `dim`.
-    """
+    """Linear functions learnt from their points."""
 
     judged: ClassVar[Score] = Score("squared error", "lower", 1.0, 3)
     best: ClassVar[float | None] = 0.0
@@ -35,12 +29,15 @@ class Regression(Task):
         "least squares makes no error from the dim-th shown point on; 1: says 0"
     )
 
-    dim: int = 4
-    points: int = 16
+    dim: int = option("numbers of x", default=4, at_least=1)
+    points: int = option("points of a row, more than dim", default=16, at_least=2)
 
-    def __post_init__(self) -> None:
-        if not 1 <= self.dim < self.points:
-            raise ValueError(f"dim must lie between 1 and points - 1, got {self}")
+    def setup(self) -> None:
+        """Refuse points that do not decide a function."""
+        if self.dim >= self.points:
+            raise ValueError(
+                f"dim must lie between 1 and points - 1, got {self.dim} of {self.points} points"
+            )
 
     @property
     def sizes(self) -> Sizes:

@@ -8,30 +8,19 @@ symbols backwards. Scored: all symbols after the separator. Ceiling: 100 %.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Generator
 
+from attlas.options import option
 from attlas.tasks.train.base import Batch, Sizes, Task, integers, task
 from attlas.tasks.train.sorting import then
 
 
 @task("reversing", needs="decoder")
-@dataclass(frozen=True)
 class Reversing(Task):
-    """A string backwards.
+    """A string backwards."""
 
-    Args:
-        count: symbols of a string.
-        symbols: of the vocabulary.
-    """
-
-    count: int = 12
-    symbols: int = 10
-
-    def __post_init__(self) -> None:
-        if self.count < 2 or self.symbols < 2:
-            raise ValueError(f"count and symbols must be 2 or more, got {self}")
+    count: int = option("symbols of a string", default=12, at_least=2)
+    symbols: int = option("symbols of the vocabulary", default=10, at_least=2)
 
     @property
     def sizes(self) -> Sizes:

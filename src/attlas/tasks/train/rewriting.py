@@ -12,34 +12,30 @@ Programmers" (its setting with replacement) holds updates against each other wit
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Generator
 
+from attlas.options import option
 from attlas.tasks.train.base import IGNORED, Batch, Sizes, Task, distinct, integers, task
 
 
 @task("rewriting", needs="decoder")
-@dataclass(frozen=True)
 class Rewriting(Task):
-    """Associative recall with values that are overwritten.
+    """Associative recall with values that are overwritten."""
 
-    Args:
-        pairs: keys to remember.
-        writes: pairs of a key and a value, at least as many.
-        keys: of the vocabulary.
-        length: tokens of a row; at least 2 · writes + pairs.
-    """
+    pairs: int = option("keys to remember", default=4, at_least=1)
+    writes: int = option(
+        "pairs of a key and a value, at least as many as pairs", default=12, at_least=1
+    )
+    keys: int = option("keys of the vocabulary", default=4, at_least=1)
+    length: int = option(
+        "tokens of a row, at least two a write and one a pair", default=32, at_least=1
+    )
 
-    pairs: int = 4
-    writes: int = 12
-    keys: int = 4
-    length: int = 32
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.pairs <= min(self.keys, self.writes):
-            most = min(self.keys, self.writes)
+    def setup(self) -> None:
+        """Refuse more pairs than keys or writes, and rows without room for them."""
+        most = min(self.keys, self.writes)
+        if self.pairs > most:
             raise ValueError(f"pairs must lie between 1 and {most}, got {self.pairs}")
         least = 2 * self.writes + self.pairs
         if self.length < least:

@@ -10,33 +10,26 @@ Source: the task of "Mamba: Linear-Time Sequence Modeling with Selective State S
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Generator
 
+from attlas.options import option
 from attlas.tasks.train.base import IGNORED, Batch, Sizes, Task, distinct, integers, task
 
 NOISE, MARKER, FIRST = 0, 1, 2
 
 
 @task("selective-copy", needs="decoder")
-@dataclass(frozen=True)
 class SelectiveCopy(Task):
-    """Symbols among noise.
+    """Symbols among noise."""
 
-    Args:
-        count: symbols to copy.
-        length: tokens that they lie among.
-        symbols: of the vocabulary.
-    """
+    count: int = option("symbols to copy", default=4, at_least=1)
+    length: int = option("tokens that they lie among", default=24, at_least=1)
+    symbols: int = option("symbols of the vocabulary", default=8, at_least=1)
 
-    count: int = 4
-    length: int = 24
-    symbols: int = 8
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.count <= self.length:
+    def setup(self) -> None:
+        """Refuse more symbols than tokens."""
+        if self.count > self.length:
             raise ValueError(f"count must lie between 1 and length={self.length}, got {self.count}")
 
     @property

@@ -9,40 +9,28 @@ that of `shakespeare-bytes`, whose yardstick it shares.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar
 
 import torch
 from torch import Generator, Tensor
 
+from attlas.options import option
 from attlas.tasks.text import shakespeare
 from attlas.tasks.train.base import Batch, Score, Sizes, Task, task
 from attlas.tasks.train.shakespeare_bytes import BITS, TRAINED, YARDSTICK, windows
 
 
 @task("shakespeare-bpe", needs="decoder")
-@dataclass(frozen=True)
 class ShakespeareBPE(Task):
-    """Next tokens of the plays.
-
-    Args:
-        length: tokens read.
-        tokens: of the vocabulary; at least 257.
-    """
+    """Next tokens of the plays."""
 
     judged: ClassVar[Score] = BITS
     best: ClassVar[float | None] = None
     yardstick: ClassVar[str] = YARDSTICK
 
-    length: int = 64
-    tokens: int = 1024
-
-    def __post_init__(self) -> None:
-        if not 2 <= self.length <= 65536:
-            raise ValueError(f"length must lie between 2 and 65536, got {self.length}")
-        if not 257 <= self.tokens <= 32768:
-            raise ValueError(f"tokens must lie between 257 and 32768, got {self.tokens}")
+    length: int = option("tokens read", default=64, at_least=2, at_most=65536)
+    tokens: int = option("tokens of the vocabulary", default=1024, at_least=257, at_most=32768)
 
     @property
     def sizes(self) -> Sizes:

@@ -9,13 +9,13 @@ letter ("Prediction and Entropy of Printed English", upper bound).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import cache
 from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
 
+from attlas.options import option
 from attlas.tasks.text import shakespeare
 from attlas.tasks.train.base import Batch, Score, Sizes, Task, integers, task
 
@@ -25,23 +25,14 @@ BITS = Score("bits a byte", "lower", 1.0, 3)
 
 
 @task("shakespeare-bytes", needs="decoder")
-@dataclass(frozen=True)
 class ShakespeareBytes(Task):
-    """Next bytes of the plays.
-
-    Args:
-        length: bytes read.
-    """
+    """Next bytes of the plays."""
 
     judged: ClassVar[Score] = BITS
     best: ClassVar[float | None] = None
     yardstick: ClassVar[str] = YARDSTICK
 
-    length: int = 128
-
-    def __post_init__(self) -> None:
-        if not 2 <= self.length <= 65536:
-            raise ValueError(f"length must lie between 2 and 65536, got {self.length}")
+    length: int = option("bytes read", default=128, at_least=2, at_most=65536)
 
     @property
     def sizes(self) -> Sizes:

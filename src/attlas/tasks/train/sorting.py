@@ -9,29 +9,23 @@ all sorted numbers. Ceiling: 100 %.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Generator, Tensor
 
+from attlas.options import option
 from attlas.tasks.train.base import Batch, Sizes, Task, distinct, next_tokens, task
 
 
 @task("sorting", needs="decoder")
-@dataclass(frozen=True)
 class Sorting(Task):
-    """Numbers in order.
+    """Numbers in order."""
 
-    Args:
-        count: numbers of a list.
-        numbers: that there are; at least `count`.
-    """
+    count: int = option("numbers of a list", default=10, at_least=2)
+    numbers: int = option("numbers that there are, at least count", default=32, at_least=2)
 
-    count: int = 10
-    numbers: int = 32
-
-    def __post_init__(self) -> None:
-        if not 2 <= self.count <= self.numbers:
+    def setup(self) -> None:
+        """Refuse too few numbers."""
+        if self.count > self.numbers:
             raise ValueError(
                 f"count must lie between 2 and numbers={self.numbers}, got {self.count}"
             )

@@ -12,35 +12,23 @@ that its state can do.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import combinations
 
 import torch
 from torch import Generator
 
+from attlas.options import option
 from attlas.tasks.train.base import Batch, Sizes, Task, integers, task
 
 LONGER = "twice as long"
 
 
 @task("swaps", needs="decoder")
-@dataclass(frozen=True)
 class Swaps(Task):
-    """Permutations made of swaps.
+    """Permutations made of swaps."""
 
-    Args:
-        items: in a row, at least 2.
-        length: swaps of a row in training.
-    """
-
-    items: int = 3
-    length: int = 16
-
-    def __post_init__(self) -> None:
-        if self.items < 2:
-            raise ValueError(f"items must be at least 2, got {self.items}")
-        if self.length < 1:
-            raise ValueError(f"length must be at least 1, got {self.length}")
+    items: int = option("in a row, at least 2", default=3, at_least=2)
+    length: int = option("swaps of a row in training", default=16, at_least=1)
 
     @property
     def splits(self) -> tuple[str, ...]:
