@@ -3,8 +3,8 @@
     context = norm(encoder(E[source]));   logits = W norm(decoder(E[target], context))
 
 Cross-attention computes its keys anew at every step, since mechanisms differ in what could be kept. One
-whose weights rest on earlier queries (not `supports.single_queries`) has the whole target at every step, and
-the model then keeps nothing.
+whose weights rest on earlier queries (not `supports.single_queries`) has the whole target at every step,
+and the model then keeps nothing.
 Importing this module registers the types with AutoConfig and AutoModelForSeq2SeqLM.
 """
 

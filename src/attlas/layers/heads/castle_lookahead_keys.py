@@ -51,12 +51,9 @@ class CastleLookaheadKeys(Attention):
     claims = (
         Claim(
             "keys that learn from later tokens predict better than causal keys",
-            task="shakespeare-bytes",
-            better="lower",
-            steps=500,
-            batch=16,
+            task="shakespeare-bytes", better="lower", steps=500, batch=16,
         ),
-    )
+    )  # fmt: skip
     supports = Supports(cross=False)
     expected_failures: ClassVar[dict[str, str]] = {"static-cache": "tokens change earlier keys"}
 

@@ -44,13 +44,9 @@ class HeadEmbedding(Attention):
     claims = (
         Claim(
             "one head's projections and an embedding a head keep nearly all of the quality",
-            task="shakespeare-bytes",
-            better="lower",
-            margin=0.05,
-            steps=500,
-            batch=16,
+            task="shakespeare-bytes", better="lower", margin=0.05, steps=500, batch=16,
         ),
-    )
+    )  # fmt: skip
 
     mode: Literal["multiplicative", "additive"] = option(
         "how an embedding enters", default="multiplicative"

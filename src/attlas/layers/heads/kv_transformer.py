@@ -38,13 +38,7 @@ def _keys_as_queries(layer: Attention, plain: Attention) -> None:
 class KeyValue(Attention):
     """Attention of keys to keys."""
 
-    claims = (
-        Claim(
-            "queries that are the keys still sort as well",
-            task="sorting",
-            margin=0.02,
-        ),
-    )
+    claims = (Claim("queries that are the keys still sort as well", task="sorting", margin=0.02),)
 
     position_dim: int = option(
         "m, features of a pair of positions; 0 for the plain form", default=0, at_least=0

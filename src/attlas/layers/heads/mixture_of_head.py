@@ -49,14 +49,10 @@ class MixtureOfHead(Attention):
     claims = (
         Claim(
             "with three quarters of its heads it is as good as multi-head attention",
-            ours="mixture-of-head(shared_heads=1, routed_active=2)",
-            task="shakespeare-bytes",
-            better="lower",
-            margin=0.02,
-            steps=500,
-            batch=16,
+            ours="mixture-of-head(shared_heads=1, routed_active=2)", task="shakespeare-bytes",
+            better="lower", margin=0.02, steps=500, batch=16,
         ),
-    )
+    )  # fmt: skip
 
     shared_heads: int = option(
         "S, heads always on; half of them unless given", at_least=0,

@@ -73,14 +73,10 @@ class EfficientQK(Optimised):
 
     claims = (
         Claim(
-            "without key and value projections nothing is lost",
-            task="shakespeare-bytes",
-            better="lower",
-            margin=0.02,
-            steps=500,
-            batch=16,
+            "without key and value projections nothing is lost", task="shakespeare-bytes",
+            better="lower", margin=0.02, steps=500, batch=16,
         ),
-    )
+    )  # fmt: skip
 
     def make_projections(self) -> None:
         """Queries and the output."""

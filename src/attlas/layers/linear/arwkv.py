@@ -77,11 +77,9 @@ class ARWKV(RecurrentAttention):
         Claim(
             "its state follows swaps and permutations, which an additive state cannot",
             against=("linear-attention", "gated-linear-attention"),
-            task="swaps(items=3, length=12)",
-            steps=800,
-            seeds=2,
+            task="swaps(items=3, length=12)", steps=800, seeds=2,
         ),
-    )
+    )  # fmt: skip
     supports = replace(
         RecurrentAttention.supports, bidirectional=False, cross=False, position=False,
         masks="padding", extras=("v_first",),

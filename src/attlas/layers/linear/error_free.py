@@ -36,13 +36,9 @@ class ErrorFreeLinearAttention(RecurrentAttention):
     claims = (
         Claim(
             "exact steps lose less to noise than the delta rule's",
-            against=("fast-weight-delta-rule",),
-            task="noise",
-            split="16 pairs",
-            steps=600,
-            seeds=2,
+            against=("fast-weight-delta-rule",), task="noise", split="16 pairs", steps=600, seeds=2,
         ),
-    )
+    )  # fmt: skip
 
     supports = replace(
         RecurrentAttention.supports, bidirectional=False, cross=False, masks="padding"

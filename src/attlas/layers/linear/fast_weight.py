@@ -47,11 +47,9 @@ class FastWeightDeltaRule(RecurrentAttention):
             "a state that replaces what stood under a key recalls what was written last, "
             "where a sum cannot",
             against=("fast-weight-delta-rule(update='additive')", "linear-attention"),
-            task="rewriting(pairs=3, writes=8, length=20)",
-            steps=800,
-            seeds=2,
+            task="rewriting(pairs=3, writes=8, length=20)", steps=800, seeds=2,
         ),
-    )
+    )  # fmt: skip
 
     supports = replace(
         RecurrentAttention.supports, bidirectional=False, cross=False, masks="padding"

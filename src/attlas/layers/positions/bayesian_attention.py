@@ -95,12 +95,10 @@ class Bayesian(Attention):
     claims = (
         Claim(
             "a learned prior over distances goes on working far beyond the trained length",
-            against=("softmax", "softmax(position='sinusoidal')"),
-            task="extrapolation",
-            split="64 tokens",
-            steps=600,
+            against=("softmax", "softmax(position='sinusoidal')"), task="extrapolation",
+            split="64 tokens", steps=600,
         ),
-    )
+    )  # fmt: skip
 
     supports = Supports(cross=False, position=False)
     changes = ("position", "score")

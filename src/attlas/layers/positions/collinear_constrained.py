@@ -38,11 +38,9 @@ class CollinearConstrained(Attention):
     claims = (
         Claim(
             "collinear keys keep rotary attention working beyond the trained length",
-            task="extrapolation",
-            split="64 tokens",
-            steps=600,
+            task="extrapolation", split="64 tokens", steps=600,
         ),
-    )
+    )  # fmt: skip
 
     #: `position` makes t of what `k_proj` gives, and the factors that the score multiplies.
     changes = ("project", "score")

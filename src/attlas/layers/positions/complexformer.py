@@ -42,12 +42,9 @@ class ComplexFormer(Attention):
     claims = (
         Claim(
             "phases adapted by each head model language better than rotary heads",
-            task="shakespeare-bytes",
-            better="lower",
-            steps=500,
-            batch=16,
+            task="shakespeare-bytes", better="lower", steps=500, batch=16,
         ),
-    )
+    )  # fmt: skip
 
     changes = ("score",)  # the product of the adapted vectors, which `position` makes
 

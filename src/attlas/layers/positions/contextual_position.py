@@ -35,11 +35,9 @@ class ContextualPosition(Attention):
         Claim(
             "counts what matters, also at distances that training did not show",
             ours="contextual-position-encoding(position='none')",
-            against=("softmax", "softmax(position='none')"),
-            task="counting",
-            split="more passes",
+            against=("softmax", "softmax(position='none')"), task="counting", split="more passes",
         ),
-    )
+    )  # fmt: skip
 
     supports = Supports(memory="quadratic")
     changes = ("position",)  # counted by the score

@@ -50,12 +50,10 @@ class RopeNopeHybrid(Attention):
     claims = (
         Claim(
             "windowed rotary layers among layers without positions retrieve beyond the trained length",
-            ours="rope-nope-hybrid(window=16, period=2)",
-            task="extrapolation",
-            split="64 tokens",
+            ours="rope-nope-hybrid(window=16, period=2)", task="extrapolation", split="64 tokens",
             steps=600,
         ),
-    )
+    )  # fmt: skip
 
     supports = Supports(cross=False, position=False)
 

@@ -43,11 +43,9 @@ class MultiToken(Attention):
         Claim(
             "finds what only several tokens together identify",
             ours="multi-token-attention(kernel=[2,7], norm=False, head_kernel=1)",
-            task="blocks(blocks=5, size=4, letters=12)",
-            steps=800,
-            layers=1,
+            task="blocks(blocks=5, size=4, letters=12)", steps=800, layers=1,
         ),
-    )
+    )  # fmt: skip
 
     supports = Supports(memory="quadratic")
     changes = ("score",)
@@ -73,10 +71,9 @@ class MultiToken(Attention):
     normed: bool = option("whether each head has an RMS norm", default=True, alias="norm")
     rescale: bool = option("whether the norm has its factor 1 − λ", default=True)
     gates: Literal["scalar", "channels"] | None = option(
-        "a gate on each head's output: one number, or one for each channel",
-        default=None,
+        "a gate on each head's output: one number, or one for each channel", default=None,
         alias="gate",
-    )
+    )  # fmt: skip
     depth: int = option(
         "layers below this one; layer_idx unless given", at_least=0,
         factory=lambda layer: layer.layer_idx,

@@ -39,12 +39,9 @@ class Neural(Attention):
     claims = (
         Claim(
             "a small network for every pair scores better than a dot product",
-            task="shakespeare-bytes",
-            better="lower",
-            steps=500,
-            batch=16,
+            task="shakespeare-bytes", better="lower", steps=500, batch=16,
         ),
-    )
+    )  # fmt: skip
 
     supports = Supports(memory="quadratic")
     beyond = (

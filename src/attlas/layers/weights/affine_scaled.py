@@ -49,14 +49,10 @@ class AffineScaled(Attention):
 
     claims = (
         Claim(
-            "scaled and shifted weights train to no higher a loss",
-            task="shakespeare-bytes",
-            better="lower",
-            margin=0.0,
-            steps=500,
-            batch=16,
+            "scaled and shifted weights train to no higher a loss", task="shakespeare-bytes",
+            better="lower", margin=0.0, steps=500, batch=16,
         ),
-    )
+    )  # fmt: skip
 
     activation: Literal["clip", "sigmoid"] = option(
         "from W x to α: clip, linear between −5 and 5, or sigmoid", default="clip"

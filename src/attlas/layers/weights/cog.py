@@ -32,13 +32,10 @@ class Cog(Attention):
 
     claims = (
         Claim(
-            "negative weights make heads more expressive",
-            task="shakespeare-bytes",
-            better="lower",
-            steps=500,
-            batch=16,
+            "negative weights make heads more expressive", task="shakespeare-bytes", better="lower",
+            steps=500, batch=16,
         ),
-    )
+    )  # fmt: skip
 
     def normalize(self, scores: Tensor, inputs: Inputs) -> Tensor:
         """sign(p) · softmax(|p|)."""

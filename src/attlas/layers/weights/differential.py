@@ -48,10 +48,9 @@ class Differential(SumOfMaps):
     claims = (
         Claim(
             "gives less weight to context that does not matter, and so retrieves better from noise",
-            task="noise(needles=2, pairs=8, keys=8)",
-            split="32 pairs",
+            task="noise(needles=2, pairs=8, keys=8)", split="32 pairs",
         ),
-    )
+    )  # fmt: skip
 
     beyond = ("project: each of the two maps has queries and keys of its own",)
 

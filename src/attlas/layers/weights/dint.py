@@ -39,12 +39,10 @@ class Dint(Differential):
         Claim(
             "adds to the differential map what the whole sequence attends to, and retrieves "
             "better than it",
-            also="noise",
-            against=("differential-transformer", "softmax"),
-            task="noise(needles=2, pairs=8, keys=8)",
-            split="32 pairs",
+            also="noise", against=("differential-transformer", "softmax"),
+            task="noise(needles=2, pairs=8, keys=8)", split="32 pairs",
         ),
-    )
+    )  # fmt: skip
 
     beyond = ("output: heads are normed and scaled as in differential attention",)
     expected_failures: ClassVar[dict[str, str]] = {

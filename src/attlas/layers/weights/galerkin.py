@@ -130,13 +130,10 @@ class Galerkin(_Integral):
 
     claims = (
         Claim(
-            "attention without softmax learns solution operators as well or better",
-            task="burgers",
-            better="lower",
-            steps=500,
-            batch=16,
+            "attention without softmax learns solution operators as well or better", task="burgers",
+            better="lower", steps=500, batch=16,
         ),
-    )
+    )  # fmt: skip
 
     normed = "kv"
 

@@ -69,12 +69,10 @@ class SharedDiff(Differential):
     claims = (
         Claim(
             "keeps the differential map's gain with fewer parameters",
-            against=("differential-transformer",),
-            task="noise(needles=2, pairs=8, keys=8)",
-            split="32 pairs",
-            margin=0.02,
+            against=("differential-transformer",), task="noise(needles=2, pairs=8, keys=8)",
+            split="32 pairs", margin=0.02,
         ),
-    )
+    )  # fmt: skip
 
     q_proj: SharedProjection  # type: ignore[assignment]
     k_proj: SharedProjection  # type: ignore[assignment]

@@ -33,10 +33,9 @@ class Sinkformer(Attention):
     supports = Supports(causal=False, cross=False, memory="quadratic")
 
     half_steps: int = option(
-        "normalisations, rows first and last when odd (the authors' `max_iter`)",
-        default=3,
+        "normalisations, rows first and last when odd (the authors' `max_iter`)", default=3,
         at_least=1,
-    )
+    )  # fmt: skip
     epsilon: float = option("temperature ε", default=1.0, above=0)
 
     def normalize(self, scores: Tensor, inputs: Inputs) -> Tensor:

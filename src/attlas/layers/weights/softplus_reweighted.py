@@ -99,11 +99,9 @@ class SoftplusReweighted(Softplus):
     claims = (
         Claim(
             "length-scaled, re-weighted scores go on working beyond the trained length",
-            task="extrapolation",
-            split="64 tokens",
-            steps=600,
+            task="extrapolation", split="64 tokens", steps=600,
         ),
-    )
+    )  # fmt: skip
 
     supports = Supports(memory="quadratic")
 

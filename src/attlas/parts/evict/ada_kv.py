@@ -34,11 +34,9 @@ from attlas.storage.ragged import RaggedBody
 
 
 @mechanism(
-    "ada-kv",
-    paper="snapkv",
-    aliases=("adakv",),
+    "ada-kv", paper="snapkv", aliases=("adakv",),
     example={"keep": 0.5, "scorer_options": {"window": 4}},
-)
+)  # fmt: skip
 class AdaKV(ScoredPolicy):
     """Budgets per head within a layer, over another policy's scores."""
 
@@ -47,11 +45,9 @@ class AdaKV(ScoredPolicy):
     comparable: ClassVar[tuple[str, ...]] = ("(keep=0.5)", "(keep=0.25)", "(keep=0.125)")
 
     alpha: float = option(
-        "share of the average budget that every head has for sure",
-        default=0.2,
-        at_least=0,
+        "share of the average budget that every head has for sure", default=0.2, at_least=0,
         at_most=1,
-    )
+    )  # fmt: skip
 
     def budgets(self, state: LayerState, slots: Slots) -> Int[Tensor, " batch"]:
         """The scorer's; of bytes, a slot less for the heads' offsets and lengths."""

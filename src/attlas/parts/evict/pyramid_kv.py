@@ -31,11 +31,9 @@ from attlas.storage.layer import LayerState
 
 
 @mechanism(
-    "pyramid-kv",
-    paper="snapkv",
-    aliases=("pyramidkv",),
+    "pyramid-kv", paper="snapkv", aliases=("pyramidkv",),
     example={"keep": 0.5, "scorer_options": {"window": 4}},
-)
+)  # fmt: skip
 class PyramidKV(ScoredPolicy):
     """Budgets that fall from layer to layer, over another policy's scores."""
 

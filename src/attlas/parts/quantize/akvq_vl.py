@@ -63,11 +63,9 @@ class AKVQ(MixedQuantizer):
         "how many of the first layers keep text in more bits", default=2, at_least=0
     )
     salient: float = option(
-        "share of tokens that the other layers keep in more bits",
-        default=0.1,
-        at_least=0,
+        "share of tokens that the other layers keep in more bits", default=0.1, at_least=0,
         at_most=1,
-    )
+    )  # fmt: skip
     pivot_cut: float = option(
         "how far from the median the logarithm of a pivot's norm is", default=5.0, above=0
     )

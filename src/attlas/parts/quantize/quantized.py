@@ -30,10 +30,7 @@ from attlas.storage.packed import PackedBody
 
 
 @mechanism(
-    "quantized-cache",
-    paper="",
-    aliases=("kivi",),
-    example={"bits": 4, "key_group": 8, "recent": 4},
+    "quantized-cache", paper="", aliases=("kivi",), example={"bits": 4, "key_group": 8, "recent": 4}
 )
 class QuantizedCache(Quantizer):
     """Keep the context in few bits, the newest tokens in full precision."""

@@ -103,7 +103,9 @@ class MassiveValuesDisruption(Patch):
     """Replace each head's most (or least) massive dimensions of q and k by their mean, in prompts."""
 
     changes = ("project",)
-    beyond = ("position: what was projected is disrupted as it is multiplied; what is cached stays",)
+    beyond = (
+        "position: what was projected is disrupted as it is multiplied; what is cached stays",
+    )
     nothing: ClassVar[dict[str, Any] | None] = {"dimensions": 0}
 
     dimensions: int = option(

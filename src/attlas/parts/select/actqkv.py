@@ -57,10 +57,9 @@ HALF = 0.501
 
 
 @mechanism(
-    "actqkv-probe-query",
-    aliases=("actqkv",),
+    "actqkv-probe-query", aliases=("actqkv",),
     example={"tokens": 4, "page": 2, "window": 6, "sinks": 2, "recent": 4},
-)
+)  # fmt: skip
 class ActQKV(PortionSelection):
     """Retrieve pages for each window of a prompt by its probe query, and for each token by its own."""
 

@@ -35,10 +35,9 @@ from attlas.storage.layer import Chosen, LayerState, StoredLayer
 
 
 @mechanism(
-    "adaptive-long-context-heads",
-    aliases=("adaptive-heads",),
+    "adaptive-long-context-heads", aliases=("adaptive-heads",),
     example={"sinks": 4, "recent": 4, "page": 4},
-)
+)  # fmt: skip
 class AdaptiveLongContext(Selection):
     """Let each head read far tokens only when its query seems to need them."""
 

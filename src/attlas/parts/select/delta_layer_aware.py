@@ -40,10 +40,9 @@ BLOCK = 16
 
 
 @mechanism(
-    "delta-layer-aware-attention",
-    aliases=("delta-layers",),
+    "delta-layer-aware-attention", aliases=("delta-layers",),
     example={"tokens": 8, "dense": 1, "selection_layers": (2, 4), "recent": 4},
-)
+)  # fmt: skip
 class DeltaLayerAware(PortionSelection):
     """Attend, in most layers, the tokens that a selection layer below them read most."""
 

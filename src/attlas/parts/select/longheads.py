@@ -58,12 +58,9 @@ class LongHeads(Selection):
     changes = ("position", "mask")
 
     page: int = option(
-        "tokens of a chunk; the authors' 256",
-        default=256,
-        at_least=1,
-        kw_only=False,
+        "tokens of a chunk; the authors' 256", default=256, at_least=1, kw_only=False,
         former="chunk",
-    )
+    )  # fmt: skip
     length: int = option(
         "tokens that a query may attend, a number of chunks, at most what the model was trained on; "
         "the authors' 4096", default=4096, at_least=1, kw_only=False,

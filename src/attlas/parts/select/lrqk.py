@@ -52,10 +52,9 @@ from attlas.storage.rows import Rows
 
 
 @mechanism(
-    "lrqk-low-rank-attention",
-    aliases=("lrqk",),
+    "lrqk-low-rank-attention", aliases=("lrqk",),
     example={"keep": 0.5, "rank": 4, "recent": 4, "block": 2},
-)
+)  # fmt: skip
 class LRQK(PortionSelection):
     """Read the tokens whose keys' codes go best with the query's."""
 
@@ -200,10 +199,7 @@ class LRQK(PortionSelection):
 
 
 def at_hand(
-    known: dict[str, Tensor],
-    body: Body,
-    layer: StoredLayer,
-    q: Float[Tensor, "batch heads 1 dim"],
+    known: dict[str, Tensor], body: Body, layer: StoredLayer, q: Float[Tensor, "batch heads 1 dim"]
 ) -> tuple[Float[Tensor, "batch heads 1 rank"], Float[Tensor, "batch heads rank rank"], int]:
     """(q K_Ωᵀ A_Ω, A_Ωᵀ A_Ω, bytes of keys read) over the recent tokens and those that were read last.
 
@@ -218,11 +214,7 @@ def at_hand(
     last = known["last"]
     read = keys_in(body.segment(last))
     codes = wide(taken(known["codes"], last.clamp(min=0))) * (last >= 0)[..., None]
-    return (
-        pull + q @ read.to(q.dtype).mT @ codes,
-        gram + codes.mT @ codes,
-        read.nbytes,
-    )
+    return (pull + q @ read.to(q.dtype).mT @ codes, gram + codes.mT @ codes, read.nbytes)
 
 
 def keys_in(segment: Segment) -> Float[Tensor, "batch list_heads n dim"]:

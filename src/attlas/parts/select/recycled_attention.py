@@ -122,11 +122,7 @@ class RecycledAttention(PortionSelection):
         layer.read_bytes += 0 if body is None else key_bytes(body)
 
     def _recycle(
-        self,
-        layer: StoredLayer,
-        state: LayerState,
-        rows: Rows,
-        full: Bool[Tensor, " batch"] | None,
+        self, layer: StoredLayer, state: LayerState, rows: Rows, full: Bool[Tensor, " batch"] | None
     ) -> None:
         """Take the list anew, in the rows whose step was full (None: in all)."""
         tensors = state.tensors
@@ -157,11 +153,7 @@ class RecycledAttention(PortionSelection):
         return not torch.equal(_counts(body, listed), state.tensors["lengths"])
 
 
-def _pack(
-    layer: StoredLayer,
-    rows: Rows,
-    full: Bool[Tensor, " batch"] | None,
-) -> None:
+def _pack(layer: StoredLayer, rows: Rows, full: Bool[Tensor, " batch"] | None) -> None:
     """Pack the tokens of these rows (None: of all), unless a quantiser encodes them."""
     if layer.bodies and "packed" not in layer.bodies:
         return
