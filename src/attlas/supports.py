@@ -138,14 +138,13 @@ class Supports:
             raise ValueError(f"mask: {name} takes {takes}, got {mask!r}")
 
 
-def share_of_dim(layer: Any) -> int:
-    """dim / heads, the width of a head.
+def share_of_dim(layer: Any, maps: int = 1) -> int:
+    """dim / (heads · maps), the width of a head, or of each of its maps.
 
     Raises:
-        ValueError: `heads` does not divide `dim`.
+        ValueError: `heads · maps` does not divide `dim`.
     """
-    if layer.dim % layer.heads:
-        raise ValueError(
-            f"heads must divide dim={layer.dim} unless head_dim is given, got {layer.heads}"
-        )
-    return int(layer.dim // layer.heads)
+    if layer.dim % (layer.heads * maps):
+        whole = f"dim={layer.dim}" if maps == 1 else f"dim / {maps} = {layer.dim / maps:g}"
+        raise ValueError(f"heads must divide {whole} unless head_dim is given, got {layer.heads}")
+    return int(layer.dim // (layer.heads * maps))

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from attlas.attention import Attention
@@ -53,4 +54,12 @@ class SumOfMaps(Attention):
     def outs(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> list[Tensor]:
         """What each map gives, in fused calls."""
         each = [self.features(*pair, inputs) for pair in self.maps(q, k, inputs)]
-        return [self.fused(*pair, v, inputs.pairs) for pair in each]
+        # The fastest kernels of a GPU want values no wider than keys; elsewhere scoring twice is dear.
+        wide = v.is_cuda and v.shape[-1] == 2 * each[0][1].shape[-1]
+        halves = v.chunk(2, dim=-1) if wide else (v,)
+        return [
+            torch.cat([self.fused(*pair, half, inputs.pairs) for half in halves], dim=-1)
+            if wide
+            else self.fused(*pair, v, inputs.pairs)
+            for pair in each
+        ]

@@ -29,19 +29,7 @@ from attlas.attention import Attention
 from attlas.catalog.registry import mechanism
 from attlas.inputs import Inputs
 from attlas.options import option
-from attlas.supports import Supports
-
-
-def share_of_latent(layer: CompressedConvolutional) -> int:
-    """dim / (heads · compression), the width of a head.
-
-    Raises:
-        ValueError: `heads · compression` does not divide `dim`.
-    """
-    parts = layer.heads * layer.compression
-    if layer.dim % parts:
-        raise ValueError(f"heads · compression must divide dim={layer.dim}, got {parts}")
-    return layer.dim // parts
+from attlas.supports import Supports, share_of_dim
 
 
 @mechanism("compressed-convolutional", aliases=("cca",))
@@ -49,13 +37,11 @@ class CompressedConvolutional(Attention):
     """Attention in a compressed latent; fewer `kv_heads` compress keys and values further (CCGQA)."""
 
     supports = Supports(cross=False)
-    expected_failures: ClassVar[dict[str, str]] = {
-        "static-cache": "no room for the inputs that the convolutions look back at"
-    }
+    expected_failures: ClassVar[dict[str, str]] = {"static-cache": "no room for earlier inputs"}
 
     head_dim: int = option(
         "width of a head; dim / (heads · compression) unless given", kw_only=False, at_least=1,
-        factory=share_of_latent,
+        factory=lambda layer: share_of_dim(layer, layer.compression),
     )  # fmt: skip
     compression: int = option(
         "C, how much narrower all heads together are than the inputs, unless head_dim is given",

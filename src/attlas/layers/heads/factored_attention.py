@@ -45,9 +45,7 @@ class Factored(Attention):
     def setup(self) -> None:
         """α; a square lattice has a square number of sites."""
         if self.lattice == "square" and math.isqrt(self.length) ** 2 != self.length:
-            raise ValueError(
-                f"length must be a square number on a square lattice, got {self.length}"
-            )
+            raise ValueError(f"length must be square on a square lattice, got {self.length}")
         super().setup()
         free = self.lattice == "free"
         around = 2 * self.heads * self.length if free else self.heads + self.length

@@ -43,9 +43,7 @@ class MinimalTransformer(Attention):
     changes = ("score",)  # x A_h xᵀ, whose two factors `project` makes
     beyond = ("position: queries and keys are as wide as all heads, rotated part by part",)
 
-    heads: int = option(
-        "heads, each with a matrix of its own", default=1, at_least=1, kw_only=False
-    )
+    heads: int = option("heads, each with a matrix", default=1, at_least=1, kw_only=False)
     symmetric: bool = option("the matrix is a triangle times its transpose", default=False)
     values: bool = option("keep the value and output matrices", default=False)
 

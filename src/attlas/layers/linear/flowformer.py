@@ -18,8 +18,7 @@ Cost: 2·n·d² multiply-adds a head, memory linear in n; one state of d × d an
 decoding (and two numbers). Dropout needs the n² weights.
 Reduces to linear attention with sigmoid features where c and a are 1.
 Source: "Flowformer: Linearizing Transformers with Conservation Flows" and its authors' program, which has
-ε, the bound of Ô, the biases, T / S, the causal form, and the factor S of c, without which outputs shrink
-as sources become more. Its dropout falls on outputs, here it falls on weights.
+ε, Ô's bound, biases, T / S, the causal form and the S of c; its dropout is on outputs, here on weights.
 """
 
 from __future__ import annotations
@@ -42,7 +41,6 @@ class Flowformer(RecurrentAttention):
 
     supports = replace(RecurrentAttention.supports, masks="padding")
     normalized = False
-
     bias: bool = option("whether the projections have one", default=True)
     eps: float = option("added to both factors of every product of flows", default=1e-6, above=0)
 
@@ -55,12 +53,10 @@ class Flowformer(RecurrentAttention):
         """Queries by their allocation over their flow, and keys by their strength in competition."""
         q, k = self.features(q, k, inputs)
         k = ops.repeated(k, q.shape[1])
-        sources = k.new_ones(k.shape[0], 1, k.shape[2], 1)
-        if inputs.valid_now is not None:
-            sources = sources * inputs.valid_now[:, None, :, None]
+        valid = inputs.valid_now
+        sources = k.new_ones(len(k), 1, k.shape[2], 1) if valid is None else valid[:, None, :, None].to(k)
         sinks = sources if inputs.context is None else q.new_ones(q.shape[0], 1, q.shape[2], 1)
-        form = self._running if self.looks_back(inputs) else self._whole
-        return form(q, k, sinks, sources, inputs)
+        return (self._running if self.looks_back(inputs) else self._whole)(q, k, sinks, sources, inputs)
 
     def flow(self, x: Tensor, others: Tensor) -> Tensor:
         """What flows between x and the sum of the others, [batch, heads, tokens, 1]."""
@@ -86,7 +82,6 @@ class Flowformer(RecurrentAttention):
         self, q: Tensor, k: Tensor, sinks: Tensor, sources: Tensor, inputs: Inputs
     ) -> tuple[Tensor, Tensor, Gates]:
         """Every sum ends at its own token, and goes on from where the cache has left it."""
-
         def sums(name: str, x: Tensor) -> Tensor:
             before = inputs.recall(name)
             found = x.cumsum(2) if before is None else x.cumsum(2) + before

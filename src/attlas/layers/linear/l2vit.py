@@ -67,9 +67,7 @@ class L2ViT(OnGrid, RecurrentAttention):
 
     bias: bool = option("whether the projections have one", default=True)
     floor: float = option("c, the least that divides", default=100.0, above=0)
-    kernel_size: int | None = option(
-        "rows and columns of the module's convolutions, odd; None for no module", default=7
-    )
+    kernel_size: int | None = option("side of the module's kernels, odd; None for none", default=7)
 
     def setup(self) -> None:
         """Projections that begin small, temperatures, the module and its norm."""

@@ -21,24 +21,12 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from attlas.attention import Attention
 from attlas.bases.sum_of_maps import SumOfMaps
 from attlas.catalog.registry import mechanism
 from attlas.inputs import Inputs
 from attlas.kinds.claim import Claim
-from attlas.masks import Mask
 from attlas.options import option
-
-
-def half_share(layer: Attention) -> int:
-    """dim / heads / 2, the width of a map's queries and keys.
-
-    Raises:
-        ValueError: 2 · heads does not divide `dim`.
-    """
-    if layer.dim % (2 * layer.heads):
-        raise ValueError(f"heads must divide dim / 2 = {layer.dim / 2:g}, got {layer.heads}")
-    return layer.dim // layer.heads // 2
+from attlas.supports import share_of_dim
 
 
 @mechanism("differential-transformer", aliases=("differential",))
@@ -55,8 +43,8 @@ class Differential(SumOfMaps):
     beyond = ("project: each of the two maps has queries and keys of its own",)
 
     head_dim: int = option(
-        "width of a map's queries and keys; dim / heads / 2 unless given", factory=half_share,
-        at_least=1, kw_only=False,
+        "width of a map's queries and keys; dim / heads / 2 unless given", at_least=1,
+        factory=lambda layer: share_of_dim(layer, 2), kw_only=False,
     )  # fmt: skip
     depth: int = option(
         "layers below this one, which sets λ_init; layer_idx unless given", at_least=0,
@@ -104,14 +92,6 @@ class Differential(SumOfMaps):
     def coefficients(self, inputs: Inputs) -> Sequence[float | Tensor]:
         """1 and −λ."""
         return 1.0, -self.lambda_
-
-    def fused(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None) -> Tensor:
-        """What one map gives."""
-        # The fastest kernels of a GPU want values no wider than keys; elsewhere scoring twice is dear.
-        halves = v.chunk(2, dim=-1) if v.is_cuda else (v,)
-        return torch.cat(
-            [super(Differential, self).fused(q, k, half, mask) for half in halves], dim=-1
-        )
 
     def output(self, heads: Tensor, inputs: Inputs) -> Tensor:
         """Each head normalised and scaled by 1 − λ_init before the projection."""

@@ -28,7 +28,6 @@ from attlas.catalog.registry import mechanism
 from attlas.inputs import Inputs
 from attlas.kinds.claim import Claim
 from attlas.layers.weights.differential import Differential
-from attlas.masks import Mask
 
 
 @mechanism("dint-transformer", aliases=("dint",))
@@ -45,9 +44,7 @@ class Dint(Differential):
     )  # fmt: skip
 
     beyond = ("output: heads are normed and scaled as in differential attention",)
-    expected_failures: ClassVar[dict[str, str]] = {
-        "static-cache": "the running sum of G is more than the keys and values that it holds"
-    }
+    expected_failures: ClassVar[dict[str, str]] = {"static-cache": "no room for G's running sum"}
 
     def coefficients(self, inputs: Inputs) -> Sequence[float | Tensor]:
         """1, −λ and λ, of A₁, A₂ and G."""
@@ -78,10 +75,7 @@ class Dint(Differential):
         """
         if not inputs.runs_along(self.pattern):
             if inputs.cache is not None:
-                got = inputs.pairs if isinstance(inputs.pairs, Mask) else "a mask of pairs"
-                raise ValueError(
-                    f"mask: with a cache, DINT takes causal masks and padding alone, got {got}"
-                )
+                raise ValueError("mask: with a cache DINT takes causal masks and padding alone")
             return self.aggregate(self.weigh(q, k, inputs), v, inputs)
         first, second = self.outs(q, k, v, inputs)
         return self.summed((first, second, self.mean_of(first, inputs)), inputs)

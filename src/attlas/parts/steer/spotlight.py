@@ -45,18 +45,13 @@ class Spotlight(Steerer):
         "row: the share of each query and head, as in the paper; layer: of all of a row of the batch "
         "together, as in published code", default="row",
     )  # fmt: skip
-    exact: bool = option(
-        "reach the target instead of coming nearer to it; with a share of each query alone",
-        default=False,
-    )
+    exact: bool = option("reach the target, not just near it; with over='row'", default=False)
 
     def setup(self) -> None:
         """Refuse one bias for all rows, which leaves their mean short of the target."""
         super().setup()
         if self.exact and self.over == "layer":
-            raise UserError(
-                "exact reaches the target of each query; it takes over='row', got 'layer'"
-            )
+            raise UserError("exact reaches the target of each query: it takes over='row'")
 
     def score_mod(self, call: Call) -> ScoreMod | None:
         """The bias of this call's queries; None where all have the share already."""
