@@ -117,7 +117,7 @@ class Attention(Configured, nn.Module):
         extras: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Inputs]:  # fmt: skip
         """What stands before the scores: queries, all keys and values, and which pairs may meet."""
-        inputs = Inputs.of(self, x, context, mask, positions, cache, extras or {})
+        inputs = Inputs.of(self, self.position_encoding, x, context, mask, positions, cache, extras)
         q, k, v = self.project(inputs)
         q, k = self.position(q, k, inputs)
         k, v = self.restore(*inputs.extend(k, v, self.keeps_keys), inputs)

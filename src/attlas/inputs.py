@@ -13,7 +13,8 @@ from torch import Tensor
 
 from attlas import masks, ops
 from attlas.masks import Mask
-from attlas.supports import Layer
+from attlas.positions import Position
+from attlas.supports import Form
 
 if TYPE_CHECKING:
     from attlas.hf.caches import Cache
@@ -55,8 +56,9 @@ class Inputs:
 
     @classmethod
     def of(
-        cls, layer: Layer, x: Tensor, context: Tensor | None, mask: MaskLike | None,
-        positions: Tensor | None, cache: Cache | None, extras: Mapping[str, Tensor],
+        cls, layer: Form, encoding: Position, x: Tensor, context: Tensor | None, mask: MaskLike | None,
+        positions: Tensor | None, cache: Cache | None,
+        extras: Mapping[str, Tensor] | None = None,
     ) -> Inputs:  # fmt: skip
         """What a layer was called with, checked; positions are told, and absolute ones added.
 
@@ -64,8 +66,9 @@ class Inputs:
             ValueError: something that the layer does not support, or of another shape.
             TypeError: an unknown extra, or a mask that is none.
         """
-        layer.supports.check_call(layer, x, context, mask, cache, extras)
-        layer_idx, embed = layer.layer_idx, layer.position_encoding.embed
+        extras = extras or {}
+        layer.supports.check_call(layer, encoding, x, context, mask, cache, extras)
+        layer_idx, embed = layer.layer_idx, encoding.embed
         seen = 0 if cache is None else int(cache.get_seq_length(layer_idx))
         valid = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
         tokens = x if context is None else context

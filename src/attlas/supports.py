@@ -27,13 +27,6 @@ class Form(Protocol):
     supports: ClassVar[Supports]
 
 
-@runtime_checkable
-class Layer(Form, Protocol):
-    """A layer that is ready."""
-
-    position_encoding: Position
-
-
 @dataclass(frozen=True, kw_only=True)
 class Supports:
     """A class says what differs: `supports = Supports(cross=False)`; a subclass of one that differs
@@ -82,7 +75,7 @@ class Supports:
             )
 
     def check_call(
-        self, layer: Layer, x: Tensor, context: Tensor | None, mask: Any, cache: Any,
+        self, layer: Form, encoding: Position, x: Tensor, context: Tensor | None, mask: Any, cache: Any,
         extras: Mapping[str, Tensor],
     ) -> None:  # fmt: skip
         """Refuse what a forward pass cannot honour.
@@ -103,7 +96,7 @@ class Supports:
                     f"{what} must be [batch, tokens, {layer.dim}], got {list(tokens.shape)}"
                 )
         if context is not None:
-            self._check_context(layer, cache)
+            self._check_context(layer, encoding, cache)
         if cache is not None and not self.causal:
             raise ValueError(f"cache was given, but {name} has no causal form")
         self.check_mask(name, mask)
@@ -112,13 +105,13 @@ class Supports:
         if isinstance(mask, Tensor) and mask.ndim not in (2, 4):
             raise ValueError(f"mask must have 2 or 4 axes, got {list(mask.shape)}")
 
-    def _check_context(self, layer: Layer, cache: Any) -> None:
+    def _check_context(self, layer: Form, encoding: Position, cache: Any) -> None:
         if cache is not None or layer.causal or not self.cross:
             form = "causal=True" if layer.causal else type(layer).__name__
             why = form if cache is None else "a cache"
             raise ValueError(f"context cannot be given together with {why}")
-        if layer.position_encoding.score_mod is not None:
-            position = type(layer.position_encoding).__name__
+        if encoding.score_mod is not None:
+            position = type(encoding).__name__
             raise ValueError(
                 f"context cannot be given together with position={position}: distances between two "
                 "sequences mean nothing"

@@ -42,7 +42,7 @@ class Study(Configured):
     #: Whether it computes on `device`; a study that does not refuses any but the CPU.
     on_gpu: ClassVar[bool] = True
 
-    seeds: int = option("how many seeds decide, 0, 1, ...", default=3, at_least=1)
+    seeds: int = option("how many seeds decide: 0, 1 and so on", default=3, at_least=1)
     device: str = option("cpu, cuda or cuda:N", default="cpu")
 
     def setup(self) -> None:

@@ -154,7 +154,7 @@ class LayerNormExpressivity(Study):
 
     axis = "width of the keys"
 
-    seeds: int = option("how many seeds decide, 0, 1, ...", default=5, at_least=1)
+    seeds: int = option("how many seeds decide: 0, 1 and so on", default=5, at_least=1)
     dims: tuple[int, ...] = option(
         "widths of the random keys, for the share that no query can select", default=(2, 3, 4, 6, 8),
         at_least=1,
