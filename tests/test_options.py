@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import ClassVar, Literal
 
 import pytest
@@ -12,7 +13,8 @@ from torch import nn
 
 from attlas.catalog import registry
 from attlas.catalog.describe import described
-from attlas.options import BadOption, Configured, Option, _hint, option
+from attlas.hints import fits, type_of
+from attlas.options import BadOption, Configured, Option, option
 
 
 class Plain(Configured):
@@ -142,6 +144,39 @@ def test_objects_copy_and_pickle():
     assert copy.deepcopy(one).options == one.options
 
 
+@pytest.mark.parametrize(
+    ("value", "hint", "wanted"),
+    [
+        (3, int, True), (True, int, False), (3, float, True), ("a", float, False),
+        (None, int | None, True), ("x", Literal["x", "y"] | None, True), ("z", Literal["x"], False),
+        (True, Literal[1], False), ((1, 2), tuple[int, int], True), ((1,), tuple[int, int], False),
+        ((1, 2, 3), tuple[int, ...], True), (("a",), tuple[int, ...], False),
+        ([1], Sequence[int], True), ("ab", Sequence[str], False),
+        ({"a": 1}, Mapping[str, int], True), ({1: 1}, Mapping[str, int], False),
+        (len, Callable[[int], int], True), (3, Callable[[int], int], False),
+        (((1, 2), (3, 4)), Sequence[tuple[int, int]], True), (object(), str | float, False),
+    ],
+)  # fmt: skip
+def test_values_fit_types(value, hint, wanted):
+    assert fits(value, hint) is wanted
+
+
+def test_an_iterator_is_not_exhausted_by_looking_at_it():
+    numbers = iter([1, 2])
+    assert fits(numbers, Iterable[int])
+    assert list(numbers) == [1, 2]
+
+
+def test_lists_of_json_are_taken_for_tuples_and_numbers_have_their_words():
+    class Pair(Configured):
+        sizes: tuple[int, int] = option("two sizes", default=(1, 2), at_least=1)
+        patch: Literal[1, 2, 4] = option("its side", default=2)
+
+    assert Pair(sizes=[3, 4]).sizes == (3, 4)
+    with pytest.raises(ValueError, match="patch must be 1 or 2 or 4, got 3"):
+        Pair(patch=3)
+
+
 @pytest.mark.parametrize("name", [entry.name for entry in registry.entries()])
 def test_every_object_tells_all_its_options(name):
     for each in described(registry.find(name).object):
@@ -152,7 +187,7 @@ def test_every_object_tells_all_its_options(name):
         assert isinstance(one, Option)
         assert not one.meaning.endswith("."), one.meaning
         assert "\n" not in one.meaning
-        assert _hint(one.type, one.module) is not None
+        assert type_of(one.type, one.module) is not None
 
 
 @pytest.mark.parametrize("name", [entry.name for entry in registry.entries()])
@@ -161,4 +196,4 @@ def test_every_object_refuses_what_is_no_option_or_of_another_type(name):
         registry.make(name, no_such_option=1)
     for one in getattr(registry.find(name).object, "declared_options", {}).values():
         with pytest.raises(TypeError, match=one.parameter):
-            one.check(object())
+            one.checked(object())

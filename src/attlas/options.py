@@ -11,14 +11,13 @@ or meaning in the same place. When all options are set the constructor calls `se
 from __future__ import annotations
 
 import inspect
-import sys
-import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, ClassVar, TypeVar, dataclass_transform, overload
 
 from attlas.errors import UserError
+from attlas.hints import fits, told, tuples, type_of, words
 
 T = TypeVar("T")
 #: Stands for no default, where None could be one.
@@ -68,6 +67,12 @@ class Option:
         return f"{self.type} | None" if self.factory and "None" not in self.type else self.type
 
     @property
+    def told(self) -> str:
+        """Its type, as `annotation`, with the names of types told apart."""
+        hint = told(type_of(self.type, self.module))
+        return f"{hint} | None" if self.factory and "None" not in hint else hint
+
+    @property
     def as_parameter(self) -> inspect.Parameter:
         """It, in a signature."""
         kind = (
@@ -80,27 +85,24 @@ class Option:
         )
         return inspect.Parameter(self.parameter, kind, default=default, annotation=self.annotation)
 
-    def check(self, value: object) -> None:
-        """Refuse a value of another type, or outside its bounds.
+    def checked(self, value: object) -> Any:
+        """The value, if it is of the type and within the bounds; a list for a tuple is made one.
 
         Raises:
             BadOption: it is of another type.
             ValueError: it lies outside the bounds, or is none of the words that it may be.
         """
-        hint = _hint(self.type, self.module)
-        words = _words(hint)
-        if words and isinstance(value, str) and value not in words:
-            near = get_close_matches(value, words, n=1)
-            raise UserError(
-                f"{self.parameter} must be {' or '.join(map(repr, words))}, got {value!r}"
-                + (f"; did you mean {near[0]!r}?" if near else "")
-            )
-        if not _fits(value, hint):
-            raise BadOption(f"{self.parameter} takes {self.type}, got {value!r}")
+        hint = type_of(self.type, self.module)
+        value = tuples(value) if "tuple[" in self.type else value
+        if not fits(value, hint):
+            if type(value) in map(type, words(hint)):
+                raise _another_word(self.parameter, value, words(hint))
+            raise BadOption(f"{self.parameter} takes {told(hint)}, got {value!r}")
         for number in value if isinstance(value, tuple | list) else (value,):
             outside = _outside(number, self.limits)
             if outside:
                 raise UserError(f"{self.parameter} must be {outside}, got {value!r}")
+        return value
 
 
 @overload
@@ -173,7 +175,7 @@ class Configured:
             if one.factory and name in later:
                 value = one.factory(self)
             elif name in values:
-                one.check(value := values[name])
+                value = one.checked(values[name])
             else:
                 value = one.default
             # An option is what was asked for: a module among them is registered by `setup` alone.
@@ -279,30 +281,8 @@ def _outside(value: object, limits: Mapping[str, float]) -> str:
     return " and ".join(f"{_LIMITS[name][0]} {limit:g}" for name, limit in limits.items())
 
 
-def _hint(text: str, module: str) -> Any:
-    """The type that an annotation means; Any where a name in it is known to type checkers alone."""
-    names = {**vars(typing), **vars(sys.modules.get(module, typing))}
-    try:
-        return eval(text, names)
-    except NameError:
-        return Any
-
-
-def _words(hint: Any) -> list[str]:
-    """The words of a Literal, or of one within a union."""
-    found = typing.get_args(hint)
-    if typing.get_origin(hint) is typing.Literal:
-        return [word for word in found if isinstance(word, str)]
-    union = typing.get_origin(hint) in (typing.Union, type(int | str))
-    literal = [one for one in found if typing.get_origin(one) is typing.Literal]
-    return _words(literal[0]) if union and literal and str not in found else []
-
-
-def _fits(value: object, hint: Any) -> bool:
-    """Whether a value is of a type; a whole number is a float too, and True no number."""
-    from beartype import BeartypeConf
-    from beartype.door import is_bearable
-
-    if isinstance(value, bool) and hint is not Any and bool not in (hint, *typing.get_args(hint)):
-        return hint is object
-    return is_bearable(value, hint, conf=BeartypeConf(is_pep484_tower=True))
+def _another_word(name: str, value: object, known: list[object]) -> UserError:
+    """The error that says which words there are, and which was probably meant."""
+    near = get_close_matches(str(value), [word for word in known if isinstance(word, str)], n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return UserError(f"{name} must be {' or '.join(map(repr, known))}, got {value!r}{hint}")

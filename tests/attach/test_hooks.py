@@ -264,7 +264,7 @@ def test_layers_and_heads_mean_the_same_for_recorders():
 def test_layers_and_heads_that_are_not_there_are_refused(options, said):
     with pytest.raises(UserError, match=said):
         attach(tiny_models.decoder("llama"), attlas.make("weights", **options)).__enter__()
-    with pytest.raises(TypeError, match=r"whole numbers|Type-check"):
+    with pytest.raises(TypeError, match="layers takes"):
         attlas.make("weights", layers=[1.5])
 
 

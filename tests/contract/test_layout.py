@@ -41,6 +41,7 @@ SHARED = {
     "parts/test_policies.py": "what all cache policies have in common",
     "parts/test_recorders.py": "recorders beside a policy",
     "storage/test_storage.py": "what caches of policies are as files",
+    "typing/options_in_an_editor.py": "options that are words, as an editor sees them",
 }
 
 

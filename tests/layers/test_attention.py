@@ -54,8 +54,8 @@ def test_dropout_acts_while_training_alone() -> None:
     [
         ({"dim": 30}, "heads must divide dim=30"),
         ({"dim": 32, "kv_heads": 3}, "kv_heads must divide heads=4"),
-        ({"dim": 0}, "dim takes"),
-        ({"dim": 32, "dropout": 1.0}, "dropout must lie in"),
+        ({"dim": 0}, "dim must be"),
+        ({"dim": 32, "dropout": 1.0}, "dropout must be"),
         ({"dim": 32, "position": "rop"}, "did you mean 'rope'"),
     ],
 )

@@ -37,7 +37,8 @@ def described(obj: Callable[..., Any]) -> list[Described]:
     for name, parameter in signature(obj).items():
         meaning = declared[name].meaning if name in declared else docs.get(name, "")
         default = "" if parameter.default is parameter.empty else _shown(parameter.default)
-        found.append(Described(name, _type(parameter), default, meaning))
+        kind = declared[name].told if name in declared else _type(parameter)
+        found.append(Described(name, kind, default, meaning))
     return found
 
 

@@ -128,11 +128,11 @@ def test_needle_threading_effective_context_and_accounting():
     ("options", "said"),
     [
         ({"tasks": ("nedle",)}, "did you mean 'needle'"),
-        ({"lengths": (0,)}, "lengths takes whole numbers"),
-        ({"samples": 0}, "samples takes a whole number of at least 1"),
-        ({"size": 33}, "size takes 32 digits at most"),
+        ({"lengths": (0,)}, "lengths must be at least 1"),
+        ({"samples": 0}, "samples must be at least 1"),
+        ({"size": 33}, "size must be at least 1 and at most 32"),
         ({"steps": 2}, "steps must be at least 3 for branching"),
-        ({"threshold": 0}, "threshold must lie in"),
+        ({"threshold": 0}, "threshold must be above 0"),
         ({"reader": "trained"}, "takes tasks="),
     ],
 )
