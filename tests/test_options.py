@@ -64,6 +64,18 @@ def test_subclasses_inherit_options_and_change_defaults_in_place():
     assert inspect.signature(Finer).parameters["size"].kind.name == "POSITIONAL_OR_KEYWORD"
 
 
+def test_a_subclass_can_do_without_an_inherited_option():
+    class Fixed(Plain):
+        without = ("share", "half")
+
+    one = Fixed(8)
+    assert (one.share, one.half) == (0.5, 4)
+    assert list(one.options) == ["size", "mode", "steps", "name"]
+    assert "share" not in (Fixed.__doc__ or "")
+    with pytest.raises(BadOption, match="takes no option 'share'"):
+        Fixed(8, share=0.5)
+
+
 def test_help_tells_types_defaults_and_meanings():
     assert "share: 'float' = 0.1" in str(inspect.signature(Finer))
     assert "share: a small share." in (Finer.__doc__ or "")

@@ -149,14 +149,22 @@ class Configured:
 
     #: Every option by its parameter, inherited ones first.
     declared_options: ClassVar[Mapping[str, Option]] = {}
+    #: Inherited options that would mean nothing here: they have their defaults, and nobody is asked.
+    without: ClassVar[tuple[str, ...]] = ()
+    #: Those options.
+    closed_options: ClassVar[Mapping[str, Option]] = {}
 
     def __init_subclass__(cls, **rest: object) -> None:
         super().__init_subclass__(**rest)
         found: dict[str, Option] = {}
+        closed: dict[str, Option] = {}
         for base in reversed(cls.__mro__[1:]):
             found |= vars(base).get("declared_options", {})
+            closed |= vars(base).get("closed_options", {})
         found |= _own_options(cls)
-        cls.declared_options = found
+        closed |= {name: found[name] for name in vars(cls).get("without", ())}
+        cls.closed_options = closed
+        cls.declared_options = found = {n: o for n, o in found.items() if n not in closed}
         ordered = sorted(found.values(), key=lambda o: o.kw_only)
         own = [o.as_parameter for o in ordered]
         if cls.__init__ is not Configured.__init__:  # a constructor of its own
@@ -166,8 +174,8 @@ class Configured:
         cls.__signature__ = inspect.Signature(own)  # type: ignore[attr-defined]
 
     def __init__(self, *given: object, **named: object) -> None:
-        options = type(self).declared_options
-        values = _bound(type(self), options, given, named)
+        values = _bound(type(self), type(self).declared_options, given, named)
+        options = {**type(self).declared_options, **type(self).closed_options}
         super().__init__()
         later = [n for n, one in options.items() if one.factory and values.get(n) is None]
         for name in sorted(options, key=lambda name: name in later):

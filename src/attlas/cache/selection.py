@@ -42,8 +42,6 @@ class Selection(CachePart, Selector):
     changes: ClassVar[tuple[str, ...]] = ("mask",)
     role: ClassVar[Role] = "select"
     joins: ClassVar[tuple[Role, ...]] = ("evict", "quantize")
-    #: Options of all selections that would mean nothing here; any value but the default is refused.
-    without: ClassVar[tuple[str, ...]] = ()
 
     page: int = option("tokens that are packed, and may be chosen, together", default=1, at_least=1)
     recent: int = option(
@@ -73,11 +71,6 @@ class Selection(CachePart, Selector):
             raise UserError(
                 f"capacity={self.capacity} is of the device tier; give offload=True with it"
             )
-        for name in self.without:
-            one = type(self).declared_options[name]
-            default = one.factory(self) if one.factory else one.default
-            if (got := getattr(self, name)) != default:
-                raise UserError(f"{name} of {type(self).__name__} is always {default}, got {got}")
 
     # What a selection defines.
 

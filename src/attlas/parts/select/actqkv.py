@@ -66,7 +66,7 @@ class ActQKV(PortionSelection):
     changes = ("score", "mask")
     #: Keys are rotated back by their place in the text, which other parts would change.
     joins: ClassVar[tuple[Role, ...]] = ()
-    without: ClassVar[tuple[str, ...]] = ("dense_layers", "offload", "capacity")
+    without = ("dense_layers", "offload", "capacity")
     rotates = True
     exact_prefill = False
     everything: ClassVar[dict[str, Any]] = {"tokens": 4096}

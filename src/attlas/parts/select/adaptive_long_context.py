@@ -41,7 +41,7 @@ from attlas.storage.layer import Chosen, LayerState, StoredLayer
 class AdaptiveLongContext(Selection):
     """Let each head read far tokens only when its query seems to need them."""
 
-    without: ClassVar[tuple[str, ...]] = ("offload", "capacity")
+    without = ("offload", "capacity")
     everything: ClassVar[dict[str, Any]] = {"recent": 4096}
     comparable: ClassVar[tuple[str, ...]] = ("",)
 

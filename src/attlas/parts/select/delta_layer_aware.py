@@ -48,7 +48,7 @@ class DeltaLayerAware(PortionSelection):
 
     #: Slots of one layer must be those of another, which dropping or sorting tokens by head would end.
     joins: ClassVar[tuple[Role, ...]] = ()
-    without: ClassVar[tuple[str, ...]] = ("dense_layers", "offload", "capacity")
+    without = ("dense_layers", "offload", "capacity")
     everything: ClassVar[dict[str, Any]] = {"tokens": 4096}
     comparable: ClassVar[tuple[str, ...]] = ("(keep=0.25)", "(keep=0.125)")
 

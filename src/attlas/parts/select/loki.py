@@ -98,7 +98,7 @@ class Loki(Calibrated, PortionSelection):
 
     #: Approximate logits choose which pairs meet.
     changes = ("score", "mask")
-    without: ClassVar[tuple[str, ...]] = ("page",)
+    without = ("page",)
     everything: ClassVar[dict[str, Any]] = {"keep": 1.0}
     comparable: ClassVar[tuple[str, ...]] = (
         "(keep=0.25)", "(keep=0.125)", "(keep=0.25, rank=0.5)", "(keep=0.125, rank=0.5)",

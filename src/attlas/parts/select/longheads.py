@@ -52,7 +52,7 @@ class LongHeads(Selection):
     """Read long texts with a model trained on short ones, each head its own chunks."""
 
     joins: ClassVar[tuple[Role, ...]] = ()
-    without: ClassVar[tuple[str, ...]] = ("recent", "dense_layers", "block", "offload", "capacity")
+    without = ("recent", "dense_layers", "block", "offload", "capacity")
     rotates = True
     exact_prefill = False
     changes = ("position", "mask")

@@ -60,7 +60,7 @@ class LRQK(PortionSelection):
 
     #: Codes choose which pairs meet.
     changes = ("score", "mask")
-    without: ClassVar[tuple[str, ...]] = ("page",)
+    without = ("page",)
     everything: ClassVar[dict[str, Any]] = {"keep": 1.0}
     comparable: ClassVar[tuple[str, ...]] = ("(keep=0.25)", "(keep=0.125)")
 

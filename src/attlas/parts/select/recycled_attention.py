@@ -43,7 +43,7 @@ class RecycledAttention(PortionSelection):
     """Attend the tokens that the last full step read most, and all since."""
 
     #: Everything is packed at a full step, token by token.
-    without: ClassVar[tuple[str, ...]] = ("page", "recent", "block", "offload", "capacity")
+    without = ("page", "recent", "block", "offload", "capacity")
     everything: ClassVar[dict[str, Any]] = {"stride": 1}
     comparable: ClassVar[tuple[str, ...]] = ("(keep=0.25)", "(keep=0.125)")
 
