@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from attlas.attach.call import Call, ForwardPass
-from attlas.cache.policy import CachePolicy, best
+from attlas.cache.policy import CachePolicy, best_slots
 from attlas.contract.cases import Case, Check
 from attlas.storage.layer import LayerState, StoredLayer
 from attlas.storage.rotary import Rotary
@@ -31,7 +31,7 @@ def run_layer(
     policy.learn(state, prompt_call(q, k, v, state.scaling))
     slots = policy.slots(layer, state, layer.rows())
     scores = policy.scores(state, slots)
-    return scores, best(scores, slots.valid, slots.budget)[0]
+    return scores, best_slots(scores, slots.valid, slots.budget)[0]
 
 
 def press(case: Case, policy: CachePolicy) -> Iterator[Check]:

@@ -1,4 +1,4 @@
-"""`attlas run`: a toy is found without being named anywhere; a run is stopped and gone on with."""
+"""`attlas run`: a toy is found without being named anywhere; a run is stopped and resumed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training what an adapter trains: a plain loop that can be interrupted and gone on with."""
+"""Training what an adapter trains: a plain loop that can be interrupted and resumed."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from attlas.hf.caches import refuse_other
 from attlas.hf.interface import sdpa_attention_forward
 from attlas.storage.layer import StoredLayer
 
-#: Queries times heads of a group that are attended to as the cache holds its keys.
+#: Limit (queries × group size) for attending directly to encoded keys.
 ROWS = 64
 
 #: Arguments of other attention functions, with what a user may do instead.
@@ -202,7 +202,7 @@ def _weights_of_slots(call: Call, layer: StoredLayer) -> Any:
 def _heads(
     call: Call, mask: Tensor | None, dropout: float
 ) -> Float[Tensor, "batch query heads value_dim"]:
-    """Attention proper: as the cache holds its keys, else SDPA unless scores are changed."""
+    """The attention itself: over encoded keys where the cache holds such, else SDPA or by blocks."""
     if call.held:
         heads = call.cache_layer.attend(
             call.q, scale=call.scaling, visible=boolean(mask), sinks=call.sinks, chosen=call.chosen

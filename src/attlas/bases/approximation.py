@@ -72,8 +72,8 @@ class SampledAttention(Attention):
         return number ^ (number >> 1)
 
     def chances(self, q: Tensor, inputs: Inputs) -> Tensor | None:
-        """What a key is drawn in proportion to, for every query head [batch, heads, keys]: what keys
-        carry as "share"; None where all are alike."""
+        """Unnormalised sampling probabilities of keys for every query head, [batch, heads, keys]: the
+        "share" that keys carry; None where all are alike."""
         shares = inputs.carried.get("share")
         return None if shares is None else ops.repeated(shares, q.shape[1])[..., 0]
 

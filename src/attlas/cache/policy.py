@@ -96,7 +96,7 @@ class CachePolicy(CachePart):
 
     def drop(self, layer: StoredLayer, slots: Slots, scores: Float[Tensor, "b h slots"]) -> None:
         """Hold the best slots of every head alone."""
-        layer.keep(*best(scores, slots.valid, slots.budget))
+        layer.keep(*best_slots(scores, slots.valid, slots.budget))
 
     def placed(self, layer: StoredLayer, state: LayerState, total: Int[Tensor, " batch"]) -> None:
         """Called when the layer holds what was kept."""
@@ -184,7 +184,7 @@ class ContinualPolicy(CachePolicy):
     while_decoding: bool = option("enforce the budget again after every later call", default=False)
 
 
-def best(
+def best_slots(
     scores: Float[Tensor, "batch kv_heads slots"],
     valid: Bool[Tensor, "batch kv_heads slots"],
     budget: Int[Tensor, " batch"],

@@ -181,7 +181,7 @@ def _read(
     model: nn.Module, input_ids: Tensor, cache: DynamicCache, watch: _Watch, mask: Tensor | None,
     chunk: int | None,
 ) -> Tensor:  # fmt: skip
-    """Logits behind the last token, the cache grown and all parts the wiser."""
+    """Next-token logits; extends the cache and updates every part's statistics."""
     seen, tokens = int(cache.get_seq_length()), input_ids.shape[1]
     with attach(model, *([watch] if watch.parts else [])):
         for start in range(0, tokens, chunk or tokens):

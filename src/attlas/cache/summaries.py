@@ -64,7 +64,7 @@ class Portion:
         return (pages.double() * self.keep).long().clamp(min=1).minimum(pages)
 
 
-def best(
+def best_portion(
     scores: Float[Tensor, "batch heads pages"],
     portion: Portion,
     pages: Int[Tensor, "batch kv_heads"] | None = None,

@@ -16,7 +16,7 @@ from attlas.options import option
 class Calibrator(Part):
     """Gathers statistics while texts are read.
 
-    All that it knows stands in `sums`, so that a calibration can be interrupted and gone on with.
+    All that it knows stands in `sums`, so that a calibration can be interrupted and resumed.
 
     Attributes:
         sums: running sums, named by layer: "3.squares".

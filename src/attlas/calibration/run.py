@@ -30,7 +30,7 @@ class Fits(Protocol):
     def fit(
         self, model: nn.Module, texts: Sequence[Tensor], tick: Tick, partial: Path | None
     ) -> dict[str, Tensor]:
-        """The finished statistics; what is done so far is kept in `partial` and gone on with."""
+        """The finished statistics; what is done so far is kept in `partial` and resumed from."""
         ...
 
 

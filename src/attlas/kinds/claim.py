@@ -95,7 +95,7 @@ class Claim(Study):
         from tempfile import TemporaryDirectory
 
         from attlas.train.build import check_fit
-        from attlas.train.loop import Bench, Trainer
+        from attlas.train.loop import Trainer, TrainingBench
         from attlas.train.plan import Run
         from attlas.train.run import accelerated
 
@@ -107,7 +107,7 @@ class Claim(Study):
         check_fit(plan, task)
         with TemporaryDirectory() as folder:
             accelerator = accelerated(plan.device, plan.dtype)
-            bench = Bench(plan, task, accelerator, Path(folder), lambda steps, loss: None)
+            bench = TrainingBench(plan, task, accelerator, Path(folder), lambda steps, loss: None)
             for label in self.labels:
                 trainer = Trainer(bench, Run(label, seed))
                 trainer.train()

@@ -45,7 +45,7 @@ class Chosen:
     Attributes:
         index: numbers of pages, −1 for none; by key head, or by query head.
         page: slots of a page.
-        slots: it chose among so many, those of the layer's first body; all others are read too.
+        slots: number of slots in the layer's first body; later slots are always read.
         scored: bytes that were read in order to choose.
     """
 

@@ -27,7 +27,7 @@ from attlas.kinds.study import Beats, Row, Study, Within
 from attlas.options import option
 
 #: Accuracy at which the majority task counts as learned, and steps between two looks at it.
-LEARNED, LOOK = 0.99, 10
+LEARNED, LOG_EVERY = 0.99, 10
 #: Where rounding ends: |λ| of a convex combination that misses its point by more is none.
 TOUCHES = 1e-9
 
@@ -238,7 +238,7 @@ class LayerNormExpressivity(Study):
             F.cross_entropy(model(shown).flatten(0, 1), wanted).backward()
             adam.step()
             adam.zero_grad()
-            if step % LOOK == 0:
+            if step % LOG_EVERY == 0:
                 with torch.no_grad():
                     right = model(tokens).argmax(-1) == answers[:, None]
                 if float(right.double().mean()) >= LEARNED:

@@ -274,7 +274,7 @@ def _task(system: NeedleThreading) -> OneNeedle:
 
 
 def _trained(system: NeedleThreading, seed: int, tick: Callable[[float], None]) -> torch.nn.Module:
-    from attlas.train.loop import Bench, Trainer
+    from attlas.train.loop import Trainer, TrainingBench
     from attlas.train.plan import Run
     from attlas.train.run import accelerated
 
@@ -285,9 +285,9 @@ def _trained(system: NeedleThreading, seed: int, tick: Callable[[float], None]) 
         done += steps
         tick(done / plan.steps)
 
-    # A folder of its own: what an earlier run left must not be gone on with.
+    # A folder of its own: what an earlier run left must not be resumed.
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(plan, _task(system), accelerated("cpu", "float32"), Path(folder), told)
+        bench = TrainingBench(plan, _task(system), accelerated("cpu", "float32"), Path(folder), told)
         trainer = Trainer(bench, Run(plan.mechanisms[0].label, seed))
         trainer.train()
     return trainer.net.eval()

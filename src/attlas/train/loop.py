@@ -27,9 +27,9 @@ from attlas.train.measure import score
 from attlas.train.plan import Plan, Run
 
 #: Steps between two looks at the losses: reading them makes a GPU wait.
-LOOK = 10
+LOG_EVERY = 10
 #: Scores on the first split while training, besides the one at the end.
-LOOKS = 10
+EVALUATIONS = 10
 WARM_UP = 0.1
 CLIP = 1.0
 
@@ -43,7 +43,7 @@ class Diverged(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Bench:
+class TrainingBench:
     """What all runs share; `tick` is told (steps done now, loss)."""
 
     plan: Plan
@@ -61,7 +61,7 @@ class Trainer:
             scores on the way.
     """
 
-    def __init__(self, bench: Bench, run: Run) -> None:
+    def __init__(self, bench: TrainingBench, run: Run) -> None:
         self.bench, self.run = bench, run
         self.folder = checkpoint.folder_of(bench.out, run)
         net = build(bench.task, bench.plan.mechanism(run.mechanism), bench.plan, run.seed)
@@ -83,14 +83,14 @@ class Trainer:
         plan, state = self.bench.plan, self.state
         self.bench.tick(state["step"], state["losses"][-1] if state["losses"] else math.nan)
         self.model.train()
-        stops = {round(plan.steps * k / LOOKS) for k in range(1, LOOKS)}
+        stops = {round(plan.steps * k / EVALUATIONS) for k in range(1, EVALUATIONS)}
         pending: list[Tensor] = []
         start = clock(self.bench.accelerator.device)
         for step in range(state["step"], plan.steps):
             pending.append(self._step(step))
             done = step + 1
             saves = done % plan.save == 0 and done < plan.steps
-            if not (saves or done in stops or len(pending) == LOOK or done == plan.steps):
+            if not (saves or done in stops or len(pending) == LOG_EVERY or done == plan.steps):
                 continue
             self._look(pending, step + 1 - len(pending))
             spent = clock(self.bench.accelerator.device) - start

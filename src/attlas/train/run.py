@@ -19,7 +19,7 @@ from attlas.errors import UserError
 from attlas.journal import Line, unwritable
 from attlas.tasks.train import Task
 from attlas.train import checkpoint, measure
-from attlas.train.loop import Bench, Diverged, Trainer, fresh_state
+from attlas.train.loop import Diverged, Trainer, TrainingBench, fresh_state
 from attlas.train.plan import Plan, Run
 from attlas.train.results import Results
 
@@ -77,7 +77,7 @@ def train(
             def tick(steps: int, loss: float) -> None:
                 progress.update(bar, advance=steps, loss=f"loss {loss:.3f}" if loss == loss else "")
 
-            bench = Bench(plan, task, accelerator, results.folder, tick)
+            bench = TrainingBench(plan, task, accelerator, results.folder, tick)
             line = _guarded(bench, run)
             if accelerator.is_main_process:
                 results.append(line)
@@ -91,7 +91,7 @@ def train(
                     raise RuntimeError(f"{run.mechanism}, seed {run.seed}: {line['reason']}")
 
 
-def _guarded(bench: Bench, run: Run) -> Line:
+def _guarded(bench: TrainingBench, run: Run) -> Line:
     """A run's line, whatever becomes of it; memory and errors are results."""
     found: dict[str, Any] = {"status": "ok", "reason": ""}
     trainer = None
@@ -117,7 +117,7 @@ def _guarded(bench: Bench, run: Run) -> Line:
     return line
 
 
-def _measured(bench: Bench, trainer: Trainer) -> dict[str, Any]:
+def _measured(bench: TrainingBench, trainer: Trainer) -> dict[str, Any]:
     scores = {split: trainer.score(split) for split in bench.task.splits}
     trainer.state["scores"].append([bench.plan.steps, scores[bench.task.splits[0]]])
     return {
@@ -128,7 +128,7 @@ def _measured(bench: Bench, trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def _line(bench: Bench, run: Run, found: dict[str, Any], state: dict[str, Any]) -> Line:
+def _line(bench: TrainingBench, run: Run, found: dict[str, Any], state: dict[str, Any]) -> Line:
     losses = state["losses"]
     block = -(-len(losses) // POINTS) or 1
     curve = [

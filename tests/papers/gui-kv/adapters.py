@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from attlas.attach.call import Call, ForwardPass
-from attlas.cache.policy import best
+from attlas.cache.policy import best_slots
 from attlas.contract.cases import Case, Check, adapter
 from attlas.parts.evict.gui_kv import GuiKV
 from attlas.storage.layer import LayerState, StoredLayer
@@ -43,7 +43,7 @@ def gui_kv(case: Case) -> Iterator[Check]:
     policy.learn(state, Call(0, module, q, k, v, state.scaling, None, step, is_causal=True))
     slots = policy.slots(layer, state, layer.rows())
     scores = policy.scores(state, slots)
-    prefix = best(scores, slots.valid, slots.budget)[0][..., : -policy.window]
+    prefix = best_slots(scores, slots.valid, slots.budget)[0][..., : -policy.window]
     order = scores.gather(-1, prefix).argsort(dim=-1, descending=True)
     prefix = prefix.gather(-1, order)
     theirs = case.outs["kept_prefix_indices"].long()

@@ -6,7 +6,7 @@ from torch import nn
 
 import tiny_models
 from attlas.attach import Call, ForwardPass, Part, attach
-from attlas.cache.policy import best
+from attlas.cache.policy import best_slots
 from attlas.cache.prompt import prefill
 from attlas.errors import UserError
 from attlas.parts.evict.gui_kv import GuiKV
@@ -120,7 +120,7 @@ def test_gui_kv_drops_an_exact_repeat_before_the_current_screen():
     assert int((1 - 36 / 60) * 24) == 9  # of the earlier screens' tokens are taken the score
     assert (scores[:, 20:28] == 0).all()
     assert (scores[:, 30:38] > 0).all()
-    for head in best(scores[None], slots.valid, slots.budget)[0][0].tolist():
+    for head in best_slots(scores[None], slots.valid, slots.budget)[0][0].tolist():
         assert not set(head) & set(range(20, 28))
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from attlas.attach.call import Call, ForwardPass
 from attlas.cache.factors import decoded, factorised
-from attlas.cache.summaries import best
+from attlas.cache.summaries import best_portion
 from attlas.contract.cases import Case, Check, adapter
 from attlas.parts.select.lrqk import LRQK
 from attlas.storage.layer import LayerState
@@ -43,4 +43,4 @@ def lrqk(case: Case) -> Iterator[Check]:
         yield case.compare(f"out.decode.{name}", ours)
     scores = (codes @ q_hat.mT)[..., 0]
     yield case.compare("out.proxy_scores", scores)
-    yield case.compare("out.topk_indices", best(scores, part.portion))
+    yield case.compare("out.topk_indices", best_portion(scores, part.portion))

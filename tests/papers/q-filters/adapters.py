@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from attlas.cache.policy import best
+from attlas.cache.policy import best_slots
 from attlas.calibration import Calibration
 from attlas.contract.cases import Case, Check, adapter
 from attlas.parts.evict.q_filters import QFilters
@@ -36,7 +36,7 @@ def q_filters(case: Case) -> Iterator[Check]:
     slots = policy.slots(layer, state, layer.rows())
     scores = policy.scores(state, slots)
     yield case.compare("out.scores", scores[..., : keys.shape[2] - window])
-    kept, _ = best(scores, slots.valid, slots.budget)
+    kept, _ = best_slots(scores, slots.valid, slots.budget)
     yield case.compare("out.kept_prefix_indices", kept[..., : budget - window])
 
 

@@ -9,7 +9,7 @@ import tiny_models
 from attlas import ops
 from attlas.attach import attach
 from attlas.cache.prompt import prefill
-from attlas.cache.summaries import Portion, best
+from attlas.cache.summaries import Portion, best_portion
 from attlas.hf.caches import cache_of, with_cache
 from attlas.ops.pages import page_bounds, page_scores
 from attlas.parts.select import quest
@@ -39,12 +39,12 @@ def test_the_bound_is_never_below_the_largest_logit(tokens, page, groups, scale,
 def test_rows_choose_by_their_own_pages():
     scores = torch.tensor([[[1.0, 5.0, 3.0, 9.0, 7.0, 2.0, 8.0, 4.0]]]).expand(2, 2, -1)
     pages = torch.tensor([[8], [4]])
-    assert best(scores[:1], Portion(keep=0.5))[0, 0].tolist() == [1, 3, 4, 6]
-    chosen = best(scores, Portion(keep=0.5), pages)
+    assert best_portion(scores[:1], Portion(keep=0.5))[0, 0].tolist() == [1, 3, 4, 6]
+    chosen = best_portion(scores, Portion(keep=0.5), pages)
     assert chosen[0, 0].tolist() == [1, 3, 4, 6]
     assert chosen[1, 1].tolist() == [1, 3, -1, -1]
-    assert best(scores, Portion(pages=6), pages)[1, 0].tolist() == [0, 1, 2, 3, -1, -1]
-    assert best(torch.zeros(1, 1, 8), Portion(pages=2))[0, 0].tolist() == [0, 1]
+    assert best_portion(scores, Portion(pages=6), pages)[1, 0].tolist() == [0, 1, 2, 3, -1, -1]
+    assert best_portion(torch.zeros(1, 1, 8), Portion(pages=2))[0, 0].tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -119,7 +119,7 @@ def test_full_pages_are_the_layer_itself():
     q, k, v = torch.randn(2, 4, 1, 8), torch.randn(2, 2, 21, 8), torch.randn(2, 2, 21, 8)
     from attlas.storage.packed import PackedBody
 
-    index = best(page_scores(q, *page_bounds(k, 4)), Portion(keep=1.0))
+    index = best_portion(page_scores(q, *page_bounds(k, 4)), Portion(keep=1.0))
     paged, _ = ops.decode(q, [PackedBody(k, v).segment(index, 4)])
     torch.testing.assert_close(paged, ops.decode(q, [PackedBody(k, v).segment()])[0])
 

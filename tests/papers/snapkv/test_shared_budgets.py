@@ -8,7 +8,7 @@ import torch
 import attlas
 import tiny_models
 from attlas.attach import attach
-from attlas.cache.policy import best
+from attlas.cache.policy import best_slots
 from attlas.errors import UserError
 from attlas.hf.caches import cache_of, with_cache
 from attlas.parts.evict.ada_kv import AdaKV, shared
@@ -108,7 +108,7 @@ def test_shares_equal_sorting_by_hand(alpha):
     for row, count in enumerate(budget.tolist()):
         lowest = scores[row].masked_fill(~valid[row], -1.0)
         assert set(map(tuple, keep[row].nonzero().tolist())) == by_hand(lowest, count, alpha)
-    uniform = torch.zeros_like(keep).scatter(-1, best(scores, valid, budget)[0][..., :7], True)
+    uniform = torch.zeros_like(keep).scatter(-1, best_slots(scores, valid, budget)[0][..., :7], True)
     if alpha == 1:
         assert torch.equal(keep[0], uniform[0])
     assert scores[0][keep[0]].sum() >= scores[0][uniform[0]].sum()

@@ -67,7 +67,7 @@ class CastleLookaheadKeys(Attention):
         self.ahead_proj = nn.Linear(self.dim, 3 * self.kv_heads * self.head_dim, bias=self.bias)
 
     def project(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-        """As ever; and q̃, which a cache keeps, k̃ and ṽ, which serve this pass alone."""
+        """Plain queries, keys and values; a cache also keeps q̃, while k̃ and ṽ serve this pass alone."""
         ahead = self.split_heads(self.ahead_proj(inputs.tokens))
         ahead = self.position_encoding.rotate(ahead, inputs.token_positions)
         asking, k_new, v_new = ahead.chunk(3, dim=1)

@@ -9,7 +9,7 @@ h and of x, and M_t(y_t) is M when the last whole chunk of tokens up to there ha
 tokens would tell of later ones.
 
 Cost: twice the memory's, and 4·n·segment·dim multiply-adds of attention; memory linear in n. A step
-makes its segment again from the first token on, as M is not told what is not whole; the state is M's
+recomputes its segment from the first token on, since M stores complete segments only; the state is M's
 and a segment of tokens.
 Reduces to attention in segments where there are neither p nor M; to no registered mechanism.
 Source: "Titans: Learning to Memorize at Test Time", from its equations; its authors published no program.

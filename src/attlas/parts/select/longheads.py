@@ -99,7 +99,7 @@ class LongHeads(Selection):
             call.forward_pass.shared[self.name, state.layer] = True
 
     def later(self, layer: StoredLayer, state: LayerState, call: Call) -> None:
-        """Likewise, and pack whole chunks."""
+        """Compress the prompt, and pack whole chunks."""
         self.learn(state, call)
         super().later(layer, state, call)
 

@@ -39,7 +39,7 @@ from attlas.attach.call import Call
 from attlas.cache.factors import coded, decoded, factorised
 from attlas.cache.mixed import widths
 from attlas.cache.selection import PortionSelection, first_body, keys_of, lengths_of
-from attlas.cache.summaries import best, extend
+from attlas.cache.summaries import best_portion, extend
 from attlas.catalog.registry import mechanism
 from attlas.errors import UserError
 from attlas.ops.reference import grouped_product, repeated
@@ -195,7 +195,7 @@ class LRQK(PortionSelection):
         """The tokens of largest A_K q̂ᵀ among the packed ones."""
         codes = state.tensors["codes"]
         scores = (codes @ q_hat.to(codes.dtype).mT)[..., 0]
-        return best(scores, self.portion, lengths_of(body))
+        return best_portion(scores, self.portion, lengths_of(body))
 
 
 def at_hand(

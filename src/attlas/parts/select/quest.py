@@ -24,7 +24,7 @@ from torch import Tensor
 
 from attlas.attach.call import Call
 from attlas.cache.selection import PortionSelection, keys_of, lengths_of
-from attlas.cache.summaries import Portion, best, extend
+from attlas.cache.summaries import Portion, best_portion, extend
 from attlas.catalog.registry import mechanism
 from attlas.errors import exactly_one
 from attlas.ops.pages import page_bounds, page_scores
@@ -79,4 +79,4 @@ class Quest(PortionSelection):
         lengths = lengths_of(body)
         pages = None if lengths is None else -(-lengths // self.page)
         read = 2 * low.nbytes
-        return Chosen(best(scores, self.portion, pages), self.page, body.slots, read)
+        return Chosen(best_portion(scores, self.portion, pages), self.page, body.slots, read)

@@ -26,7 +26,7 @@ from torch.nn.functional import cosine_similarity, pad
 from attlas.attach.call import Call
 from attlas.cache.row import key_bytes, weights_over
 from attlas.cache.selection import PortionSelection, first_body, lengths_of
-from attlas.cache.summaries import best
+from attlas.cache.summaries import best_portion
 from attlas.catalog.registry import mechanism
 from attlas.errors import UserError
 from attlas.options import option
@@ -134,7 +134,7 @@ class RecycledAttention(PortionSelection):
         assert layer.keys is not None
         weights = weights_over(layer, body, query, state.scaling, rows)
         summed = weights.unflatten(1, (layer.keys.shape[1], -1)).sum(dim=2)
-        recycled = best(summed, self.portion, lengths_of(body))
+        recycled = best_portion(summed, self.portion, lengths_of(body))
         known = tensors.get("recycled")
         if full is not None and known is not None:
             width = max(recycled.shape[-1], known.shape[-1])

@@ -39,7 +39,7 @@ class Alone:
 
 
 class AloneRun(Context):
-    """A passage of the plays, read and gone on with by each method in turn.
+    """A passage of the plays, read and continued by each method in turn.
 
     In turn, so that a machine that grows slower favours none.
     """

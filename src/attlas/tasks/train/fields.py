@@ -37,7 +37,7 @@ class FieldTask(Task):
         return loss
 
     def score(self, output: Tensor, batch: Batch) -> tuple[float, int]:
-        """The same."""
+        """The loss itself: errors relative to their functions, summed over rows."""
         return float(self.loss(output, batch)), self.terms(batch)
 
 

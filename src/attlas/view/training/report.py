@@ -10,7 +10,7 @@ from attlas.train.summary import Column, Summary, shown
 from attlas.view.curves import INK
 from attlas.view.shell import head, legend, page, rows_of
 from attlas.view.training.curves import Curve, colours, costs, losses, points, scores
-from attlas.view.training.table import ARROWS, best, origin
+from attlas.view.training.table import ARROWS, origin, winners
 
 _METHOD_NOTE = """
 <h2 id="how">How it was trained</h2>
@@ -59,7 +59,7 @@ def _table(summary: Summary) -> str:
     return f"""
 <h2 id="table">The table</h2>
 <p class="lead">Means over {summary.plan.seeds} seeds, standard deviations under them; ↑ higher is better,
-↓ lower is better; a click on a head sorts. {escape(best(summary))}</p>
+↓ lower is better; a click on a head sorts. {escape(winners(summary))}</p>
 <div class="scroll" role="region" aria-label="Results by mechanism" tabindex="0">
 <table class="data"><thead><tr>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table>
 </div>

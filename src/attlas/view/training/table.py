@@ -69,7 +69,7 @@ def origin(summary: Summary) -> str:
     )
 
 
-def best(summary: Summary) -> str:
+def winners(summary: Summary) -> str:
     """The ceiling, as a sentence."""
     said = ceiling(summary.task)
     return said[0].upper() + said[1:] + "."
