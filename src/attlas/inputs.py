@@ -243,5 +243,5 @@ def _folded(x: Tensor, heads: int) -> Tensor:
 def _unfolded(x: Tensor, heads: int) -> Tensor:
     """What `_folded` was given."""
     if heads <= x.shape[1]:
-        return x[:, :heads]
+        return x if heads == x.shape[1] else x[:, :heads]
     return rearrange(x, "b h t (n w) -> b (h n) t w", n=heads // x.shape[1])

@@ -34,16 +34,18 @@ class SumOfMaps(Attention):
     def summed(self, each: Sequence[Tensor], inputs: Inputs) -> Tensor:
         """Σ_m c_m · each_m, of maps or of what they give."""
         pairs = zip(self.coefficients(inputs), each, strict=True)
-        terms = [x * (c.to(x.dtype) if isinstance(c, Tensor) else c) for c, x in pairs]
-        total, *rest = terms
+        total, *rest = (_times(c, x) for c, x in pairs)
         for term in rest:
             total = total + term
         return total
 
     def weigh(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
         """The sum of the maps, [batch, heads, queries, keys]."""
-        maps = [super(SumOfMaps, self).weigh(*each, inputs) for each in self.maps(q, k, inputs)]
-        return self.summed(maps, inputs)
+        return self.summed(self.each_map(q, k, inputs), inputs)
+
+    def each_map(self, q: Tensor, k: Tensor, inputs: Inputs) -> list[Tensor]:
+        """Every map by itself."""
+        return [super(SumOfMaps, self).weigh(*pair, inputs) for pair in self.maps(q, k, inputs)]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
         """The sum of what the maps give."""
@@ -52,14 +54,21 @@ class SumOfMaps(Attention):
         return self.summed(self.outs(q, k, v, inputs), inputs)
 
     def outs(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> list[Tensor]:
-        """What each map gives, in fused calls."""
+        """What each map gives, in fused calls; for a lone query by its weights, which are few."""
+        if q.shape[2] == 1:
+            return [self.aggregate(map_, v, inputs) for map_ in self.each_map(q, k, inputs)]
         each = [self.features(*pair, inputs) for pair in self.maps(q, k, inputs)]
         # The fastest kernels of a GPU want values no wider than keys; elsewhere scoring twice is dear.
         wide = v.is_cuda and v.shape[-1] == 2 * each[0][1].shape[-1]
         halves = v.chunk(2, dim=-1) if wide else (v,)
         return [
             torch.cat([self.fused(*pair, half, inputs.pairs) for half in halves], dim=-1)
-            if wide
-            else self.fused(*pair, v, inputs.pairs)
             for pair in each
         ]
+
+
+def _times(c: Tensor | float, x: Tensor) -> Tensor:
+    """c · x, in the precision of x."""
+    if isinstance(c, Tensor):
+        return c.to(x.dtype) * x
+    return x if c == 1.0 else c * x

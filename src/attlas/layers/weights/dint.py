@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from attlas import masks, ops
-from attlas.bases.sum_of_maps import SumOfMaps
 from attlas.catalog.registry import mechanism
 from attlas.inputs import Inputs
 from attlas.kinds.claim import Claim
@@ -52,8 +51,7 @@ class Dint(Differential):
 
     def weigh(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
         """A₁ − λ A₂ + λ G, of all queries at once."""
-        maps = self.maps(q, k, inputs)
-        first, second = (super(SumOfMaps, self).weigh(*pair, inputs) for pair in maps)
+        first, second = self.each_map(q, k, inputs)
         return self.summed((first, second, self.mean_map(first, q, k, inputs)), inputs)
 
     def mean_map(self, first: Tensor, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
