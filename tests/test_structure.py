@@ -113,6 +113,12 @@ def test_options_are_declared_and_not_passed_on() -> None:
         for node in ast.walk(ast.parse(text)):
             if not isinstance(node, ast.ClassDef):
                 continue
+            # To a type checker a name with a type and no value is an option that must be given.
+            bare = [s for s in node.body if isinstance(s, ast.AnnAssign) and s.value is None]
+            dataclass = any("dataclass" in ast.unparse(d) for d in node.decorator_list)
+            bases = {ast.unparse(base) for base in node.bases}
+            kept = dataclass or {"NamedTuple", "TypedDict", "Protocol"} & bases
+            assert kept or all("ClassVar" in ast.unparse(s) for s in bare), f"{path}: {node.name}"
             constructor = next((n for n in node.body if getattr(n, "name", "") == "__init__"), None)
             if constructor is not None:
                 assert not _attributes_before_the_base(constructor), f"{path}: {node.name}"

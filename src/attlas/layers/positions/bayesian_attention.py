@@ -32,24 +32,18 @@ from attlas.supports import Supports
 
 
 class GaussianPrior(Position):
-    """The log-prior of each head, a generalised Gaussian of the distance.
+    """The log-prior of each head, a generalised Gaussian of the distance."""
 
-    Args:
-        heads: query heads.
-        train_loc: whether the location μ is trained; 0 otherwise.
-        eps: added to the distance, so that its power has a gradient at 0.
-    """
+    heads: int = option("query heads", kw_only=False, at_least=1)
+    train_loc: bool = option("whether the location μ is trained; 0 otherwise", default=True)
+    eps: float = option("added to distances, for a gradient of their power at 0", default=1e-5, above=0)
 
-    table: Tensor | None
-
-    def __init__(self, heads: int, *, train_loc: bool = True, eps: float = 1e-5) -> None:
-        super().__init__()
-        if eps <= 0:
-            raise ValueError(f"eps must be above 0, got {eps}")
-        self.eps, self.table = eps, None
-        self.scale = nn.Parameter(ALiBi(heads).slopes.log())
-        self.shape = nn.Parameter(torch.ones(heads))
-        self.loc = nn.Parameter(torch.zeros(heads), requires_grad=train_loc)
+    def setup(self) -> None:
+        """Scale, shape and location of each head's prior."""
+        self.table: Tensor | None = None
+        self.scale = nn.Parameter(ALiBi(self.heads).slopes.log())
+        self.shape = nn.Parameter(torch.ones(self.heads))
+        self.loc = nn.Parameter(torch.zeros(self.heads), requires_grad=self.train_loc)
 
     @additive
     def score_mod(

@@ -13,6 +13,8 @@ two maps differ from the first step); one base and update serve all heads of the
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from einops import einsum, rearrange, repeat
 from torch import Tensor, nn
@@ -52,7 +54,8 @@ class SharedProjection(nn.Module):
 def _sum_updates(shared: SharedDiff, differential: Differential) -> None:
     """Give a differential layer the projections that base and updates sum to."""
     weights = {n: w for n, w in shared.state_dict().items() if n[:6] not in ("q_proj", "k_proj")}
-    for name, projection in (("q_proj", shared.q_proj), ("k_proj", shared.k_proj)):
+    for name in ("q_proj", "k_proj"):
+        projection: Any = getattr(shared, name)
         weights[f"{name}.weight"] = projection.summed()
         if projection.base.bias is not None:
             pair = repeat(projection.base.bias, "(h d) -> (h two d)", two=2, d=shared.head_dim)
@@ -74,9 +77,6 @@ class SharedDiff(Differential):
         ),
     )  # fmt: skip
 
-    q_proj: SharedProjection  # type: ignore[assignment]
-    k_proj: SharedProjection  # type: ignore[assignment]
-
     beyond = ("output: heads are normed and scaled as in differential attention",)
 
     rank: int = option(
@@ -88,8 +88,10 @@ class SharedDiff(Differential):
         """The differential layer's projections, those of queries and keys shared."""
         super().make_projections()
         width, rank = self.head_dim, self.rank
-        self.q_proj = SharedProjection(self.dim, self.heads, width, rank, self.bias)
-        self.k_proj = SharedProjection(self.dim, self.kv_heads, width, rank, self.bias)
+        self.q_proj, self.k_proj = (  # type: ignore[assignment]
+            SharedProjection(self.dim, heads, width, rank, self.bias)
+            for heads in (self.heads, self.kv_heads)
+        )
 
     def project(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys of both maps; values."""
