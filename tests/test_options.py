@@ -9,8 +9,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import ClassVar, Literal
 
 import pytest
+import torch
 from torch import nn
 
+from attlas import Attention
+from attlas.attach.call import Call, ForwardPass
+from attlas.cache.policy import CachePolicy
 from attlas.catalog import registry
 from attlas.catalog.describe import described
 from attlas.hints import fits, type_of
@@ -89,7 +93,6 @@ def test_help_tells_types_defaults_and_meanings():
     ("given", "error", "words"),
     [
         ({"sise": 3}, BadOption, "takes no option 'sise'; did you mean 'size'"),
-        ({"size": 3, "method": "fast"}, BadOption, "did you mean 'mode'"),
         ({}, BadOption, "needs the option 'size'"),
         ({"size": "3"}, TypeError, "size takes int, got '3'"),
         ({"size": True}, TypeError, "size takes int, got True"),
@@ -107,6 +110,30 @@ def test_help_tells_types_defaults_and_meanings():
 def test_what_is_wrong_is_refused_by_name(given, error, words):
     with pytest.raises(error, match=words):
         Plain(**given)
+
+
+def test_former_names_are_taken_and_tell_the_present_one():
+    with pytest.warns(FutureWarning, match="option 'method' of Plain is called 'mode' now"):
+        assert Plain(3, method="exact").mode == "exact"
+    with pytest.raises(BadOption, match="did you mean 'mode'"):
+        Plain(3, method="exact", mode="fast")
+    with pytest.warns(FutureWarning, match="mechanism 'window' is called 'streaming-llm' now"):
+        policy = registry.make("window", keep=0.5)
+    assert type(policy).__name__ == "StreamingLLM"
+    with pytest.warns(FutureWarning, match="'recent'"):
+        assert registry.make("q-filters", keep=0.5, window=3).recent == 3
+
+
+def test_members_of_former_names_are_refused_where_nothing_would_call_them():
+    with pytest.raises(TypeError, match=r"takes_masks: it is supports = Supports\(masks=...\) now"):
+        type("Old", (Attention,), {"takes_masks": "padding"})
+    with pytest.raises(TypeError, match="settle: it is compress now"):
+        type("Old", (CachePolicy,), {"settle": lambda self, layer, state, rows: None})
+    call = Call(0, nn.Identity(), *torch.zeros(3, 1, 1, 1, 1), 1.0, None, ForwardPass(length=1))
+    with pytest.warns(FutureWarning, match="call.columns is called 'original_positions' now"):
+        assert call.columns is None
+    with pytest.raises(AttributeError, match="'Call' object has no attribute 'colums'"):
+        _ = call.colums
 
 
 def test_places_are_told():

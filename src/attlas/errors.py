@@ -20,22 +20,19 @@ class UnknownName(UserError):
         what: it names.
         got: the name.
         known: names that there are.
-        renamed: the present name of what was once called so.
     """
 
-    def __init__(self, what: str, got: str, known: Iterable[str], renamed: str = "") -> None:
+    def __init__(self, what: str, got: str, known: Iterable[str]) -> None:
         names = sorted(set(known))
-        near = [renamed] if renamed else get_close_matches(got, names, n=3, cutoff=0.5)
-        if renamed:
-            hint = f"it is called {renamed!r} now"
-        elif near:
+        near = get_close_matches(got, names, n=3, cutoff=0.5)
+        if near:
             hint = f"did you mean {' or '.join(repr(n) for n in near)}?"
         elif len(names) <= FEW:
             hint = f"known: {names}"
         else:
             hint = f"none of the {len(names)} known comes near; `attlas list` shows them"
         super().__init__(f"unknown {what} {got!r}; {hint}")
-        self.near, self.renamed = near, renamed
+        self.near = near
 
 
 def exactly_one(what: str, **options: object) -> None:

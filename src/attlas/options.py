@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, ClassVar, TypeVar, dataclass_transform, overload
 
+from attlas import former as former_names
 from attlas.errors import UserError
 from attlas.hints import fits, told, tuples, type_of, words
 
@@ -38,7 +39,7 @@ class Option:
         factory: what the value is worked out with unless given, once plain options are set.
         kw_only: whether it is given by name alone.
         limits: bounds by the words of the message that refuses what lies outside.
-        former: a name that it once had, which an error message answers.
+        former: a name that it once had, which is taken for it with a warning.
         parameter: the constructor's name for it.
         attribute: the object's name for it.
         type: its annotation, as written.
@@ -134,7 +135,7 @@ def option(
             What was given and plain defaults are set by then, and the factories declared before.
         kw_only: False for one that may be given by place.
         alias: the constructor's name for it, where a method of the class has that name.
-        former: a name that it once had; who uses it is told the present one.
+        former: a name that it once had; it is taken, with a warning that tells the present one.
         limits: `at_least`, `above`, `at_most`, `below`: bounds of a number, or of each of several.
     """
     unknown = set(limits) - set(_LIMITS)
@@ -156,6 +157,7 @@ class Configured:
 
     def __init_subclass__(cls, **rest: object) -> None:
         super().__init_subclass__(**rest)
+        former_names.refuse_members(cls)
         found: dict[str, Option] = {}
         closed: dict[str, Option] = {}
         for base in reversed(cls.__mro__[1:]):
@@ -250,10 +252,14 @@ def _bound(
     twice = sorted(set(values) & set(named))
     if twice:
         raise BadOption(f"{cls.__name__} got {twice[0]} twice, by place and by name")
-    for name in named:
-        if name not in options:
+    renamed = {one.former: name for name, one in options.items() if one.former}
+    for name, value in named.items():
+        if name in renamed and renamed[name] not in named:
+            former_names.tell(f"the option {name!r} of {cls.__name__}", renamed[name])
+            name = renamed[name]
+        elif name not in options:
             raise unknown_option(cls.__name__, name, options)
-    values |= named
+        values[name] = value
     missing = [name for name, one in options.items() if one.required and name not in values]
     if missing:
         raise BadOption(f"{cls.__name__} needs the option {missing[0]!r}")

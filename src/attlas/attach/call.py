@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from attlas import former
 from attlas.attach.where import Spans, in_spans
 from attlas.errors import UserError
 from attlas.positions import ScoreMod
@@ -48,6 +49,9 @@ class ForwardPass:
     hidden: dict[nn.Module, Tensor] = field(default_factory=dict)
     shared: dict[Any, Any] = field(default_factory=dict)
 
+    def __getattr__(self, name: str) -> Any:
+        return former.attribute(self, name)
+
 
 @dataclass(frozen=True, slots=True)
 class Site:
@@ -64,6 +68,9 @@ class Site:
     point: str
     module: nn.Module
     forward_pass: ForwardPass
+
+    def __getattr__(self, name: str) -> Any:
+        return former.attribute(self, name)
 
 
 @dataclass(slots=True)
@@ -116,6 +123,9 @@ class Call:
     score_mod: ScoreMod | None = None
     sinks: Float[Tensor, " heads"] | None = None
     kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def __getattr__(self, name: str) -> Any:
+        return former.attribute(self, name)
 
     @property
     def phase(self) -> str:

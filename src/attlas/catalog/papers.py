@@ -13,6 +13,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
+from attlas import former as former_names
 from attlas.catalog import registry
 from attlas.catalog.kinds import LAYER, OP, PARTS
 from attlas.catalog.registry import Entry
@@ -121,6 +122,11 @@ def paper(name: str) -> Paper:
     for row in rows:
         if key == row.slug or key in row.names:
             return row
+    for row in rows:
+        for entry in row.entries:
+            if key in entry.former:
+                former_names.tell(f"the mechanism {name!r}", entry.name)
+                return row
     raise UnknownName("paper or mechanism", name, [n for r in rows for n in (r.slug, *r.names)])
 
 

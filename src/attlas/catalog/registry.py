@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from attlas import former as former_names
 from attlas.catalog.kinds import PARTS, Kind, kind_of, kind_of_module
 from attlas.catalog.source import Declared, declared
 from attlas.catalog.stages import stages_of
@@ -157,7 +158,7 @@ def mechanism(
         name: how users ask for it, in kebab-case.
         paper: the catalogue row that it implements; `name` unless given, "" for building blocks.
         aliases: other names for it.
-        former: names that it once had; who asks for one is told the present name.
+        former: names that it once had; they are taken, with a warning that tells the present one.
         kind: of a function; a class carries its kind.
         reduces_to: the special case that the contract checks.
         example: constructor options of a small instance for the contract's checks.
@@ -237,12 +238,15 @@ def find(name: str, *kinds: Kind) -> Entry:
     """
     _discover()
     key = name.strip().lower().replace("_", "-")
+    fitting = [e for e in _entries.values() if not kinds or e.kind in kinds]
     entry = _entries.get(_by_name.get(key, ""))
+    renamed = next((e for e in fitting if key in e.former), None)
+    if renamed is not None and entry is None:
+        former_names.tell(f"the mechanism {name!r}", renamed.name)
+        entry = renamed
     if entry is None or (kinds and entry.kind not in kinds):
         what = " or ".join(kind.name for kind in kinds) or "mechanism"
-        fitting = [e for e in _entries.values() if not kinds or e.kind in kinds]
-        renamed = next((e.name for e in fitting if key in e.former), "")
-        raise UnknownName(what, name, [n for e in fitting for n in e.names], renamed)
+        raise UnknownName(what, name, [n for e in fitting for n in e.names])
     return entry
 
 
@@ -266,8 +270,9 @@ def make(name: str, **options: object) -> Any:
     entry = find(name)
     made, taken = entry.object, signature(entry.object)
     declared = getattr(made, "declared_options", {})
+    once = {one.former for one in declared.values()}
     for option in options:
-        if option not in taken:
+        if option not in taken and option not in once:
             raise unknown_option(entry.name, option, {**taken, **declared})
     if not entry.kind.constructed:
         return lambda *args, **more: made(*args, **{**options, **more})

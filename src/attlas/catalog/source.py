@@ -33,7 +33,7 @@ class Declared:
         name: under which it is registered.
         paper: slug of its catalogue row; empty for building blocks that no row names.
         aliases: other names.
-        former: names that it once had and that an error message answers.
+        former: names that it once had, which are taken with a warning.
         kind: that its class's nearest base carries, or its decorator names.
         module: that defines it.
         qualname: its name there.

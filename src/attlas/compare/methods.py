@@ -145,9 +145,7 @@ def _part(name: str) -> registry.Entry:
     parts = registry.entries(*PARTS)
     try:
         entry = registry.find(name)
-    except UnknownName as error:
-        if error.renamed:
-            raise
+    except UnknownName:
         known = [FULL, *(known for part in parts for known in part.names)]
         raise UnknownName("method", name, known) from None
     if entry.kind not in PARTS:

@@ -12,6 +12,7 @@ from attlas.compare.methods import parse_call, split, written
 from attlas.errors import UnknownName, UserError
 from attlas.kinds.claim import Claim
 from attlas.kinds.study import Study
+from attlas.options import unknown_option
 
 #: Words that stand for all claims and for all registered studies.
 CLAIMS, STUDIES = "claims", "studies"
@@ -94,7 +95,7 @@ def _made(text: str, known: dict[str, Claim], common: dict[str, Any]) -> Named:
         raise UnknownName("study", name, {*registered, *known, CLAIMS, STUDIES})
     for option in options:
         if option not in taken:
-            raise UserError(f"study {name} takes no option {option!r}; it takes {taken}")
+            raise unknown_option(f"study {name}", option, dict.fromkeys(taken))
     given = {option: options[option] for option in taken if option in options}
     try:
         if key in registered:

@@ -10,6 +10,7 @@ from attlas.catalog.kinds import LAYER, MODULE
 from attlas.catalog.registry import Entry
 from attlas.compare.methods import parse_call, split, written
 from attlas.errors import UnknownName, UserError
+from attlas.options import unknown_option
 from attlas.tasks.train import Task, find
 
 #: Options of each kind that is trained which the model sets by itself.
@@ -127,7 +128,7 @@ def parse_task(text: str) -> tuple[str, Task]:
     known = list(cls.declared_options)
     for option in options:
         if option not in known:
-            raise UserError(f"task {cls.name} takes no option {option!r}; it takes {known}")
+            raise unknown_option(f"task {cls.name}", option, cls.declared_options)
     given = [(option, options[option]) for option in known if option in options]
     try:
         return written(cls.name, given), cls(**options)
@@ -177,6 +178,8 @@ def _mechanism(text: str) -> Mechanism:
         if option in fixed:
             raise UserError(f"mechanism {entry.name}: {option} is set by the model, see --help")
         if option not in taken:
-            raise UserError(f"{entry.name} takes no option {option!r}; it takes {taken}")
+            declared = getattr(entry.object, "declared_options", {})
+            known = {name: declared.get(name) for name in taken}
+            raise unknown_option(entry.name, option, known)
     given = tuple(sorted(options.items(), key=lambda o: taken.index(o[0])))
     return Mechanism(written(entry.name, given), entry.name, given)
