@@ -146,7 +146,7 @@ def test_latent_kernels_compile_for_a_gpu_that_is_not_there(dtype: str, masked: 
         "CAUSAL": masked, "MASKED": masked, "PRECISION": "tf32x3" if dtype == "fp32" else "tf32",
         "COLUMNS": 64, "AT_ONCE": 32, "ALL": 256,
     }  # fmt: skip
-    pointers = dict.fromkeys(("content", "turned", "tokens", "out"), f"*{dtype}")
+    pointers = dict.fromkeys(("content", "rotated", "tokens", "out"), f"*{dtype}")
     pointers |= {"sums": "*fp32", "lses": "*fp32", "visible": "*u8", "factor": "fp32"}
     for kernel in (kernels._over_a_run, kernels._over_runs):
         names = kernel.arg_names

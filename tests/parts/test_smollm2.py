@@ -24,7 +24,7 @@ def test_bare_attach_is_the_model(smollm2, ids):
             assert torch.equal(model(ids, logits_to_keep=1).logits, expected)
 
 
-@pytest.mark.parametrize("name", ["window", "key-norm-eviction", "snapkv", "expected-attention"])
+@pytest.mark.parametrize("name", ["streaming-llm", "key-norm-eviction", "snapkv", "expected-attention"])
 def test_budgets(smollm2, ids, name):
     model, _ = smollm2
     pair = 30 * 3 * 2 * 64 * 4

@@ -1,6 +1,6 @@
 """Latent attention of a few queries in one reading of the tokens: flash-decoding for shared latents.
 
-    s_r = (content_r · latent_n + turned_r · rotary_n) · scale        r = (head, query), n = token
+    s_r = (content_r · latent_n + rotated_r · rotary_n) · scale        r = (head, query), n = token
     out_r = Σ_n softmax(s_r)_n latent_n
 
 A program takes a block of rows r and a run of tokens. Each block of tokens is loaded once, meets all
@@ -29,7 +29,7 @@ from torch import Tensor
 @no_type_check
 def _over_a_run(
     content, rotated, tokens, visible, sums, lses, factor, rows, queries, keys, run,
-    content_b, content_h, content_q, turned_b, turned_h, turned_q, tokens_b, tokens_n,
+    content_b, content_h, content_q, rotated_b, rotated_h, rotated_q, tokens_b, tokens_n,
     visible_b, visible_h, visible_q, visible_n,
     LATENT: tl.constexpr, ROTARY: tl.constexpr, ROTARY_ROOM: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr,
@@ -43,9 +43,9 @@ def _over_a_run(
     c, r = tl.arange(0, LATENT), tl.arange(0, ROTARY_ROOM)
     at = content + batch * content_b + head * content_h + query * content_q
     q = tl.load(at[:, None] + c[None, :], mask=valid[:, None], other=0.0)
-    at = rotated + batch * turned_b + head * turned_h + query * turned_q
+    at = rotated + batch * rotated_b + head * rotated_h + query * rotated_q
     narrow = (r < ROTARY)[None, :]
-    q_turned = tl.load(at[:, None] + r[None, :], mask=valid[:, None] & narrow, other=0.0)
+    q_rotated = tl.load(at[:, None] + r[None, :], mask=valid[:, None] & narrow, other=0.0)
     if MASKED:
         visible += batch * visible_b
         pairs = head * visible_h + query * visible_q
@@ -63,7 +63,7 @@ def _over_a_run(
             token[:, None] + LATENT + r[None, :], mask=inside[:, None] & narrow, other=0.0
         )
         scores = tl.dot(q, tl.trans(latent), input_precision=PRECISION)
-        scores = tl.dot(q_turned, tl.trans(rotary), scores, input_precision=PRECISION) * factor
+        scores = tl.dot(q_rotated, tl.trans(rotary), scores, input_precision=PRECISION) * factor
         seen = inside[None, :]
         if CAUSAL:
             seen = seen & (key[None, :] <= (query + keys - queries)[:, None])
@@ -156,7 +156,7 @@ def latent_decode(
 
     Args:
         content: what meets the latents, [batch, heads, queries, latent]; the latent a power of two.
-        turned: what meets the rotary keys, [batch, heads, queries, rotary].
+        rotated: what meets the rotary keys, [batch, heads, queries, rotary].
         tokens: [batch, 1, tokens, latent + rotary], any strides but along the width.
         scale: of the scores.
         causal: the last query stands at the last token, and none sees later ones.
