@@ -80,10 +80,7 @@ def _timed(name: str, tokens: int, **options: Any) -> tuple[list[float], list[fl
 
 
 def _cost(name: str, says: str, tokens: int, **options: Any) -> dict[str, Any]:
-    (short, _), (ours, theirs) = (
-        _timed(name, tokens // 4, **options),
-        _timed(name, tokens, **options),
-    )
+    (short, _), (ours, theirs) = _timed(name, tokens // 4, **options), _timed(name, tokens, **options)
     linear = min(ours) <= 5 * min(short)
     faster = max(ours) < min(theirs)
     judged = "does not hold here" if not linear else "holds" if faster else "partly"

@@ -104,9 +104,7 @@ def tried(run: Callable[[], object]) -> float | str:
     return time.perf_counter() - began
 
 
-def compared(
-    kind: str, shape: tuple[int, int], rounds: int, library: bool
-) -> list[dict[str, object]]:
+def compared(kind: str, shape: tuple[int, int], rounds: int, library: bool) -> list[dict[str, object]]:
     """Rows of forwards and of forwards with backwards."""
     batch, tokens = shape
     call = given(kind, batch, tokens)
@@ -124,9 +122,7 @@ def compared(
             with torch.set_grad_enabled(wants):
                 out = op()
             if wants:
-                torch.autograd.grad(
-                    out, leaves, up if out.shape == up.shape else up.transpose(1, 2)
-                )
+                torch.autograd.grad(out, leaves, up if out.shape == up.shape else up.transpose(1, 2))
 
         def ours(run: Any = run) -> None:
             run(lambda: ops.recurrence(**call, scale=DIM**-0.5)[0])
@@ -139,9 +135,7 @@ def compared(
         if isinstance(row["ours_first_s"], str):
             pass  # out of memory: the row says so
         elif isinstance(row["theirs_first_s"], float):
-            row |= paired_ratio(
-                ours, lambda run=run: run(other), rounds=rounds, device="cuda", queued=2
-            )
+            row |= paired_ratio(ours, lambda run=run: run(other), rounds=rounds, device="cuda", queued=2)
         else:
             alone = paired_ratio(ours, ours, rounds=max(2, rounds // 4), device="cuda", queued=2)
             row["ours_ms"] = alone["ours_ms"]

@@ -45,9 +45,7 @@ def test_golden_cases_have_descriptions_and_adapters() -> None:
 # Configurations that no published case here has, computed from the equations in a few lines ---------
 
 
-def _write(
-    root: Path, name: str, config: dict[str, Any], stem: str = "z9", **tensors: Tensor
-) -> Case:
+def _write(root: Path, name: str, config: dict[str, Any], stem: str = "z9", **tensors: Tensor) -> Case:
     folder = root / name
     folder.mkdir(parents=True)
     meta = {"config": config, "tolerance": {"atol": 1e-9, "rtol": 1e-9}}
@@ -88,13 +86,7 @@ def test_multi_query_of_other_sizes(tmp_path: Path, causal: bool) -> None:
     scores = _heads(x @ p["q"].T, heads) @ (x @ p["k"].T)[:, None].mT / width**0.5
     weights = (_causal(scores) if causal else scores).softmax(-1)
     y = _joined(weights @ (x @ p["v"].T)[:, None]) @ out.T + bias
-    config = {
-        "embed_dim": dim,
-        "num_heads": heads,
-        "head_dim": width,
-        "causal": causal,
-        "bias": False,
-    }
+    config = {"embed_dim": dim, "num_heads": heads, "head_dim": width, "causal": causal, "bias": False}
     weights = {f"param__{n}_proj__weight": w for n, w in p.items()}
     case = _write(tmp_path, "multi-query", config, in__x=x, out__y=y, **weights,
                   param__out_proj__weight=out, param__out_proj__bias=bias)  # fmt: skip
@@ -284,9 +276,7 @@ def test_cases_of_papers_are_found_in_their_folders(tmp_path: Path) -> None:
 
 def test_a_folder_of_cases_has_one_adapter() -> None:
     adapters()
-    with pytest.raises(
-        ValueError, match=r"'cope' have an adapter already, in .*contextual-position"
-    ):
+    with pytest.raises(ValueError, match=r"'cope' have an adapter already, in .*contextual-position"):
         adapter("cope", mechanism="softmax")(lambda case: [])
 
 

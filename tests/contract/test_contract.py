@@ -99,9 +99,7 @@ def test_a_good_unregistered_mechanism_passes() -> None:
 
 
 def test_failures_are_raised_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    few = [
-        c for c in CHECKS if c.name in ("causality", "decoding", "shapes") and c.family == "layer"
-    ]
+    few = [c for c in CHECKS if c.name in ("causality", "decoding", "shapes") and c.family == "layer"]
     monkeypatch.setattr(run, "checks_of", lambda subject: few)
     with pytest.raises(ContractError, match="causality") as caught:
         attlas.check(toys.Leaks)

@@ -33,12 +33,8 @@ def sources() -> dict[str, ast.Module]:
 def words(tree: ast.AST) -> set[str]:
     """Names of attributes and of class variables, and strings."""
     found = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
-    found |= {
-        n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)
-    }
-    found |= {
-        n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
-    }
+    found |= {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+    found |= {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
     return {word for word in found if re.fullmatch(r"_[a-z]\w*", word)}
 
 
@@ -93,11 +89,7 @@ def test_versions_out_of_range_name_the_remedy(package: str, found: str) -> None
 
 def test_constraints_are_the_ends_of_the_ranges() -> None:
     newest, oldest = (
-        dict(
-            re.findall(
-                r"^([\w-]+)==([\d.]+)$", (ROOT / f"constraints{which}.txt").read_text(), re.M
-            )
-        )
+        dict(re.findall(r"^([\w-]+)==([\d.]+)$", (ROOT / f"constraints{which}.txt").read_text(), re.M))
         for which in ("", "-oldest")
     )
     for package, (first, end) in hf.RANGES.items():

@@ -62,9 +62,7 @@ LARGE: dict[str, dict[str, Any]] = {
 def inputs(device: str, case: dict[str, Any]) -> tuple[dict[str, Tensor | None], list[Tensor]]:
     """What the kernel takes, amid numbers that are none, and gradients of its outputs."""
     torch.manual_seed(0)
-    batch, heads, tokens, dim, width = (
-        case[n] for n in ("batch", "heads", "tokens", "dim", "width")
-    )
+    batch, heads, tokens, dim, width = (case[n] for n in ("batch", "heads", "tokens", "dim", "width"))
     dtype = getattr(torch, case["dtype"])
 
     def poisoned(*shape: int) -> Tensor:
@@ -135,13 +133,9 @@ def results(
 def coarse(offsets: tuple[int, ...] | None) -> Any:
     """All pairs by plain operations in the type of the inputs."""
 
-    def one(
-        q: Tensor, k: Tensor, v: Tensor, g: Tensor, start: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def one(q: Tensor, k: Tensor, v: Tensor, g: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor]:
         whole = g.float().clamp(min=-69.0).cumsum(2)
-        seen = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()[
-            ..., None
-        ]
+        seen = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()[..., None]
         apart = (whole[:, :, :, None] - whole[:, :, None]).masked_fill(~seen, -torch.inf).exp()
         apart = apart.to(q.dtype).expand(*apart.shape[:4], q.shape[-1])
         pairs = torch.einsum("bhtd,bhsd,bhtsd->bhts", q, k, apart)

@@ -9,12 +9,7 @@ import transformers as hf
 
 import attlas
 
-SIZES = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "initializer_range": 0.3,
-}
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.3}
 IDS = torch.arange(3, 21).reshape(2, 9)
 
 
@@ -22,10 +17,7 @@ def test_encoder_heads_learn_and_load(tmp_path):
     from attlas.models.encoder import EncoderForMaskedLM, EncoderForSequenceClassification
 
     config = attlas.EncoderConfig(vocab_size=50, attention="sinkformer", num_labels=3, **SIZES)
-    for kind, labels in (
-        (EncoderForMaskedLM, IDS),
-        (EncoderForSequenceClassification, IDS[:, 0] % 3),
-    ):
+    for kind, labels in ((EncoderForMaskedLM, IDS), (EncoderForSequenceClassification, IDS[:, 0] % 3)):
         model = kind(config).eval()
         model(IDS, labels=labels).loss.backward()
         model.save_pretrained(tmp_path / kind.__name__)
@@ -62,12 +54,7 @@ def test_seq2seq_generates_with_a_cache_and_loads(attention, tmp_path):
     mask = torch.ones_like(IDS)
     mask[0, 6:] = 0
     for beams in (1, 3):
-        options = {
-            "attention_mask": mask,
-            "max_new_tokens": 5,
-            "num_beams": beams,
-            "do_sample": False,
-        }
+        options = {"attention_mask": mask, "max_new_tokens": 5, "num_beams": beams, "do_sample": False}
         cached = model.generate(IDS, **options)
         assert torch.equal(cached, model.generate(IDS, use_cache=False, **options))
     model(IDS, labels=IDS).loss.backward()

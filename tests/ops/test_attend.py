@@ -67,9 +67,7 @@ def test_routes_agree(route: Any, pattern: str, queries: int, kv: int) -> None:
 def test_routes_agree_on_biases(route: Any, position: Any, pattern: str) -> None:
     q, k, v = qkv(300, 300)
     given = {"mask": PATTERNS[pattern], "score_mod": position.score_mod}
-    torch.testing.assert_close(
-        ops.attend(q, k, v, route=route, **given), definition(q, k, v, **given)
-    )
+    torch.testing.assert_close(ops.attend(q, k, v, route=route, **given), definition(q, k, v, **given))
 
 
 @pytest.fixture
@@ -105,6 +103,7 @@ def test_a_bias_on_long_sequences_takes_no_quadratic_memory() -> None:
     assert seen.elements < 1500 * 1500
 
 
+
 def test_a_score_mod_that_is_no_bias() -> None:
     def capped(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
         return 5 * (score / 5).tanh()
@@ -135,7 +134,10 @@ def test_rows_that_see_nothing_give_zero(route: Any) -> None:
 def test_any_split_of_the_keys_merges_exactly(cuts: list[int]) -> None:
     q, k, v = qkv(7, 50)
     edges = [0, *cuts, 50]
-    parts = [ops.attend(q, k[:, :, a:b], v[:, :, a:b], return_lse=True) for a, b in pairwise(edges)]
+    parts = [
+        ops.attend(q, k[:, :, a:b], v[:, :, a:b], return_lse=True)
+        for a, b in pairwise(edges)
+    ]
     out, lse = ops.merge(parts)
     whole = ops.attend(q, k, v, return_lse=True)
     torch.testing.assert_close(out, whole[0])

@@ -237,10 +237,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"chunk_size": 48}, "chunk_size must be a power of two, got 48"),
     ({"chunk_size": 0}, "chunk_size must be a power of two, got 0"),
     ({"initial_state": STATE[:, 1:]}, r"initial_state must be \[1, 2, 8, 5\]"),
-    (
-        {"initial_state": STATE, "normalize": True},
-        r"\[1, 2, 8, 6\] \(sequences, heads, dim, v_dim \+ 1",
-    ),
+    ({"initial_state": STATE, "normalize": True}, r"\[1, 2, 8, 6\] \(sequences, heads, dim, v_dim \+ 1"),
     ({"cu_seqlens": torch.tensor([0, 4, 3, 6])}, "cu_seqlens must ascend from 0 to the 6 tokens"),
     ({"cu_seqlens": torch.tensor([0, 5])}, "cu_seqlens must ascend"),
     ({"cu_seqlens": torch.tensor([0])}, "cu_seqlens must ascend"),

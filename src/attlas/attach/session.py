@@ -156,3 +156,5 @@ def _free_name(recorder: Recorder, taken: dict[str, Recorder]) -> str:
     name = type(recorder).__name__ if entry is None else entry.name
     number = sum(known == name or known.startswith(f"{name}#") for known in taken)
     return f"{name}#{number + 1}" if number else name
+
+

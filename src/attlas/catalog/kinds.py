@@ -36,9 +36,7 @@ class Kind:
     constructed: bool = True
 
 
-def _part(
-    name: str, *rooms: str, run: str = "attlas.attach(model, attlas.make('NAME', ...))"
-) -> Kind:
+def _part(name: str, *rooms: str, run: str = "attlas.attach(model, attlas.make('NAME', ...))") -> Kind:
     """A kind of the second door: every part signs the checks of parts, and those of its own kind."""
     places = tuple(f"attlas.parts.{room}" for room in rooms)
     checks = ("attlas.contract.parts", "attlas.contract.steering")

@@ -75,9 +75,7 @@ def compare(
         seed=seed,
     )
     results.check(grid)
-    ensure(
-        (part for method in planned_methods for part in method.parts()), loaded, tokenizer, console
-    )
+    ensure((part for method in planned_methods for part in method.parts()), loaded, tokenizer, console)
     check_fit(grid, loaded, tokenizer)
     try:
         run(grid, loaded, tokenizer, results, console)

@@ -60,9 +60,7 @@ def latent(
     if rotary < 0:
         raise UserError(f"rotary must be at least 0, got {rotary}")
     tokens = batch * length
-    return Work(
-        2 * heads * (2 * latent + rotary) * tokens, (latent + rotary) * tokens * dtype_bytes
-    )
+    return Work(2 * heads * (2 * latent + rotary) * tokens, (latent + rotary) * tokens * dtype_bytes)
 
 
 def experts(

@@ -26,9 +26,7 @@ def roofline(
     dtype_bytes: Annotated[int, typer.Option(help="Bytes a number.")] = 2,
     batch: Annotated[int, typer.Option(help="Sequences decoded together.")] = 32,
     length: Annotated[int, typer.Option(help="Tokens in each cache.")] = 4096,
-    ridge: Annotated[
-        float, typer.Option(help="FLOP/byte from which on the machine computes.")
-    ] = 295.0,
+    ridge: Annotated[float, typer.Option(help="FLOP/byte from which on the machine computes.")] = 295.0,
 ) -> None:
     """FLOPs, bytes and FLOP/byte of a decode step: MHA, GQA, MQA, MLA and an MoE layer.
 

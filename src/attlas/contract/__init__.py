@@ -1,7 +1,7 @@
 """The contract that every mechanism signs, and the reference vectors that hold it to a paper.
 
-attlas.check("differential-transformer")     raises ContractError, or gives the results
-attlas.check(MyAttention)                     the same suite on an object of your own
+    attlas.check("differential-transformer")     raises ContractError, or gives the results
+    attlas.check(MyAttention)                     the same suite on an object of your own
 """
 
 from attlas.contract.result import ContractError, Result

@@ -127,9 +127,7 @@ def adapter(*folders: str, mechanism: str) -> Callable[[Adapter], Adapter]:
         for folder in folders:
             taken = _ADAPTERS.get(folder)
             if taken is not None:
-                raise ValueError(
-                    f"cases {folder!r} have an adapter already, in {taken[0].__module__}"
-                )
+                raise ValueError(f"cases {folder!r} have an adapter already, in {taken[0].__module__}")
             _ADAPTERS[folder] = (function, mechanism)
         return function
 

@@ -27,9 +27,7 @@ STYLES = {
 def verify(
     names: Annotated[
         list[str] | None,
-        typer.Argument(
-            help="Mechanisms or folders of cases; all unless given.", show_default=False
-        ),
+        typer.Argument(help="Mechanisms or folders of cases; all unless given.", show_default=False),
     ] = None,
     cases: Annotated[
         Path | None,

@@ -40,9 +40,7 @@ def grid_measures(case: str, mask: Mask, queries: int, keys: int, block: int) ->
     some, every = covered(pairs, block)
     claimed = grid(mask, queries, keys, q_block=block, k_block=block)
     missed, wrong = (some & ~claimed[0]).sum(), (claimed[1] & ~every).sum()
-    yield Measure(
-        f"{case} some", float(missed), 0.0, f"{missed} blocks with visible pairs are missed"
-    )
+    yield Measure(f"{case} some", float(missed), 0.0, f"{missed} blocks with visible pairs are missed")
     yield Measure(f"{case} every", float(wrong), 0.0, f"{wrong} blocks with hidden pairs are whole")
 
 
@@ -70,9 +68,7 @@ def lowerings_agree(subject: Subject) -> Iterator[Measure]:
     yield holds("sdpa", bool((pairs == shown).all()), "SDPA's flags show other pairs")
     blocks = block_mask(mask, length, length, block=16).to_dense().bool()
     some, _ = covered(pairs, 16)
-    yield holds(
-        "BlockMask", not bool((some & ~blocks).any()), "a block with visible pairs is absent"
-    )
+    yield holds("BlockMask", not bool((some & ~blocks).any()), "a block with visible pairs is absent")
 
 
 @check("mask")

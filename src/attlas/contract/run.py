@@ -69,13 +69,7 @@ def _judged(subject: Subject, one: Check, expected: str | None) -> Result:
     else:
         status, reason = "failed", f"passes, though it was expected to fail: {expected}"
     return Result(
-        subject.name,
-        worst.case,
-        one.name,
-        _number(worst.error),
-        _number(worst.bound),
-        status,
-        reason,
+        subject.name, worst.case, one.name, _number(worst.error), _number(worst.bound), status, reason
     )
 
 

@@ -29,12 +29,8 @@ def data_repeat(subject: Subject) -> Iterator[Measure]:
     system: System = subject.made()
     for cell in system.cells:
         first, again = (system.data(cell, SEED) for _ in range(2))
-        yield holds(
-            cell, bool(first) and first == again, "the same seed made other examples, or none"
-        )
-        yield holds(
-            f"{cell}, seed", first != system.data(cell, SEED + 1), "another seed, same data"
-        )
+        yield holds(cell, bool(first) and first == again, "the same seed made other examples, or none")
+        yield holds(f"{cell}, seed", first != system.data(cell, SEED + 1), "another seed, same data")
         train = system.data(cell, SEED, "train")
         yield holds(f"{cell}, split", first != train, "it is tested on what it is trained on")
 

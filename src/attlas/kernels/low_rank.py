@@ -118,9 +118,7 @@ def _onwards(
     for n in range(tl.cdiv(stop - begin, C)):
         at = begin + n * C
         t, live = (at + i).to(tl.int64), at + i < stop
-        whole, before, chunk, _ = _fades(
-            g, far * g_b + up * g_h, t, live, d, d_in, g_t, C, DK, DECAY
-        )
+        whole, before, chunk, _ = _fades(g, far * g_b + up * g_h, t, live, d, d_in, g_t, C, DK, DECAY)
         query = _tile(q, far * q_b + up * q_h, t, q_t, live, d, d_in)
         key = _tile(k, far * k_b + up * k_h, t, k_t, live, d, d_in)
         left = _tile(a, far * a_b + up * a_h, t, a_t, live, d, d_in)
@@ -175,9 +173,7 @@ def _back(
     for n in range(chunks):
         at = begin + (chunks - 1 - n) * C
         t, live = (at + i).to(tl.int64), at + i < stop
-        whole, before, chunk, _ = _fades(
-            g, far * g_b + up * g_h, t, live, d, d_in, g_t, C, DK, DECAY
-        )
+        whole, before, chunk, _ = _fades(g, far * g_b + up * g_h, t, live, d, d_in, g_t, C, DK, DECAY)
         query = _tile(q, far * q_b + up * q_h, t, q_t, live, d, d_in)
         key = _tile(k, far * k_b + up * k_h, t, k_t, live, d, d_in)
         left = _tile(a, far * a_b + up * a_h, t, a_t, live, d, d_in)

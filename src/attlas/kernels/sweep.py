@@ -140,9 +140,7 @@ def _sweep(
             entering = chunk[None, :] - whole if REVERSE else whole
             leaving = whole if REVERSE else chunk[None, :] - whole
         elif DECAY > 0:
-            whole, chunk = _decays(
-                g, head, long, live, tl.minimum(stop - at, C), g_h, g_t, C, DECAY
-            )
+            whole, chunk = _decays(g, head, long, live, tl.minimum(stop - at, C), g_h, g_t, C, DECAY)
         if not STATES:
             query = tl.load(
                 q + long[:, None] * q_t + d[None, :], mask=live[:, None] & d_in[None, :], other=0.0
@@ -157,9 +155,7 @@ def _sweep(
                 near_value = (value * tl.exp2(-asked)).to(value.dtype)
             pairs = tl.dot(near_query, tl.trans(near_key))
             if DECAY == 1 or DECAY == 2:
-                apart = (
-                    whole[None, :] - whole[:, None] if REVERSE else whole[:, None] - whole[None, :]
-                )
+                apart = whole[None, :] - whole[:, None] if REVERSE else whole[:, None] - whole[None, :]
                 pairs *= tl.exp2(tl.where(seen, apart, -1000.0))
             else:
                 pairs = tl.where(seen, pairs, 0.0)

@@ -166,9 +166,7 @@ class ConvNetModel(_Convolutional):
         inputs = config.hidden_sizes[0]
         self.stem = _conv(config.num_channels, inputs)
         stages = []
-        for stage, (width, depth) in enumerate(
-            zip(config.hidden_sizes, config.depths, strict=True)
-        ):
+        for stage, (width, depth) in enumerate(zip(config.hidden_sizes, config.depths, strict=True)):
             stages.append(nn.ModuleList(
                 ConvBlock(config, stage, width if block else inputs, down=stage > 0 and not block)
                 for block in range(depth)

@@ -1,7 +1,7 @@
 """Pages of keys: summaries, what a query can at most gain from a page, and the best pages.
 
-low, high = elementwise minimum and maximum over a page's keys
-bound     = Σ_d max(q_d · low_d, q_d · high_d)  ≥  q · k   for every key k of the page
+    low, high = elementwise minimum and maximum over a page's keys
+    bound     = Σ_d max(q_d · low_d, q_d · high_d)  ≥  q · k   for every key k of the page
 """
 
 from __future__ import annotations

@@ -123,7 +123,9 @@ def recurrence(
     return out.to(v.dtype), state
 
 
-def _by_kernel(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, causal: bool, form: Form) -> bool:
+def _by_kernel(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, causal: bool, form: Form
+) -> bool:
     if form != "triton" and (form != "auto" or q.shape[2] < SHORT or kernels.loses(g)):
         return False
     behind = None if causal else "it sees no token behind another"
@@ -150,7 +152,9 @@ def _by_forms(
     return torch.cat(outs, dim=2), torch.cat(states, dim=0)
 
 
-def _run(terms: Terms, state: Tensor | None, chunk_size: int, form: Form) -> tuple[Tensor, Tensor]:
+def _run(
+    terms: Terms, state: Tensor | None, chunk_size: int, form: Form
+) -> tuple[Tensor, Tensor]:
     tokens = terms.q.shape[2]
     if state is None:
         shape = (*terms.q.shape[:2], terms.q.shape[-1], terms.v.shape[-1])
@@ -160,7 +164,9 @@ def _run(terms: Terms, state: Tensor | None, chunk_size: int, form: Form) -> tup
     return chunked(terms, state, max(1, tokens) if form == "parallel" else chunk_size)
 
 
-def _both_ways(terms: Terms, spans: list[tuple[int, int]], chunk_size: int, form: Form) -> Tensor:
+def _both_ways(
+    terms: Terms, spans: list[tuple[int, int]], chunk_size: int, form: Form
+) -> Tensor:
     """Forwards and backwards, the token itself once."""
     found = []
     for start, stop in spans:

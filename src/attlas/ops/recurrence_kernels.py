@@ -14,7 +14,9 @@ WIDTH = 128
 ALIGNED = 8
 
 
-def refuses(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None) -> str | None:
+def refuses(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None
+) -> str | None:
     """Why no kernel can take a call of `recurrence`, None when one can."""
     if torch.compiler.is_compiling():
         return "torch.compile traces it"

@@ -14,8 +14,7 @@ CHUNK = 64
 
 
 def running_mean(
-    x: Float[Tensor, "batch heads tokens width"],
-    count: Float[Tensor, "#batch 1 tokens 1"],
+    x: Float[Tensor, "batch heads tokens width"], count: Float[Tensor, "#batch 1 tokens 1"],
     before: Float[Tensor, "batch heads 1 width"] | None = None,
 ) -> tuple[Float[Tensor, "batch heads tokens width"], Float[Tensor, "batch heads 1 width"]]:
     """(before + Σ_{j ≤ i} x_j) / count_i for every token i, and the sum of all in float32 or more.

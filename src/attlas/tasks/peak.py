@@ -1,7 +1,7 @@
 """The peak of memory during a run.
 
-CUDA: the most that PyTorch had allocated at once, weights included
-CPU:  the most that the process's resident set grew over what it was before
+    CUDA: the most that PyTorch had allocated at once, weights included
+    CPU:  the most that the process's resident set grew over what it was before
 """
 
 from __future__ import annotations

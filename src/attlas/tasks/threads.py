@@ -45,12 +45,7 @@ class _Line:
 
 
 def haystack(
-    task: str,
-    length: int,
-    rng: random.Random,
-    asks: int,
-    size: int,
-    steps: int,
+    task: str, length: int, rng: random.Random, asks: int, size: int, steps: int,
     count: Callable[[str], int],
 ) -> list[Example]:
     """Questions to one haystack whose `count` is `length`, at most 1 % less.
@@ -119,9 +114,7 @@ def _names(rng: random.Random, size: int) -> Iterator[str]:
         if name not in seen:
             seen.add(name)
             yield name
-    raise UserError(
-        f"size {size} gives {10**size} names, too few for this length; give a larger size"
-    )
+    raise UserError(f"size {size} gives {10**size} names, too few for this length; give a larger size")
 
 
 def _marked(names: Iterator[str], rng: random.Random) -> _Line:

@@ -56,9 +56,7 @@ def _dots(axis: Axes, unit: str, rows: list[Row]) -> None:
     for place, (colour, found) in enumerate(zip(cycle(COLOURS), groups.values(), strict=False)):
         values = [row.value for row in found]
         axis.plot(values, [place] * len(values), "o", color=colour, ms=4, alpha=0.6, clip_on=False)
-        axis.plot(
-            [statistics.mean(values)], [place], "|", color=colour, ms=16, mew=2, clip_on=False
-        )
+        axis.plot([statistics.mean(values)], [place], "|", color=colour, ms=16, mew=2, clip_on=False)
     axis.set_yticks(range(len(groups)), list(groups))
     for text in axis.get_yticklabels():
         text.set_parse_math(False)

@@ -52,8 +52,4 @@ def test_grid_rotation_tells_rows_and_columns_apart(name: str) -> None:
 def test_grid_rotation_refuses_heads_that_it_cannot_halve(name: str) -> None:
     with pytest.raises(ValueError, match="head_dim"):
         attlas.make(name, dim=12, heads=2)
-    assert attlas.make(name, dim=12, heads=2, rotary=False)(torch.randn(1, 4, 12)).shape == (
-        1,
-        4,
-        12,
-    )
+    assert attlas.make(name, dim=12, heads=2, rotary=False)(torch.randn(1, 4, 12)).shape == (1, 4, 12)

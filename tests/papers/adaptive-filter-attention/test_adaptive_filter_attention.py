@@ -63,9 +63,7 @@ def _by_definition(layer, x: Tensor, causal: bool) -> Tensor:
             out[i, h] = (weights[:, None] * torch.stack(moved)).sum(0)
         if layer.residual:
             out[:, h] = out[:, h] + raw["v"][:, h // group]
-        out[:, h] = _norm(out[:, h : h + 1], layer.gains["o"][h] if "o" in layer.gains else None)[
-            :, 0
-        ]
+        out[:, h] = _norm(out[:, h : h + 1], layer.gains["o"][h] if "o" in layer.gains else None)[:, 0]
         if layer.predict:
             out[:, h] = out[:, h] * torch.exp(mu + 1j * omega)
     return layer.o_proj(torch.stack((out.real, out.imag), dim=2).flatten(1))

@@ -17,7 +17,6 @@ def _layer(**options):
 
 def _by_definition(layer, x: torch.Tensor) -> torch.Tensor:
     """Weights with the keys u_s^t of every token made anew for every t."""
-
     def heads(y):
         return y.unflatten(-1, (-1, layer.head_dim)).transpose(1, 2)
 

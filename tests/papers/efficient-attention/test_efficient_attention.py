@@ -10,9 +10,7 @@ import attlas
 
 @pytest.mark.parametrize("kv_heads", [1, 2])
 def test_efficient_attention_is_the_product_of_two_normalised_maps(kv_heads: int) -> None:
-    layer = attlas.make(
-        "efficient-attention", dim=16, heads=2, kv_heads=kv_heads, value_dim=5
-    ).double()
+    layer = attlas.make("efficient-attention", dim=16, heads=2, kv_heads=kv_heads, value_dim=5).double()
     x = torch.randn(2, 12, 16).double()
     q, k, v = layer.project(layer.prepare(x)[-1])
     weights = q.softmax(-1) @ k.softmax(2).mT

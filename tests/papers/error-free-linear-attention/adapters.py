@@ -31,3 +31,5 @@ def efla(case: Case) -> Iterator[Check]:
             last = layer_norm(out[:, -1], q.shape[-1:], params["norm.weight"], params["norm.bias"])
             logits = linear(last, params["classifier.weight"], params["classifier.bias"])
             yield case.compare(f"mid.logits_{name}", logits)
+
+

@@ -38,10 +38,7 @@ def test_efla_is_the_delta_rule_for_short_keys_and_never_steps_too_far() -> None
 
 
 def test_efla_stays_bounded_where_eulers_step_grows_without_bound() -> None:
-    k, v = (
-        4 * normalize(torch.randn(1, 1, 200, 8).double(), dim=-1),
-        torch.randn(1, 1, 200, 8).double(),
-    )
+    k, v = 4 * normalize(torch.randn(1, 1, 200, 8).double(), dim=-1), torch.randn(1, 1, 200, 8).double()
     beta = torch.full((1, 1, 200), 0.5).double()
     euler, _ = ops.recurrence(k, k, v, beta=beta)
     exact, _ = ops.recurrence(k, k, v, beta=exact_step(k, beta))

@@ -129,7 +129,9 @@ def _error(name: str, places: bool, **options: object) -> tuple[float, int]:
 def test_factored_attention_finds_a_ground_state_as_well_as_dot_products() -> None:
     # Measured (1 and 2 threads, float32 and float64): error below 0.001, dot products 0.017.
     """J1-J2 ring of 10 spins, 252 configurations: at most 1.5 times the error, fewer parameters."""
-    ours, few = mean_over_seeds(lambda: _error("factored-attention", places=False, length=SITES))
+    ours, few = mean_over_seeds(
+        lambda: _error("factored-attention", places=False, length=SITES)
+    )
     theirs, many = mean_over_seeds(lambda: _error("softmax", places=True))
     print(f"factored {ours:.2e} with {few} parameters, dot products {theirs:.2e} with {many}")
     assert 0 <= ours < 0.01

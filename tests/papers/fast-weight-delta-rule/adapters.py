@@ -33,9 +33,7 @@ def recurrences(case: Case) -> Iterator[Check]:
 def layer(case: Case) -> Iterator[Check]:
     config, params = case.config, case.params
     heads, width = config["H"], config["d_head"]
-    feature = (
-        {"feature": "dpfp", "nu": config["n_roll"]} if "n_roll" in config else {"feature": "elu"}
-    )
+    feature = {"feature": "dpfp", "nu": config["n_roll"]} if "n_roll" in config else {"feature": "elu"}
     made = attlas.make(
         "fast-weight-delta-rule", dim=config["d_model"], heads=heads, head_dim=width, **feature,
         normalize=config["normalize_attn_scores"], eps=config["eps"],
@@ -51,6 +49,4 @@ def layer(case: Case) -> Iterator[Check]:
     norm = (x.shape[-1:], params["layer_norm.weight"], params["layer_norm.bias"], 1e-5)
     h = layer_norm(x, *norm) if config["pre_lnorm"] else x
     y = h + made(h)
-    yield case.compare(
-        "out.y", (y if config["pre_lnorm"] else layer_norm(y, *norm)).transpose(0, 1)
-    )
+    yield case.compare("out.y", (y if config["pre_lnorm"] else layer_norm(y, *norm)).transpose(0, 1))

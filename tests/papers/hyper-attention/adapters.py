@@ -20,9 +20,7 @@ class Given(HyperAttention):
 
     def draw(self, k: Tensor, *_: Any) -> Draws:
         ranks = self.given.pop(0).long()
-        return Draws(
-            ranks, torch.full_like(ranks, k.shape[2] / ranks.shape[-1], dtype=k.dtype).log()
-        )
+        return Draws(ranks, torch.full_like(ranks, k.shape[2] / ranks.shape[-1], dtype=k.dtype).log())
 
 
 class Twice(Given):

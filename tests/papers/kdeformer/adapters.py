@@ -37,9 +37,7 @@ def kdeformer(case: Case) -> Iterator[Check]:
     layer.sampled = case.inputs["sampled"]
     for name, x in (("q", q), ("k", k)):
         order = layer.hash(x).argsort(dim=-1, stable=True)
-        if f"{name}_sort_idx" in case.inputs and not torch.equal(
-            order, case.inputs[f"{name}_sort_idx"]
-        ):
+        if f"{name}_sort_idx" in case.inputs and not torch.equal(order, case.inputs[f"{name}_sort_idx"]):
             raise ValueError(f"{name} is sorted in another order")
     shares = layer.shares(torch.cat((v, torch.ones_like(v[..., :1])), dim=-1))
     out, _ = layer.estimate(q, k, v, shares)

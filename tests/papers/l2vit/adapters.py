@@ -23,9 +23,7 @@ def l2vit(case: Case) -> Iterator[Check]:
                 attention[f"{letter}_proj.{rest.removeprefix('qkv.')}"] = each
         else:
             attention[rest.replace("proj.", "o_proj.")] = weight
-    layer = attlas.make(
-        "l2vit", dim=config["dim"], heads=config["heads"], grid=grid, kernel_size=None
-    )
+    layer = attlas.make("l2vit", dim=config["dim"], heads=config["heads"], grid=grid, kernel_size=None)
     load_weights(layer, attention)
     yield case.compare("out.attention", layer(x))
     if "denominator_before_clamp" in case.mids:

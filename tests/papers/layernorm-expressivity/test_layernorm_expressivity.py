@@ -71,9 +71,7 @@ def test_what_is_called_selectable_is_selected_by_some_query_and_the_rest_by_non
     winners = torch.zeros(24, dtype=torch.bool)
     winners[(queries @ keys.T).argmax(-1).unique()] = True
     assert not (winners & hidden).any()
-    assert (
-        dim > 3 or (winners | hidden).all()
-    )  # random directions miss narrow cones of five dimensions
+    assert dim > 3 or (winners | hidden).all()  # random directions miss narrow cones of five dimensions
     assert not any(unselectable(FactorizedLayerNorm(dim, projection=False)(keys)))
 
 
@@ -94,9 +92,7 @@ def test_the_exact_method_agrees_with_linear_programming(dim):
 @pytest.fixture
 def one_thread():
     threads = torch.get_num_threads()
-    torch.set_num_threads(
-        1
-    )  # two give the same steps, and wait for each other twenty times as long
+    torch.set_num_threads(1)  # two give the same steps, and wait for each other twenty times as long
     yield
     torch.set_num_threads(threads)
 
@@ -104,14 +100,7 @@ def one_thread():
 def test_the_majority_task_trains_faster_with_projection_than_the_published_baseline(one_thread):
     """Over 5 seeds 1.98 times as fast in float32, on one thread and on two; 1.88 in float64."""
     study = attlas.make(
-        "layernorm-expressivity",
-        classes=8,
-        length=20,
-        margin=4,
-        dim=16,
-        batch=64,
-        rate=1e-2,
-        limit=1000,
+        "layernorm-expressivity", classes=8, length=20, margin=4, dim=16, batch=64, rate=1e-2, limit=1000
     )
     ours, theirs = (
         sum(study.steps(norm, seed) for seed in range(5))

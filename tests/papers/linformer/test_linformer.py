@@ -31,9 +31,7 @@ def test_linformer_shares_one_projection_between_keys_and_values_and_between_lay
 
 
 def test_linformer_has_one_matrix_a_head_where_asked() -> None:
-    layer = attlas.make(
-        "linformer", dim=16, heads=4, kv_heads=2, rank=4, max_length=20, per_head=True
-    )
+    layer = attlas.make("linformer", dim=16, heads=4, kv_heads=2, rank=4, max_length=20, per_head=True)
     assert layer.projection.keys.shape == (2, 4, 20)
 
 

@@ -42,8 +42,7 @@ RENAMED = {
 def dynamic_convolution(case: Case) -> Iterator[Check]:
     config, params = case.config, dict(case.params)
     sizes = {
-        kind: (config[f"{kind}_filters"], config[f"{kind}_kernel"])
-        for kind in ("static", "dynamic")
+        kind: (config[f"{kind}_filters"], config[f"{kind}_kernel"]) for kind in ("static", "dynamic")
     }
     layer = attlas.make(
         "dynamic-convolution-attention", dim=config["query_dim"], hidden=config["attention_dim"],

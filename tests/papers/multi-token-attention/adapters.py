@@ -16,9 +16,7 @@ def multi_token(case: Case) -> Iterator[Check]:
     config, params = case.config, dict(case.params)
     heads = config["n_heads"]
     kernels = {"kernel": "mta_kernel", "after_kernel": "mta_kernel_after_sm"}
-    sizes = {
-        ours: tuple(params[name].shape[2:]) for ours, name in kernels.items() if name in params
-    }
+    sizes = {ours: tuple(params[name].shape[2:]) for ours, name in kernels.items() if name in params}
     mix = params.get("head_kernel")
     if "wposm.weight" in params:
         mix = params["wposm.weight"].T[None]

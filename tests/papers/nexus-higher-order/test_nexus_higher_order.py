@@ -83,9 +83,7 @@ class _OneLayer(nn.Module):
 
     def forward(self, first, second, query) -> torch.Tensor:
         pairs = self.first(first) + self.second(second)
-        return self.read(
-            self.attention(torch.cat((pairs, self.query(query)[:, None]), dim=1))[:, -1]
-        )
+        return self.read(self.attention(torch.cat((pairs, self.query(query)[:, None]), dim=1))[:, -1])
 
 
 def _retrieved(depth: int, steps: int = 600) -> float:

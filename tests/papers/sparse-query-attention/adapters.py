@@ -21,6 +21,4 @@ def sqa(case: Case) -> Iterator[Check]:
     )  # fmt: skip
     load_weights(layer, {k.replace("out_proj", "o_proj"): v for k, v in case.params.items()})
     visible = case.inputs.get("key_visible")
-    yield case.compare(
-        "out.y", layer(case.inputs["x"], mask=None if visible is None else visible > 0)
-    )
+    yield case.compare("out.y", layer(case.inputs["x"], mask=None if visible is None else visible > 0))

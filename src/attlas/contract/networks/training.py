@@ -22,9 +22,7 @@ def gradients_reach(subject: Subject) -> Iterator[Measure]:
         (y * torch.randn_like(y)).sum().backward()
         for name, parameter in layer.named_parameters():
             grad = parameter.grad
-            reached = (
-                grad is not None and bool(grad.isfinite().all()) and bool(grad.abs().sum() > 0)
-            )
+            reached = grad is not None and bool(grad.isfinite().all()) and bool(grad.abs().sum() > 0)
             yield holds(f"{case} {name}", reached, f"{name} gets no finite gradient")
 
 
