@@ -65,13 +65,15 @@ class Option:
     @property
     def annotation(self) -> str:
         """Its type as a caller may give it: None asks for a default that is worked out."""
-        return f"{self.type} | None" if self.factory and "None" not in self.type else self.type
+        return self._or_none(self.type)
 
     @property
     def told(self) -> str:
         """Its type, as `annotation`, with the names of types told apart."""
-        hint = told(type_of(self.type, self.module))
-        return f"{hint} | None" if self.factory and "None" not in hint else hint
+        return self._or_none(told(type_of(self.type, self.module)))
+
+    def _or_none(self, text: str) -> str:
+        return f"{text} | None" if self.factory and "None" not in text else text
 
     @property
     def as_parameter(self) -> inspect.Parameter:
@@ -229,9 +231,9 @@ def _tell(cls: type, options: list[Option]) -> None:
     """Put the meanings into the docstring, where `help()` finds them."""
     own = vars(cls).get("__doc__") or ""
     if options and "Args:\n" not in own:
-        told = "\n".join(f"        {o.parameter}: {o.meaning}." for o in options)
+        meanings = "\n".join(f"        {o.parameter}: {o.meaning}." for o in options)
         head, raises, tail = own.rstrip().partition("\n\n    Raises:\n")
-        cls.__doc__ = f"{head}\n\n    Args:\n{told}\n{raises.removeprefix(chr(10))}{tail}"
+        cls.__doc__ = f"{head}\n\n    Args:\n{meanings}{raises}{tail}\n"
 
 
 def _bound(
@@ -252,27 +254,39 @@ def _bound(
     twice = sorted(set(values) & set(named))
     if twice:
         raise BadOption(f"{cls.__name__} got {twice[0]} twice, by place and by name")
-    renamed = {one.former: name for name, one in options.items() if one.former}
-    for name, value in named.items():
-        if name in renamed and renamed[name] not in named:
-            former_names.tell(f"the option {name!r} of {cls.__name__}", renamed[name])
-            name = renamed[name]
-        elif name not in options:
-            raise unknown_option(cls.__name__, name, options)
-        values[name] = value
+    values |= by_present_names(cls.__name__, named, options)
     missing = [name for name, one in options.items() if one.required and name not in values]
     if missing:
         raise BadOption(f"{cls.__name__} needs the option {missing[0]!r}")
     return values
 
 
-def unknown_option(whose: str, name: str, options: Mapping[str, object]) -> BadOption:
-    """The error that names what an unknown option was probably meant to be."""
-    known = list(options)
-    renamed = [n for n, o in options.items() if isinstance(o, Option) and name == o.former]
-    near = renamed or get_close_matches(name, known, n=2, cutoff=0.6)
-    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"it takes {known}"
-    return BadOption(f"{whose} takes no option {name!r}; {hint}")
+def by_present_names(
+    whose: str, given: Mapping[str, Any], known: Mapping[str, object]
+) -> dict[str, Any]:
+    """What was given, an option of a former name under its present one, with a warning.
+
+    Args:
+        whose: options they are, as the messages say it.
+        given: values by name.
+        known: what is taken, by name: an `Option`, where it is declared as one.
+
+    Raises:
+        BadOption: an unknown option, with the nearest that is known.
+    """
+    renamed = {o.former: n for n, o in known.items() if isinstance(o, Option) and o.former}
+    found = {}
+    for name, value in given.items():
+        present = renamed.get(name, name)
+        if present not in known or (present != name and present in given):
+            near = [present] if present in known else get_close_matches(name, known, n=2)
+            told_near = f"did you mean {' or '.join(map(repr, near))}?"
+            hint = told_near if near else f"it takes {list(known)}"
+            raise BadOption(f"{whose} takes no option {name!r}; {hint}")
+        if present != name:
+            former_names.tell(f"the option {name!r} of {whose}", present)
+        found[present] = value
+    return found
 
 
 # What a value may be ---------------------------------------------------------------------------------

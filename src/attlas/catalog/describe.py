@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from attlas.catalog.registry import signature
 
-#: Sections of a docstring that tell of arguments: their lines are indented, `name: meaning`.
-_SECTION = re.compile(r"^(Args|Attributes):\n((?:[ \t]+.*\n?|\n)+)", re.MULTILINE)
+#: The section of a docstring that tells of arguments: its lines are indented, `name: meaning`.
+_SECTION = re.compile(r"^Args:\n((?:[ \t]+.*\n?|\n)+)", re.MULTILINE)
 _ARGUMENT = re.compile(r"^    (\w+): (.*(?:\n {5,}.*)*)", re.MULTILINE)
 
 
@@ -47,7 +47,7 @@ def _meanings(obj: Callable[..., Any]) -> dict[str, str]:
     found: dict[str, str] = {}
     for each in obj.__mro__ if inspect.isclass(obj) else (obj,):
         doc = inspect.cleandoc(each.__doc__ or "")
-        for _, body in _SECTION.findall(doc):
+        for body in _SECTION.findall(doc):
             for name, meaning in _ARGUMENT.findall(body):
                 found.setdefault(name, " ".join(meaning.split()).rstrip("."))
     return found

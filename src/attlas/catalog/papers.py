@@ -13,7 +13,6 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from attlas import former as former_names
 from attlas.catalog import registry
 from attlas.catalog.kinds import LAYER, OP, PARTS
 from attlas.catalog.registry import Entry
@@ -122,11 +121,9 @@ def paper(name: str) -> Paper:
     for row in rows:
         if key == row.slug or key in row.names:
             return row
-    for row in rows:
-        for entry in row.entries:
-            if key in entry.former:
-                former_names.tell(f"the mechanism {name!r}", entry.name)
-                return row
+    entry = registry.renamed(name, (entry for row in rows for entry in row.entries))
+    if entry is not None:
+        return next(row for row in rows if entry in row.entries)
     raise UnknownName("paper or mechanism", name, [n for r in rows for n in (r.slug, *r.names)])
 
 

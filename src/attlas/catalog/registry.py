@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -22,7 +22,7 @@ from attlas.catalog.kinds import PARTS, Kind, kind_of, kind_of_module
 from attlas.catalog.source import Declared, declared
 from attlas.catalog.stages import stages_of
 from attlas.errors import UnknownName
-from attlas.options import BadOption, unknown_option
+from attlas.options import BadOption, by_present_names
 
 T = TypeVar("T", bound=Callable[..., Any])
 
@@ -226,6 +226,19 @@ def entries(*kinds: Kind) -> tuple[Entry, ...]:
     return tuple(_entries[n] for n in sorted(_entries) if not kinds or _entries[n].kind in kinds)
 
 
+def renamed(name: str, among: Iterable[Entry]) -> Entry | None:
+    """The entry that was called `name` once, with a warning that tells its present name."""
+    key = _key(name)
+    found = next((entry for entry in among if key in entry.former), None)
+    if found is not None:
+        former_names.tell(f"the mechanism {name!r}", found.name)
+    return found
+
+
+def _key(name: str) -> str:
+    return name.strip().lower().replace("_", "-")
+
+
 def find(name: str, *kinds: Kind) -> Entry:
     """The entry called `name`; names are matched in lower case, `_` as `-`.
 
@@ -237,13 +250,10 @@ def find(name: str, *kinds: Kind) -> Entry:
         UnknownName: with the nearest known names.
     """
     _discover()
-    key = name.strip().lower().replace("_", "-")
+    key = _key(name)
     fitting = [e for e in _entries.values() if not kinds or e.kind in kinds]
     entry = _entries.get(_by_name.get(key, ""))
-    renamed = next((e for e in fitting if key in e.former), None)
-    if renamed is not None and entry is None:
-        former_names.tell(f"the mechanism {name!r}", renamed.name)
-        entry = renamed
+    entry = renamed(name, fitting) if entry is None else entry
     if entry is None or (kinds and entry.kind not in kinds):
         what = " or ".join(kind.name for kind in kinds) or "mechanism"
         raise UnknownName(what, name, [n for e in fitting for n in e.names])
@@ -269,11 +279,8 @@ def make(name: str, **options: object) -> Any:
     """
     entry = find(name)
     made, taken = entry.object, signature(entry.object)
-    declared = getattr(made, "declared_options", {})
-    once = {one.former for one in declared.values()}
-    for option in options:
-        if option not in taken and option not in once:
-            raise unknown_option(entry.name, option, {**taken, **declared})
+    known = {**taken, **getattr(made, "declared_options", {})}
+    options = by_present_names(entry.name, options, known)
     if not entry.kind.constructed:
         return lambda *args, **more: made(*args, **{**options, **more})
     missing = [n for n, p in taken.items() if p.default is p.empty and n not in options]

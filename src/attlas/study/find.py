@@ -12,7 +12,7 @@ from attlas.compare.methods import parse_call, split, written
 from attlas.errors import UnknownName, UserError
 from attlas.kinds.claim import Claim
 from attlas.kinds.study import Study
-from attlas.options import unknown_option
+from attlas.options import by_present_names
 
 #: Words that stand for all claims and for all registered studies.
 CLAIMS, STUDIES = "claims", "studies"
@@ -88,14 +88,13 @@ def _made(text: str, known: dict[str, Claim], common: dict[str, Any]) -> Named:
     key = name.strip().lower().replace("_", "-")
     registered = {n: e for e in registry.entries(STUDY) for n in e.names}
     if key in registered:
-        name, taken = registered[key].name, list(registry.signature(registered[key].object))
+        cls: Any = registered[key].object
+        name, taken = registered[key].name, cls.declared_options
     elif key in known:
-        name, taken = key, list(_SIZES)
+        name, taken = key, dict.fromkeys(_SIZES)
     else:
         raise UnknownName("study", name, {*registered, *known, CLAIMS, STUDIES})
-    for option in options:
-        if option not in taken:
-            raise unknown_option(f"study {name}", option, dict.fromkeys(taken))
+    options = by_present_names(f"study {name}", options, taken)
     given = {option: options[option] for option in taken if option in options}
     try:
         if key in registered:

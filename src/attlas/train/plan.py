@@ -10,7 +10,7 @@ from attlas.catalog.kinds import LAYER, MODULE
 from attlas.catalog.registry import Entry
 from attlas.compare.methods import parse_call, split, written
 from attlas.errors import UnknownName, UserError
-from attlas.options import unknown_option
+from attlas.options import by_present_names
 from attlas.tasks.train import Task, find
 
 #: Options of each kind that is trained which the model sets by itself.
@@ -125,10 +125,8 @@ def parse_task(text: str) -> tuple[str, Task]:
     """
     name, options = parse_call("task", text)
     cls = find(name)
-    known = list(cls.declared_options)
-    for option in options:
-        if option not in known:
-            raise unknown_option(f"task {cls.name}", option, cls.declared_options)
+    known = cls.declared_options
+    options = by_present_names(f"task {cls.name}", options, known)
     given = [(option, options[option]) for option in known if option in options]
     try:
         return written(cls.name, given), cls(**options)
@@ -177,9 +175,7 @@ def _mechanism(text: str) -> Mechanism:
     for option in options:
         if option in fixed:
             raise UserError(f"mechanism {entry.name}: {option} is set by the model, see --help")
-        if option not in taken:
-            declared = getattr(entry.object, "declared_options", {})
-            known = {name: declared.get(name) for name in taken}
-            raise unknown_option(entry.name, option, known)
+    declared = getattr(entry.object, "declared_options", {})
+    options = by_present_names(entry.name, options, {name: declared.get(name) for name in taken})
     given = tuple(sorted(options.items(), key=lambda o: taken.index(o[0])))
     return Mechanism(written(entry.name, given), entry.name, given)
