@@ -138,6 +138,19 @@ class Inputs:
         running sums over the keys tell what each query sees."""
         return (pattern if self.valid is not None else self.pairs) in (None, masks.causal)
 
+    def looks_back(self, pattern: Mask | None) -> bool:
+        """Whether this call is causal, by a layer's pattern or by the call's mask."""
+        return masks.causal in (pattern, self.pairs)
+
+    def refuse_weights(self, taken_in: bool) -> None:
+        """Refuse to tell the weights of tokens that a state has taken in.
+
+        Raises:
+            ValueError: there are such tokens.
+        """
+        if taken_in:
+            raise ValueError("cache: the weights of tokens that a state has taken in are not known")
+
     def carry(self, name: str, x: Float[Tensor, "batch heads tokens width"]) -> None:
         """Give each of this pass's keys data beside it, to be found in `carried` after `position`.
 

@@ -35,7 +35,7 @@ class ExponentialKeys(RecurrentAttention):
             logits = logits.masked_fill(padding, NOTHING)
         so_far = self.largest(logits, inputs)
         inputs.notes["largest"] = so_far[:, :, -1:]
-        causal = self.looks_back(inputs)
+        causal = inputs.looks_back(self.pattern)
         top = so_far[:, :, 1:] if causal else so_far[:, :, -1:]
         k = (logits - top[..., None]).exp()
         if padding is not None:

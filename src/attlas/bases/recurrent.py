@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attlas import masks, ops
+from attlas import ops
 from attlas.attention import Attention
 from attlas.inputs import Inputs
 from attlas.supports import Supports
@@ -90,15 +90,11 @@ class RecurrentAttention(Attention):
             v = v.masked_fill(~valid[:, None, :, None], 0.0)
         out, state = ops.recurrence(
             q, k, v, **gates, scale=self.scale, normalize=self.normalized, eps=self.eps,
-            causal=self.looks_back(inputs), initial_state=inputs.recall("state"),
+            causal=inputs.looks_back(self.pattern), initial_state=inputs.recall("state"),
         )  # fmt: skip
         if state is not None:
             inputs.remember("state", state)
         return out
-
-    def looks_back(self, inputs: Inputs) -> bool:
-        """Whether this call is causal, by the layer's pattern or the call's."""
-        return masks.causal in (self.pattern, inputs.pairs)
 
     def weigh(
         self, q: Tensor, k: Tensor, inputs: Inputs
@@ -108,22 +104,21 @@ class RecurrentAttention(Attention):
         Raises:
             ValueError: a cache, whose state tells no more which token wrote what.
         """
-        if inputs.recall("state") is not None:
-            raise ValueError("cache: the weights of tokens that a state has taken in are not known")
+        inputs.refuse_weights(inputs.recall("state") is not None)
         visible = inputs.visible(q, k)
         dtype = q.dtype
         q, k, gates = self.terms(q, k, inputs)
         tokens = torch.eye(k.shape[2], dtype=q.dtype, device=q.device)
         each = tokens.expand(*k.shape[:2], -1, -1)
         weights, _ = ops.recurrence(
-            q, k, each, **gates, scale=self.scale, causal=self.looks_back(inputs), form="parallel"
+            q, k, each, **gates, scale=self.scale, causal=inputs.looks_back(self.pattern), form="parallel"
         )
         if visible is not None:
             weights = weights.masked_fill(~visible, 0.0)
         if not self.normalized:
             return weights.to(dtype)
         total = weights.sum(-1, keepdim=True) + self.eps
-        return (weights / total.masked_fill(total == 0, 1.0)).to(dtype)
+        return ops.divided(weights, total).to(dtype)
 
     def terms(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor, Gates]:
         """Features, one key for every query head, and gates; at padding, nothing happens to a state."""

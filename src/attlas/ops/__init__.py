@@ -10,6 +10,7 @@ from attlas.ops.pages import best_pages, page_bounds, page_scores
 from attlas.ops.recurrence import recurrence
 from attlas.ops.reference import (
     as_dense,
+    divided,
     grouped_product,
     indices,
     merge,
@@ -28,6 +29,7 @@ __all__ = [
     "best_pages",
     "decode",
     "delta_correction",
+    "divided",
     "fused",
     "grouped_product",
     "indices",

@@ -38,6 +38,7 @@ from torch import Tensor
 from attlas.errors import UnknownName, UserError
 from attlas.ops import recurrence_kernels as kernels
 from attlas.ops.recurrence_forms import Terms, chunked, stepped
+from attlas.ops.reference import divided
 
 Form = Literal["auto", "parallel", "chunked", "step", "triton"]
 #: Calls shorter than this are made step by step.
@@ -119,7 +120,7 @@ def recurrence(
         out, state = _by_forms(terms, spans, packed, causal, initial_state, chunk_size, form)
     if normalize:
         total = out[..., width:] + eps
-        out = out[..., :width] / total.masked_fill(total == 0, 1.0)
+        out = divided(out[..., :width], total)
     return out.to(v.dtype), state
 
 

@@ -22,6 +22,11 @@ def softmax(scores: Float[Tensor, "*rows keys"]) -> Float[Tensor, "*rows keys"]:
     return scores.masked_fill(dead, 0.0).softmax(-1).masked_fill(dead, 0.0)
 
 
+def divided(x: Tensor, total: Tensor) -> Tensor:
+    """x / total; where a total is 0, as a row's that sees nothing, x itself."""
+    return x / total.masked_fill(total == 0, 1.0)
+
+
 def merge(
     parts: list[tuple[Float[Tensor, "*rows dim"], Float[Tensor, "*rows"]]],
 ) -> tuple[Float[Tensor, "*rows dim"], Float[Tensor, "*rows"]]:

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from attlas import ops
 from attlas.attention import Attention
 from attlas.catalog.registry import Reduction, mechanism
 from attlas.inputs import Inputs
@@ -42,7 +43,7 @@ from attlas.supports import Supports
 def allocation(shares: Tensor, heads: int) -> Tensor:
     """Query heads of each group [..., groups], `heads` in all, from its share in any unit."""
     groups, total = shares.shape[-1], shares.sum(-1, keepdim=True)
-    shares = torch.where(total > 0, shares / total.masked_fill(total == 0, 1.0), 1 / groups)
+    shares = torch.where(total > 0, ops.divided(shares, total), 1 / groups)
     counts = (shares * heads).round().long()
     first = torch.arange(groups, device=shares.device)
     for _ in range(groups):  # rounding is off by half a head a group at most

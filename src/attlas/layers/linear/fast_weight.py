@@ -27,6 +27,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import elu, relu
 
+from attlas import ops
 from attlas.bases.recurrent import Gates, RecurrentAttention
 from attlas.catalog.registry import Reduction, mechanism
 from attlas.inputs import Inputs
@@ -102,7 +103,7 @@ class FastWeightDeltaRule(RecurrentAttention):
         if self.norm == "none":
             return x
         size = x.sum(-1, keepdim=True) if self.norm == "sum" else x.norm(dim=-1, keepdim=True)
-        return x / size.masked_fill(size == 0, 1.0)
+        return ops.divided(x, size)
 
     def gates(self, k: Tensor, inputs: Inputs) -> Gates:
         """How strongly each key's head writes."""
@@ -117,13 +118,13 @@ class FastWeightDeltaRule(RecurrentAttention):
             return q, k, gates
         totals = self.totals(k, inputs)
         asked = (totals * q).sum(-1, keepdim=True) + self.eps
-        q = (q / asked.masked_fill(asked == 0, 1.0)).to(q.dtype)
+        q = ops.divided(q, asked).to(q.dtype)
         if (beta := gates.get("beta")) is not None:
             earlier = totals - k
             first = (earlier == 0).all(-1)
             kappa = (earlier * k).sum(-1).masked_fill(first, 1.0)
             divisor = (kappa + self.eps)[..., None]
-            k = (k / divisor.masked_fill(divisor == 0, 1.0)).to(k.dtype)
+            k = ops.divided(k, divisor).to(k.dtype)
             gates = {"beta": (beta * kappa).to(beta.dtype)}
         return q, k, gates
 

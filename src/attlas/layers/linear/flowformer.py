@@ -56,7 +56,8 @@ class Flowformer(RecurrentAttention):
         valid = inputs.valid_now
         sources = k.new_ones(len(k), 1, k.shape[2], 1) if valid is None else valid[:, None, :, None].to(k)
         sinks = sources if inputs.context is None else q.new_ones(q.shape[0], 1, q.shape[2], 1)
-        return (self._running if self.looks_back(inputs) else self._whole)(q, k, sinks, sources, inputs)
+        form = self._running if inputs.looks_back(self.pattern) else self._whole
+        return form(q, k, sinks, sources, inputs)
 
     def flow(self, x: Tensor, others: Tensor) -> Tensor:
         """What flows between x and the sum of the others, [batch, heads, tokens, 1]."""
@@ -74,14 +75,14 @@ class Flowformer(RecurrentAttention):
         count = sources.sum(2, keepdim=True).clamp(min=1.0)
         allocation = (sink * sinks.sum(2, keepdim=True) / count).sigmoid()
         risen = source.exp() * sources
-        whole = risen.sum(2, keepdim=True)
-        share = count * risen / whole.masked_fill(whole == 0, 1.0)
+        share = ops.divided(count * risen, risen.sum(2, keepdim=True))
         return allocation * q / incoming, share * k, {}
 
     def _running(
         self, q: Tensor, k: Tensor, sinks: Tensor, sources: Tensor, inputs: Inputs
     ) -> tuple[Tensor, Tensor, Gates]:
         """Every sum ends at its own token, and goes on from where the cache has left it."""
+
         def sums(name: str, x: Tensor) -> Tensor:
             before = inputs.recall(name)
             found = x.cumsum(2) if before is None else x.cumsum(2) + before
@@ -95,6 +96,5 @@ class Flowformer(RecurrentAttention):
         sink = self.flow(q, sums("offered evenly", offered / outgoing)) / count
         source = self.flow(k, sums("asked evenly", asked / incoming)) / count
         risen = source.clamp(-1.0, 1.0).exp() * sources
-        whole = sums("risen", risen)
-        share = count * risen / whole.masked_fill(whole == 0, 1.0)
+        share = ops.divided(count * risen, sums("risen", risen))
         return sink.sigmoid() * q / (incoming * count), share * k, {}

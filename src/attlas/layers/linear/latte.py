@@ -89,7 +89,7 @@ class Latte(RecurrentAttention):
         if padding is not None:  # which may hold anything
             logits = logits.masked_fill(padding, NOTHING)
         total = logits.logsumexp(2, keepdim=True)
-        if self.looks_back(inputs):
+        if inputs.looks_back(self.pattern):
             before = inputs.recall("total")
             if before is None:
                 before = torch.full_like(logits[:, :, :1], NOTHING)
@@ -105,8 +105,7 @@ class Latte(RecurrentAttention):
         Raises:
             ValueError: a cache, whose state tells no more which token wrote what.
         """
-        if inputs.cache is not None:
-            raise ValueError("cache: the weights of tokens that a state has taken in are not known")
+        inputs.refuse_weights(inputs.cache is not None)
         visible = inputs.visible(q, k)
         shares, k = self.features(q, k, inputs)
         k = ops.repeated(k, q.shape[1]).to(shares.dtype)

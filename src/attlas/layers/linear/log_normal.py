@@ -127,7 +127,7 @@ class LinearLogNormalAttention(ExponentialKeys):
         )
         here = torch.arange(slots, device=q.device).expand(batch, -1) < count
         shown = rearrange(here, "b (n s) -> (b n) 1 1 s", s=size).expand(-1, -1, size, -1)
-        shown = shown.tril() if self.looks_back(inputs) else shown
+        shown = shown.tril() if inputs.looks_back(self.pattern) else shown
         keys, values = keys.chunk(2, dim=-1)
         out = ops.attend(queries, keys, values, mask=shown, scale=size**-0.5)
         whole = rearrange(out, "(b n) h s d -> b (n s) (h d)", b=batch)

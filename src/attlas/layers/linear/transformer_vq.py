@@ -167,8 +167,7 @@ class TransformerVQ(Attention):
         Raises:
             ValueError: a cache, whose older tokens are known by their codes alone.
         """
-        if inputs.recall("codes") is not None:
-            raise ValueError("cache: the weights of tokens that a state has taken in are not known")
+        inputs.refuse_weights(inputs.recall("codes") is not None)
         valid, tokens = inputs.valid_now, q.shape[2]
         at = torch.arange(tokens, device=q.device)[None] if valid is None else ranks(valid)
         apart = (at[:, :, None] - at[:, None, :])[:, None]

@@ -21,7 +21,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from attlas import masks, ops
+from attlas import ops
 from attlas.attention import Attention
 from attlas.catalog.registry import Reduction, mechanism
 from attlas.inputs import Inputs
@@ -105,7 +105,7 @@ class AffineScaled(Attention):
             valid = inputs.valid[:, None, -k.shape[2] :, None]
             v, count = v * valid, count * valid
         # A lone query sees them all.
-        if masks.causal in (self.pattern, inputs.pairs) and q.shape[2] > 1:
+        if inputs.looks_back(self.pattern) and q.shape[2] > 1:
             mean, _ = ops.running_mean(v, count.cumsum(2).clamp(min=1))
             return mean[:, :, -q.shape[2] :]
         sums = v.sum(2, keepdim=True, dtype=dtype)

@@ -22,7 +22,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from attlas import masks, ops
+from attlas import ops
 from attlas.catalog.registry import mechanism
 from attlas.inputs import Inputs
 from attlas.kinds.claim import Claim
@@ -63,7 +63,7 @@ class Dint(Differential):
         own = inputs.context is None
         seen = visible * (visible @ first if own else first.sum(2, keepdim=True))
         total = seen.sum(-1, keepdim=True)
-        return seen / total.masked_fill(total == 0, 1.0)
+        return ops.divided(seen, total)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
         """What both maps give, and the mean of what the first gives.
@@ -85,7 +85,7 @@ class Dint(Differential):
         if (valid := inputs.valid_now) is not None and inputs.context is None:
             count = count * valid[:, None, :, None]
             first = first * valid[:, None, :, None]
-        if masks.causal not in (self.pattern, inputs.pairs):
+        if not inputs.looks_back(self.pattern):
             sums = first.sum(2, keepdim=True, dtype=dtype)
             return (sums / count.sum(2, keepdim=True).clamp(min=1)).to(first)
         before, counted = inputs.recall("dint-sum"), inputs.recall("dint-count")

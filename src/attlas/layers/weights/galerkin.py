@@ -166,7 +166,7 @@ class GalerkinLinear(_Integral):
         top = k.masked_fill(~shown, torch.finfo(k.dtype).min).amax(2, keepdim=True)
         risen = (k - top).masked_fill(~shown, -torch.inf).exp()
         whole = visible.to(q.dtype) @ risen
-        return q / whole.masked_fill(whole == 0, 1.0) @ risen.transpose(-1, -2)
+        return ops.divided(q, whole) @ risen.transpose(-1, -2)
 
     def matrix(self, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
         """Keys that sum to 1 over the valid points, times values over n."""

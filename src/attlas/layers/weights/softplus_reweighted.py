@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, softplus
 
-from attlas import masks
 from attlas.attention import Attention
 from attlas.catalog.registry import Reduction, mechanism
 from attlas.inputs import Inputs
@@ -73,7 +72,7 @@ class Softplus(Attention):
         valid = torch.ones(1, k.shape[2], dtype=torch.bool, device=q.device)
         valid = valid if inputs.valid is None else inputs.valid[:, -k.shape[2] :]
         valid = valid[:, None, :, None]
-        causal = masks.causal in (self.pattern, inputs.pairs)
+        causal = inputs.looks_back(self.pattern)
         return valid.cumsum(2)[:, :, -q.shape[2] :] if causal else valid.sum(2, keepdim=True)
 
     @property
