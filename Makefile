@@ -1,5 +1,6 @@
 # make compare   install into .venv, then compare methods on SmolLM2 (the main job)
 # make test      install into .venv, then run the tests
+# make test-gpu   the tests that need a GPU, all at once (benchmarks/results/tests-cuda.json)
 # make test-oldest   the tests that touch Transformers, on the oldest versions that work
 # make check     lint, types and tests
 # make docs      generate docs/mechanisms.md and docs/claims.md
@@ -10,13 +11,16 @@ CONSTRAINTS := constraints.txt
 RUN := $(VENV)/bin
 PIP := $(RUN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
-.PHONY: compare test test-oldest lint types check docs pins clean
+.PHONY: compare test test-gpu test-oldest lint types check docs pins clean
 
 compare: $(VENV)/.installed-run
 	$(RUN)/attlas compare $(ARGS)
 
 test: $(VENV)/.installed-dev
 	$(RUN)/python -m pytest --numprocesses auto $(ARGS)
+
+test-gpu: $(VENV)/.installed-dev
+	$(RUN)/python tests/gpu.py $(ARGS)
 
 # In a virtual environment of its own, which the same rules make.
 test-oldest:

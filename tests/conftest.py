@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 
 from jaxtyping import install_import_hook
 
@@ -30,6 +31,21 @@ logging.getLogger("transformers").addHandler(_Deprecated())
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def unharmed():
+    """After an illegal access nothing in a process can use the GPU again: the process ends.
+
+    pytest-xdist tells of it as a failure of this test, and gives the others a new process.
+    """
+    yield
+    if torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            print(f"the GPU cannot be used any more: {error}", file=sys.stderr, flush=True)
+            os._exit(1)
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,10 @@ from attlas.cache.prompt import prefill
 from attlas.contract.families import distinct
 from attlas.hf.caches import cache_of, with_cache
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 POLICIES = {
     "streaming-llm": {"rerotate": True, "while_decoding": True},
     "key-norm-eviction": {"skip_layers": ()},

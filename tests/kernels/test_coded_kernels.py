@@ -9,21 +9,21 @@ from __future__ import annotations
 import json
 import operator
 import re
+from collections.abc import Callable
 from dataclasses import replace
-from importlib.util import find_spec
 from itertools import product
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
-from interpreted import interpreted
+from interpreted import MARKS, verdicts
 
 from attlas.ops.decode import reference_decode
 from attlas.ops.quantize import Codes, encode, pack
 from attlas.ops.segments import Coded
 
-pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+pytestmark = MARKS
 
 #: Inputs of each case of which the plain form's errors are taken.
 DRAWS = 5
@@ -194,15 +194,13 @@ def _double(segment: Coded) -> Coded:
 
 
 @pytest.fixture(scope="module")
-def judged() -> dict[str, tuple[float, float]]:
-    if torch.cuda.is_available():
-        return {name: errors(name, "cuda") for name in CASES}
-    return dict(json.loads(line) for line in interpreted(__file__).splitlines())
+def judged() -> Callable[[str], Any]:
+    return verdicts(__file__, errors)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_coded_kernel_is_as_exact_as_the_plain_form(name: str, judged: Any) -> None:
-    error, allowed = judged[name]
+    error, allowed = judged(name)
     assert error <= allowed
 
 

@@ -7,13 +7,13 @@ program, prints a line for each.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
-from interpreted import interpreted
+from interpreted import MARKS, verdicts
 from plain import plain
 from torch import Tensor
 
@@ -23,7 +23,7 @@ from attlas.ops.pages import page_bounds, reference_best_pages, reference_page_s
 from attlas.ops.quantize import encode
 from attlas.ops.segments import Coded, Dense, Listed, Ragged
 
-pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+pytestmark = MARKS
 
 #: Inputs of each case of which the plain form's errors are taken.
 DRAWS = 5
@@ -187,6 +187,8 @@ def _moved(
 def judge(name: str, device: str = "cpu") -> tuple[float, float]:
     """Of the kernels against float64, and what is allowed: twice the plain form's, and an ulp."""
     case = {**PLAIN, **CASES[name]}
+    if device == "cuda" and case["dtype"] == "float32":  # refused there
+        case["dtype"] = "float16"
     q, segments, poisoned = inputs(device, case)
     exact = decode(q.double(), [_double(s) for s in segments], scale=0.2, route="reference")
     found = launch(q, poisoned, 0.2, units=case["units"])
@@ -261,29 +263,19 @@ JUDGES: dict[str, tuple[dict[str, Any], Any]] = {
 ALL = [f"{kind}: {name}" for kind, (cases, _) in JUDGES.items() for name in cases]
 
 
-def judged_all(device: str) -> dict[str, tuple[float, float]]:
-    found = {}
-    for each in ALL:
-        kind, name = each.split(": ", 1)
-        cases, of = JUDGES[kind]
-        # Triton's interpreter has no bfloat16.
-        if device == "cuda" or kind != "decode" or cases[name].get("dtype") != "bfloat16":
-            found[each] = of(name, device)
-    return found
+def errors(name: str, device: str = "cpu") -> tuple[float, float]:
+    kind, case = name.split(": ", 1)
+    return JUDGES[kind][1](case, device)  # type: ignore[no-any-return]
 
 
 @pytest.fixture(scope="module")
-def judged() -> dict[str, tuple[float, float]]:
-    if torch.cuda.is_available():
-        return judged_all("cuda")
-    return dict(json.loads(interpreted(__file__)))
+def judged() -> Callable[[str], Any]:
+    return verdicts(__file__, errors)
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_kernels_agree_with_the_reference(name: str, judged: Any) -> None:
-    if name not in judged:
-        pytest.skip("Triton's interpreter has no bfloat16, and there is no CUDA device")
-    error, allowed = judged[name]
+    error, allowed = judged(name)
     assert error <= allowed
 
 
@@ -450,4 +442,7 @@ class TestOnADevice:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(json.dumps(judged_all("cpu")))
+    for each in ALL:
+        kind, case = each.split(": ", 1)
+        if kind != "decode" or CASES[case].get("dtype") != "bfloat16":
+            print(json.dumps([each, errors(each)]))

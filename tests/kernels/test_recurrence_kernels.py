@@ -7,20 +7,20 @@ of their own, one for all: this file, run as a program, prints a line for each.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import ExitStack
-from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
-from interpreted import interpreted
+from interpreted import MARKS, verdicts
 from torch import Tensor
 
 from attlas import ops
 
-pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+pytestmark = MARKS
 
 DECAYS = ("none", "head", "token", "channel")
 #: Of each update, the decays that its kernels take.
@@ -246,19 +246,15 @@ def errors(name: str, device: str = "cpu") -> dict[str, tuple[float, float]]:
 
 
 @pytest.fixture(scope="module")
-def judged() -> dict[str, dict[str, tuple[float, float]]]:
-    if torch.cuda.is_available():
-        return {name: errors(name, "cuda") for name in CASES | LARGE}
-    return dict(json.loads(line) for line in interpreted(__file__).splitlines())
+def judged() -> Callable[[str], Any]:
+    return verdicts(__file__, errors)
 
 
 @pytest.mark.parametrize("name", [*CASES, *LARGE])
 def test_the_kernel_is_as_exact_as_plain_operations(name: str, judged: Any) -> None:
-    if name not in judged:
-        pytest.skip("Triton's interpreter has no bfloat16, and there is no CUDA device")
-    wrong = {part: pair for part, pair in judged[name].items() if not pair[0] <= pair[1]}
+    wrong = {part: pair for part, pair in judged(name).items() if not pair[0] <= pair[1]}
     assert not wrong
-    assert {"out", "end", "dq", "dk", "dv"} <= set(judged[name])
+    assert {"out", "end", "dq", "dk", "dv"} <= set(judged(name))
 
 
 if __name__ == "__main__":

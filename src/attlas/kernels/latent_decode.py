@@ -33,7 +33,7 @@ def _over_a_run(
     visible_b, visible_h, visible_q, visible_n,
     LATENT: tl.constexpr, ROTARY: tl.constexpr, ROTARY_ROOM: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Weighted sum and log₂-sum-exp₂ of one block of rows over one run of tokens."""
     batch = tl.program_id(2).to(tl.int64)
@@ -62,8 +62,8 @@ def _over_a_run(
         rotary = tl.load(
             token[:, None] + LATENT + r[None, :], mask=inside[:, None] & narrow, other=0.0
         )
-        scores = tl.dot(q, tl.trans(latent), input_precision=PRECISION)
-        scores = tl.dot(q_rotated, tl.trans(rotary), scores, input_precision=PRECISION) * factor
+        scores = tl.dot(q, tl.trans(latent), input_precision="ieee")
+        scores = tl.dot(q_rotated, tl.trans(rotary), scores, input_precision="ieee") * factor
         seen = inside[None, :]
         if CAUSAL:
             seen = seen & (key[None, :] <= (query + keys - queries)[:, None])
@@ -81,7 +81,7 @@ def _over_a_run(
         shrink = tl.exp2(top - base)
         total = total * shrink + tl.sum(weights, 1)
         summed = tl.dot(
-            weights.to(latent.dtype), latent, summed * shrink[:, None], input_precision=PRECISION
+            weights.to(latent.dtype), latent, summed * shrink[:, None], input_precision="ieee"
         )
         top = higher
 
@@ -189,7 +189,6 @@ def latent_decode(
         *((0, 0, 0, 0) if visible is None else shown.stride()),
         LATENT=latent, ROTARY=rotary, ROTARY_ROOM=max(16, triton.next_power_of_2(rotary)),
         ROWS=cut.rows, KEYS=cut.keys, CAUSAL=causal and queries > 1, MASKED=visible is not None,
-        PRECISION="tf32x3" if content.dtype == torch.float32 else "tf32",
         num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
     if runs > 1:

@@ -17,7 +17,7 @@ from typing import Literal, overload
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from attlas.errors import UnknownName
 from attlas.masks import Mask, causal, density, hides_nothing, sdpa_flags
@@ -134,10 +134,15 @@ def _choose(
     fits_sdpa = not return_lse and (score_mod is None or getattr(score_mod, "additive", False))
     if dropout > 0:
         return "sdpa" if fits_sdpa else "reference"
-    if q.is_cuda and keys >= LONG and queries > 1 and refuses(q, k, v, mask) is None:
+    # What a kernel adds to a trained table's gradient it adds pair by pair, forty times as slowly.
+    flexible = q.is_cuda and keys >= LONG and queries > 1 and not (fits_sdpa and _trained(score_mod))
+    if flexible and refuses(q, k, v, mask) is None:
         return "flex"
     if fits_sdpa and not small and _sparse(mask, queries, keys, offset):
-        return "blocks" if score_mod is None else "chunked"
+        if score_mod is None:
+            return "blocks"
+        if not q.is_cuda:
+            return "chunked"
     # Where one query comes with a mask, SDPA's kernels leave most of the device idle.
     plain = score_mod is None and mask is None and k.shape[1] == v.shape[1]
     if q.is_cuda and queries == 1 and not plain:
@@ -146,6 +151,16 @@ def _choose(
     if fits_sdpa and (score_mod is None or small or q.is_cuda):
         return "sdpa"
     return "reference" if small else "chunked"
+
+
+def _trained(score_mod: ScoreMod | None) -> bool:
+    """Whether a change of scores has parameters that this call may train."""
+    owner = getattr(score_mod, "__self__", None)
+    return (
+        isinstance(owner, nn.Module)
+        and torch.is_grad_enabled()
+        and any(p.requires_grad for p in owner.parameters())
+    )
 
 
 def _sparse(mask: Mask | Tensor | None, queries: int, keys: int, offset: int) -> bool:

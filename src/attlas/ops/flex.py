@@ -14,6 +14,8 @@ from attlas.positions.base import ScoreMod
 
 #: Patterns, changes of scores and shape classes that one process may compile.
 PROGRAMS = 256
+#: With a change of scores, a program of PyTorch's own size may find no room in shared memory.
+ROOM = {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64}
 #: Lengths that are multiples of this are compiled each by itself: a kernel for any length is half as
 #: fast at 32k. Odd lengths, of which there are many, share one.
 EVEN = 1024
@@ -36,6 +38,7 @@ def flex(
         out, aux = kernel(
             q, k, v, score_mod=_shifted(score_mod, q_offset), block_mask=blocks, scale=scale,
             enable_gqa=q.shape[1] != k.shape[1], return_aux=AuxRequest(lse=True),
+            kernel_options=ROOM if score_mod is not None and q.itemsize == 2 else None,
         )  # fmt: skip
     return out, aux.lse
 
