@@ -8,8 +8,8 @@ never in a traceback.
 from __future__ import annotations
 
 import sys
-from importlib import import_module
-from typing import Any
+from importlib import import_module, metadata
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -32,6 +32,10 @@ COMMANDS = {
 }
 
 
+#: How help is asked for, of every command.
+HELP = {"help_option_names": ["-h", "--help"]}
+
+
 class _Commands(TyperGroup):
     """Commands that are imported when they are asked for."""
 
@@ -43,7 +47,7 @@ class _Commands(TyperGroup):
             return None
         module, function = COMMANDS[cmd_name]
         alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-        alone.command(cmd_name)(getattr(import_module(module), function))
+        alone.command(cmd_name, context_settings=HELP)(getattr(import_module(module), function))
         return typer.main.get_command(alone)
 
 
@@ -52,13 +56,25 @@ app = typer.Typer(
     cls=_Commands,
     help="An atlas of attention: build with it, attach it, compare it.",
     no_args_is_help=True,
+    context_settings=HELP,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
 
+def _version(asked: bool | None) -> None:
+    if asked:
+        print(f"attlas {metadata.version('attlas')}")
+        raise typer.Exit
+
+
 @app.callback()
-def _root() -> None:
+def _root(
+    version: Annotated[
+        bool | None,
+        typer.Option("--version", callback=_version, is_eager=True, help="Tell it and stop."),
+    ] = None,
+) -> None:
     """An atlas of attention: build with it, attach it, compare it."""
 
 

@@ -1,6 +1,11 @@
 """The catalogue is complete, derived and searchable; a toy mechanism is found everywhere."""
 
 import json
+import operator
+import re
+import tomllib
+from importlib.resources import files
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +16,8 @@ from attlas.catalog.papers import paper, papers
 from attlas.catalog.stages import STAGES
 from attlas.catalog.table import markdown
 from attlas.cli import main
-from attlas.errors import UnknownName
+from attlas.errors import UnknownName, UserError
+from attlas.models.load import load_config, load_tokenizer
 
 
 def cli(*arguments: str) -> int:
@@ -61,6 +67,48 @@ def test_show_of_what_exists_and_of_what_does_not(capsys):
     missing = next(p.slug for p in papers() if not p.entries)
     assert cli("show", missing) == 0
     assert "Works when" in capsys.readouterr().out
+
+
+def test_show_of_one_mechanism_of_a_row_tells_of_it_alone(capsys):
+    assert cli("show", "snapkv") == 0
+    told = capsys.readouterr().out
+    assert "SnapKV: the prompt's last queries" in told
+    assert "PyramidKV:" not in told
+    assert "Of the same row" in told
+
+
+FAMOUS = tomllib.loads((files("attlas.catalog") / "famous.toml").read_text("utf-8"))["famous"]
+
+
+@pytest.mark.parametrize("row", FAMOUS, ids=lambda row: row["names"][0])
+def test_famous_names_are_answered_with_what_is_here(row, capsys):
+    names = {name for entry in registry.entries() for name in entry.names}
+    known = names | {p.slug for p in papers()}
+    for name in row["names"]:
+        assert name not in known
+        assert cli("show", name) == 0
+        with pytest.raises(ValueError, match=re.escape(row["here"])):
+            attlas.make(name)
+    for quoted in re.findall(r"`([^`]+)`", row["here"]):
+        assert quoted in known or operator.attrgetter(quoted.removeprefix("attlas."))(attlas)
+    for call in re.findall(r"attlas\.([\w.]+)\(", row["here"]):
+        assert callable(operator.attrgetter(call)(attlas))
+
+
+def test_the_version_and_short_help(capsys):
+    assert cli("--version") == 0
+    assert attlas.__version__ in capsys.readouterr().out
+    for words in (["-h"], ["show", "-h"]):
+        assert cli(*words) == 0
+        assert "Usage" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "~/nowhere", "a/b/c", "/nowhere", "tests/nowhere"])
+def test_a_folder_that_is_not_there_is_asked_of_no_hub(name, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[2])
+    for load in (attlas.load, load_config, load_tokenizer):
+        with pytest.raises(UserError, match="there is no folder"):
+            load(name)
 
 
 def test_unknown_names_end_in_one_sentence(capsys):

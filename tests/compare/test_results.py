@@ -41,9 +41,23 @@ def test_damage_in_the_middle_is_refused_and_nothing_touched(tmp_path, make_grid
     path = tmp_path / "results.jsonl"
     damaged = b'{"model": \n' + path.read_bytes()
     path.write_bytes(damaged)
-    with pytest.raises(UserError, match=r"line 1 of .* cannot be read; remove that line"):
+    with pytest.raises(UserError, match=r"line 1 of .* cannot be read .*; remove that line"):
         Results(tmp_path)
     assert path.read_bytes() == damaged
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("value", "high"), ("n", "3"), ("low", []), ("length", 1.5), ("method", {}), ("status", None),
+     ("depth", "0.5")],
+)  # fmt: skip
+def test_a_value_of_another_type_is_named(tmp_path, make_grid, make_line, name, value):
+    line = make_line(make_grid(), 0) | {name: value}
+    path = tmp_path / "results.jsonl"
+    path.write_text(json.dumps(line) + "\n")
+    with pytest.raises(UserError, match=rf"line 1 of .* \({name} takes .*, got .*\); remove"):
+        Results(tmp_path)
+    assert path.read_text() == json.dumps(line) + "\n"
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,14 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from attlas.compare.grid import Grid, Preset, parse_tasks
 from attlas.compare.methods import Method
 from attlas.compare.summary import Summary, summarize
 from attlas.view import pareto, report, shell, table
+from attlas.view.curves import costs, qualities
 
 EVIL = "evil</script><script>alert(1)</script>&{body}"
 PRESET = Preset("tiny", (64, 128), (0.1, 0.9), 2, 1, 8, 1, 1, ())
@@ -79,6 +81,16 @@ def test_the_page_fetches_nothing(summary, tmp_path):
     assert "prefers-color-scheme: dark" in css
 
 
+def test_a_page_is_small_and_its_axes_begin_at_zero(summary, tmp_path):
+    html = page(summary, tmp_path)
+    assert len(html.encode()) < 1_500_000
+    figures = json.loads(re.search(r'id="figures">(.*?)</script>', html, re.DOTALL)[1])
+    assert all(figure["zero"] for figure in figures)
+    words = re.findall(r'<td class="words" data-value="([^"]*)"', html)
+    assert "needle" in words
+    assert not any(re.fullmatch(r"[\d.]+", word) for word in words)
+
+
 def test_the_table_sorts_by_buttons_in_its_heads(summary, tmp_path):
     html = page(summary, tmp_path)
     assert html.count('<th scope="col" data-first=') == html.count('<button type="button">')
@@ -104,6 +116,9 @@ def test_the_terminal_and_markdown_tables_hold_the_same_numbers(summary, tmp_pat
 def test_the_picture_is_drawn_or_left_out(summary, tmp_path):
     pareto.write(summary, tmp_path / "pareto.png")
     assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
+    axis = Figure().subplots()
+    pareto._draw(axis, summary, costs(summary)[0], qualities(summary)[0])
+    assert axis.get_xlim()[0] == axis.get_ylim()[0] == 0
     only = [line for line in summary.lines if line["task"] == "needle"]
     pareto.write(summarize(only, summary.grid), tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -13,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from attlas.catalog.describe import described
+from attlas.catalog.famous import famous
 from attlas.catalog.papers import Paper, paper, papers
 from attlas.catalog.registry import Entry
 from attlas.catalog.stages import STAGES, reasons
@@ -56,17 +58,31 @@ def list_papers(
 
 def show(name: Annotated[str, typer.Argument(help="A slug or the name of a mechanism.")]) -> None:
     """Tell what a paper changes in attention, and what of it exists here."""
+    if (known := famous(name)) is not None:
+        said = known.here[0].upper() + known.here[1:] + "."
+        Console().print(Panel(Text(said), title=Text(name), subtitle=Text(known.title), padding=1))
+        return
     row = paper(name)
-    body: list[RenderableType] = [_bar(row), Text(f"\n{row.kind} · {row.group}", "dim")]
+    # A row may hold several mechanisms: of one that is named, that one alone is told.
+    key = name.strip().lower().replace("_", "-")
+    shown = [e for e in row.entries if key in (*e.names, *e.former)] or row.entries
+    others = [e.name for e in row.entries if e not in shown]
+    stages = shown[0].stages if others else row.stages
+    kind = shown[0].kind.name if others else row.kind
+    body: list[RenderableType] = [_bar(stages), Text(f"\n{kind} · {row.group}", "dim")]
     if not row.entries:
         body += [_section("To build", row.build), _section("Works when", row.works_when)]
         if not row.sure:
             body.append(Text("\nIts equations are still to be established.", "yellow"))
-    for entry in row.entries:
+    for entry in shown:
         body += _existing(entry)
-    if row.headline:
+    if others:
+        body.append(_section("Of the same row", ", ".join(others)))
+    own = not others or shown[0].name == row.slug
+    if row.headline and own:
         body.append(_section("The paper's claim", row.headline))
-    Console().print(Panel(Group(*body), title=Text(row.slug), subtitle=Text(row.title), padding=1))
+    title, below = shown[0].name if others else row.slug, row.title if own else ""
+    Console().print(Panel(Group(*body), title=Text(title), subtitle=Text(below), padding=1))
 
 
 def _existing(entry: Entry) -> list[RenderableType]:
@@ -103,11 +119,11 @@ def _options(entry: Entry) -> RenderableType:
     return table
 
 
-def _bar(row: Paper) -> Text:
+def _bar(stages: Sequence[str]) -> Text:
     """The seven stages, those that the paper changes lit."""
     bar = Text()
     for stage in STAGES:
-        lit = stage in row.stages
+        lit = stage in stages
         bar.append(f" {stage} ", "bold reverse cyan" if lit else "dim")
         bar.append(" ")
     return bar

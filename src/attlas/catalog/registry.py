@@ -18,10 +18,11 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from attlas import former as former_names
+from attlas.catalog.famous import famous
 from attlas.catalog.kinds import PARTS, Kind, kind_of, kind_of_module
 from attlas.catalog.source import Declared, declared
 from attlas.catalog.stages import stages_of
-from attlas.errors import UnknownName
+from attlas.errors import UnknownName, UserError
 from attlas.options import BadOption, by_present_names
 
 T = TypeVar("T", bound=Callable[..., Any])
@@ -256,6 +257,8 @@ def find(name: str, *kinds: Kind) -> Entry:
     entry = renamed(name, fitting) if entry is None else entry
     if entry is None or (kinds and entry.kind not in kinds):
         what = " or ".join(kind.name for kind in kinds) or "mechanism"
+        if (known := famous(name)) is not None and not kinds:
+            raise UserError(f"unknown mechanism {name!r}: {known.here}")
         raise UnknownName(what, name, [n for e in fitting for n in e.names])
     return entry
 

@@ -17,6 +17,7 @@ from attlas.compare.methods import comparable, parse_methods
 from attlas.compare.results import Results, unwritable
 from attlas.compare.run import run
 from attlas.errors import UnknownName, UserError
+from attlas.models.load import load, load_config, load_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -60,10 +61,8 @@ def compare(
         results = Results(folder)
     for warning in said:
         console.print(f"[yellow]warning:[/] {warning.message}", highlight=False)
-    loaded, tokenizer = _load(model, where, DTYPES[kind])
-    positions = getattr(
-        loaded.config.get_text_config(decoder=True), "max_position_embeddings", None
-    )
+    config = load_config(model).get_text_config(decoder=True)
+    positions = getattr(config, "max_position_embeddings", None)
     grid = Grid(
         model=model,
         methods=planned_methods,
@@ -75,6 +74,7 @@ def compare(
         seed=seed,
     )
     results.check(grid)
+    loaded, tokenizer = _load(model, where, DTYPES[kind])
     ensure((part for method in planned_methods for part in method.parts()), loaded, tokenizer, console)
     check_fit(grid, loaded, tokenizer)
     try:
@@ -137,7 +137,6 @@ def _load(name: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any
         UserError: nothing can be loaded, or it is no language model.
     """
     from attlas.hf.models import quiet
-    from attlas.models.load import load, load_tokenizer
 
     quiet()
     model, tokenizer = load(name), load_tokenizer(name)

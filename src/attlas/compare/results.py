@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar, get_type_hints
 
 from attlas.compare.grid import Cell, Grid
 from attlas.errors import UserError
@@ -18,20 +19,19 @@ class Results(Journal):
     """The results of a folder: what is finished, and the way to add to it.
 
     Raises:
-        UserError: the folder cannot be made or written, or a line in its middle cannot be read.
+        UserError: the folder cannot be made or written, or a line cannot be read.
     """
+
+    fields: ClassVar[Mapping[str, Any]] = {
+        **get_type_hints(Cell), **dict.fromkeys(SETTING, str), "seed": int, "status": str, "n": int,
+        "value": float | None,
+    }  # fmt: skip
+    may_lack: ClassVar[Mapping[str, Any]] = dict.fromkeys(("low", "high", "sd", "floor"), float | None)
 
     @property
     def finished(self) -> set[Cell]:
         """The cells that stand in the file."""
         return {cell_of(line) for line in self.lines}
-
-    def checked(self, line: Any) -> Line:
-        """A line with everything that a cell has."""
-        for key in (*Cell._fields, *SETTING, "value", "n", "status"):
-            line[key]
-        hash(cell_of(line))
-        return dict(line)
 
     def check(self, grid: Grid) -> None:
         """Refuse a folder that holds cells which are not in this grid.

@@ -20,7 +20,7 @@ from attlas.errors import UnknownName, UserError
 from attlas.models.fetch.catalogue import MODELS, Model, cache_folder
 from attlas.models.fetch.convert import MANIFEST, finish, join, whole
 
-__all__ = ["cache_folder", "load", "load_tokenizer"]
+__all__ = ["cache_folder", "load", "load_config", "load_tokenizer"]
 
 
 def load(model: str | Path | nn.Module) -> Any:
@@ -79,9 +79,41 @@ def load_tokenizer(model: str | Path) -> Any:
         raise _cannot(name, error) from error
 
 
+def load_config(model: str | Path) -> Any:
+    """The configuration of a model that `load` takes by name, path or id; no weights are read.
+
+    Raises:
+        ValueError: as `load`.
+    """
+    from attlas.hf import models as transformers
+
+    name = str(model)
+    known = MODELS.get(name)
+    path = _folder_or_id(name) if known is None else _here(known)
+    try:
+        return transformers.AutoConfig.from_pretrained(path)
+    except Exception as error:
+        raise _cannot(name, error) from error
+
+
 def _folder_or_id(name: str) -> str:
-    if "/" not in name and not Path(name).exists():
+    """The name of a folder that is there, or one that the Hub may have.
+
+    Raises:
+        ValueError: a folder that is not there, which the Hub would be asked for in vain.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        return str(path)
+    pieces = name.split("/")
+    if len(pieces) == 1 and not name.startswith(("~", ".")):
         raise UnknownName("model", name, MODELS)
+    folder = len(pieces) != 2 or not all(pieces) or name[0] in "~." or Path(pieces[0]).is_dir()
+    if folder:
+        raise UserError(
+            f"there is no folder {name!r}; give one with a Transformers model, a Hugging Face id "
+            f"such as 'owner/name', or one of {sorted(MODELS)}"
+        )
     return name
 
 

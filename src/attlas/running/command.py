@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, ClassVar, cast
 
 import typer
 from rich.console import Console
@@ -25,14 +25,13 @@ class Results(Journal):
     """results.jsonl of a system: one line a seed and cell.
 
     Raises:
-        UserError: the folder cannot be made or written, or a line in its middle cannot be read.
+        UserError: the folder cannot be made or written, or a line cannot be read.
     """
 
-    def checked(self, line: Any) -> dict[str, Any]:
-        """A line with everything that a cell has."""
-        for key in ("system", "options", "cell", "seed", "score", "baseline", "n"):
-            line[key]
-        return dict(line)
+    fields: ClassVar[Mapping[str, Any]] = {
+        "system": str, "options": dict, "cell": str, "seed": int, "score": float, "baseline": float,
+        "n": int,
+    }  # fmt: skip
 
     def check(self, label: str, options: dict[str, Any]) -> None:
         """Refuse a folder of another system, or of other options.

@@ -7,8 +7,8 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from rich.console import Console
@@ -26,17 +26,24 @@ class Results(Journal):
     """The seeds of a folder: what is finished, and the way to add to it.
 
     Raises:
-        UserError: the folder cannot be made or written, or a line in its middle cannot be read.
+        UserError: the folder cannot be made or written, or a line cannot be read.
     """
 
     piece = "seed"
 
+    fields: ClassVar[Mapping[str, Any]] = {
+        "study": str, "seed": int, "settings": dict, "status": str, "reason": str,
+        "rows": Sequence[Sequence[float | str | None]], "versions": dict, "machine": str,
+    }  # fmt: skip
+
     def checked(self, line: Any) -> Line:
-        """A line with everything that a seed has."""
-        for key in ("study", "seed", "settings", "status", "reason"):
-            line[key]
-        line["rows"] = [list(Row(*row)) for row in line["rows"]]
-        return dict(line)
+        """A line whose rows have all that rows have now."""
+        found = super().checked(line)
+        try:
+            found["rows"] = [list(Row(*row)) for row in found["rows"]]
+        except TypeError as error:
+            raise ValueError(f"one of its rows is none: {error}") from error
+        return found
 
     def latest(self, study: Named, seed: int) -> Line | None:
         """The last line of a seed with these very settings."""

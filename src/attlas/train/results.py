@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 from attlas.errors import UserError
 from attlas.journal import Journal, Line, unwritable
@@ -18,10 +19,21 @@ class Results(Journal):
     """The results of a folder: what is finished, and the way to add to it.
 
     Raises:
-        UserError: the folder cannot be made or written, or a line in its middle cannot be read.
+        UserError: the folder cannot be made or written, or a line cannot be read.
     """
 
     piece = "run"
+    fields: ClassVar[Mapping[str, Any]] = {
+        "mechanism": str, "seed": int, "settings": dict, "status": str, "scores": Mapping[str, float],
+        "curve": Sequence[Sequence[float]],
+    }  # fmt: skip
+    may_lack: ClassVar[Mapping[str, Any]] = {
+        **dict.fromkeys(
+            ("parameters", "operations", "seconds", "step_ms", "cache_bytes_per_token",
+             "cache_growth", "diverged_at"), float | None,
+        ),
+        "score_curve": Sequence[Sequence[float]],
+    }  # fmt: skip
 
     @property
     def latest(self) -> dict[Run, Line]:
@@ -34,13 +46,6 @@ class Results(Journal):
         missing = [run for run in plan.runs() if run not in latest]
         failed = [r for r in plan.runs() if r in latest and latest[r]["status"] not in FINAL]
         return missing + failed
-
-    def checked(self, line: Any) -> Line:
-        """A line with everything that a run has."""
-        for key in (*Run._fields, "settings", "status", "curve", "scores"):
-            line[key]
-        hash(run_of(line))
-        return dict(line)
 
     def check(self, plan: Plan) -> None:
         """Refuse a folder in which something else was trained.

@@ -55,4 +55,6 @@ def _draw(axis: matplotlib.axes.Axes, summary: Summary, cost: Metric, quality: M
     better = "upwards" if quality.better == "higher" else "downwards"
     axis.set_xlabel(f"{cost.title} (left is better)")
     axis.set_ylabel(f"{quality.title} ({better} is better)")
+    axis.set_xlim(left=0)
+    axis.set_ylim(bottom=0)
     axis.grid(alpha=0.2)

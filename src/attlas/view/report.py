@@ -130,7 +130,7 @@ def _figures(summary: Summary) -> list[dict[str, Any]]:
             "place": f"chart-{cost.key}",
             # Plotly reads a little HTML in its texts, so they are escaped as such.
             "across": escape(f"{cost.title} (left is better)"),
-            "zero": cost.zero,
+            "zero": True,
             "upwards": escape(f"{quality.title} ({quality.better} is better)"),
             "curves": [
                 {

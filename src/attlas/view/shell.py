@@ -3,11 +3,12 @@
 All text that comes from users or models is escaped; JSON inside a script cannot end it; and the
 page's own policy forbids every fetch.
 
-A figure is drawn in the element `place`; where the page has a choice `#quality`, only figures of the
-chosen `quality` are. It has the axes' titles `across` and `upwards`, `zero` and `log` for how they
-run, and `curves`: `family`, `colour`, `full` (drawn as a star), `x`, `y`, `up` and `down` (spread
-above and below), `budget` (a text beside each point), `hover`, and `line` (no marks at the points,
-the spread as a band).
+Figures are drawn by plotly.js's basic bundle, which stands beside the page's own files (MIT; its first
+lines are its licence). A figure is drawn in the element `place`; where the page has a choice
+`#quality`, only figures of the chosen `quality` are. It has the axes' titles `across` and `upwards`,
+`zero` (both axes begin there) and `log` for how they run, and `curves`: `family`, `colour`, `full`
+(drawn as a star), `x`, `y`, `up` and `down` (spread above and below), `budget` (a text beside each
+point), `hover`, and `line` (no marks at the points, the spread as a band).
 """
 
 from __future__ import annotations
@@ -21,9 +22,6 @@ from typing import Any
 
 def page(title: str, lead: str, body: Iterable[str], figures: Sequence[Any]) -> str:
     """A page; title and lead are plain text, the body is HTML already."""
-    # The script is read here, not at import: it is five megabytes.
-    from plotly.offline import get_plotlyjs
-
     parts = files("attlas.view").joinpath("page")
     filled = {
         "title": escape(title),
@@ -31,7 +29,7 @@ def page(title: str, lead: str, body: Iterable[str], figures: Sequence[Any]) -> 
         "css": parts.joinpath("page.css").read_text("utf-8"),
         "body": "\n".join(body),
         "figures": _in_script(figures),
-        "plotly": get_plotlyjs() if figures else "",
+        "plotly": parts.joinpath("plotly-basic.min.js").read_text("utf-8") if figures else "",
         "js": parts.joinpath("page.js").read_text("utf-8"),
     }
     # Each place is filled once, in order, so that a brace in a user's text is never a place.
@@ -42,9 +40,9 @@ def page(title: str, lead: str, body: Iterable[str], figures: Sequence[Any]) -> 
     return html + text
 
 
-def head(title: str, first: str, hint: str = "") -> str:
-    """The head of a column that sorts; `first` is the order of the first click."""
-    note = f' title="{escape(hint)}"' if hint else ""
+def head(title: str, first: str, hint: str = "", words: bool = False) -> str:
+    """The head of a column, of words or of numbers, that sorts; `first` is the first click's order."""
+    note = (' class="words"' if words else "") + (f' title="{escape(hint)}"' if hint else "")
     return (
         f'<th scope="col" data-first="{first}"{note}>'
         f'<button type="button">{escape(title)}</button></th>'
@@ -62,7 +60,8 @@ def legend(families: Iterable[tuple[str, str]]) -> str:
 
 def rows_of(lines: Iterable[dict[str, Any]], names: Sequence[str], caption: str) -> str:
     """A folded table of all lines, for those who want to look closer."""
-    rows = []
+    lines, rows = list(lines), []
+    words = {name for name in names if any(isinstance(line.get(name), str) for line in lines)}
     for line in lines:
         cells = []
         for name in names:
@@ -70,10 +69,11 @@ def rows_of(lines: Iterable[dict[str, Any]], names: Sequence[str], caption: str)
             text = (
                 "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
             )
-            cells.append(f'<td data-value="{escape(text)}">{escape(text)}</td>')
+            kind = ' class="words"' if name in words else ""
+            cells.append(f'<td{kind} data-value="{escape(text)}">{escape(text)}</td>')
         hint = f' title="{escape(str(line["reason"]))}"' if line.get("reason") else ""
         rows.append(f"<tr{hint}>{''.join(cells)}</tr>")
-    heads = "".join(head(name, "ascending") for name in names)
+    heads = "".join(head(name, "ascending", words=name in words) for name in names)
     return f"""
 <details><summary>{escape(caption)} ({len(rows)})</summary>
 <div class="scroll" role="region" aria-label="{escape(caption)}" tabindex="0">

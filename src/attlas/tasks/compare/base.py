@@ -121,7 +121,6 @@ class Metric:
         scale: from the metric's own unit to the shown one.
         digits: after the point.
         drawn: "picture": in pareto.png and in the report; "page": in the report; "": nowhere.
-        zero: its axis begins at zero; where values differ little they are told apart without.
         map: caption of its table by depth and length, for shares; empty for none.
         on_cuda: what it means on a GPU, where that is something else.
     """
@@ -137,7 +136,6 @@ class Metric:
     scale: float = 1.0
     digits: int = 0
     drawn: str = "page"
-    zero: bool = False
     map: str = ""
     on_cuda: str = ""
 

@@ -30,7 +30,7 @@ class Memory(CompareTask):
     metrics = (
         Metric("cache_bytes", "cache MB", COST, "lower",
                "keys, values, slot indices and summaries held after the context", ALONE, median,
-               scale=_MB, digits=1, drawn="picture", zero=True),
+               scale=_MB, digits=1, drawn="picture"),
         Metric("read_bytes", "read MB", COST, "lower", "of these, what one generated token reads",
                ALONE, median, scale=_MB, digits=1, drawn="picture"),
         Metric("peak_bytes", "peak MB", COST, "lower",

@@ -65,7 +65,8 @@ function draw() {
       font: { family: "system-ui, sans-serif", size: 13, color: colour("--ink") },
       hoverlabel: { bgcolor: colour("--card"), bordercolor: colour("--line"), font: { color: colour("--ink") }, align: "left" },
       xaxis: { ...axis, title: { text: figure.across }, rangemode: figure.zero ? "tozero" : "normal" },
-      yaxis: { ...axis, title: { text: figure.upwards }, type: figure.log ? "log" : "linear" },
+      yaxis: { ...axis, title: { text: figure.upwards }, type: figure.log ? "log" : "linear",
+               rangemode: figure.zero ? "tozero" : "normal" },
     }, { displayModeBar: false, responsive: true });
   }
 }
