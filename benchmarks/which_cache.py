@@ -212,9 +212,9 @@ def _beside(cells: Cells, theirs: list[dict[str, Any]]) -> list[str]:
     text = [
         "## Beside kvpress",
         "",
-        "The same prompts and budgets through kvpress 0.5.5 (Transformers 5.2; `beside_kvpress.py`), each",
-        "library with its own defaults. *held* there: what keys and values keep alive of what they kept",
-        "before.",
+        "The same prompts and budgets through kvpress 0.5.5 (Transformers 5.2; `beside_kvpress.py`),",
+        "each library with its own defaults. *held* there: what keys and values keep alive of what they",
+        "kept before.",
         "",
         "| model | tokens | method | needle %, ours | theirs | blind %, ours | theirs | KL, ours "
         "| theirs | held, ours | theirs |",
