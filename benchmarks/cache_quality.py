@@ -154,8 +154,9 @@ def cell(model: Any, tokenizer: Any, label: str, length: int, seed: int) -> dict
     for batch in batches(rows(tokenizer, length, 0), length):
         read = Read(model, parts, torch.tensor([row.context for row in batch], device=device))
         question = torch.tensor([row.question for row in batch], device=device)
+        asked = read.extended(question)
         with attached(model, parts):
-            told = [(batch[0].task, *read.extended(question).fork())]
+            told = [(batch[0].task, *asked.fork())]
             if batch[0].task == "single":
                 cache, _ = read.fork()
                 told.append(("blind", cache, forward(model, question, cache).logits[:, -1]))
