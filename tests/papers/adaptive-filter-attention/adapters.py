@@ -16,6 +16,9 @@ RENAMED = {"omega": "lambda_imag_v", "mu": "mu_v", "sigma": "sigma_v", "eta": "e
 @adapter("adaptive-filter", mechanism="adaptive-filter-attention")
 def adaptive_filter(case: Case) -> Iterator[Check]:
     config, heads, numbers = case.config, case.config["heads"], case.config["complex_head_dim"]
+    # Values are always turned; the step of time is one, whatever its length.
+    case.states(rotate_values=(1, True))
+    case.without_effect("config.delta_t")
     layer = attlas.make(
         "adaptive-filter-attention", dim=config["d_e"], heads=heads, head_dim=2 * numbers,
         length=config["length"], robust=config["robust"], additive=config["additive_bias"],

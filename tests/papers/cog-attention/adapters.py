@@ -26,6 +26,7 @@ def cog(case: Case) -> Iterator[Check]:
     names = {"q_proj": "qw", "k_proj": "kw", "v_proj": "vw", "o_proj": "ow"}
     load_weights(layer, {f"{ours}.weight": case.params[theirs].T for ours, theirs in names.items()})
     x, visible = case.inputs["x"], case.inputs.get("mask")
+    case.states(documents=False if visible is None else (False, True))  # the mask parts them
     mask = None if visible is None else visible[:, None].bool()
     yield case.compare("out.y", layer(x, mask=mask))
     if "weights" in case.mids:

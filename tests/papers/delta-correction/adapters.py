@@ -16,6 +16,7 @@ def delta_attention(case: Case) -> Iterator[Check]:
     """The sparse output, and the corrected one by the op and by the part."""
     config = case.config
     q, k, v, sparse = (case.inputs[n] for n in ("q", "k", "v", "sparse_o"))
+    case.sizes(q, "B heads T head_dim")
     gamma, tail = config["gamma_lambda"], config.get("tail", 128)
     scale = q.shape[-1] ** -0.5
     call = prompt_call(q, k, v, scale)

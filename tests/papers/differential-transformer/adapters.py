@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+import torch
+
 import attlas
-from attlas.contract.cases import Case, Check, adapter, load_weights
+from attlas.contract.cases import Case, Check, adapter, compare, load_weights
 from attlas.positions import RoPE
 
 
@@ -31,6 +33,14 @@ def differential(case: Case) -> Iterator[Check]:
         weights[renamed.get(first, first) + dot + rest] = weight
     load_weights(layer, weights)
     x = case.inputs["x"]
+    if "lambda_init" in config:
+        ours, theirs = (torch.tensor(float(y)) for y in (layer.lambda_init, config["lambda_init"]))
+        yield compare("config.lambda_init", ours, theirs, case.atol, case.rtol)
+    if position is not None:
+        pairs = torch.tensor([1.0, 0.0]).repeat(1, 1, x.shape[1], config["head_dim"] // 2)
+        turned = position.rotate(pairs, torch.arange(x.shape[1]))[0, 0]
+        yield case.compare("in.cos", turned[:, ::2])
+        yield case.compare("in.sin", turned[:, 1::2])
     yield case.compare("out.y", layer(x))
     if "heads_before_norm" in case.mids:
         yield case.compare("mid.heads_before_norm", layer.attend(*layer.prepare(x)))

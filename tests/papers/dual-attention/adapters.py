@@ -20,13 +20,16 @@ def dual_attention(case: Case) -> Iterator[Check]:
     width = config["d_model"] // (sensory + n)
     told = str(config.get("symbols", ""))
     symbols, library, symbol_heads = "symbolic", None, 1
-    for name, param in params.items():
-        if name.startswith("symbol_retriever.") and param.ndim == 2:
+    for kind, count in (("self", "n_kv_heads_sa"), ("relational", "n_kv_heads_ra")):
+        name = "wk" if kind == "self" else "wk_attn"
+        case.states(**{count: (None, params[f"{kind}_attention.{name}.weight"].shape[0] // width)})
+    for name in params:
+        if name.startswith("symbol_retriever.") and params[name].ndim == 2:
             if "template_features" in name:
                 found = re.search(r"(\d+) heads", told)
                 symbol_heads = int(found[1]) if found else config.get("symbol_heads", 1)
             elif "q_proj" not in name:
-                library = param
+                library = params[name]
                 relative = (
                     "rel_pos" in name or told.startswith("relative") or "position-rel" in told
                 )
@@ -57,7 +60,9 @@ def dual_attention(case: Case) -> Iterator[Check]:
         "relation_q.weight": params["relational_attention.wq_rel.weight"],
         "relation_out": params["relational_attention.wr"], "symbol_library": library,
     }  # fmt: skip
-    if layer.relation_k is not None:
+    if layer.relation_k is None:
+        case.without_effect("param.relational_attention.wk_rel.weight")  # wq_rel once more
+    else:
         weights["relation_k.weight"] = params["relational_attention.wk_rel.weight"]
     if symbols == "symbolic":
         weights["templates"] = params["symbol_retriever.template_features"]

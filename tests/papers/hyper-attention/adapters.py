@@ -34,6 +34,8 @@ class Twice(Given):
 def hyper_attention(case: Case) -> Iterator[Check]:
     config = case.config
     q, k, v = (case.inputs[name] for name in "qkv")
+    case.sizes(q, "B H N D")
+    case.states(scale=("D**-0.5", None))
     for kind, suffix in ((Twice, ""), (Given, "_block_masked")):
         if f"o{suffix}" not in case.outs:
             continue

@@ -17,6 +17,7 @@ GMM_FOLDERS = [f"gmm-location-relative-v{version}" for version in "012"]
 def gmm(case: Case) -> Iterator[Check]:
     config, params = case.config, case.params
     name = "mlp" if "mlp.0.weight" in params else "N_a"
+    case.states(hidden=params[f"{name}.0.weight"].shape[0])
     layer = attlas.make(
         "gmm-attention", dim=config["query_dim"], components=config["components"],
         hidden=params[f"{name}.0.weight"].shape[0], version=config.get("version", "logistic"),
@@ -41,6 +42,7 @@ RENAMED = {
 @adapter("dynamic-convolution-attention", mechanism="dynamic-convolution-attention")
 def dynamic_convolution(case: Case) -> Iterator[Check]:
     config, params = case.config, dict(case.params)
+    case.sizes(case.inputs["memory"], "_ _ memory_dim")
     sizes = {
         kind: (config[f"{kind}_filters"], config[f"{kind}_kernel"]) for kind in ("static", "dynamic")
     }
@@ -74,6 +76,7 @@ def dynamic_convolution(case: Case) -> Iterator[Check]:
 def _compared(case: Case, layer: attlas.Attention) -> Iterator[Check]:
     """Weights over the memory's places; their sum of it, as it has a width of its own."""
     memory: Tensor = case.inputs["memory"]
+    case.sizes(memory, "_ _ memory_dim")
     blank = memory.new_zeros(*memory.shape[:2], layer.dim)
     found = layer.weights(case.inputs["query"], blank)[:, 0]
     shown = case.inputs.get("memory_visible")

@@ -22,6 +22,7 @@ def vision(case: Case) -> Iterator[Check]:
         routed_active=config["routed_active"], causal=config.get("causal", False), bias=True,
         load_balance=1.0,
     )  # fmt: skip
+    case.states(qkv_bias="qkv.bias" in params)
     names = {
         "wg.weight": "router.weight", "wg_1.weight": "shared_router.weight",
         "wg_0.weight": "balance.weight", "proj.weight": "o_proj.weight", "proj.bias": "o_proj.bias",

@@ -19,6 +19,7 @@ def sqa(case: Case) -> Iterator[Check]:
         causal=config.get("causal", False),
         position=RoPE(width, interleaved=True) if config.get("rope") else None,
     )  # fmt: skip
+    case.states(bias="q_proj.bias" in case.params)
     load_weights(layer, {k.replace("out_proj", "o_proj"): v for k, v in case.params.items()})
     visible = case.inputs.get("key_visible")
     yield case.compare("out.y", layer(case.inputs["x"], mask=None if visible is None else visible > 0))
