@@ -19,6 +19,8 @@ def adaptive_filter(case: Case) -> Iterator[Check]:
     # Values are always turned; the step of time is one, whatever its length.
     case.states(rotate_values=(1, True))
     case.without_effect("config.delta_t")
+    if config.get("complex_input_norm") == 2:
+        case.without_effect("param.cn_v.gamma")  # made, and not used
     layer = attlas.make(
         "adaptive-filter-attention", dim=config["d_e"], heads=heads, head_dim=2 * numbers,
         length=config["length"], robust=config["robust"], additive=config["additive_bias"],

@@ -43,6 +43,10 @@ def time_mix(case: Case) -> Iterator[Check]:
     names = {"q_proj": "receptance", "k_proj": "key", "v_proj": "value", "o_proj": "output"}
     weights = {f"{ours}.weight": params[f"{theirs}.weight"] for ours, theirs in names.items()}
     weights |= {f"mix.{n}": params[f"x_{n}"].flatten() for n in ("rwkvag" if gated else "rwkva")}
+    if not gated:
+        case.without_effect("param.x_g")
+    if not config["gn"]:
+        case.without_effect("param.ln_x.weight", "param.ln_x.bias")
     maps = {"decay": "w", "step": "a"}
     maps |= {"toward_first": "v"} if behind else {}
     maps |= {"out_gate": "g"} if gated else {}

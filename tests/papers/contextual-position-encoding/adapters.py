@@ -30,7 +30,9 @@ def cope(case: Case) -> Iterator[Check]:
     inputs = replace(layer.prepare(q[:, 0])[-1], pairs=pairs)
     if config.get("separate_gate_keys"):
         inputs.carry("gates", case.inputs["k_gate"][:, None])
-    elif config.get("value_gates"):
+    else:
+        case.without_effect("in.k_gate")
+    if config.get("value_gates"):
         inputs.carry("gates", v)
     weights = layer.weigh(q, k, inputs)
     yield case.compare("out.y", layer.aggregate(weights, v, inputs)[:, 0])

@@ -16,7 +16,7 @@ from attlas.positions import RoPE
 def differential(case: Case) -> Iterator[Check]:
     config = case.config
     position = None
-    if "cos" in case.inputs:
+    if config.get("rope") or "cos" in case.inputs:
         base = re.search(r"base (\d+)", str(config.get("rope", "")))
         position = RoPE(config["head_dim"], float(base[1]) if base else 1e4, interleaved=True)
     layer = attlas.make(
@@ -36,7 +36,7 @@ def differential(case: Case) -> Iterator[Check]:
     if "lambda_init" in config:
         ours, theirs = (torch.tensor(float(y)) for y in (layer.lambda_init, config["lambda_init"]))
         yield compare("config.lambda_init", ours, theirs, case.atol, case.rtol)
-    if position is not None:
+    if "cos" in case.inputs:
         pairs = torch.tensor([1.0, 0.0]).repeat(1, 1, x.shape[1], config["head_dim"] // 2)
         turned = position.rotate(pairs, torch.arange(x.shape[1]))[0, 0]
         yield case.compare("in.cos", turned[:, ::2])

@@ -16,7 +16,9 @@ def fastmax(case: Case) -> Iterator[Check]:
     case.states(dropout=(0, 0.0))
     case.without_effect("config.temperature")  # set to 1 inside, whatever is asked for
     coefficients = [config[name] for name in ("a0", "a1", "a2") if name in config]
-    if config["normalize"]:
+    if not config["normalize"]:
+        case.without_effect("config.lim")
+    else:
         # By the largest norm of all tokens, those to come included.
         q, k = (config["lim"] * x / x.norm(dim=-1).amax(-1)[..., None, None] for x in (q, k))
     for form in case.outs:

@@ -26,7 +26,8 @@ def galerkin(case: Case) -> Iterator[Check]:
     )  # fmt: skip
     case.states(causal=False)
     if places is None:
-        case.without_effect("config.pos_dim")  # of coordinates that are not given
+        # Of coordinates that are not given; without them heads are only joined.
+        case.without_effect("config.pos_dim", "param.fc.weight", "param.fc.bias")
     else:
         case.sizes(places, "_ _ pos_dim")
     if layer.norm == "none":
@@ -41,9 +42,8 @@ def galerkin(case: Case) -> Iterator[Check]:
             each = [params.get(f"norm_{name.upper()}.{h}.{theirs}") for h in range(heads)]
             ones = torch.full((heads, width // heads), float(ours == "gain"))
             weights[f"{name}_{ours}"] = (ones if each[0] is None else torch.stack(each))[:, None]
-    # Without coordinates their heads are only joined.
-    weights["o_proj.weight"] = params.get("fc.weight", torch.eye(width))
-    weights["o_proj.bias"] = params.get("fc.bias", torch.zeros(width))
+    weights["o_proj.weight"] = torch.eye(width) if places is None else params["fc.weight"]
+    weights["o_proj.bias"] = torch.zeros(width) if places is None else params["fc.bias"]
     load_weights(
         layer, {name: weight.to(case.inputs["x"].dtype) for name, weight in weights.items()}
     )

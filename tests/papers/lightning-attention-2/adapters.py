@@ -22,7 +22,7 @@ def lightning(case: Case) -> Iterator[Check]:
         layer = attlas.make(
             "lightning-attention-2", dim=x.shape[-1], heads=config["heads"],
             head_dim=config["head_dim"], value_dim=v.shape[-1], slope_scale=scale, causal=True,
-        )  # fmt: skip
+        ).to(q.dtype)  # fmt: skip
         if out == "o":
             yield case.compare("in.slopes", -layer.log_decay)
         _, *_, inputs = layer.prepare(x)
