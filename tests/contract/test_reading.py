@@ -10,6 +10,7 @@ import torch
 
 from attlas.contract.cases import Case, Check, adapter, adapters, checkout_cases, run_case
 from attlas.errors import UserError
+from reference.rope import rope_of
 
 SMALL = [c for c in checkout_cases() if not c.name.startswith("model-") and "smollm2" not in c.name]
 #: Intermediates without which nothing can be computed: which blocks were drawn.
@@ -102,3 +103,32 @@ def test_published_cases_pass_without_intermediates_and_fail_with_an_unknown_opt
     for result in results:
         assert result.status == "passed", f"{result.check}: {result.reason}"
     assert last.reason.endswith(f"the adapter of {case.name!r} does not read config.never_heard_of")
+
+
+@pytest.mark.parametrize(
+    ("told", "base", "interleaved"),
+    [
+        ("two halves, base 10000", 1e4, False),
+        ("adjacent pairs, base 500000", 5e5, True),
+        ("half-split theta 1e+6", 1e6, False),
+        ("base 100", 100.0, False),
+        (True, 1e4, False),
+    ],
+)
+def test_rotations_are_read_as_cases_tell_them(
+    told: object, base: float, interleaved: bool
+) -> None:
+    given = None if interleaved else False
+    rope = rope_of(told, 8, interleaved=given)
+    assert rope is not None
+    torch.testing.assert_close(
+        rope.frequencies, base ** -(torch.arange(4) / 4), check_dtype=False
+    )  # fmt: skip
+    assert rope.interleaved is interleaved
+    assert rope_of(None, 8) is rope_of(False, 8) is rope_of("none", 8) is None
+
+
+@pytest.mark.parametrize("told", ["yes", "adjacent halves", "interleaved pairs, base 10000"])
+def test_rotations_that_a_program_has_not_are_refused(told: str) -> None:
+    with pytest.raises(UserError, match="config 'rope' is"):
+        rope_of(told, 8, interleaved=False)

@@ -17,7 +17,7 @@ RENAMED = {"omega": "lambda_imag_v", "mu": "mu_v", "sigma": "sigma_v", "eta": "e
 def adaptive_filter(case: Case) -> Iterator[Check]:
     config, heads, numbers = case.config, case.config["heads"], case.config["complex_head_dim"]
     # Values are always turned; the step of time is one, whatever its length.
-    case.states(rotate_values=(1, True))
+    case.states(rotate_values=(1, True), residual=("none", None, False, "add values", "add", True))
     case.without_effect("config.delta_t")
     if config.get("complex_input_norm") == 2:
         case.without_effect("param.cn_v.gamma")  # made, and not used
@@ -27,7 +27,7 @@ def adaptive_filter(case: Case) -> Iterator[Check]:
         multiplicative=config["multiplicative_bias"], causal=config.get("causal", True), bias=True,
         input_norm={0: "none", 1: "qkv", 2: "qk"}[config.get("complex_input_norm", 0)],
         output_norm=bool(config.get("complex_output_norm", 0)),
-        residual=config.get("residual", "none") not in ("none", None, False),
+        residual=config.get("residual") not in ("none", None, False),
         predict=bool(config.get("next_step_prediction", False)),
     )  # fmt: skip
     weights = {ours: case.params[theirs].flatten() for ours, theirs in RENAMED.items()}

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
 import torch
 
 import attlas
 from attlas.contract.cases import Case, Check, adapter, compare, load_weights
-from attlas.positions import RoPE
+from reference.rope import rope_of
 
 
 @adapter("differential", mechanism="differential-transformer")
 def differential(case: Case) -> Iterator[Check]:
     config = case.config
-    position = None
-    if config.get("rope") or "cos" in case.inputs:
-        base = re.search(r"base (\d+)", str(config.get("rope", "")))
-        position = RoPE(config["head_dim"], float(base[1]) if base else 1e4, interleaved=True)
+    told = config.get("rope") or "cos" in case.inputs
+    position = rope_of(told, config["head_dim"], interleaved=True)
     layer = attlas.make(
         "differential-transformer", dim=config["embed_dim"], heads=config["num_heads"],
         kv_heads=config.get("num_kv_heads") or config["num_heads"], head_dim=config["head_dim"],

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import attlas
 from attlas.contract.cases import Case, Check, adapter, load_weights
-from attlas.positions import RoPE
+from reference.rope import rope_of
 
 
 @adapter("dual-attention", mechanism="dual-attention")
@@ -42,7 +42,7 @@ def dual_attention(case: Case) -> Iterator[Check]:
         symmetric=config.get("symmetric_relations", False), symbols=symbols,
         activation=config.get("rel_activation", "identity"), symbol_heads=symbol_heads,
         library=(len(library) - 1) // 2 if symbols == "relative" else len(library),
-        position=RoPE(width, interleaved=True) if config.get("rope") else None,
+        position=rope_of(config.get("rope"), width, interleaved=True),
     )  # fmt: skip
 
     def of(kind: str, name: str, heads: int) -> Tensor:
