@@ -16,8 +16,8 @@ RENAMED = {"omega": "lambda_imag_v", "mu": "mu_v", "sigma": "sigma_v", "eta": "e
 @adapter("adaptive-filter", mechanism="adaptive-filter-attention")
 def adaptive_filter(case: Case) -> Iterator[Check]:
     config, heads, numbers = case.config, case.config["heads"], case.config["complex_head_dim"]
-    # Values are always turned; the step of time is one, whatever its length.
-    case.states(rotate_values=(1, True), residual=("none", None, False, "add values", "add", True))
+    # The step of time is one, whatever its length.
+    case.states(residual=("none", None, False, "add values", "add", True))
     case.without_effect("config.delta_t")
     if config.get("complex_input_norm") == 2:
         case.without_effect("param.cn_v.gamma")  # made, and not used
@@ -28,6 +28,7 @@ def adaptive_filter(case: Case) -> Iterator[Check]:
         input_norm={0: "none", 1: "qkv", 2: "qk"}[config.get("complex_input_norm", 0)],
         output_norm=bool(config.get("complex_output_norm", 0)),
         residual=config.get("residual") not in ("none", None, False),
+        turn_back=bool(config.get("rotate_values", True)),
         predict=bool(config.get("next_step_prediction", False)),
     )  # fmt: skip
     weights = {ours: case.params[theirs].flatten() for ours, theirs in RENAMED.items()}
@@ -51,6 +52,8 @@ def adaptive_filter(case: Case) -> Iterator[Check]:
         yield case.compare("mid.weights", rearrange(layer.weights(x) / decay, "b h q k -> b q k h"))
     if "latent_estimate" in case.mids and not layer.residual:
         prepared = layer.prepare(x)
-        latent = layer.rotated(layer.attend(*prepared), prepared[-1].positions)
+        latent = layer.attend(*prepared)
+        if layer.turn_back:
+            latent = layer.rotated(latent, prepared[-1].positions)
         latent = rearrange(latent, "b h t (two d) -> b t h d two", two=2)
         yield case.compare("mid.latent_estimate", latent)
