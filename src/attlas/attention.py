@@ -88,7 +88,7 @@ class Attention(Configured, nn.Module):
 
     def forward(
         self, x: Float[Tensor, "batch queries dim"],
-        context: Float[Tensor, "batch keys dim"] | None = None, *, mask: MaskLike | None = None,
+        context: Float[Tensor, "batch keys context_dim"] | None = None, *, mask: MaskLike | None = None,
         positions: Integer[Tensor, "*batch queries"] | None = None, cache: Cache | None = None,
         **extras: Tensor,
     ) -> Float[Tensor, "batch queries dim"]:  # fmt: skip
@@ -240,7 +240,7 @@ class Attention(Configured, nn.Module):
 
     def weights(
         self, x: Float[Tensor, "batch queries dim"],
-        context: Float[Tensor, "batch keys dim"] | None = None, *, mask: MaskLike | None = None,
+        context: Float[Tensor, "batch keys context_dim"] | None = None, *, mask: MaskLike | None = None,
         positions: Integer[Tensor, "*batch queries"] | None = None, **extras: Tensor,
     ) -> Float[Tensor, "batch heads queries keys"]:  # fmt: skip
         """The attention map that `forward` sums the values with."""

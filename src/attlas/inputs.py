@@ -43,7 +43,7 @@ class Inputs:
     """
 
     x: Float[Tensor, "batch queries dim"]
-    context: Float[Tensor, "batch keys dim"] | None
+    context: Float[Tensor, "batch keys context_dim"] | None
     positions: Integer[Tensor, "... queries"]
     key_positions: Integer[Tensor, "... all_keys"]
     mask: MaskLike | None = None

@@ -90,11 +90,14 @@ class Supports:
         if unknown:
             takes = f"takes {list(self.extras)}" if self.extras else "takes no extras"
             raise TypeError(f"{name} {takes}, got {unknown[0]!r}")
-        for what, tokens in (("x", x), ("context", context)):
-            if tokens is not None and (tokens.ndim != 3 or tokens.shape[-1] != layer.dim):
-                raise ValueError(
-                    f"{what} must be [batch, tokens, {layer.dim}], got {list(tokens.shape)}"
-                )
+        of_context = getattr(layer, "context_dim", layer.dim)
+        for what, tokens, dim in (("x", x, layer.dim), ("context", context, of_context)):
+            if tokens is not None and (tokens.ndim != 3 or tokens.shape[-1] != dim):
+                raise ValueError(f"{what} must be [batch, tokens, {dim}], got {list(tokens.shape)}")
+        if context is None and of_context != layer.dim:
+            raise ValueError(
+                f"context must be given: {name} reads tokens {of_context} wide, and x is {layer.dim} wide"
+            )
         if context is not None:
             self._check_context(layer, encoding, cache)
         if cache is not None and not self.causal:

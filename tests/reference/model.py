@@ -13,6 +13,7 @@ from attlas.attach.part import Part
 from attlas.attach.session import attach
 from attlas.cache.policy import CachePolicy
 from attlas.contract.cases import Case, Check
+from attlas.errors import UserError
 from attlas.hf.caches import cache_of, with_cache
 from attlas.storage.layer import LayerState
 from reference.policies import kept_otherwise
@@ -23,6 +24,18 @@ def smollm2() -> Any:
     from attlas.models.load import load
 
     return load("smollm2")
+
+
+def smollm2_of(case: Case) -> Any:
+    """The language model that a case says it was made with.
+
+    Raises:
+        UserError: it was made with another one.
+    """
+    told = str(case.config.get("model", "SmolLM2-135M"))
+    if "SmolLM2-135M" not in told:
+        raise UserError(f"config 'model' is {told!r}; the adapter takes only SmolLM2-135M")
+    return smollm2()
 
 
 class Held(NamedTuple):
@@ -43,9 +56,11 @@ class Answer(NamedTuple):
 
 def answered(case: Case, part: Part) -> Answer:
     """The case's context, question and greedy answer with a part attached."""
-    model = smollm2()
+    model = smollm2_of(case)
     ids = case.inputs["context_ids"].long()[None]
     question = case.inputs["question_ids"].long()[None]
+    case.states(context_tokens=ids.shape[1], attn_implementation=("sdpa", "eager"))
+    case.without_effect("config.context", "config.question")  # the texts of those ids
     with attach(model, part) as session:
         cache = cache_of(model(ids, use_cache=True, logits_to_keep=1))
         layers = [
@@ -106,7 +121,8 @@ def on_model(case: Case, make: Callable[[dict[str, Any]], CachePolicy]) -> Itera
         make: a policy of the case's config, made anew for each run.
     """
     scores, answer = scored(case, make(case.config))
-    for number in case.config["layers_saved"] if scores else ():
+    layers_saved = case.config["layers_saved"]
+    for number in layers_saved if scores else ():
         theirs = case.outs[f"scores.layer{number}"]
         yield case.compare(f"out.scores.layer{number}", scores[number][0])
         if f"removed_mask.layer{number}" in case.outs:
@@ -115,9 +131,10 @@ def on_model(case: Case, make: Callable[[dict[str, Any]], CachePolicy]) -> Itera
             continue
         label, kept = f"kept.layer{number}", answer.layers[number].columns[0]
         yield kept_otherwise(case, f"out.{label}", kept, case.outs[label], theirs)
-    if not any(name.startswith("removed_mask") for name in case.outs):
-        held = torch.tensor([layer.held for layer in answer.layers])
-        yield case.compare("out.kept_per_layer", held)  # what is hidden counts as held there
+    # What is hidden counts as held there.
+    hidden = any(name.startswith("removed_mask") for name in case.outs)
+    held = [layer.seen if hidden else layer.held for layer in answer.layers]
+    yield case.compare("out.kept_per_layer", torch.tensor(held))
     logits = top_logits(case, answer)
     # Which of two keys of one norm stays is decided by rounding; the logits may be either's.
     for nudge in (1e-5, -1e-5) if logits.error > logits.bound and scores else ():

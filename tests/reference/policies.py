@@ -39,6 +39,7 @@ def press(case: Case, policy: CachePolicy) -> Iterator[Check]:
     config = case.config
     keys = case.inputs["k_rope"]
     batch, _, tokens, dim = keys.shape
+    case.sizes(keys, "B kv_heads T head_dim")
     rotary = Rotary.plain(dim, float(config["rope_theta"]))
     queries = case.inputs.get("q_pre_rope", torch.zeros(batch, config["heads"], tokens, dim))
     queries = rotary.rotate(queries, torch.arange(tokens).expand(batch, -1))

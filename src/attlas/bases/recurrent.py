@@ -14,11 +14,12 @@ from typing import Any, ClassVar, TypedDict, cast
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from attlas import ops
 from attlas.attention import Attention
 from attlas.inputs import Inputs
+from attlas.options import option
 from attlas.supports import Supports
 
 
@@ -128,6 +129,31 @@ class RecurrentAttention(Attention):
         if valid is not None:
             k, gates = k.masked_fill(~valid[:, None, :, None], 0.0), _only(valid, gates)
         return q, k, gates
+
+
+class WideValues(RecurrentAttention):
+    """Recurrent attention whose values have a width of their own: no product needs that of the keys."""
+
+    beyond: ClassVar[tuple[str, ...]] = (
+        "project: the published program lets values have a width of their own",
+    )
+
+    value_dim: int = option(
+        "width of a head's values; head_dim unless given", at_least=1,
+        factory=lambda layer: layer.head_dim,
+    )  # fmt: skip
+
+    def make_projections(self) -> None:
+        """Projections, those of values of their own width."""
+        super().make_projections()
+        self.v_proj = nn.Linear(self.dim, self.kv_heads * self.value_dim, bias=self.bias)
+        self.o_proj = nn.Linear(self.heads * self.value_dim, self.dim, bias=self.bias)
+
+    def project(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of their own width."""
+        q, k = self.q_proj(inputs.x), self.k_proj(inputs.tokens)
+        v = self.v_proj(inputs.tokens).unflatten(-1, (-1, self.value_dim)).transpose(1, 2)
+        return self.split_heads(q), self.split_heads(k), v
 
 
 def _repeated(gates: Gates, heads: int) -> Gates:

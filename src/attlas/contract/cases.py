@@ -9,6 +9,10 @@ builds our mechanism from the config, maps the published state dict to ours and 
         layer = ...                                       # from case.config and case.params
         yield case.compare("out.y", layer(case.inputs["x"]))
 
+An adapter reads all that a case tells. A key of its config, an input, a weight or an output that it
+passes over fails the case by name; `Case.states` reads what the tensors show or only one value of
+which is known, and `Case.without_effect` what changes no number.
+
 Cases and their adapter live in one folder of a checkout: `tests/papers/SLUG/golden/folder/x.json` and
 `tests/papers/SLUG/adapters.py`. What adapters share they import from `tests`: `from reference.model
 import answered`.
@@ -19,7 +23,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -33,6 +37,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from attlas.contract.result import Result
+from attlas.contract.told import Told
 from attlas.errors import UserError
 
 GROUPS = {"in": "inputs", "param": "params", "mid": "mids", "out": "outs"}
@@ -60,11 +65,16 @@ class Case:
     name: str
     stem: str
     meta: dict[str, Any]
-    inputs: dict[str, Tensor] = field(default_factory=dict)
-    params: dict[str, Tensor] = field(default_factory=dict)
-    mids: dict[str, Tensor] = field(default_factory=dict)
-    outs: dict[str, Tensor] = field(default_factory=dict)
+    inputs: MutableMapping[str, Tensor] = field(default_factory=dict)
+    params: MutableMapping[str, Tensor] = field(default_factory=dict)
+    mids: MutableMapping[str, Tensor] = field(default_factory=dict)
+    outs: MutableMapping[str, Tensor] = field(default_factory=dict)
     broken: str = ""
+
+    def __post_init__(self) -> None:
+        self.seen: set[str] = set()
+        for group, name in GROUPS.items():
+            setattr(self, name, Told(getattr(self, name), group, self.seen))
 
     @property
     def label(self) -> str:
@@ -72,9 +82,45 @@ class Case:
         return f"{self.name}/{self.stem}"
 
     @property
-    def config(self) -> dict[str, Any]:
+    def config(self) -> Mapping[str, Any]:
         """How the published implementation was configured."""
-        return dict(self.meta.get("config", {}))
+        return Told(self.meta.get("config", {}), "config", self.seen)
+
+    def states(self, **expected: Any) -> None:
+        """Read keys of the config of which one value alone fits, where the config has them.
+
+        Args:
+            expected: the value of each; a tuple holds several that mean the same.
+
+        Raises:
+            UserError: the config tells another value.
+        """
+        for key, value in expected.items():
+            if key not in self.config:
+                continue
+            told, fitting = self.config[key], value if isinstance(value, tuple) else (value,)
+            if told not in fitting:
+                raise UserError(f"config {key!r} is {told!r}; the adapter takes only {value!r}")
+
+    def sizes(self, tensor: Tensor, names: str) -> None:
+        """Read keys of the config that tell a tensor's sizes: one for each axis, _ for an axis that
+        none tells, say "batch heads length _".
+
+        Raises:
+            UserError: the config tells another size.
+            ValueError: not one name for each axis.
+        """
+        told = zip(names.split(), tensor.shape, strict=True)
+        self.states(**{name: size for name, size in told if name != "_"})
+
+    def without_effect(self, *names: str) -> None:
+        """Read what changes no output, say "param.bias" of a sum that a softmax does not see."""
+        self.seen.update(names)
+
+    def unread(self) -> list[str]:
+        """What of the config, inputs, weights and outputs nobody has read; intermediates may be."""
+        told = (self.config, self.inputs, self.params, self.outs)
+        return [name for each in told if isinstance(each, Told) for name in each.unread()]
 
     @property
     def atol(self) -> float:
@@ -236,11 +282,14 @@ def run_case(case: Case) -> list[Result]:
     if known is None:
         return [Result(name, case.label, "reference", None, None, "no adapter")]
     done: list[Result] = []
+    case.seen.clear()
     try:
         with torch.no_grad():
             done.extend(_judged(name, case, known[0](case)))
         if not done:
             raise ValueError("the adapter compared nothing")
+        if unread := case.unread():
+            raise UserError(f"the adapter of {case.name!r} does not read {', '.join(unread)}")
     except Exception as error:  # whatever an adapter meets is that case's failure, not verify's end
         reason = f"{type(error).__name__}: {error}"
         done.append(Result(name, case.label, "run", None, None, "failed", reason))

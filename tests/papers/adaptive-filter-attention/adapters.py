@@ -16,13 +16,19 @@ RENAMED = {"omega": "lambda_imag_v", "mu": "mu_v", "sigma": "sigma_v", "eta": "e
 @adapter("adaptive-filter", mechanism="adaptive-filter-attention")
 def adaptive_filter(case: Case) -> Iterator[Check]:
     config, heads, numbers = case.config, case.config["heads"], case.config["complex_head_dim"]
+    # The step of time is one, whatever its length.
+    case.states(residual=("none", None, False, "add values", "add", True))
+    case.without_effect("config.delta_t")
+    if config.get("complex_input_norm") == 2:
+        case.without_effect("param.cn_v.gamma")  # made, and not used
     layer = attlas.make(
         "adaptive-filter-attention", dim=config["d_e"], heads=heads, head_dim=2 * numbers,
         length=config["length"], robust=config["robust"], additive=config["additive_bias"],
         multiplicative=config["multiplicative_bias"], causal=config.get("causal", True), bias=True,
         input_norm={0: "none", 1: "qkv", 2: "qk"}[config.get("complex_input_norm", 0)],
         output_norm=bool(config.get("complex_output_norm", 0)),
-        residual=config.get("residual", "none") not in ("none", None, False),
+        residual=config.get("residual") not in ("none", None, False),
+        turn_back=bool(config.get("rotate_values", True)),
         predict=bool(config.get("next_step_prediction", False)),
     )  # fmt: skip
     weights = {ours: case.params[theirs].flatten() for ours, theirs in RENAMED.items()}
@@ -46,6 +52,8 @@ def adaptive_filter(case: Case) -> Iterator[Check]:
         yield case.compare("mid.weights", rearrange(layer.weights(x) / decay, "b h q k -> b q k h"))
     if "latent_estimate" in case.mids and not layer.residual:
         prepared = layer.prepare(x)
-        latent = layer.rotated(layer.attend(*prepared), prepared[-1].positions)
+        latent = layer.attend(*prepared)
+        if layer.turn_back:
+            latent = layer.rotated(latent, prepared[-1].positions)
         latent = rearrange(latent, "b h t (two d) -> b t h d two", two=2)
         yield case.compare("mid.latent_estimate", latent)

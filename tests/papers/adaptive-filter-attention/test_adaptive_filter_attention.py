@@ -58,7 +58,8 @@ def _by_definition(layer, x: Tensor, causal: bool) -> Tensor:
                      "constant": 1 / d}[layer.multiplicative]  # fmt: skip
                 off = (1 + square * s).log() if layer.robust else square * s
                 logits.append(layer.tau[h] ** 2 * (prior - off))
-                moved.append(flow * v[j, h // group])
+                to = i if layer.turn_back else 0
+                moved.append(decay * torch.exp(1j * omega * (to - j)) * v[j, h // group])
             weights = torch.stack(logits).softmax(0)
             out[i, h] = (weights[:, None] * torch.stack(moved)).sum(0)
         if layer.residual:
@@ -77,6 +78,7 @@ def _by_definition(layer, x: Tensor, causal: bool) -> Tensor:
         {"additive": "none", "multiplicative": "constant", "input_norm": "qk", "residual": True},
         {"input_norm": "qkv", "output_norm": True, "residual": True, "predict": True},
         {"heads": 4, "kv_heads": 2, "predict": True, "bias": True},
+        {"turn_back": False, "residual": True, "predict": True},
     ],
 )
 @pytest.mark.parametrize("causal", [True, False])

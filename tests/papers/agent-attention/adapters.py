@@ -17,6 +17,8 @@ NAMES = {"q": "q_proj", "proj": "o_proj", "dwc": "conv", "sr": "reduce", "norm":
 def agent_attention(case: Case) -> Iterator[Check]:
     config, params = case.config, case.params
     dim = config["dim"]
+    case.sizes(case.inputs["x"], "B _ dim")
+    case.states(bias="q.bias" in params)
     layer = attlas.make(
         "agent-attention", dim=dim, heads=config["heads"], grid=(config["h"], config["w"]),
         agents=config["agents"], reduction=config["sr"], kernel_size=params["dwc.weight"].shape[-1],
@@ -34,7 +36,7 @@ def agent_attention(case: Case) -> Iterator[Check]:
         module, _, part = name.partition(".")
         if module == "kv":
             weights[f"k_proj.{part}"], weights[f"v_proj.{part}"] = weight.chunk(2)
-        elif module in NAMES:
+        elif not module.endswith("_bias"):
             weights[f"{NAMES[module]}.{part}"] = weight
     load_weights(layer, weights)
     yield case.compare("out.y", layer(case.inputs["x"]))

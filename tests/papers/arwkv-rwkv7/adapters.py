@@ -12,6 +12,8 @@ from attlas.contract.cases import Case, Check, adapter, load_weights
 @adapter("dplr-delta-rule", "gated-delta-rule", mechanism="arwkv-rwkv7")
 def recurrences(case: Case) -> Iterator[Check]:
     q, k, v = (case.inputs[name] for name in "qkv")
+    case.sizes(q, "batch heads length key_dim")
+    case.states(value_dim=v.shape[-1], initial_state="initial_state" in case.inputs)
     if case.name == "dplr-delta-rule":
         # Theirs reads with α and writes with β.
         pair = (case.inputs["beta"], case.inputs["alpha"])
@@ -29,6 +31,7 @@ def recurrences(case: Case) -> Iterator[Check]:
 def time_mix(case: Case) -> Iterator[Check]:
     config, params = case.config, case.params
     behind = config["layer"] > 0
+    case.sizes(case.inputs["x"], "B N C")
     gated = not config["gate_free"]
     eps = 1e-5 * config["head_size_divisor"] ** 2
     ranks = [params[f"{n}1"].shape[1] if f"{n}1" in params else 1 for n in "wavg"]
@@ -40,6 +43,10 @@ def time_mix(case: Case) -> Iterator[Check]:
     names = {"q_proj": "receptance", "k_proj": "key", "v_proj": "value", "o_proj": "output"}
     weights = {f"{ours}.weight": params[f"{theirs}.weight"] for ours, theirs in names.items()}
     weights |= {f"mix.{n}": params[f"x_{n}"].flatten() for n in ("rwkvag" if gated else "rwkva")}
+    if not gated:
+        case.without_effect("param.x_g")
+    if not config["gn"]:
+        case.without_effect("param.ln_x.weight", "param.ln_x.bias")
     maps = {"decay": "w", "step": "a"}
     maps |= {"toward_first": "v"} if behind else {}
     maps |= {"out_gate": "g"} if gated else {}

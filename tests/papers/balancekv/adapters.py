@@ -23,6 +23,7 @@ def balancekv(case: Case) -> Iterator[Check]:
         use_values=config.get("with_values", True),
     )
     k = case.inputs["k"]
+    case.sizes(k, "B heads n head_dim")
     v = case.inputs.get("v", k)
     count = torch.full((k.shape[0],), k.shape[2])
     kept, weights = part.reduce(k, v, count, lambda t, blocks: case.inputs[f"rand{t}"])

@@ -75,6 +75,10 @@ def _pattern(case: Case, random: int) -> Mask:
 
 def _attend(case: Case, mask: Mask, score_mod: ScoreMod | None) -> Tensor:
     x, valid = case.inputs["x"], case.inputs["attention_mask"].bool()
+    config = case.config
+    case.sizes(x, "B T _")
+    case.states(num_blocks=x.shape[1] // config["block_size"])
+    case.states(head_dim=x.shape[2] // config["heads"])
 
     def projected(name: str) -> Tensor:
         weight, bias = case.params[f"{name}.weight"], case.params.get(f"{name}.bias")

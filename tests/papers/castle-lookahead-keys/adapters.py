@@ -15,6 +15,7 @@ from attlas.positions import RoPE
 @adapter("castle", mechanism="castle-lookahead-keys")
 def castle(case: Case) -> Iterator[Check]:
     config = case.config
+    case.states(prenorm="norm.weight" in case.params)
     position = RoPE(config["dim_head"], interleaved=True) if config.get("rotary") else None
     layer = attlas.make(
         "castle", dim=config["dim"], heads=config["heads"], head_dim=config["dim_head"],

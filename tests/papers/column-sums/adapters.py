@@ -16,6 +16,7 @@ from attlas.parts.record.column_sums import ColumnSums
 def sink_metric(case: Case) -> Iterator[Check]:
     """Published weights [samples, layers, heads, tokens, tokens] through the recorder."""
     weights = case.inputs["attention"]
+    case.sizes(weights, "samples layers heads tokens _")
     recorder = ColumnSums()
     tokens = weights.shape[-1]
     empty = torch.zeros(weights.shape[0], weights.shape[2], tokens, 1)
@@ -24,7 +25,8 @@ def sink_metric(case: Case) -> Iterator[Check]:
             layer, nn.Identity(), empty, empty, empty, 1.0, None, ForwardPass(length=tokens)
         )
         recorder.update(call, weights[:, layer], torch.arange(tokens), torch.arange(tokens))
-    yield case.compare("mid.importance", recorder.importance().transpose(0, 1))
+    if "importance" in case.mids:
+        yield case.compare("mid.importance", recorder.importance().transpose(0, 1))
     yield case.compare("out.metric", recorder.sink_metric(float(case.config["epsilon"])))
     exceeds = recorder.importance()[..., 0] > case.config["epsilon"]
     yield case.compare("out.metric_per_head", exceeds.float().mean(dim=1))

@@ -21,6 +21,8 @@ def complexformer(case: Case) -> Iterator[Check]:
     load_weights(layer, weights)
     # The published code rounds its frequencies to bfloat16.
     frequencies = layer.position_encoding.frequencies
+    if "g" in case.params:
+        yield case.compare("param.g", frequencies)
     frequencies.copy_(case.inputs.get("frequencies_used", frequencies))
     x = case.inputs["x"]
     yield case.compare("out.y", layer(x))

@@ -38,6 +38,7 @@ def compressed(case: Case) -> Iterator[Check]:
         kernels=(config["conv_kernel_depthwise"], config["conv_kernel_grouped"]),
         position=_Partial(config["rotary_dim"], config["rope_theta"]),
     )  # fmt: skip
+    case.states(attention_bias="o_proj.bias" in case.params)
     weights = {}
     for name, weight in case.params.items():
         for theirs, ours in NAMES.items():

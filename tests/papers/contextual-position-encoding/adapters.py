@@ -26,10 +26,13 @@ def cope(case: Case) -> Iterator[Check]:
     layer.to(q.dtype).embedding.copy_(rearrange(case.params["pos_emb"], "1 d n -> n d"))
     mask = case.inputs.get("mask")
     pairs = None if mask is None else mask[:, None].bool()
+    case.states(causal=pairs is not None and not bool(pairs.triu(1).any()))
     inputs = replace(layer.prepare(q[:, 0])[-1], pairs=pairs)
     if config.get("separate_gate_keys"):
         inputs.carry("gates", case.inputs["k_gate"][:, None])
-    elif config.get("value_gates"):
+    else:
+        case.without_effect("in.k_gate")
+    if config.get("value_gates"):
         inputs.carry("gates", v)
     weights = layer.weigh(q, k, inputs)
     yield case.compare("out.y", layer.aggregate(weights, v, inputs)[:, 0])

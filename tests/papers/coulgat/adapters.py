@@ -16,6 +16,7 @@ def coulgat(case: Case) -> Iterator[Check]:
     params, x = case.params, case.inputs["x"].mT
     hidden, features = params["W"].shape
     nodes = x.shape[1]
+    case.states(nodes=nodes, features=features, hidden=hidden)
     dim = max(hidden, features)
     layer = attlas.make(
         "coulgat", dim=dim, heads=1, nodes=nodes, slope=case.config.get("slope", 0.2)

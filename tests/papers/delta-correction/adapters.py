@@ -16,11 +16,12 @@ def delta_attention(case: Case) -> Iterator[Check]:
     """The sparse output, and the corrected one by the op and by the part."""
     config = case.config
     q, k, v, sparse = (case.inputs[n] for n in ("q", "k", "v", "sparse_o"))
+    case.sizes(q, "B heads T head_dim")
     gamma, tail = config["gamma_lambda"], config.get("tail", 128)
-    scale = q.shape[-1] ** -0.5
+    scale, sinks = q.shape[-1] ** -0.5, config.get("sink", 0)
     call = prompt_call(q, k, v, scale)
     if "sliding_window" in config:
-        ours = SparsePrefill(sinks=config.get("sink", 0), recent=config["sliding_window"]).attend(
+        ours = SparsePrefill(sinks=sinks, recent=config["sliding_window"]).attend(
             call
         )
         assert ours is not None

@@ -17,6 +17,9 @@ from attlas.contract.cases import Case, Check, adapter, load_weights
 def selective_scan(case: Case) -> Iterator[Check]:
     given = case.inputs
     u, a = given["u"], given["A"]
+    case.sizes(u, "batch dim length")
+    case.sizes(a, "dim state")
+    case.states(groups=None if given["B"].ndim == 3 else given["B"].shape[1])
     step = given["delta"]
     if "delta_bias" in given:
         step = step + given["delta_bias"][:, None]
@@ -42,8 +45,11 @@ def selective_scan(case: Case) -> Iterator[Check]:
 @adapter("differential-mamba", mechanism="diff-mamba")
 def diff_mamba(case: Case) -> Iterator[Check]:
     config, params = case.config, case.params
+    case.sizes(case.inputs["x"], "B N D")
+    case.without_effect("config.chunk")  # of how it is computed
     heads, groups, shared = config["H"], config["G"], config["G"] * config["S"]
     width = config["expand_per_mixer"] * config["D"] // heads
+    case.states(head_dim_per_mixer=width)
     layer = attlas.make(
         "diff-mamba", dim=config["D"], heads=heads, head_dim=width, state=config["S"],
         groups=groups, kernel_size=config["conv"], layer_idx=config["layer"], bias=config["bias"],

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import attlas
 from attlas.contract.cases import Case, Check, adapter, load_weights
-from attlas.positions import RoPE
+from reference.rope import rope_of
 
 
 @adapter("dual-attention", mechanism="dual-attention")
@@ -20,13 +20,16 @@ def dual_attention(case: Case) -> Iterator[Check]:
     width = config["d_model"] // (sensory + n)
     told = str(config.get("symbols", ""))
     symbols, library, symbol_heads = "symbolic", None, 1
-    for name, param in params.items():
-        if name.startswith("symbol_retriever.") and param.ndim == 2:
+    for kind, count in (("self", "n_kv_heads_sa"), ("relational", "n_kv_heads_ra")):
+        name = "wk" if kind == "self" else "wk_attn"
+        case.states(**{count: (None, params[f"{kind}_attention.{name}.weight"].shape[0] // width)})
+    for name in params:
+        if name.startswith("symbol_retriever.") and params[name].ndim == 2:
             if "template_features" in name:
                 found = re.search(r"(\d+) heads", told)
                 symbol_heads = int(found[1]) if found else config.get("symbol_heads", 1)
             elif "q_proj" not in name:
-                library = param
+                library = params[name]
                 relative = (
                     "rel_pos" in name or told.startswith("relative") or "position-rel" in told
                 )
@@ -39,7 +42,7 @@ def dual_attention(case: Case) -> Iterator[Check]:
         symmetric=config.get("symmetric_relations", False), symbols=symbols,
         activation=config.get("rel_activation", "identity"), symbol_heads=symbol_heads,
         library=(len(library) - 1) // 2 if symbols == "relative" else len(library),
-        position=RoPE(width, interleaved=True) if config.get("rope") else None,
+        position=rope_of(config.get("rope"), width, interleaved=True),
     )  # fmt: skip
 
     def of(kind: str, name: str, heads: int) -> Tensor:
@@ -57,7 +60,9 @@ def dual_attention(case: Case) -> Iterator[Check]:
         "relation_q.weight": params["relational_attention.wq_rel.weight"],
         "relation_out": params["relational_attention.wr"], "symbol_library": library,
     }  # fmt: skip
-    if layer.relation_k is not None:
+    if layer.relation_k is None:
+        case.without_effect("param.relational_attention.wk_rel.weight")  # wq_rel once more
+    else:
         weights["relation_k.weight"] = params["relational_attention.wk_rel.weight"]
     if symbols == "symbolic":
         weights["templates"] = params["symbol_retriever.template_features"]

@@ -16,6 +16,7 @@ NAMES = {"keys": "k_proj", "queries": "q_proj", "values": "v_proj", "reprojectio
 def efficient(case: Case) -> Iterator[Check]:
     config, x = case.config, case.inputs["x"]
     heads = config["heads"]
+    case.sizes(x, "batch in_channels height width")
     layer = attlas.make(
         "efficient-attention", dim=config["in_channels"], heads=heads, bias=True,
         head_dim=config["key_channels"] // heads, value_dim=config["value_channels"] // heads,

@@ -17,6 +17,7 @@ def factored(case: Case) -> Iterator[Check]:
         lattice="square" if config["translation_invariant"] else "free",
     )  # fmt: skip
     weights = {"alpha": params["alpha"]}
+    case.states(dtype=str(case.inputs["x"].dtype).removeprefix("torch."))
     for ours, theirs in (("v_proj", "v"), ("o_proj", "W")):
         weights[f"{ours}.weight"] = params[f"{theirs}.kernel"].T.contiguous()
         if f"{theirs}.bias" in params:

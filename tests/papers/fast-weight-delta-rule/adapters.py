@@ -15,6 +15,8 @@ from attlas.contract.cases import Case, Check, adapter, load_weights
 def recurrences(case: Case) -> Iterator[Check]:
     q, k, v, beta = (case.inputs[name] for name in ("q", "k", "v", "beta"))
     authors = case.name == "delta-rule-fwp"
+    case.sizes(q, "batch heads length key_dim")
+    case.states(value_dim=v.shape[-1], initial_state="initial_state" in case.inputs)
     given = {
         "scale": 1.0 if authors else q.shape[-1] ** -0.5,
         "initial_state": case.inputs.get("initial_state"),
@@ -37,6 +39,7 @@ def layer(case: Case) -> Iterator[Check]:
     made = attlas.make(
         "fast-weight-delta-rule", dim=config["d_model"], heads=heads, head_dim=width, **feature,
         normalize=config["normalize_attn_scores"], eps=config["eps"],
+        normalize_keys=case.name != "fwp-delta-dpfp",  # a layer that divides outputs alone
     )  # fmt: skip
     joined = params["qkvb_net.weight"].view(heads, 3 * width + 1, -1)
     parts = joined.split([width, width, width, 1], dim=1)
@@ -45,6 +48,8 @@ def layer(case: Case) -> Iterator[Check]:
     # Theirs scales what the heads give.
     weights["o_proj.weight"] = params["o_net.weight"] * width**-0.5
     load_weights(made, weights)
+    case.sizes(case.inputs["x"], "L B d_model")
+    case.states(dropout=(0, 0.0))
     x = case.inputs["x"].transpose(0, 1)
     norm = (x.shape[-1:], params["layer_norm.weight"], params["layer_norm.bias"], 1e-5)
     h = layer_norm(x, *norm) if config["pre_lnorm"] else x

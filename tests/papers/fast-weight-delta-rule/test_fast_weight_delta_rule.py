@@ -82,3 +82,22 @@ def test_normalize_divides_by_the_sum_of_all_weights_when_updates_add() -> None:
 def test_wrong_options_are_named(options: dict[str, object], named: str) -> None:
     with pytest.raises((ValueError, TypeCheckError), match=named):
         _made(**options)
+
+
+@pytest.mark.parametrize("keys", [True, False])
+def test_outputs_are_divided_with_or_without_the_keys_and_so_step_by_step(keys: bool) -> None:
+    layer = _made(feature="elu", normalize=True, normalize_keys=keys)
+    x = torch.randn(2, 9, 16).double()
+    q, k, v, inputs = layer.prepare(x)
+    phi, total = layer.mapped(k), layer.mapped(k).cumsum(2)
+    beta = layer.beta_proj(x).sigmoid().mT
+    if keys:
+        kappa = ((total - phi) * phi).sum(-1)
+        kappa[:, :, 0] = 1.0
+        phi, beta = phi / (kappa + layer.eps)[..., None], beta * kappa
+    out, _ = ops.recurrence(layer.mapped(q), phi, v, beta=beta)
+    out = out / ((total * layer.mapped(q)).sum(-1, keepdim=True) + layer.eps)
+    torch.testing.assert_close(layer(x), layer.output(out, inputs))
+    cache = layer.init_cache()
+    steps = [layer(part, cache=cache) for part in x.split([4, 1, 4], dim=1)]
+    torch.testing.assert_close(torch.cat(steps, dim=1), layer(x))

@@ -16,6 +16,9 @@ from attlas.contract.cases import Case, Check, adapter
 def flowformer(case: Case) -> Iterator[Check]:
     config, params = case.config, case.params
     queries, keys, values = (case.inputs[name] for name in ("queries", "keys", "values"))
+    case.sizes(queries, "batch query_length d_input")
+    case.sizes(keys, "batch key_length d_input")
+    case.states(d_output=params["out_projection.weight"].shape[0], dropout=("off (eval)", 0, 0.0))
     layer = attlas.make(
         "flowformer", dim=config["d_model"], heads=config["heads"], eps=config["eps"],
         causal=case.name.endswith("causal"),

@@ -18,6 +18,8 @@ NAMES = {"proj": "o_proj", "dwc": "conv", "sr": "reduce", "norm": "reduce_norm",
 def focused_linear(case: Case) -> Iterator[Check]:
     config, params = case.config, case.params
     heads = config["heads"]
+    case.sizes(case.inputs["x"], "B _ dim")
+    case.states(bias="qkv.bias" in params or "kv.bias" in params)
     layer = attlas.make(
         "focused-linear-attention", dim=config["dim"], heads=heads, grid=(config["h"], config["w"]),
         power=config["p"], kernel_size=config["ks"], reduction=config.get("sr", 1),
@@ -31,7 +33,7 @@ def focused_linear(case: Case) -> Iterator[Check]:
         if module in ("qkv", "kv"):
             for letter, each in zip(module, weight.chunk(len(module)), strict=True):
                 weights[f"{letter}_proj.{part}"] = each
-        elif module in NAMES:
+        elif module not in ("scale", "positional_encoding"):
             weights[f"{NAMES[module]}.{part}"] = weight
     load_weights(layer, weights)
     yield case.compare("out.y", layer(case.inputs["x"]))

@@ -22,21 +22,28 @@ def galerkin(case: Case) -> Iterator[Check]:
     width, heads = config["d_model"], config["n_head"]
     layer = attlas.make(
         NAMES[config["attention_type"]], dim=width, heads=heads, eps=config.get("norm_eps", 1e-5),
-        coordinates=0 if places is None else places.shape[-1],
+        coordinates=0 if places is None else places.shape[-1], norm=config.get("norm") or "none",
     )  # fmt: skip
+    case.states(causal=False)
+    if places is None:
+        # Of coordinates that are not given; without them heads are only joined.
+        case.without_effect("config.pos_dim", "param.fc.weight", "param.fc.bias")
+    else:
+        case.sizes(places, "_ _ pos_dim")
+    if layer.norm == "none":
+        case.without_effect("config.norm_eps")
     weights = {}
     for at, name in enumerate("qkv"):
         for part in ("weight", "bias"):
             weights[f"{name}_proj.{part}"] = params[f"linears.{at}.{part}"]
-        if name not in layer.normed:
+        if name not in layer.with_norm:
             continue
         for ours, theirs in {"gain": "weight", "shift": "bias"}.items():
             each = [params.get(f"norm_{name.upper()}.{h}.{theirs}") for h in range(heads)]
             ones = torch.full((heads, width // heads), float(ours == "gain"))
             weights[f"{name}_{ours}"] = (ones if each[0] is None else torch.stack(each))[:, None]
-    # Without coordinates their heads are only joined.
-    weights["o_proj.weight"] = params.get("fc.weight", torch.eye(width))
-    weights["o_proj.bias"] = params.get("fc.bias", torch.zeros(width))
+    weights["o_proj.weight"] = torch.eye(width) if places is None else params["fc.weight"]
+    weights["o_proj.bias"] = torch.zeros(width) if places is None else params["fc.bias"]
     load_weights(
         layer, {name: weight.to(case.inputs["x"].dtype) for name, weight in weights.items()}
     )

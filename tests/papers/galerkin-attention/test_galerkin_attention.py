@@ -62,3 +62,14 @@ def test_galerkin_attention_refuses_coordinates_that_do_not_fit() -> None:
         _layer("galerkin-attention", coordinates=-1)
     with pytest.raises(ValueError, match="position"):
         _layer("fourier-attention", position="alibi")
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_without_norms_galerkin_attention_has_none_to_train_and_is_linear_in_values(name: str) -> None:
+    layer = _layer(name, norm="none", bias=False)
+    assert not [n for n, _ in layer.named_parameters() if n.endswith(("gain", "shift"))]
+    x = torch.randn(2, 9, 16).double()
+    q, k, v, inputs = layer.prepare(x)
+    twice = layer.attend(q, k, 2 * v, inputs)
+    torch.testing.assert_close(twice, 2 * layer.attend(q, k, v, inputs))
+    torch.testing.assert_close(layer(x), layer.output(layer.weights(x) @ v, inputs))

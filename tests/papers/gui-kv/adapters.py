@@ -24,6 +24,7 @@ def gui_kv(case: Case) -> Iterator[Check]:
     config = case.config
     q, k, v = (case.inputs[name] for name in "qkv")
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    case.sizes(q, "B heads T head_dim")
     hidden = case.inputs.get("hidden_states")
     spans = zip(config["vision_start_idx"], config["vision_end_idx"], strict=True)
     policy = GuiKV(

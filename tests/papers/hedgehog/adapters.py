@@ -23,6 +23,7 @@ KINDS = {
 def hedgehog(case: Case) -> Iterator[Check]:
     q, k, v = (case.inputs[name] for name in "qkv")
     heads, tokens, width = q.shape[1:]
+    case.sizes(q, "B H N D")
     at = torch.arange(tokens)
     for kind, options in KINDS.items():
         for form in ("causal", "full"):

@@ -34,6 +34,10 @@ class Twice(Given):
 def hyper_attention(case: Case) -> Iterator[Check]:
     config = case.config
     q, k, v = (case.inputs[name] for name in "qkv")
+    case.sizes(q, "B H N D")
+    scale = config.get("scale") or "D**-0.5"
+    if isinstance(scale, str):
+        case.states(scale=("D**-0.5", None))
     for kind, suffix in ((Twice, ""), (Given, "_block_masked")):
         if f"o{suffix}" not in case.outs:
             continue
@@ -42,6 +46,8 @@ def hyper_attention(case: Case) -> Iterator[Check]:
             samples=config["sample"], projections=config["projs"], min_length=config["min_len"],
             causal=config["causal"],
         )  # fmt: skip
+        if not isinstance(scale, str):
+            layer.scale = scale
         layer.planes = case.inputs["lsh_proj_dir"]
         count = sum(name.startswith("sampled_") for name in case.inputs)
         layer.given = [case.inputs[f"sampled_{at}"] for at in range(count)]

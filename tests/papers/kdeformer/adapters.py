@@ -17,6 +17,11 @@ class Given(KDEformer):
     """Keys as they were drawn; the layer's own chances of them."""
 
     sampled: Tensor
+    largest: Tensor
+
+    def shares(self, v: Tensor) -> Tensor:
+        """By the eigenvalue that the program's power method found."""
+        return v.norm(dim=-1) / self.largest[..., None]
 
     def draw(self, k: Tensor, chances: Tensor | None, rng: Any) -> Draws:
         assert chances is not None
@@ -35,6 +40,9 @@ def kdeformer(case: Case) -> Iterator[Check]:
     )  # fmt: skip
     layer.scale, layer.planes = 1.0, case.inputs["lsh_proj_dir"]
     layer.sampled = case.inputs["sampled"]
+    layer.largest = case.inputs["value_spectral_norm_sq"]
+    case.sizes(q, "B H N D")
+    case.states(E=v.shape[-1])
     for name, x in (("q", q), ("k", k)):
         order = layer.hash(x).argsort(dim=-1, stable=True)
         if f"{name}_sort_idx" in case.inputs and not torch.equal(order, case.inputs[f"{name}_sort_idx"]):

@@ -18,6 +18,7 @@ def key_driven(case: Case) -> Iterator[Check]:
         kv_heads=config["num_kv_heads"], causal=config.get("causal", False),
     )  # fmt: skip
     weights = {}
+    case.states(qkv_bias="q.bias" in case.params)
     for name, weight in case.params.items():
         first, _, rest = name.partition(".")
         weights[f"{NAMES[first]}.{rest}"] = weight

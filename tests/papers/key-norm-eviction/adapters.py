@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -31,7 +32,9 @@ def whole_model(case: Case) -> Iterator[Check]:
 def l2_norm(case: Case) -> Iterator[Check]:
     """Kept pairs in order of norm; ours are in order of position."""
     keys, values = case.inputs["k"], case.inputs["v"]
-    count = case.outs["k"].shape[2]
+    tokens = keys.shape[2]
+    case.sizes(keys, "B heads T head_dim")
+    count = math.ceil(case.config["keep_ratio"] * tokens)
     policy = KeyNorm(tokens=count, skip_layers=())
     scores, kept = run_layer(policy, torch.zeros_like(keys), keys, values)
     order = scores.gather(-1, kept).argsort(dim=-1, descending=True)

@@ -43,6 +43,8 @@ def key_value(case: Case) -> Iterator[Check]:
         causal=config.get("causal", False),
         position_dim=0 if table is None else config["position_dim"],
     )  # fmt: skip
+    if table is None:
+        case.without_effect("config.position_dim")
     weights = {}
     for what in ("weight", "bias"):
         if f"kv_proj.{what}" in params:
@@ -56,6 +58,7 @@ def key_value(case: Case) -> Iterator[Check]:
     if table is not None:
         # Its bias adds the same to all logits, which a softmax does not see.
         weights["pair_map.weight"] = params["map_pos.weight"]
+        case.without_effect("param.map_pos.bias")
         layer.table = table
     load_weights(layer, weights)
     x = case.inputs["x"]

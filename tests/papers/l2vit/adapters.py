@@ -14,6 +14,9 @@ def l2vit(case: Case) -> Iterator[Check]:
     config, x = case.config, case.inputs["x"]
     grid = (config["h"], config["w"])
     attention, module = {}, {}
+    case.sizes(x, "B _ dim")
+    case.states(bias="attn.qkv.bias" in case.params)
+    case.without_effect("config.xs")  # by which the inputs given were scaled
     for name, weight in case.params.items():
         part, _, rest = name.partition(".")
         if part == "lcm":

@@ -13,6 +13,7 @@ FORMS = {"causal": True, "bidirectional": False}
 @adapter("latte", mechanism="latte")
 def latte(case: Case) -> Iterator[Check]:
     config, params = case.config, case.params
+    case.sizes(case.inputs["x"], "B N D")
     names = {"q_proj": "Wq", "k_proj": "Wk", "v_proj": "Wv", "o_proj": "o_proj"}
     for form, causal in FORMS.items():
         if form not in case.outs:

@@ -21,6 +21,7 @@ PARTS = {
 @adapter("factorized-layernorm", mechanism="layernorm-expressivity")
 def factorized(case: Case) -> Iterator[Check]:
     affine = case.config["elementwise_affine"]
+    case.sizes(case.inputs["x"], "B T dim")
     weights = {name: case.params[name] for name in ("gain", "bias")} if affine else {}
     for name, (projection, scaling) in PARTS.items():
         layer = FactorizedLayerNorm(

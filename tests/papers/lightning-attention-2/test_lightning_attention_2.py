@@ -39,3 +39,15 @@ def test_refusals() -> None:
         attlas.make("lightning-attention-2", dim=16, heads=2, slope_scale=-1.0)
     with pytest.raises(ValueError, match="layers must be more than layer_idx=2"):
         attlas.make("lightning-attention-2", dim=16, heads=2, layers=2, layer_idx=2)
+
+
+@pytest.mark.parametrize("name", ["lightning-attention-2", "retention"])
+def test_values_of_their_own_width_and_the_same_step_by_step(name: str) -> None:
+    layer = attlas.make(name, dim=16, heads=2, head_dim=4, value_dim=12, causal=True).double()
+    assert layer.v_proj.out_features == layer.o_proj.in_features == 24
+    x = torch.randn(2, 13, 16, dtype=torch.float64)
+    *_, v, inputs = layer.prepare(x)
+    torch.testing.assert_close(layer(x), layer.output(layer.weights(x) @ v, inputs))
+    cache = layer.init_cache()
+    steps = [layer(part, cache=cache) for part in x.split([5, 1, 7], dim=1)]
+    torch.testing.assert_close(torch.cat(steps, dim=1), layer(x))

@@ -19,26 +19,29 @@ def log_normal(case: Case) -> Iterator[Check]:
     heads, tokens, width = q.shape[1:]
     at = torch.arange(tokens)
     inputs = Inputs(torch.zeros(len(q), tokens, heads * width), None, at, at)
-    mode, params = case.config["mode"], case.params
+    case.sizes(q, "B H N D")
+    case.without_effect("config.sq", "config.sk")  # by which the inputs given were scaled
+    mode = case.config["mode"].removeprefix("learnable_")
     for form in ("full", "causal"):
         layer, plain = (
             attlas.make(
                 "linear-log-normal-attention", dim=heads * width, heads=heads, blocks=blocks,
                 eps=0.0 if form == "causal" else case.config["eps"], causal=form == "causal",
+                mix=mode if blocks else "average",
             ).to(q.dtype).eval()
             for blocks in (True, False)
         )  # fmt: skip
         for each in (layer, plain):
             each.calibrate(q, k)
+        for name in case.params:
+            layer.get_parameter(f"{name}_share").copy_(case.params[name][0])
         lln = plain.attend(q, k, v, inputs)
         diagonal = layer.diagonal(q, k, v, inputs)
         both = layer.attend(q, k, v, inputs)
         if form == "causal":
             share = _seen(plain, q, k, case.config["eps"])
-            lln, both = lln * share, both + (share - 1) * lln / 2
-        if mode != "average":  # two ratios, or two scales, which the paper does not mix with
-            first, *rest = params.values()
-            both = first * lln + (rest[0] if rest else 1 - first) * diagonal
+            lln = lln * share
+            both = layer.mixed(lln, diagonal)
         found = {
             f"out.lln_{form}": lln,
             f"out.lln_plus_diag_{form}": both,

@@ -128,3 +128,36 @@ def test_meters_know_the_extremes() -> None:
 def test_wrong_options_are_named(options: dict[str, float], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         attlas.make(NAME, dim=16, heads=2, **options)
+
+
+@pytest.mark.parametrize("mix", ["ratio", "scale"])
+def test_trained_shares_are_those_of_the_mean_at_first_and_have_no_map(mix: str) -> None:
+    torch.manual_seed(0)
+    plain = attlas.make(NAME, dim=16, heads=2, causal=True).double().eval()
+    layer = attlas.make(NAME, dim=16, heads=2, causal=True, mix=mix).double().eval()
+    layer.load_state_dict(plain.state_dict(), strict=False)
+    x = torch.randn(2, 21, 16).double()
+    torch.testing.assert_close(layer(x), plain(x))
+    with torch.no_grad():
+        for name, share in layer.named_parameters():
+            if name.endswith("share"):
+                share.uniform_(0.2, 1.2)
+    cache, whole = layer.init_cache(), layer(x)
+    steps = [layer(part, cache=cache) for part in x.split([9, 1, 11], dim=1)]
+    torch.testing.assert_close(torch.cat(steps, dim=1), whole)
+    assert not torch.allclose(whole, plain(x))
+    with pytest.raises(ValueError, match=f"mix='{mix}'"):
+        layer.weights(x)
+    for options in ({"dropout": 0.1}, {"blocks": False}):
+        with pytest.raises(ValueError, match=f"mix='{mix}' .* blocks=True and dropout=0"):
+            attlas.make(NAME, dim=16, heads=2, mix=mix, **options)
+
+
+def test_dropout_falls_on_both_parts_alike() -> None:
+    layer = attlas.make(NAME, dim=16, heads=2, causal=True, dropout=0.5).double().train()
+    x = torch.randn(1, 12, 16).double()
+    q, k, v, inputs = layer.prepare(x)
+    torch.manual_seed(1)
+    found = layer.attend(q, k, v, inputs)
+    torch.manual_seed(1)
+    torch.testing.assert_close(found, layer.aggregate(layer.weigh(q, k, inputs), v, inputs))

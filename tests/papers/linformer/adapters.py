@@ -17,6 +17,9 @@ def linformer(case: Case) -> Iterator[Check]:
         kv_heads=1 if config["one_kv_head"] else heads, rank=config["k"],
         max_length=config["seq_len"], share_kv=shared,
     )  # fmt: skip
+    x, context = case.inputs["x"], case.inputs.get("context")
+    case.sizes(x, "batch length dim")
+    case.states(context_length=None if context is None else context.shape[1])
     weights = {f"{n}_proj.weight": params[f"to_{n}.weight"] for n in "qk"}
     # Theirs takes the keys for values too, where it shares.
     weights["v_proj.weight"] = params["to_k.weight" if shared else "to_v.weight"]
@@ -24,4 +27,4 @@ def linformer(case: Case) -> Iterator[Check]:
     weights["projection.keys"] = params["proj_k"].mT[None]
     weights["projection.values"] = params["proj_k" if shared else "proj_v"].mT[None]
     load_weights(layer, weights)
-    yield case.compare("out.y", layer(case.inputs["x"], case.inputs.get("context")))
+    yield case.compare("out.y", layer(x, context))

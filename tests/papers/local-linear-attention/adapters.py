@@ -18,6 +18,8 @@ def parallax_local_linear(case: Case) -> Iterator[Check]:
     config = case.config
     q, k, v, r = (case.inputs[name].double() for name in "qkvr")
     heads, tokens, width = q.shape[1:]
+    case.sizes(q, "batch query_heads length head_dim")
+    case.states(kv_heads=k.shape[1])
     window = config.get("window")
     pattern = masks.causal if window is None else masks.causal & masks.window(window)
     scaling = config.get("scale", "D**-0.5")
@@ -26,7 +28,10 @@ def parallax_local_linear(case: Case) -> Iterator[Check]:
     p = ops.softmax(ops.scores_of(q, k, **plain))
     yield case.compare("out.o", ops.grouped_product(sloped(p, k, r), v))
     if "o_ridge" not in case.outs:
+        case.without_effect("config.ridge", "in.r_ridge")
         return
+    given = ops.grouped_product(sloped(p, k, case.inputs["r_ridge"].double()), v)
+    yield case.compare("out.o_ridge", given)._replace(name="out.o_ridge, its slope given")
     layer = attlas.make(
         "local-linear-attention", dim=heads * width, heads=heads, kv_heads=k.shape[1],
         head_dim=width, ridge=config["ridge"],

@@ -17,6 +17,7 @@ GMM_FOLDERS = [f"gmm-location-relative-v{version}" for version in "012"]
 def gmm(case: Case) -> Iterator[Check]:
     config, params = case.config, case.params
     name = "mlp" if "mlp.0.weight" in params else "N_a"
+    case.states(hidden=params[f"{name}.0.weight"].shape[0])
     layer = attlas.make(
         "gmm-attention", dim=config["query_dim"], components=config["components"],
         hidden=params[f"{name}.0.weight"].shape[0], version=config.get("version", "logistic"),
@@ -41,6 +42,7 @@ RENAMED = {
 @adapter("dynamic-convolution-attention", mechanism="dynamic-convolution-attention")
 def dynamic_convolution(case: Case) -> Iterator[Check]:
     config, params = case.config, dict(case.params)
+    case.sizes(case.inputs["memory"], "_ _ memory_dim")
     sizes = {
         kind: (config[f"{kind}_filters"], config[f"{kind}_kernel"]) for kind in ("static", "dynamic")
     }
@@ -56,28 +58,40 @@ def dynamic_convolution(case: Case) -> Iterator[Check]:
         first, _, rest = name.rpartition(".")
         weights[f"{RENAMED[first]}.{rest}"] = weight
     load_weights(layer, {**weights, "o_proj.weight": layer.o_proj.weight})
-    if "memory_visible" not in case.inputs:
+    shown = _shown(case)
+    if shown is None:
         yield from _compared(case, layer)
         return
     # Theirs gives hidden places 1e-8 after the softmax and goes on from that; ours hides them before.
-    query, memory, shown = (case.inputs[n] for n in ("query", "memory", "memory_visible"))
+    query, memory = case.inputs["query"], case.inputs["memory"]
     filters = layer.steer(query)
     now, rows = torch.zeros_like(memory[..., 0]), []
     now[:, 0] = 1
     for t in range(query.shape[1]):
-        now = layer.energies(now, filters[:, t]).softmax(-1).masked_fill(shown == 0, 1e-8)
+        now = layer.energies(now, filters[:, t]).softmax(-1).masked_fill(~shown, 1e-8)
         rows.append(now)
     yield case.compare("out.weights", torch.stack(rows, 1))
     yield case.compare("out.context", torch.stack(rows, 1) @ memory)
 
 
+def _shown(case: Case) -> Tensor | None:
+    """Places of the memory that are not hidden, told one by one or by their number; None for all."""
+    if "memory_visible" in case.inputs:
+        return case.inputs["memory_visible"] != 0
+    if "memory_lengths" in case.inputs:
+        places = torch.arange(case.inputs["memory"].shape[1])
+        return places < case.inputs["memory_lengths"][:, None]
+    return None
+
+
 def _compared(case: Case, layer: attlas.Attention) -> Iterator[Check]:
     """Weights over the memory's places; their sum of it, as it has a width of its own."""
     memory: Tensor = case.inputs["memory"]
+    case.sizes(memory, "_ _ memory_dim")
     blank = memory.new_zeros(*memory.shape[:2], layer.dim)
     found = layer.weights(case.inputs["query"], blank)[:, 0]
-    shown = case.inputs.get("memory_visible")
+    shown = _shown(case)
     if shown is not None:
-        found = found.masked_fill(shown[:, None] == 0, 1e-8)  # theirs is not quite nothing
+        found = found.masked_fill(~shown[:, None], 1e-8)  # theirs is not quite nothing
     yield case.compare("out.weights", found)
     yield case.compare("out.context", found @ memory)

@@ -18,6 +18,7 @@ def loki(case: Case) -> Iterator[Check]:
     config = case.config
     q, k, v = (case.inputs[name] for name in "qkv")
     tokens = k.shape[2]
+    case.sizes(q, "B heads T head_dim")
     top = config["top_k"]
     part = Loki(tokens=top if top > 1 else int(top * tokens), rank=config["top_r"])
     components = {"0.components": case.params["pca_components"].reshape(-1, *k.shape[-1:] * 2)}

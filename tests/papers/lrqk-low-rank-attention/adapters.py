@@ -21,6 +21,8 @@ def lrqk(case: Case) -> Iterator[Check]:
     config = case.config
     queries, keys, q, k = (case.inputs[name] for name in ("Q", "K", "q", "k"))
     heads = queries.shape[1]
+    case.sizes(queries, "B heads T head_dim")
+    case.states(dtype=str(queries.dtype).removeprefix("torch."), tol=(0, 0.0))
     part = LRQK(
         tokens=config["topk"], rank=config["rank"], sweeps=config["prefill_iterations"],
         refinements=config["decode_iterations"],

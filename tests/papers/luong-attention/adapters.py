@@ -15,8 +15,8 @@ def luong(case: Case) -> Iterator[Check]:
     config, params, x = case.config, case.params, case.inputs["query"]
     memory, scoring = case.inputs["memory"], config["attn_type"].replace("mlp", "concat")
     layer = attlas.make(
-        "luong-attention", dim=config["tgt_dim"], scoring=scoring, score_dim=config["attn_dim"],
-        bias="linear_out.bias" in params,
+        "luong-attention", dim=config["tgt_dim"], context_dim=config["src_dim"], scoring=scoring,
+        score_dim=config["attn_dim"], bias="linear_out.bias" in params,
     )  # fmt: skip
     weights = {"o_proj.weight": params["linear_out.weight"].roll(config["src_dim"], dims=1)}
     names = {"linear_in": "q_proj", "linear_query": "q_proj", "linear_context": "k_proj",
@@ -27,8 +27,11 @@ def luong(case: Case) -> Iterator[Check]:
     if "linear_out.bias" in params:
         weights["o_proj.bias"] = params["linear_out.bias"]
     load_weights(layer, weights)
-    lengths = case.inputs.get("memory_lengths")
-    mask = None if lengths is None else torch.arange(memory.shape[1]) < lengths[:, None]
+    mask = None
+    if "memory_visible" in case.inputs:
+        mask = case.inputs["memory_visible"] != 0
+    elif "memory_lengths" in case.inputs:
+        mask = torch.arange(memory.shape[1]) < case.inputs["memory_lengths"][:, None]
     yield case.compare("out.y", layer(x, memory, mask=mask))
     found = layer.weights(x, memory, mask=mask)
     yield case.compare("out.weights", found[:, 0])

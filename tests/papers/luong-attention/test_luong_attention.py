@@ -114,3 +114,19 @@ def test_luong_attention_reverses_sequences_that_states_alone_do_not() -> None:
     told, free = _reversing(attends=False)
     assert told < 0.95
     assert free < 0.9
+
+
+@pytest.mark.parametrize("scoring", ["general", "concat"])
+def test_a_source_of_another_width_is_read_as_it_is(scoring: str) -> None:
+    layer = attlas.make("luong-attention", dim=6, context_dim=9, scoring=scoring).double()
+    x, source = torch.randn(2, 3, 6).double(), torch.randn(2, 5, 9).double()
+    weights = layer.weights(x, source)
+    context = weights[:, 0] @ source
+    expected = layer.o_proj(torch.cat((context, x), dim=-1)).tanh()
+    torch.testing.assert_close(layer(x, source), expected)
+    with pytest.raises(ValueError, match=r"context must be \[batch, tokens, 9\]"):
+        layer(x, x)
+    with pytest.raises(ValueError, match="context must be given: Luong reads tokens 9 wide"):
+        layer(x)
+    with pytest.raises(ValueError, match="scoring='dot' takes a source as wide as dim=6, got 9"):
+        attlas.make("luong-attention", dim=6, context_dim=9, scoring="dot")

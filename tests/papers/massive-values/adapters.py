@@ -11,7 +11,7 @@ from attlas.attach import attach
 from attlas.attach.call import Call, ForwardPass
 from attlas.contract.cases import Case, Check, adapter
 from attlas.parts.record.massive_values import MassiveValues, MassiveValuesDisruption
-from reference.model import smollm2
+from reference.model import smollm2_of
 
 WHICH = {"hi": "largest", "lo": "smallest"}
 
@@ -39,7 +39,8 @@ def one_layer(case: Case) -> Iterator[Check]:
 @adapter("massive-values-smollm2", mechanism="massive-values")
 def whole_model(case: Case) -> Iterator[Check]:
     """The real model's norms in all layers, and its logits when all layers are disrupted."""
-    model = smollm2()
+    model = smollm2_of(case)
+    case.without_effect("config.text")  # of the ids that are given
     ids, subset = case.inputs["ids"].long()[None], case.inputs["token_subset"].long()
     with attach(model, record=["massive-values"]) as session:
         yield case.compare("out.logits_plain", model(ids).logits[0, -1, subset])

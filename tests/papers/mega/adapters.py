@@ -24,6 +24,7 @@ def average(params: dict[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
 @adapter("mega-ema", mechanism="mega")
 def mega_ema(case: Case) -> Iterator[Check]:
     config, x = case.config, case.inputs["x"].transpose(0, 1)
+    case.sizes(x, "batch length dim")
     ema = DampedEMA(config["dim"], config["ndim"], both_ways=config["bidirectional"])
     load_weights(ema, average(case.params))
     for form in ("fft",) if ema.both_ways else ("fft", "step"):
@@ -33,6 +34,9 @@ def mega_ema(case: Case) -> Iterator[Check]:
 @adapter("mega", "mega-relu2", mechanism="mega")
 def mega(case: Case) -> Iterator[Check]:
     config, params, chunk = case.config, case.params, case.config["chunk"]
+    case.sizes(case.inputs["x"], "L B dim")
+    if chunk >= 0:
+        case.without_effect("config.maxpos")  # distances reach as far as a chunk
     name = "mega" if chunk < 0 else "mega-chunk"
     longest = {"max_positions": config["maxpos"]} if chunk < 0 else {"chunk": chunk}
     layer = attlas.make(

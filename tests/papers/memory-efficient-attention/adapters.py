@@ -21,6 +21,8 @@ def memory_efficient(case: Case) -> Iterator[Check]:
         return score + full[b, h % bias.shape[1], q_idx, kv_idx]
 
     q, k, v = (case.inputs[name] for name in "qkv")
+    case.sizes(q, "B heads Tq head_dim")
+    case.states(Tk=k.shape[2], dtype=str(q.dtype).removeprefix("torch."))
     out, _ = ops.memory_efficient(
         q, k, v, mask=None if mask is None else mask.bool(),
         score_mod=None if bias is None else add_bias, q_offset=0,

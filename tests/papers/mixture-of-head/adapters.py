@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
 import torch
@@ -10,7 +9,7 @@ from torch.nn.functional import layer_norm
 
 import attlas
 from attlas.contract.cases import Case, Check, adapter, load_weights
-from attlas.positions import RoPE
+from reference.rope import rope_of
 
 
 @adapter("moh", mechanism="mixture-of-head")
@@ -22,6 +21,7 @@ def vision(case: Case) -> Iterator[Check]:
         routed_active=config["routed_active"], causal=config.get("causal", False), bias=True,
         load_balance=1.0,
     )  # fmt: skip
+    case.states(qkv_bias="qkv.bias" in params)
     names = {
         "wg.weight": "router.weight", "wg_1.weight": "shared_router.weight",
         "wg_0.weight": "balance.weight", "proj.weight": "o_proj.weight", "proj.bias": "o_proj.bias",
@@ -50,13 +50,12 @@ def vision(case: Case) -> Iterator[Check]:
 @adapter("moh-llama", mechanism="mixture-of-head")
 def llama(case: Case) -> Iterator[Check]:
     config = case.config
-    base = re.search(r"base (\d+)", str(config.get("rope", "")))
     layer = attlas.make(
         "mixture-of-head", dim=config["dim"], heads=config["heads"], kv_heads=config["kv_heads"],
         head_dim=config["head_dim"], shared_heads=config["shared_heads"],
         routed_active=config["routed_active"], router="query-norm",
         causal=config.get("causal", True),
-        position=RoPE(config["head_dim"], float(base[1])) if base else None,
+        position=rope_of(config.get("rope"), config["head_dim"], interleaved=False),
     )  # fmt: skip
     load_weights(layer, case.params)
     x = case.inputs["x"]

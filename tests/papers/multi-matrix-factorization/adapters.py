@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import attlas
 from attlas.contract.cases import Case, Check, adapter, load_weights
-from attlas.positions import RoPE
+from reference.rope import rope_of
 
 
 @adapter("multi-matrix-factorization", mechanism="multi-matrix-factorization")
@@ -17,7 +17,7 @@ def multi_matrix(case: Case) -> Iterator[Check]:
     layer = attlas.make(
         "mfa", dim=config["dim"], heads=config["heads"], head_dim=width, query_rank=rank,
         query_norm="inter_norm.weight" in params, causal=config.get("causal", True),
-        position=RoPE(width) if config.get("rope") else None,
+        position=rope_of(config.get("rope"), width, interleaved=False),
     )  # fmt: skip
     names = ("q_down.weight", "k_proj.weight", "v_proj.weight")
     parts = params["qkv_proj.weight"].split((rank, width, width))
@@ -26,5 +26,7 @@ def multi_matrix(case: Case) -> Iterator[Check]:
     if "inter_norm.weight" in params:
         weights["q_norm.weight"] = params["inter_norm.weight"]
         layer.q_norm.eps = config.get("norm_eps", 1e-5)
+    else:
+        case.without_effect("config.norm_eps")
     load_weights(layer, weights)
     yield case.compare("out.y", layer(case.inputs["x"]))

@@ -13,14 +13,29 @@ from attlas.positions import RoPE
 
 @adapter("multi-token", mechanism="multi-token-attention")
 def multi_token(case: Case) -> Iterator[Check]:
-    config, params = case.config, dict(case.params)
+    config, params = case.config, case.params
     heads = config["n_heads"]
     kernels = {"kernel": "mta_kernel", "after_kernel": "mta_kernel_after_sm"}
     sizes = {ours: tuple(params[name].shape[2:]) for ours, name in kernels.items() if name in params}
+    told = {
+        "mta_kernel": "_ _ query_kernel_size key_kernel_size",
+        "mta_kernel_after_sm": "_ _ after_sm_query_kernel_size after_sm_key_kernel_size",
+        "head_kernel": "_ head_kernel_size _",
+    }  # fmt: skip
+    for name, axes in told.items():
+        if name in params:
+            case.sizes(params[name], axes)
+        else:
+            case.states(**{axis: None for axis in axes.split() if axis != "_"})
+    case.states(
+        dropout=(0, 0.0), group_norm="subln.weight" in params, add_gating="gate.weight" in params,
+        pre_sm_linear_head="wpsm.weight" in params, post_sm_linear_head="wposm.weight" in params,
+    )  # fmt: skip
     mix = params.get("head_kernel")
     if "wposm.weight" in params:
         mix = params["wposm.weight"].T[None]
     gate = params.get("gate.weight")
+    case.states(gate_1d=(True, False) if gate is None else gate.shape[0] == 1)
     layer = attlas.make(
         "mta", dim=config["dim"], heads=heads, kv_heads=config.get("n_kv_heads") or heads,
         head_dim=config["head_dim"], causal=config.get("causal", True),

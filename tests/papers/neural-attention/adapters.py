@@ -17,6 +17,8 @@ def neural(case: Case) -> Iterator[Check]:
         "neural-attention", dim=config["dim"], heads=config["heads"], head_dim=config["head_dim"],
         projection_dim=params["q_proj.weight"].shape[0], causal=config.get("causal", True),
     )  # fmt: skip
+    case.states(projection_dim=params["q_proj.weight"].shape[0])
+    case.without_effect("param.linear3.bias")  # the same in all logits, which a softmax does not see
     # Its features count heads fastest, then q, k, v, then the channels of a head.
     q, k, v = rearrange(
         params["to_qkv.weight"], "(d kind h) i -> kind (h d) i", kind=3, h=config["heads"]

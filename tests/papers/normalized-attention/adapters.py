@@ -22,10 +22,10 @@ def normalized(case: Case) -> Iterator[Check]:
     weights |= {f"{ours}.bias": case.params[f"{theirs}_b"] for ours, theirs in names.items()}
     weights |= {"gain": case.params["gain"][0], "shift": case.params["bias"][0]}
     if norm:
-        found = {name: w for name, w in case.params.items() if name.endswith(("gamma", "beta"))}
-        weights |= {
-            "norm.weight" if name.endswith("gamma") else "norm.bias": w for name, w in found.items()
-        }
+        for name in case.params:
+            for theirs, ours in {"gamma": "weight", "beta": "bias"}.items():
+                if name.endswith(theirs):
+                    weights[f"norm.{ours}"] = case.params[name]
     load_weights(layer, weights)
     valid = case.inputs.get("mask")
     yield case.compare("out.y", layer(case.inputs["x"], mask=None if valid is None else valid > 0))

@@ -14,9 +14,11 @@ from attlas.inputs import Inputs
 
 @adapter("probabilistic-attention", mechanism="probabilistic-attention")
 def probabilistic(case: Case) -> Iterator[Check]:
-    config, given = case.config, dict(case.inputs)
+    config, given = case.config, case.inputs
     q, zeta, mu = (given[name].mT for name in ("q", "zeta", "mu"))
     groups, width = q.shape[1], q.shape[3]
+    case.sizes(q, "batch groups positions key_dim")
+    case.states(value_dim=mu.shape[3])
     layer = attlas.make(
         "probabilistic-attention", dim=groups * width, heads=groups,
         # Priors that are given stand in for those of the magnitudes there; here they are multiplied.

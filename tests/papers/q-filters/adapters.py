@@ -22,6 +22,9 @@ def q_filters(case: Case) -> Iterator[Check]:
     """Filters of given queries, then scores and kept keys; the window is kept besides."""
     config, keys = case.config, case.inputs["k"]
     window, budget = config["window_length"], config["max_length"]
+    case.sizes(keys, "_ kv_heads T head_dim")
+    case.sizes(case.inputs["queries"], "_ query_samples head_dim")
+    case.states(groups=len(case.inputs["queries"]) // keys.shape[1])
     policy = QFilters(tokens=budget, recent=window)
     calibrator = policy.calibrator()
     queries = case.inputs["queries"][None]
@@ -43,6 +46,7 @@ def q_filters(case: Case) -> Iterator[Check]:
 @adapter("model-qfilter", mechanism="q-filters")
 def q_filters_on_model(case: Case) -> Iterator[Check]:
     """The given filters on the real language model."""
+    case.without_effect("config.filters_from")  # they are given
     filters = {f"{i}.filter": f for i, f in enumerate(case.params["q_filters"])}
     known = Calibration("q-filters", fingerprint(smollm2()), filters)
 

@@ -18,6 +18,8 @@ def qaq(case: Case) -> Iterator[Check]:
     """A whole cache [layers, batch, heads, tokens, dim], its groups and their bits."""
     config, cache = case.config, case.inputs["cache"]
     layers, _, heads, tokens, _ = cache.shape
+    case.sizes(cache, "L B heads T head_dim")
+    case.states(key_or_value=("key", "value"))
     shapes = {
         "token": "l b h t d -> t b 1 (l h d)",
         "layer": "l b h t d -> t b l (h d)",
@@ -39,11 +41,13 @@ def qaq(case: Case) -> Iterator[Check]:
         bits = group_bits(x, apart, error, config["n_bits_min"], config["n_bits_max"], symmetric)
         if newest := config["last_n_attentions"] - 1:
             bits[-newest:] = config["n_bits_max"]
-    yield case.compare("mid.n_bits", by_level(bits, level, layers, heads))
+    if "n_bits" in case.mids:
+        yield case.compare("mid.n_bits", by_level(bits, level, layers, heads))
     named = {"token": "t b 1 (l h d) -> b t l h d", "layer": "t b l (h d) -> b t l h d",
              "head": "t b (l h) d -> b t l h d"}  # fmt: skip
     mask = rearrange(apart, named[level], l=layers, h=heads)
-    yield case.compare("mid.outlier_mask", mask)
+    if "outlier_mask" in case.mids:
+        yield case.compare("mid.outlier_mask", mask)
     mean, scale = centred(x, apart, bits, config["method"], "zero" if symmetric else "mean")
     held = Varied.packed(x, bits, mean, scale, apart, heads=layers * heads, normal=normal)
     ours = rearrange(held.read(), "b (l h) t d -> l b h t d", l=layers)

@@ -17,6 +17,7 @@ def qk_norm(case: Case) -> Iterator[Check]:
         length=config.get("seq_len_threshold", 512),
         causal=config.get("causal", False) and context is None,
     )  # fmt: skip
+    case.states(bias="biases" in case.params, cross=context is not None)
     names = ("q_proj", "k_proj", "v_proj", "o_proj")
     weights = {"g": case.params["mha_scale.scale"]}
     for name, weight in zip(names, case.params["weights"].chunk(4), strict=True):

@@ -25,8 +25,13 @@ def shown(chosen: Chosen, heads: int) -> Tensor:
 def quest(case: Case) -> Iterator[Check]:
     """One query against keys that count its own; the last page may be short."""
     config = case.config
+    case.sizes(case.inputs["q"], "B heads _ head_dim")
+    case.sizes(case.inputs["k"], "B kv_heads T head_dim")
+    # Theirs keeps three pages at least.
+    pages = max(3, config["token_budget"] // config["page_size"])
+    case.states(pages_kept=(pages, min(pages, -(-case.inputs["k"].shape[2] // config["page_size"]))))
     part = Quest(
-        tokens=config["token_budget"], page=config["page_size"], dense_layers=(), shared=False
+        tokens=pages * config["page_size"], page=config["page_size"], dense_layers=(), shared=False
     )
     chosen, weights, heads = read(part, *(case.inputs[name] for name in "qkv"))
     if "kept" in case.mids:

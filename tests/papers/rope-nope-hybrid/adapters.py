@@ -20,7 +20,8 @@ def rope_nope_hybrid(case: Case) -> Iterator[Check]:
             window=config["sliding_window"], base=config.get("rope_theta", 1e4), interleaved=True,
             qk_norm=bool(config.get("qk_norm")), layer_idx=layer_idx,
         )  # fmt: skip
-        own = {n.removeprefix(f"{kind}."): w for n, w in case.params.items() if n.startswith(kind)}
+        names = [name for name in case.params if name.startswith(f"{kind}.")]
+        own = {name.removeprefix(f"{kind}."): case.params[name] for name in names}
         load_weights(layer, {n.replace("_norm.weight", "_norm"): w for n, w in own.items()})
         yield case.compare(f"out.{kind}", layer(x))
         if f"weights_{kind}" in case.mids:

@@ -92,6 +92,7 @@ def snapkv_cluster(case: Case) -> Iterator[Check]:
     """The prefix pairs in order of falling score, then the window; ours are in order of position."""
     config = case.config
     queries, keys, values = (case.inputs[name] for name in "qkv")
+    case.sizes(queries, "B heads T head_dim")
     recent = config["window_size"]
     policy = SnapKV(
         tokens=config["max_capacity_prompt"],
@@ -102,9 +103,8 @@ def snapkv_cluster(case: Case) -> Iterator[Check]:
     scores, kept = run_layer(policy, queries, keys, values)
     window = torch.arange(keys.shape[2] - recent, keys.shape[2]).expand(*kept.shape[:2], -1)
     prefix = kept[..., :-recent].long()
+    prefix = prefix.gather(-1, scores.gather(-1, prefix).argsort(dim=-1, descending=True))
     if "kept_prefix_indices" in case.mids:
-        order = scores.gather(-1, prefix).argsort(dim=-1, descending=True)
-        prefix = prefix.gather(-1, order)
         theirs = case.mids["kept_prefix_indices"].long()
         # Pooling makes equal scores (max pooling many): of these either may be taken, in any order.
         ours_at, theirs_at = scores.gather(-1, prefix), scores.gather(-1, theirs)

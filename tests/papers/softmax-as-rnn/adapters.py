@@ -43,6 +43,7 @@ class Given(Position):
 @adapter("softmax-attention-rnn-ablations", mechanism="softmax-as-rnn")
 def softmax_rnn(case: Case) -> Iterator[Check]:
     x, params = case.inputs["x"], case.params
+    case.sizes(x, "B N C")
 
     def made(**options: object) -> nn.Module:
         layer = attlas.make(

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import attlas
 from attlas.contract.cases import Case, Check, adapter, load_weights
-from attlas.positions import RoPE
+from reference.rope import rope_of
 
 
 @adapter("sqa", mechanism="sparse-query-attention")
@@ -17,8 +17,9 @@ def sqa(case: Case) -> Iterator[Check]:
         "sqa", dim=config["embed_dim"], heads=config["num_heads"], head_dim=width,
         query_heads=config["num_query_heads"], kv_heads=config["num_kv_heads"], bias=True,
         causal=config.get("causal", False),
-        position=RoPE(width, interleaved=True) if config.get("rope") else None,
+        position=rope_of(config.get("rope"), width, interleaved=True),
     )  # fmt: skip
+    case.states(bias="q_proj.bias" in case.params)
     load_weights(layer, {k.replace("out_proj", "o_proj"): v for k, v in case.params.items()})
     visible = case.inputs.get("key_visible")
     yield case.compare("out.y", layer(case.inputs["x"], mask=None if visible is None else visible > 0))

@@ -13,7 +13,7 @@ from attlas.attach.blocks import weight_blocks
 from attlas.attach.call import Call, ForwardPass
 from attlas.contract.cases import Case, Check, adapter
 from attlas.parts.steer.spotlight import Spotlight
-from reference.model import smollm2
+from reference.model import smollm2_of
 
 
 @adapter("spotlight", mechanism="spotlight")
@@ -30,7 +30,8 @@ def one_layer(case: Case) -> Iterator[Check]:
     part = Spotlight(spans, config["target_proportion"], over="layer")
     call.score_mod = part.score_mod(call)
     steered = torch.cat([block for block, _, _ in weight_blocks(call)], dim=2)
-    yield case.compare("mid.attention", steered)
+    if "attention" in case.mids:
+        yield case.compare("mid.attention", steered)
     summed = steered @ v.repeat_interleave(heads // v.shape[1], dim=1)
     joined = summed.transpose(1, 2).flatten(2)
     yield case.compare("out.output", joined @ case.params["o_proj.weight"].T)
@@ -48,7 +49,8 @@ class Watched(Spotlight):
 @adapter("spotlight-smollm2", mechanism="spotlight")
 def whole_model(case: Case) -> Iterator[Check]:
     """The real model's logits behind a marked instruction."""
-    model, config = smollm2(), case.config
+    model, config = smollm2_of(case), case.config
+    case.without_effect("config.prompt_text", "config.span_text")  # of the ids that are given
     ids, subset = case.inputs["ids"].long()[None], case.inputs["token_subset"].long()
     part = Watched([tuple(config["span"])], config["target_proportion"], over="layer")
     part.told: dict[int, Any] = {}

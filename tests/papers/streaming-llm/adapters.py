@@ -36,6 +36,7 @@ def whole_model(case: Case) -> Iterator[Check]:
 
 @adapter("model-streaming-llm-rerotated", mechanism="streaming-llm")
 def rerotated_on_model(case: Case) -> Iterator[Check]:
+    case.states(position_of_first_question_token="n_kept")
     return on_model(case, rerotated)
 
 

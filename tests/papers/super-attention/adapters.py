@@ -9,6 +9,11 @@ import torch
 import attlas
 from attlas.contract.cases import Case, Check, adapter, load_weights
 
+VARIANTS = {
+    "optimised-attention": "Optimised", "efficient-qk-attention": "Efficient",
+    "super-attention": "Super",
+}  # fmt: skip
+
 
 def _run(case: Case, name: str, **options: int) -> Iterator[Check]:
     config, params = case.config, case.params
@@ -26,8 +31,16 @@ def _run(case: Case, name: str, **options: int) -> Iterator[Check]:
             if f"{theirs}.{what}" in params:
                 weights[f"{ours}.{what}"] = params[f"{theirs}.{what}"]
     load_weights(layer, weights)
-    # Beside it out.y: the program as released, whose softmax runs over the queries by mistake.
-    yield case.compare("out.y_softmax_over_keys", layer(case.inputs["x"]))
+    x = case.inputs["x"]
+    case.sizes(x, "_ length dim")
+    case.states(variant=VARIANTS[name])
+    yield case.compare("out.y_softmax_over_keys", layer(x))
+    # The program as released, whose softmax runs over the queries by mistake.
+    q, k, v, inputs = layer.prepare(x)
+    scores, visible = layer.score(q, k, inputs), inputs.visible(q, k)
+    scores = scores if visible is None else scores.masked_fill(~visible, -torch.inf)
+    heads = layer.aggregate(scores.softmax(-2), v, inputs)
+    yield case.compare("out.y", layer.output(heads, inputs))
 
 
 @adapter("optimised-attention", mechanism="optimised-attention")

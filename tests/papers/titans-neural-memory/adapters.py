@@ -47,6 +47,7 @@ def _order(case: Case, residual: bool) -> list[str]:
 @adapter("titans-neural-memory", mechanism="titans-neural-memory")
 def titans_neural_memory(case: Case) -> Iterator[Check]:
     config, x = case.config, case.inputs["x"]
+    case.sizes(x, "B N D")
     layer = attlas.make(
         "titans-neural-memory", dim=config["D"], heads=config["H"], head_dim=config["dh"],
         chunk=config["chunk"], batch=config["batch"], depth=config["depth"],

@@ -32,6 +32,7 @@ def transformer_vq(case: Case) -> Iterator[Check]:
     }
     load_weights(layer, weights)
     x = case.inputs["x"]
+    case.states(B=len(x), blocks=x.shape[1] // config["L"])
     x = x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
     x = x * params["input_ln.g"] + params["input_ln.b"]
     yield case.compare("out.y", layer(x))

@@ -19,16 +19,23 @@ from attlas.storage.shared import encode_rows
 def zipcache(case: Case) -> Iterator[Check]:
     """Saliency from given probes, then channel-separable rows of merged heads."""
     config, x = case.config, case.inputs["x"]
+    case.sizes(x, "B heads T head_dim")
     scores = probed(case.inputs["q"], case.inputs["k"], case.inputs["probe_ids"].long())
-    yield case.compare("mid.saliency", scores)
+    if "saliency" in case.mids:
+        yield case.compare("mid.saliency", scores)
+        scores = case.mids["saliency"]  # so that near-ties do not decide
     valid = torch.ones(x.shape[:3], dtype=torch.bool)
-    # Their scores decide, so that near-ties do not.
-    other = least(case.mids["saliency"], valid, config["unimportant_ratio"])
-    ids = case.mids["unimportant_ids"].long()
-    yield case.compare("mid.unimportant_ids", in_order(other, case.mids["saliency"], ids))
+    other = least(scores, valid, config["unimportant_ratio"])
+    ids = scores.masked_fill(~other, torch.inf).argsort(dim=-1, stable=True)
+    ids = ids[..., : int(other[0, 0].sum())]
+    if "unimportant_ids" in case.mids:
+        theirs = case.mids["unimportant_ids"].long()
+        ids = torch.where(scores.gather(-1, ids) == scores.gather(-1, theirs), theirs, ids)
+        yield case.compare("mid.unimportant_ids", ids)
     # The published scale is one for all rows of a batch.
     scale = channel_scale(x, valid).amax(dim=0, keepdim=True)
-    yield case.compare("mid.channel_scale", rearrange(scale, "b h 1 d -> b 1 (h d)"))
+    if "channel_scale" in case.mids:
+        yield case.compare("mid.channel_scale", rearrange(scale, "b h 1 d -> b 1 (h d)"))
     channel = scale.expand(x.shape[0], -1, -1, -1)
     taken = Taken(x, x, None, 0)
     mixed = torch.zeros_like(x)
@@ -54,14 +61,6 @@ def probed(q: Tensor, k: Tensor, probes: Tensor) -> Tensor:
     layer = StoredLayer({"ZipCache": state})
     layer.update(k, k)
     return saliency(layer, state, layer.rows())
-
-
-def in_order(other: Tensor, scores: Tensor, theirs: Tensor) -> Tensor:
-    """The chosen tokens in their order of rising score, equal scores as they have them."""
-    count = theirs.shape[-1]
-    order = scores.masked_fill(~other, torch.inf).argsort(dim=-1, stable=True)[..., :count]
-    equal = scores.gather(-1, order) == scores.gather(-1, theirs)
-    return torch.where(equal, theirs, order)
 
 
 def _at(x: Tensor, at: Tensor) -> Tensor:

@@ -16,42 +16,19 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
-from attlas.bases.recurrent import RecurrentAttention
+from attlas.bases.recurrent import WideValues
 from attlas.catalog.registry import mechanism
 from attlas.inputs import Inputs
-from attlas.options import option
 
 
 @mechanism("efficient-attention")
-class EfficientAttention(RecurrentAttention):
+class EfficientAttention(WideValues):
     """Attention through as many global contexts as keys have channels; bidirectional."""
 
-    supports = replace(RecurrentAttention.supports, causal=False, masks="padding")
-    beyond = ("project: the published module lets values have a width of their own",)
+    supports = replace(WideValues.supports, causal=False, masks="padding")
     normalized = False
-
-    value_dim: int = option(
-        "width of a head's values; head_dim unless given", at_least=1,
-        factory=lambda layer: layer.head_dim,
-    )  # fmt: skip
-
-    def make_projections(self) -> None:
-        """Projections, those of values of their own width."""
-        super().make_projections()
-        self.v_proj = nn.Linear(self.dim, self.kv_heads * self.value_dim, bias=self.bias)
-        self.o_proj = nn.Linear(self.heads * self.value_dim, self.dim, bias=self.bias)
-
-    def project(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of their own width."""
-        v = rearrange(self.v_proj(inputs.tokens), "b t (h d) -> b h t d", d=self.value_dim)
-        return (
-            self.split_heads(self.q_proj(inputs.x)),
-            self.split_heads(self.k_proj(inputs.tokens)),
-            v,
-        )
 
     def features(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """ρ_q and ρ_k; padding has no share in any context."""

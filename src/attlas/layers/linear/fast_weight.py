@@ -8,7 +8,8 @@
 
 `update="additive"` is linear attention's S_t = S_{t−1} + φ(k_t) v_tᵀ. With `normalize`, after "attention
 normalisation" of the paper, z_t = Σ_{s≤t} φ(k_s) divides: y_t by z_t·φ(q_t), and for the delta rule, with
-κ_t = z_{t−1}·φ(k_t), 1 at the first token, keys by κ_t, while β_t is multiplied by it.
+κ_t = z_{t−1}·φ(k_t), 1 at the first token, keys by κ_t, while β_t is multiplied by it. The authors'
+program has layers besides that divide y_t alone: `normalize_keys=False`.
 
 Cost: 2·n·d·d_φ multiply-adds a head and n·d_φ·c for the equations of chunks of c tokens; memory linear
 in n, one state of d_φ × d a head while decoding.
@@ -71,6 +72,9 @@ class FastWeightDeltaRule(RecurrentAttention):
         "whether outputs (and keys, with the delta rule) are divided by what z_t gives",
         default=False, alias="normalize",
     )  # fmt: skip
+    normalize_keys: bool = option(
+        "whether `normalize` divides the keys of the delta rule too, as the paper does", default=True
+    )
     eps: float = option("added to those divisors", default=1e-5, at_least=0)
 
     def setup(self) -> None:
@@ -119,7 +123,7 @@ class FastWeightDeltaRule(RecurrentAttention):
         totals = self.totals(k, inputs)
         asked = (totals * q).sum(-1, keepdim=True) + self.eps
         q = ops.divided(q, asked).to(q.dtype)
-        if (beta := gates.get("beta")) is not None:
+        if self.normalize_keys and (beta := gates.get("beta")) is not None:
             earlier = totals - k
             first = (earlier == 0).all(-1)
             kappa = (earlier * k).sum(-1).masked_fill(first, 1.0)

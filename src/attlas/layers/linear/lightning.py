@@ -7,7 +7,7 @@ The paper is of how to compute this: in tiles, with the masked product inside a 
 state between tiles, so that the cost of a token does not grow with the length. `ops.recurrence` does so
 with its chunks. The slopes λ are ALiBi's; deeper layers forget less.
 
-Cost: 2·n·d² multiply-adds a head, memory linear in n, one state of d × d a head while decoding.
+Cost: 2·n·d² multiply-adds a head, memory linear in n, one state of d × d_v a head while decoding.
 Reduces to unnormalised linear attention with φ the identity at `slope_scale=0`.
 Source: "Lightning Attention-2: A Free Lunch for Handling Unlimited Sequence Lengths in Large Language
 Models" and its authors' program, which has the slopes and their share by layer. There it is the core of
@@ -22,7 +22,7 @@ from dataclasses import replace
 from jaxtyping import Float
 from torch import Tensor
 
-from attlas.bases.recurrent import Gates, RecurrentAttention
+from attlas.bases.recurrent import Gates, WideValues
 from attlas.catalog.registry import mechanism
 from attlas.errors import UserError
 from attlas.inputs import Inputs
@@ -31,10 +31,10 @@ from attlas.positions import ALiBi
 
 
 @mechanism("lightning-attention-2", aliases=("lightning-attention",))
-class LightningAttention(RecurrentAttention):
+class LightningAttention(WideValues):
     """Attention by products of queries and keys that decay with the distance."""
 
-    supports = replace(RecurrentAttention.supports, cross=False)
+    supports = replace(WideValues.supports, cross=False)
     normalized = False
 
     layers: int | None = option(

@@ -2,7 +2,9 @@
 
     φ_q(q) = e^{α q}      φ_k(k) = e^{β k}      α σ_q = β σ_k = σ̃ = √((σ_q² σ_k² − b) / 2a)
     lln_ts = φ_q(q_t)·φ_k(k_s) / Σ_r φ_q(q_t)·φ_k(k_r)
-    y = ½ (lln V + softmax within blocks of d tokens V)
+    y = ½ (lln V + softmax within blocks of d tokens V)            `mix="average"`
+    y = r ⊙ lln V + (1 − r) ⊙ blocks V                              "ratio", r trained for each channel
+    y = r ⊙ lln V + p ⊙ blocks V                                    "scale", r and p trained
 
 Weights of softmax attention to Gaussian keys are log-normal, of log-variance σ_q² σ_k²; a sum of
 exponentials is nearly so too, of a log-variance a·2σ̃² + b, with a and b fitted once. Moment matching sets
@@ -20,16 +22,18 @@ serve afterwards, so that a token's answer rests on nothing behind it; `calibrat
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from einops import rearrange
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from attlas import ops
 from attlas.bases.exponential_keys import ExponentialKeys
 from attlas.bases.packing import at_places, place, ranks
 from attlas.catalog.registry import mechanism
+from attlas.errors import UserError
 from attlas.inputs import Inputs
 from attlas.options import option
 
@@ -45,18 +49,34 @@ class LinearLogNormalAttention(ExponentialKeys):
     beyond = ("position: while training, the deviations of queries and keys are measured here",)
 
     blocks: bool = option("whether the blocks on the diagonal take part", default=True)
+    mix: Literal["average", "ratio", "scale"] = option(
+        "how they and the rest are added up, see above; ratio and scale have no map of weights",
+        default="average",
+    )  # fmt: skip
     momentum: float = option(
         "share of a training pass in the running deviations", default=0.1, at_least=0, at_most=1
     )
     eps: float = option("added to the sum that divides", default=1e-5, at_least=0)
 
     def setup(self) -> None:
-        """The running deviations."""
+        """The running deviations, and the trained shares of both parts.
+
+        Raises:
+            UserError: trained shares without blocks, or with dropout.
+        """
         super().setup()
         self.q_std: Tensor
         self.k_std: Tensor
         for name in ("q_std", "k_std"):
             self.register_buffer(name, torch.ones(()))
+        if self.mix != "average" and (self.dropout or not self.blocks):
+            raise UserError(
+                f"mix={self.mix!r} adds blocks to the rest, and has no map whose weights could be "
+                f"dropped; it takes blocks=True and dropout=0, got {self.blocks} and {self.dropout}"
+            )
+        for name in {"average": "", "ratio": "r", "scale": "rp"}[self.mix]:
+            start = torch.full((self.heads, 1, self.head_dim), 0.5)
+            self.register_parameter(f"{name}_share", nn.Parameter(start))
 
     def position(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Queries and keys that know where they stand, by whose deviations the running ones move."""
@@ -83,12 +103,35 @@ class LinearLogNormalAttention(ExponentialKeys):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
         """The recurrence, and the blocks."""
         out = super().attend(q, k, v, inputs)
-        return (out + self.diagonal(q, k, v, inputs)) / 2 if self.blocks else out
+        if not self.blocks:
+            return out
+        blocks = self.diagonal(q, k, v, inputs)
+        # Dropout falls on the map, which has both parts in it.
+        return out if self.training and self.dropout else self.mixed(out, blocks)
+
+    def mixed(
+        self, rest: Float[Tensor, "batch heads tokens width"], blocks: Tensor
+    ) -> Float[Tensor, "batch heads tokens width"]:
+        """Both parts of the output, added up."""
+        if self.mix == "average":
+            return (rest + blocks) / 2
+        r = self.get_parameter("r_share")
+        p = 1 - r if self.mix == "ratio" else self.get_parameter("p_share")
+        return r * rest + p * blocks
 
     def weigh(
         self, q: Tensor, k: Tensor, inputs: Inputs
     ) -> Float[Tensor, "batch heads queries keys"]:
-        """The mean of the two maps."""
+        """The mean of the two maps.
+
+        Raises:
+            UserError: shares that differ from channel to channel, so that no map is that of all.
+        """
+        if self.mix != "average":
+            raise UserError(
+                f"weights: with mix={self.mix!r} every channel of a head has a map of its own; the "
+                "shares of one map are known with mix='average'"
+            )
         weights = super().weigh(q, k, inputs)
         if not self.blocks:
             return weights

@@ -6,7 +6,8 @@
 Cost: 2·n·d² multiply-adds a head, memory linear in n, one state of d × d a head while decoding.
 Reduces to unnormalised linear attention with φ the identity at γ = 1.
 Source: "Retentive Network: A Successor to Transformer for Large Language Models". Keys are scaled by
-1/√d there; its rotation is `position="rope"`. The map of a bidirectional layer decays both ways.
+1/√d there, and values are twice as wide as keys, which is `value_dim`; its rotation is `position="rope"`.
+The map of a bidirectional layer decays both ways.
 """
 
 from __future__ import annotations
@@ -17,24 +18,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from attlas.bases.recurrent import Gates, RecurrentAttention
+from attlas.bases.recurrent import Gates, WideValues
 from attlas.catalog.registry import mechanism
 from attlas.inputs import Inputs
 
 
 @mechanism("retention", paper="")
-class Retention(RecurrentAttention):
+class Retention(WideValues):
     """Attention whose weights decay by a head's own factor for every token in between."""
 
-    supports = replace(RecurrentAttention.supports, cross=False)
+    supports = replace(WideValues.supports, cross=False)
     normalized = False
 
     def setup(self) -> None:
         """The gate, each head's norm and decay."""
         super().setup()
         self.scale = self.head_dim**-0.5
-        self.gate_proj = nn.Linear(self.dim, self.heads * self.head_dim, bias=self.bias)
-        self.norm = nn.RMSNorm(self.head_dim, eps=1e-5, elementwise_affine=False)
+        self.gate_proj = nn.Linear(self.dim, self.heads * self.value_dim, bias=self.bias)
+        self.norm = nn.RMSNorm(self.value_dim, eps=1e-5, elementwise_affine=False)
         self.log_decay: Tensor
         self.register_buffer("log_decay", _decays(self.heads), persistent=False)
 
@@ -44,7 +45,7 @@ class Retention(RecurrentAttention):
 
     def output(self, heads: Tensor, inputs: Inputs) -> Tensor:
         """Every head normalised, then gated."""
-        gate = self.split_heads(silu(self.gate_proj(inputs.x)))
+        gate = silu(self.gate_proj(inputs.x)).unflatten(-1, (-1, self.value_dim)).transpose(1, 2)
         return super().output(self.norm(heads) * gate, inputs)
 
 

@@ -74,6 +74,10 @@ class AdaptiveFilter(Attention):
     )
     output_norm: bool = option("whether the estimate is normalised so", default=False)
     residual: bool = option("the estimate gets the query's own value, as projected", default=False)
+    turn_back: bool = option(
+        "the estimate goes to the query's time; else it stays at time 0, where values are summed up",
+        default=True,
+    )
     predict: bool = option("the estimate moves on by one step", default=False)
 
     def setup(self) -> None:
@@ -139,7 +143,8 @@ class AdaptiveFilter(Attention):
 
     def output(self, heads: Tensor, inputs: Inputs) -> Tensor:
         """The estimate at the query's time, or one step further, projected."""
-        heads = self.rotated(heads, inputs.positions)
+        if self.turn_back:
+            heads = self.rotated(heads, inputs.positions)
         if self.residual:
             own = self.split_heads(self.v_proj(inputs.x))
             heads = heads + ops.repeated(own, heads.shape[1])

@@ -48,28 +48,40 @@ class Luong(Attention):
         "of the predictive form's Gaussian, in tokens; D / 2 unless given", above=0,
         factory=lambda layer: layer.window / 2,
     )  # fmt: skip
+    context_dim: int = option(
+        "width of the source; dim unless given", factory=lambda layer: layer.dim, at_least=1
+    )
     score_dim: int = option(
         "width of the concat score; dim unless given", factory=lambda layer: layer.dim, at_least=1
     )
 
     def setup(self) -> None:
-        """Refuse other heads than a single one as wide as the layer."""
+        """Refuse other heads than a single one as wide as the layer.
+
+        Raises:
+            ValueError: such heads, or the dot product with a source of another width.
+        """
         super().setup()
+        if self.scoring == "dot" and self.context_dim != self.dim:
+            raise ValueError(
+                f"scoring='dot' takes a source as wide as dim={self.dim}, got {self.context_dim}; "
+                "'general' and 'concat' take any"
+            )
         if self.heads != 1 or self.head_dim != self.dim:
             raise ValueError(f"heads must be 1 and head_dim as wide as dim, got {self.heads}")
 
     def make_projections(self) -> None:
         """What the score, the alignment and the attentional state need."""
         if self.scoring == "general":
-            self.q_proj = nn.Linear(self.dim, self.dim, bias=False)
+            self.q_proj = nn.Linear(self.dim, self.context_dim, bias=False)
         elif self.scoring == "concat":
             self.q_proj = nn.Linear(self.dim, self.score_dim, bias=False)
-            self.k_proj = nn.Linear(self.dim, self.score_dim, bias=False)
+            self.k_proj = nn.Linear(self.context_dim, self.score_dim, bias=False)
             self.v_score = nn.Linear(self.score_dim, 1, bias=False)
         if self.alignment == "predictive":
             self.p_proj = nn.Linear(self.dim, self.dim, bias=False)
             self.v_p = nn.Linear(self.dim, 1, bias=False)
-        self.o_proj = nn.Linear(2 * self.dim, self.dim, bias=self.bias)
+        self.o_proj = nn.Linear(self.context_dim + self.dim, self.dim, bias=self.bias)
 
     def project(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         """States as the score reads them; values are the source itself."""

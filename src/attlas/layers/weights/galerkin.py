@@ -4,8 +4,9 @@
     Galerkin type    z = q (LN(k)ᵀ LN(v)) / n             columns are test functions of a projection
     linear type      z = softmax_d(q) (softmax_n(LN(k))ᵀ LN(v)) / n
 
-Every head has layer norms of its own. The points' coordinates, where there are some, stand in front of
-every head's q, k and v after the norms, and count in d. n is the number of points that a row sees.
+Every head has layer norms of its own, unless `norm` is "none". The points' coordinates, where there are
+some, stand in front of every head's q, k and v after the norms, and count in d. n is the number of points
+that a row sees.
 Every output integrates over the whole domain, so there is no causal form.
 
 Cost: n·d² multiply-adds a head, memory linear in n; the Fourier type too, since without a softmax its
@@ -17,7 +18,7 @@ the initialisation and the linear type.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from einops import repeat
@@ -51,6 +52,9 @@ class _Integral(Attention):
         "how many numbers say where a point is; they are then given to `forward`", default=0,
         at_least=0,
     )  # fmt: skip
+    norm: Literal["layer", "none"] = option(
+        "LN, of every head by itself, or none", default="layer"
+    )
     eps: float = option("of the layer norms", default=1e-5)
 
     def setup(self) -> None:
@@ -59,7 +63,8 @@ class _Integral(Attention):
         if self.score_mod is not None:
             raise ValueError("position: a bias on scores means nothing without a softmax")
         self.scale = (self.head_dim + self.coordinates) ** -0.5 if self.scaled else 1.0
-        for name in self.normed:
+        self.with_norm = self.normed if self.norm == "layer" else ""
+        for name in self.with_norm:
             shape = (self.heads if name == "q" else self.kv_heads, 1, self.head_dim)
             self.register_parameter(f"{name}_gain", nn.Parameter(torch.ones(shape)))
             self.register_parameter(f"{name}_shift", nn.Parameter(torch.zeros(shape)))
@@ -80,7 +85,7 @@ class _Integral(Attention):
         """Queries, keys and values, normed where the type says so; values know their place."""
         q, k, v = (
             layer_norm(x, x.shape[-1:], eps=self.eps) * getattr(self, f"{name}_gain")
-            + getattr(self, f"{name}_shift") if name in self.normed else x
+            + getattr(self, f"{name}_shift") if name in self.with_norm else x
             for name, x in zip("qkv", super().project(inputs), strict=True)
         )  # fmt: skip
         return q, k, self._placed(v, inputs, keys=True)
