@@ -29,7 +29,7 @@ def parallax_local_linear(case: Case) -> Iterator[Check]:
         return
     layer = attlas.make(
         "local-linear-attention", dim=heads * width, heads=heads, kv_heads=k.shape[1],
-        head_dim=width, ridge=config["ridge"],
+        head_dim=width, ridge=config["ridge"], relative=True,
     )  # fmt: skip
     layer.scale = scale
     at = torch.arange(tokens)
