@@ -17,7 +17,8 @@ from attlas.storage.files import load_cache, save_cache
 PARTS = {
     "recycled": lambda: RecycledAttention(tokens=6, stride=3),
     "recycled-share": lambda: RecycledAttention(0.4, stride=4),
-    "recycled-similar": lambda: RecycledAttention(tokens=6, similarity=0.3),
+    "recycled-similar": lambda: RecycledAttention(tokens=6, similarity=0.3, every=1),
+    "recycled-both": lambda: RecycledAttention(tokens=6, similarity=0.3, every=2, stride=3),
     "delta": lambda: DeltaLayerAware(
         tokens=6, page=2, dense=1, selection_layers=(1, 3), recent=2
     ),
