@@ -207,7 +207,8 @@ def _attended(
     scores = grouped_product(call.q * call.scaling, keys.gather(2, at).mT)[:, :, 0].float()
     empty = listed < 0
     grouped = scores.unflatten(1, (keys.shape[1], -1)).masked_fill(empty[:, :, None], -torch.inf)
-    return grouped.softmax(dim=-1).sum(dim=2).masked_fill(empty, torch.inf)
+    weights: Tensor = grouped.softmax(dim=-1).sum(dim=2)
+    return weights.masked_fill(empty, torch.inf)
 
 
 def _widened(index: Int[Tensor, "batch heads n"], width: int) -> Int[Tensor, "batch heads m"]:
