@@ -101,6 +101,22 @@ def test_the_least_attended_of_the_list_and_the_new_token_leaves():
     assert layer.dense_slots == 0
 
 
+def test_a_full_step_makes_the_list_anew():
+    model, ids = small_llama(), prompt(30)
+    part, look = RecycledAttention(tokens=5, stride=3), Queries()
+    with torch.no_grad(), attach(model, part, look):
+        cache = cache_of(model(ids, use_cache=True))
+        for step in range(3):
+            model(ids[:, step : step + 1], **with_cache(model, cache))
+    layer = cache.layers[2]
+    keys = layer.bodies["packed"].read()[0][0]
+    for head, listed in enumerate(layer.learned[part.name].tensors["recycled"][0]):
+        scores = look.q[2][0, 2 * head : 2 * head + 2, 0] @ keys[head].T * 8**-0.5
+        best = scores.softmax(-1).sum(0).topk(5).indices.sort().values
+        assert keys.shape[1] == 33
+        assert torch.equal(listed.long(), best)
+
+
 class Queries(Part):
     """The queries of each layer's last call."""
 
