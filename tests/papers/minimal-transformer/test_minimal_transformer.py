@@ -59,18 +59,6 @@ def test_minimal_transformer_symmetric_is_softmax_attention_with_queries_as_keys
     assert sum(p.numel() for p in bare.parameters()) == 64 * 64
 
 
-def test_minimal_transformer_triangle() -> None:
-    layer = _layer(heads=1, symmetric=True, triangle=True)
-    factor = layer.factor()
-    assert torch.equal(factor, factor.tril())
-    assert (factor != 0).sum() == layer.lower.numel() == 32 * 33 // 2
-    x = X[:, None]
-    torch.testing.assert_close(_scores(layer), x @ factor @ factor.mT @ x.mT / 32**0.5)
-    for options in ({"heads": 1}, {"heads": 4, "symmetric": True}):
-        with pytest.raises(ValueError, match="triangle"):
-            _layer(triangle=True, **options)
-
-
 def test_minimal_transformer_without_values_mixes_slices_of_the_input() -> None:
     layer = _layer()
     weights = layer.weights(X)

@@ -2,17 +2,16 @@
 
     collapsed   head_h = softmax(x A_h xᵀ / √d) x_h          A_h [dim, dim] stands for W_Q W_Kᵀ
     symmetric   head_h = softmax(x W_h (x W_h)ᵀ / √d) x_h    W_h [dim, dim / heads]: W_Q is used as W_K
-    triangle    A = T Tᵀ,  T lower triangular                symmetric, of one head
     x_h: slice h of the input; with `values=True` x W_V, and W_O after the heads
 
 The paper's symmetric runs use W_Q as W_K, with one head or four; it collapses W_Q W_Kᵀ in runs of one
 head, and says of several that a matrix of dim² each is more than the 2 · dim² / heads of both. Here a
 layer of several heads is collapsed all the same unless it is symmetric; with two that costs as much.
-The triangle is the paper's other way to half as many numbers. The paper also drops the feed-forward part,
-which is the model's affair: nothing here stands in for it.
+(T Tᵀ of a triangle T is the paper's other symmetric form, of one head; it runs none.) It also drops the
+feed-forward part, which is the model's affair: nothing here stands in for it.
 
 Cost: scores dim instead of head_dim wide for every head unless W_Q is used twice; heads · dim² parameters
-collapsed, dim² symmetric, dim · (dim + 1) / 2 triangular, instead of 4 · dim².
+collapsed, dim² symmetric, instead of 4 · dim².
 Reduces to softmax attention for A_h = W_Q W_Kᵀ and identities in place of W_V and W_O.
 Source: "Reducing the Transformer Architecture to a Minimum". Slices x_h of the input as values of several
 heads are ours, where the paper's runs leave values out with one head alone, and so are rotary positions,
@@ -50,17 +49,10 @@ class MinimalTransformer(Attention):
 
     heads: int = option("heads; collapsed each has a matrix", default=1, at_least=1, kw_only=False)
     symmetric: bool = option("queries are the keys: W_Q is used as W_K", default=False)
-    triangle: bool = option(
-        "with symmetric and one head: the matrix is a triangle times its transpose", default=False
-    )
     values: bool = option("keep the value and output matrices", default=False)
 
     def setup(self) -> None:
-        """Refuse heads that are no slices of the input, and triangles where there are none.
-
-        Raises:
-            ValueError: naming `kv_heads`, `head_dim` or `triangle`.
-        """
+        """Refuse heads that are no slices of the input."""
         super().setup()
         if self.kv_heads != self.heads:
             raise ValueError(f"kv_heads must be heads={self.heads}: the input stands for the keys")
@@ -70,39 +62,23 @@ class MinimalTransformer(Attention):
             )
 
     def make_projections(self) -> None:
-        """A, W_Q or T, and the values' and the output's matrices where they are kept."""
-        if self.triangle and not (self.symmetric and self.heads == 1):
-            raise ValueError(
-                "triangle takes symmetric=True and heads=1, got "
-                f"symmetric={self.symmetric} and heads={self.heads}"
-            )
+        """A or W_Q, and the values' and the output's matrices where they are kept."""
         if self.values:
             super().make_projections()
             del self.q_proj, self.k_proj
-        if self.triangle:
-            spread = (3 * self.dim) ** -0.5  # that of nn.Linear
-            self.lower = nn.Parameter(torch.randn(self.dim * (self.dim + 1) // 2) * spread)
-        elif self.symmetric:
+        if self.symmetric:
             self.q_proj = nn.Linear(self.dim, self.dim, bias=self.bias)
         else:
             self.similarity = nn.Linear(self.dim, self.heads * self.dim, bias=self.bias)
 
     def project(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-        """x A as queries and x as keys, or x W_Q or x T as both; and values."""
+        """x A as queries and x as keys, or x W_Q as both; and values."""
         v = self.split_heads(self.v_proj(inputs.tokens) if self.values else inputs.tokens)
-        if self.triangle:
-            factor = self.factor()
-            return inputs.x[:, None] @ factor, inputs.tokens[:, None] @ factor, v
         if self.symmetric:
             q, k = (self.split_heads(self.q_proj(t)) for t in (inputs.x, inputs.tokens))
             return q, k, v
         q = rearrange(self.similarity(inputs.x), "b t (h c) -> b h t c", c=self.dim)
         return q, inputs.tokens[:, None], v
-
-    def factor(self) -> Tensor:
-        """T, [dim, dim]."""
-        rows, columns = torch.tril_indices(self.dim, self.dim, device=self.lower.device)
-        return self.lower.new_zeros(self.dim, self.dim).index_put((rows, columns), self.lower)
 
     def position(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Rotations of every head_dim wide part."""
