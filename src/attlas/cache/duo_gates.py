@@ -7,9 +7,10 @@ h are the model's last hidden states. The texts hide passkeys: random sequences 
 a mark of its own, asked for at the end by their marks. All other weights stay as they are; Adam, from
 α = 1, with a step that rises over the first fifth and falls over the last.
 
-The paper trains 1000 steps on texts of 1000 to 32000 tokens with 128 sinks and 256 recent tokens; here
-the passages are short, and sinks and recent tokens are as many to a passage as `SHARES` says. Its marks
-are English sentences; the texts come here as numbers of tokens, so that marks are random too.
+The authors' training program takes 2000 steps on texts of 1000 to 32000 tokens, with 128 sinks and 256
+recent tokens; here steps are as many as asked for, the passages are short, and sinks and recent tokens
+are as many to a passage as `SHARES` says. Its marks are English sentences; the texts come here as numbers
+of tokens, so that marks are random too.
 
 Source: "DuoAttention: Efficient Long-Context LLM Inference with Retrieval and Streaming Heads".
 """

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from attlas.attach import Call, Part, attach
+from attlas.attach.call import Site
 from attlas.cache.part import CachePart, check_together
 from attlas.errors import UserError
 from attlas.hf.caches import DynamicCache, DynamicLayer, with_cache
@@ -33,8 +34,10 @@ class _Watch(Part):
     parts: Sequence[CachePart] = option("parts that learn", kw_only=False)
 
     def setup(self) -> None:
-        """Ask for the hidden states where a part needs them."""
+        """Ask for the hidden states, and the points of the stream, where a part needs them."""
         self.wants_hidden = any(part.wants_hidden for part in self.parts)
+        points = dict.fromkeys(point for part in self.parts for point in part.points)
+        self.points = tuple(points)  # type: ignore[misc]  # those of a class, of this watch alone
         self.states: list[dict[int, LayerState]] = []
 
     def check(self, model: nn.Module) -> None:
@@ -49,6 +52,11 @@ class _Watch(Part):
         other = _Watch(self.parts)
         other.states = [{i: state.fork() for i, state in states.items()} for states in self.states]
         return other
+
+    def stream(self, site: Site, x: Float[Tensor, "batch query width"]) -> None:
+        for part in self.parts:
+            if site.point in part.points:
+                part.stream(site, x)
 
     def observe(self, call: Call) -> None:
         for part, states in zip(self.parts, self.states, strict=True):

@@ -72,6 +72,11 @@ class Selection(CachePart, Selector):
                 f"capacity={self.capacity} is of the device tier; give offload=True with it"
             )
 
+    @property
+    def unpacked(self) -> int:
+        """Newest tokens that are left as they are when a call's tokens are packed."""
+        return self.recent
+
     # What a selection defines.
 
     def summarize(self, state: LayerState, body: Body) -> None:
@@ -102,7 +107,7 @@ class Selection(CachePart, Selector):
         offload = self.offload and state.layer not in self.dense_layers
         if not layer.bodies or any(name in PACKED for name in layer.bodies):
             pack = partial(_tiered, capacity=self.capacity) if offload else _packed
-            absorb(layer, rows, pack, recent=self.recent, block=self.block)
+            absorb(layer, rows, pack, recent=self.unpacked, block=self.block)
         elif offload:
             raise UserError(
                 f"offload moves keys and values as they came; this cache holds them as "

@@ -12,7 +12,7 @@ import attlas
 
 
 def _made(**options: object) -> torch.nn.Module:
-    return attlas.make("diff-mamba", dim=16, **{"heads": 4, "state": 6, **options}).double()
+    return attlas.make("diff-mamba", **{"dim": 16, "heads": 4, "state": 6, **options}).double()
 
 
 def _mixer(layer: torch.nn.Module, x: torch.Tensor, which: int) -> torch.Tensor:
@@ -63,6 +63,12 @@ def test_without_the_second_mixer_it_is_a_normalised_mamba_mixer() -> None:
 def test_lambda_grows_with_the_depth_as_in_the_differential_transformer() -> None:
     found = [_made(layer_idx=i).lambda_init for i in (0, 1, 30)]
     assert found == pytest.approx([0.2, 0.8 - 0.6 * math.exp(-0.3), 0.8], abs=1e-3)
+
+
+def test_lambda_begins_normal_with_spread_one() -> None:
+    drawn = torch.cat([_made(dim=256, heads=2).lambda_q.detach() for _ in range(8)])
+    assert drawn.mean().abs() < 0.1
+    assert 0.93 < drawn.std() < 1.07
 
 
 def test_steps_begin_between_a_thousandth_and_a_tenth() -> None:

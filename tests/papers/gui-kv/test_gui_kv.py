@@ -15,7 +15,7 @@ from attlas.storage.layer import LayerState, StoredLayer
 
 IMAGES = ((3, 11), (13, 19), (22, 30))
 TOKENS = 38
-OPTIONS = {"window": 4, "alpha": 0.5, "rank": 3}
+OPTIONS = {"window": 4, "alpha": 0.5, "temperature": 2.0, "rank": 3}
 
 
 def make(**options):
@@ -49,7 +49,8 @@ def by_hand(q, k, hidden, budget, scaling):
     scores = torch.stack(rows).mean(0)
     start, stop = IMAGES[-1]
     norms = hidden[start:stop].norm(dim=-1)
-    scores[start:stop] += 0.5 * ((norms - norms.mean()) / norms.std()).softmax(0)
+    standard = (norms - norms.mean()) / norms.std()
+    scores[start:stop] += OPTIONS["alpha"] * (standard / OPTIONS["temperature"]).softmax(0)
     old = torch.cat([torch.arange(*span) for span in IMAGES[:-1]])
     basis = torch.linalg.qr(k[start:stop].T).Q[:, : OPTIONS["rank"]]
     residual = (k[old] - k[old] @ basis @ basis.T).norm(dim=-1)
@@ -192,6 +193,12 @@ def test_hidden_states_are_watched_only_when_wanted():
         torch.testing.assert_close(call.hidden, model.transformer.h[3].ln_1(states[3]))
         assert part.calls[0].hidden is None
     assert torch.equal(call.forward_pass.ids, ids)
+
+
+def test_defaults_are_those_of_the_published_evaluation():
+    policy = GuiKV(0.2, images=())
+    assert (policy.alpha, policy.temperature, policy.window) == (2.0, 3.5, 8)
+    assert (policy.kernel, policy.pooling, policy.rank) == (5, "avg", 32)
 
 
 def test_refusals():

@@ -34,7 +34,7 @@ def parallax_local_linear(case: Case) -> Iterator[Check]:
     yield case.compare("out.o_ridge", given)._replace(name="out.o_ridge, its slope given")
     layer = attlas.make(
         "local-linear-attention", dim=heads * width, heads=heads, kv_heads=k.shape[1],
-        head_dim=width, ridge=config["ridge"],
+        head_dim=width, ridge=config["ridge"], relative=True,
     )  # fmt: skip
     layer.scale = scale
     at = torch.arange(tokens)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import attlas
-from attlas import masks
+from attlas import masks, ops
 from attlas.layers.linear.local_linear import slope, sloped
 
 NAME = "local-linear-attention"
@@ -17,6 +17,11 @@ NAME = "local-linear-attention"
 
 def _prepared(layer: torch.nn.Module, tokens: int = 40) -> tuple:
     return layer.prepare(torch.randn(2, tokens, layer.dim, dtype=torch.float64))
+
+
+def _spread(p: Tensor, ridge: float) -> Tensor:
+    """One λ/ω for all queries."""
+    return torch.full_like(p[..., :1], ridge)
 
 
 def _fitted(p: Tensor, q: Tensor, k: Tensor, v: Tensor, ridge: float) -> Tensor:
@@ -35,14 +40,28 @@ def _fitted(p: Tensor, q: Tensor, k: Tensor, v: Tensor, ridge: float) -> Tensor:
 
 @pytest.mark.parametrize("kv_heads", [1, 4])
 @pytest.mark.parametrize("causal", [False, True])
-def test_output_is_the_intercept_of_the_regression(kv_heads: int, causal: bool) -> None:
+@pytest.mark.parametrize("relative", [False, True])
+def test_output_is_the_intercept_of_the_regression(
+    kv_heads: int, causal: bool, relative: bool
+) -> None:
+    """λ beside exp(q·k/√d), or beside weights that sum to one."""
     layer = attlas.make(
-        NAME, dim=16, heads=4, kv_heads=kv_heads, causal=causal, ridge=0.02
-    ).double()  # fmt: skip
+        NAME, dim=16, heads=4, kv_heads=kv_heads, causal=causal, ridge=0.02, relative=relative
+    ).double()
     q, k, v, inputs = _prepared(layer, 12)
-    plain = attlas.make("softmax", dim=16, heads=4, kv_heads=kv_heads, causal=causal).double()
-    p = plain.weigh(q, k, inputs)
-    torch.testing.assert_close(layer.attend(q, k, v, inputs), _fitted(p, q, k, v, 0.02))
+    plain = {"scale": layer.scale, "mask": inputs.pairs, "score_mod": None, "q_offset": 0}
+    w = ops.scores_of(q, k, **plain).exp()
+    w = w / w.sum(-1, keepdim=True) if relative else w
+    torch.testing.assert_close(layer.attend(q, k, v, inputs), _fitted(w, q, k, v, 0.02))
+
+
+def test_a_small_ridge_costs_no_precision_where_keys_are_few() -> None:
+    """What no key lies along of the query is ω/λ times as large in r, and nothing of it in weights."""
+    layer = attlas.make(NAME, dim=32, heads=1, ridge=1e-3).double()
+    q, k, _, inputs = _prepared(layer, 5)
+    q, k = (3 * t.float() for t in (q, k))  # numbers that float32 holds
+    exact, single = layer.weigh(q.double(), k.double(), inputs), layer.weigh(q, k, inputs)
+    torch.testing.assert_close(single, exact.float())
 
 
 def test_both_ways_of_writing_the_weights_agree() -> None:
@@ -53,7 +72,7 @@ def test_both_ways_of_writing_the_weights_agree() -> None:
     mu = torch.einsum("bhij,bhijd->bhid", p, z)
     rho = torch.linalg.solve(sigma, mu)
     uncentred = p * (1 - (z @ rho[..., None])[..., 0]) / (1 - (rho * mu).sum(-1, keepdim=True))
-    torch.testing.assert_close(sloped(p, k, slope(p, k, q, 0.1, 8)), uncentred)
+    torch.testing.assert_close(sloped(p, k, slope(p, k, q, _spread(p, 0.1), 8)), uncentred)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +98,7 @@ def test_constant_weights_give_ridge_regression_on_all_keys() -> None:
     out = layer.attend(q, k, v, inputs)[:, 0]
     k, v, q = k[:, 0], v[:, 0], q[:, 0]
     centre, mean = k.mean(1, keepdim=True), v.mean(1, keepdim=True)
-    moment = (k - centre).mT @ (k - centre) + 15 * 0.3 * torch.eye(6).double()
+    moment = (k - centre).mT @ (k - centre) + 0.3 * torch.eye(6).double()
     slopes = torch.linalg.solve(moment, (k - centre).mT @ (v - mean))
     torch.testing.assert_close(out, mean + (q - centre) @ slopes)
 
@@ -109,25 +128,28 @@ def test_drifting_regression_is_followed_better_than_by_softmax_or_one_line() ->
         return float((prediction - v)[:, :, 64:].square().mean())
 
     p = (timed @ timed.mT).masked_fill(~inside, -torch.inf).softmax(-1).nan_to_num()
-    local = sloped(p, timed, slope(p, timed, timed, 1e-3, 30)) @ v
+    local = sloped(p, timed, slope(p, timed, timed, _spread(p, 1e-3), 30)) @ v
     uniform = (inside.double() / inside.sum(-1, keepdim=True).clamp(min=1))[None, None]
-    one_line = sloped(uniform, timed, slope(uniform, timed, timed, 1e-3, 30)) @ v
+    one_line = sloped(uniform, timed, slope(uniform, timed, timed, _spread(uniform, 1e-3), 30)) @ v
     assert error(local) < 0.5 * min(error(p @ v), error(one_line))
 
 
 def test_gradients_are_those_of_a_direct_solve() -> None:
     q, k = (torch.randn(1, 2, 7, 3, dtype=torch.float64) for _ in range(2))
-    grads = []
+    wanted, grads = torch.randn(1, 2, 7, 7, dtype=torch.float64), []
     for direct in (False, True):
         a, b = q.clone().requires_grad_(), k.clone().requires_grad_()
         p = (a @ b.mT).softmax(-1)
+        ridge = 0.3 * (a @ b.mT).exp().sum(-1, keepdim=True) ** -1
         if direct:
             apart = b[:, :, None] - (p @ b)[:, :, :, None]
             c = torch.einsum("bhij,bhijc,bhijd->bhicd", p, apart, apart)
-            r = torch.linalg.solve(c + 0.2 * torch.eye(3).double(), p @ b - a)
+            eye = torch.eye(3).double()
+            r = torch.linalg.solve(c + ridge[..., None] * eye, p @ b - a)
+            weights = p * (1 - (apart @ r[..., None])[..., 0])
         else:
-            r = slope(p, b, a, 0.2, 12)
-        grads.append(torch.autograd.grad(sloped(p, b, r).square().sum() + r.sin().sum(), (a, b)))
+            weights = sloped(p, b, slope(p, b, a, ridge, 12))
+        grads.append(torch.autograd.grad((weights * wanted).sin().sum(), (a, b)))
     torch.testing.assert_close(grads[0], grads[1])
 
 

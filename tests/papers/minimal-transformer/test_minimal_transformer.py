@@ -45,13 +45,18 @@ def test_minimal_transformer_symmetric_scores(position: str | None) -> None:
     ).abs().max() > 1
 
 
-def test_minimal_transformer_triangle() -> None:
-    layer = _layer(symmetric=True)
-    factor = layer.factor()
-    assert torch.equal(factor, factor.tril())
-    assert (factor.tril() != 0).sum() == layer.triangle.numel() == 4 * 32 * 33 // 2
-    x = X[:, None]
-    torch.testing.assert_close(_scores(layer), x @ factor @ factor.mT @ x.mT / 8**0.5)
+@pytest.mark.parametrize("heads", [1, 4])
+def test_minimal_transformer_symmetric_is_softmax_attention_with_queries_as_keys(
+    heads: int,
+) -> None:
+    """One matrix of dim² numbers serves as W_Q and W_K of however many heads."""
+    layer = _layer(heads, symmetric=True, values=True, position="rope")
+    plain = attlas.make("softmax", dim=32, heads=heads, position="rope").double()
+    weights = layer.state_dict()
+    plain.load_state_dict(weights | {"k_proj.weight": weights["q_proj.weight"]})
+    torch.testing.assert_close(layer(X), plain(X))
+    bare = attlas.make("minimal-transformer", dim=64, heads=heads, symmetric=True)
+    assert sum(p.numel() for p in bare.parameters()) == 64 * 64
 
 
 def test_minimal_transformer_without_values_mixes_slices_of_the_input() -> None:

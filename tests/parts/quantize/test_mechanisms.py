@@ -11,10 +11,8 @@ from attlas.attach.call import Call, ForwardPass
 from attlas.cache.fitting import Rounded, begun, finished, loss
 from attlas.calibration import calibrate
 from attlas.ops.quantize import encode
-from attlas.parts.quantize.akvq_vl import far
 from attlas.parts.quantize.qaq import centred, group_bits, key_error, outlying
 from attlas.parts.quantize.zipcache import channel_scale, least, saliency
-from attlas.storage.changed import rotated
 from attlas.storage.layer import LayerState, StoredLayer, Taken
 from attlas.storage.shared import encode_rows
 from attlas.storage.varied import Varied
@@ -125,33 +123,6 @@ def test_qaq_reads_runs_and_rows():
     assert torch.equal(torch.cat([held.read(0, 4), held.read(4, 9)], dim=2), whole)
     order = torch.tensor([2, 1, 1, 0])
     assert torch.equal(held.rows(order).read(), whole[order])
-
-
-@pytest.mark.parametrize("dim", [8, 64, 96])
-def test_akvq_rotation_changes_no_attention_and_spreads_outliers(dim):
-    q, k, v = torch.randn(3, 1, 2, 50, dim)
-    k[..., 3] *= 20
-    plain = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-    after = nn.functional.scaled_dot_product_attention(
-        rotated(q), rotated(k), rotated(v), is_causal=True
-    )
-    assert torch.allclose(rotated(after), plain, atol=1e-5)
-    assert rotated(k).abs().amax() / rotated(k).std() < k.abs().amax() / k.std()
-
-
-def test_akvq_parts_tokens_by_class():
-    k, v = torch.randn(1, 2, 64, 8), torch.randn(1, 2, 64, 8)
-    v[:, :, 5] *= 1000
-    part = attlas.make("akvq-vl", images=[(10, 40)], early_layers=1, block=8, recent=0)
-    layer, state = layer_of(k, v)
-    part.compress(layer, state, layer.rows())
-    assert far(v, torch.ones(1, 2, 64, dtype=torch.bool), 5.0)[:, :, 5].all()
-    columns = {name: body.index[0, 0].tolist() for name, body in layer.bodies.items()}
-    assert 5 in columns["pivots"]
-    assert set(columns["rest"]) <= set(range(10, 40))
-    assert set(columns["salient"]) <= set(range(10)) | set(range(40, 64))
-    numbers = dict(zip(columns["pivots"], layer.bodies["pivots"].read()[1][0, 0], strict=True))
-    assert torch.equal(numbers[5], v[0, 0, 5])
 
 
 @pytest.fixture(scope="module")

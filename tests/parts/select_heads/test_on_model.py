@@ -22,7 +22,7 @@ def test_a_passage_that_comes_again(smollm2):
     parts = {
         "window": StreamingLLM(tokens=96, while_decoding=True),
         "recycled": RecycledAttention(tokens=86, stride=10),
-        "delta": DeltaLayerAware(tokens=64, recent=32),
+        "delta": DeltaLayerAware(tokens=96, recent=32),
     }
     read, loss = prefill(model, ids[:, :start], list(parts.values())), {}
     for name, part in parts.items():

@@ -17,9 +17,10 @@ from attlas.storage.files import load_cache, save_cache
 PARTS = {
     "recycled": lambda: RecycledAttention(tokens=6, stride=3),
     "recycled-share": lambda: RecycledAttention(0.4, stride=4),
-    "recycled-similar": lambda: RecycledAttention(tokens=6, similarity=0.3),
+    "recycled-similar": lambda: RecycledAttention(tokens=6, similarity=0.3, every=1),
+    "recycled-both": lambda: RecycledAttention(tokens=6, similarity=0.3, every=2, stride=3),
     "delta": lambda: DeltaLayerAware(
-        tokens=4, dense=1, selection_layers=(1, 3), recent=2
+        tokens=6, page=2, dense=1, selection_layers=(1, 3), recent=2
     ),
     "delta-share": lambda: DeltaLayerAware(0.3, dense=0, selection_layers=(0, 3), recent=0, page=4),
     "adaptive": lambda: AdaptiveLongContext(0.8, sinks=4, recent=4, page=4),
@@ -34,8 +35,8 @@ WHOLE = {
     "recycled-tokens": lambda: RecycledAttention(tokens=500, stride=3),
     "recycled-stride": lambda: RecycledAttention(tokens=2, stride=1),
     "recycled-similar": lambda: RecycledAttention(1.0, similarity=-1.0),
-    "delta-keep": lambda: DeltaLayerAware(1.0, dense=1, selection_layers=(2, 4), recent=2),
-    "delta-tokens": lambda: DeltaLayerAware(tokens=500, dense=1, recent=0),
+    "delta-keep": lambda: DeltaLayerAware(1.0, page=2, dense=1, selection_layers=(2, 4), recent=2),
+    "delta-tokens": lambda: DeltaLayerAware(tokens=512, dense=1, recent=0),
     "adaptive": lambda: AdaptiveLongContext(1.0, sinks=4, recent=2, page=2),
     "longheads": lambda: LongHeads(4, 64, begin=4),
     "actqkv-keep": lambda: ActQKV(1.0, page=2, window=5, sinks=2, recent=3, horizon=1),

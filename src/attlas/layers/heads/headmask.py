@@ -15,7 +15,8 @@ spends an extra pass over the same batch with all heads on, which `measuring` do
 Cost: plain attention; heads that are off are computed all the same.
 Reduces to multi-head attention in evaluation. What is left is not rescaled.
 Source: "Alleviating the Inequality of Attention Heads for Neural Machine Translation". It counts N over
-a model, 18 of 144 heads; here it is a layer's. No code is published.
+a model, 18 of 144 heads; here it is a layer's. No code is published; not established is whether the paper
+rescales what is left.
 """
 
 from __future__ import annotations

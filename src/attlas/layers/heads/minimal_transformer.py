@@ -1,17 +1,21 @@
 """Minimal transformer: attention by one similarity matrix, without value and output matrices.
 
     collapsed   head_h = softmax(x A_h xᵀ / √d) x_h          A_h [dim, dim] stands for W_Q W_Kᵀ
-    symmetric   A_h = T_h T_hᵀ,   T_h lower triangular       half as many numbers
+    symmetric   head_h = softmax(x W_h (x W_h)ᵀ / √d) x_h    W_h [dim, dim / heads]: W_Q is used as W_K
     x_h: slice h of the input; with `values=True` x W_V, and W_O after the heads
 
-The paper also drops the feed-forward part, which is the model's affair: nothing here stands in for it.
+The paper's symmetric runs use W_Q as W_K, with one head or four; it collapses W_Q W_Kᵀ in runs of one
+head, and says of several that a matrix of dim² each is more than the 2 · dim² / heads of both. Here a
+layer of several heads is collapsed all the same unless it is symmetric; with two that costs as much.
+(T Tᵀ of a triangle T is the paper's other symmetric form, of one head; it runs none.) It also drops the
+feed-forward part, which is the model's affair: nothing here stands in for it.
 
-Cost: scores dim instead of head_dim wide for every head; heads · dim² parameters (half if symmetric)
-instead of 4 · dim², so that it saves with few heads: the paper has one or four.
+Cost: scores dim instead of head_dim wide for every head unless W_Q is used twice; heads · dim² parameters
+collapsed, dim² symmetric, instead of 4 · dim².
 Reduces to softmax attention for A_h = W_Q W_Kᵀ and identities in place of W_V and W_O.
-Source: "Reducing the Transformer Architecture to a Minimum". T's triangle rests on a third party's
-program; the heads' own full A_h and slices x_h are ours where the paper's text leaves them open, and
-so are rotary positions, which rotate each head_dim wide part of x A_h and x.
+Source: "Reducing the Transformer Architecture to a Minimum". Slices x_h of the input as values of several
+heads are ours, where the paper's runs leave values out with one head alone, and so are rotary positions,
+which rotate each head_dim wide part of queries and keys.
 """
 
 from __future__ import annotations
@@ -43,8 +47,8 @@ class MinimalTransformer(Attention):
     changes = ("score",)  # x A_h xᵀ, whose two factors `project` makes
     beyond = ("position: queries and keys are as wide as all heads, rotated part by part",)
 
-    heads: int = option("heads, each with a matrix", default=1, at_least=1, kw_only=False)
-    symmetric: bool = option("the matrix is a triangle times its transpose", default=False)
+    heads: int = option("heads; collapsed each has a matrix", default=1, at_least=1, kw_only=False)
+    symmetric: bool = option("queries are the keys: W_Q is used as W_K", default=False)
     values: bool = option("keep the value and output matrices", default=False)
 
     def setup(self) -> None:
@@ -58,36 +62,28 @@ class MinimalTransformer(Attention):
             )
 
     def make_projections(self) -> None:
-        """A or T, and the values' and the output's matrices where they are kept."""
+        """A or W_Q, and the values' and the output's matrices where they are kept."""
         if self.values:
             super().make_projections()
             del self.q_proj, self.k_proj
         if self.symmetric:
-            triangle = self.dim * (self.dim + 1) // 2
-            spread = (3 * self.dim) ** -0.5  # that of nn.Linear
-            self.triangle = nn.Parameter(torch.randn(self.heads, triangle) * spread)
+            self.q_proj = nn.Linear(self.dim, self.dim, bias=self.bias)
         else:
             self.similarity = nn.Linear(self.dim, self.heads * self.dim, bias=self.bias)
 
     def project(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-        """x A or x T as queries, x or x T as keys, each as wide as the input; and values."""
-        x, tokens = inputs.x[:, None], inputs.tokens[:, None]
+        """x A as queries and x as keys, or x W_Q as both; and values."""
         v = self.split_heads(self.v_proj(inputs.tokens) if self.values else inputs.tokens)
         if self.symmetric:
-            factor = self.factor()
-            return x @ factor, tokens @ factor, v
+            q, k = (self.split_heads(self.q_proj(t)) for t in (inputs.x, inputs.tokens))
+            return q, k, v
         q = rearrange(self.similarity(inputs.x), "b t (h c) -> b h t c", c=self.dim)
-        return q, tokens, v
-
-    def factor(self) -> Tensor:
-        """T of every head, [heads, dim, dim]."""
-        rows, columns = torch.tril_indices(self.dim, self.dim, device=self.triangle.device)
-        square = self.triangle.new_zeros(self.heads, self.dim, self.dim)
-        each = torch.arange(self.heads, device=rows.device)[:, None]
-        return square.index_put((each, rows, columns), self.triangle)
+        return q, inputs.tokens[:, None], v
 
     def position(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Rotations of every head_dim wide part."""
+        if self.symmetric:
+            return super().position(q, k, inputs)
         narrow, wide = "b h t (c d) -> b (h c) t d", "b (h c) t d -> b h t (c d)"
         q, k = (rearrange(t, narrow, d=self.head_dim) for t in (q, k))
         q, k = super().position(q, k, inputs)

@@ -1,9 +1,9 @@
 """Local linear attention: every query fits a line through the values around it, and takes its own point.
 
-    p_i   = softmax_j(q_i·k_j / √d)                                      how near a key is to the query
-    b, W  = argmin Σ_j p_ij |v_j − b − W (k_j − q_i)|² + λ |W|²          y_i = b
+    w_ij  = exp(q_i·k_j / √d)      ω_i = Σ_j w_ij      p_ij = w_ij / ω_i      how near a key is to a query
+    b, W  = argmin Σ_j w_ij |v_j − b − W (k_j − q_i)|² + λ |W|²               y_i = b
     k̄_i   = Σ_j p_ij k_j      C_i = Σ_j p_ij (k_j − k̄_i)(k_j − k̄_i)ᵀ
-    y_i   = Σ_j p_ij (1 − r_i·(k_j − k̄_i)) v_j                           (C_i + λ) r_i = k̄_i − q_i
+    y_i   = Σ_j p_ij (1 − r_i·(k_j − k̄_i)) v_j                               (C_i + λ/ω_i) r_i = k̄_i − q_i
 
 Softmax attention is the constant that fits best; the slope takes out what keys that all lie on one side
 of the query bias it by. The weights of a query sum to 1, and some may be negative. With ρ the slope of
@@ -11,12 +11,16 @@ keys seen from the query, p (1 − z·ρ) / (1 − ρ·Σ p z) for z = k − q, 
 k̄ nothing cancels. r is found by conjugate gradients, whose products with C are two products with the
 keys: no matrix of d × d is made for any query. Gradients follow from the solution alone.
 
+λ stands beside w, whose sum may be anything: a query that sees much holds a slope back little. With
+`relative` it stands beside p, which sum to 1, as in the authors' later program (Parallax). As λ/ω may be
+small all this is done in float64, where the device has it, and λ/ω is taken for 1e-10 at least.
+
 Cost: 2·n²·d multiply-adds for p and for the sum, and 4·n²·d a step, at most `steps`; 128 queries at a
 time, made again in the backward pass, so that memory is linear in n.
 Reduces to softmax attention at λ = ∞; with constant weights it is ridge regression.
 Source: "Local Linear Attention: An Optimal Interpolation of Linear and Softmax Attention For Test-Time
-Regression". Its authors published no program. Which λ the paper takes, and whether it stands beside
-weights that sum to 1, as here, or to Σ exp(q·k/√d), is not known to us.
+Regression", by a reader's note: its authors published no program. Which λ the paper takes is not known
+to us.
 """
 
 from __future__ import annotations
@@ -38,6 +42,8 @@ from attlas.options import option
 
 #: Queries whose weights are in memory at a time.
 QUERIES = 128
+#: λ/ω at least, and at most: below rounding would decide, and above no slope is left.
+LEAST, MOST = 1e-10, 1e20
 
 
 @mechanism("local-linear-attention", reduces_to=Reduction(
@@ -52,9 +58,12 @@ class LocalLinear(Attention):
     ridge: float = option(
         "λ, how much a slope must explain; infinite for none", default=0.1, above=0
     )
+    relative: bool = option(
+        "λ stands beside weights that sum to 1, instead of exp(q·k/√d)", default=False
+    )
     steps: int = option(
-        "most steps of the conjugate gradients; twice head_dim unless given", at_least=1,
-        factory=lambda layer: 2 * layer.head_dim,
+        "most steps of the conjugate gradients; four times head_dim unless given", at_least=1,
+        factory=lambda layer: 4 * layer.head_dim,
     )  # fmt: skip
 
     def attend(
@@ -89,13 +98,19 @@ class LocalLinear(Attention):
     def weights_of(
         self, q: Tensor, k: Tensor, pairs: Mask | Tensor | None, offset: int
     ) -> Float[Tensor, "batch heads queries keys"]:
-        """Weights of queries of which `offset` keys stand before the first, in float32 at least."""
-        dtype = torch.promote_types(q.dtype, torch.float32)
+        """Weights of queries of which `offset` keys stand before the first, in float64 if that can be."""
+        dtype = torch.float32 if q.device.type == "mps" else torch.float64
         q, k = q.to(dtype), k.to(dtype)
-        p = ops.softmax(ops.scores_of(
+        scores = ops.scores_of(
             q, k, scale=self.scale, mask=pairs, score_mod=self.score_mod, q_offset=offset
-        ))  # fmt: skip
-        return sloped(p, k, slope(p, k, q, self.ridge, self.steps))
+        )
+        ridge = torch.full_like(scores[..., :1], math.log(min(self.ridge, MOST)))
+        if not self.relative:
+            blind = (scores == -torch.inf).all(dim=-1, keepdim=True)
+            ridge = ridge - scores.masked_fill(blind, 0.0).logsumexp(dim=-1, keepdim=True)
+        ridge = ridge.clamp(math.log(LEAST), math.log(MOST)).exp()
+        p = ops.softmax(scores)
+        return sloped(p, k, slope(p, k, q, ridge, self.steps))
 
 
 def sloped(
@@ -109,9 +124,10 @@ def sloped(
 
 def slope(
     p: Float[Tensor, "batch heads queries keys"], k: Float[Tensor, "batch kv_heads keys width"],
-    q: Float[Tensor, "batch heads queries width"], ridge: float, steps: int,
+    q: Float[Tensor, "batch heads queries width"], ridge: Float[Tensor, "batch heads queries 1"],
+    steps: int,
 ) -> Float[Tensor, "batch heads queries width"]:  # fmt: skip
-    """r with (C + λ) r = k̄ − q."""
+    """r with (C + λ) r = k̄ − q, of each query's own λ."""
     solution: Tensor = _Solve.apply(p, k, ops.grouped_product(p, k) - q, ridge, steps)  # type: ignore[no-untyped-call]
     return solution / ridge
 
@@ -120,32 +136,32 @@ class _Solve(torch.autograd.Function):
     """y with (C/λ + 1) y = b, and its gradients by one more such system."""
 
     @staticmethod
-    def forward(ctx: Any, p: Tensor, k: Tensor, b: Tensor, ridge: float, steps: int) -> Tensor:
+    def forward(ctx: Any, p: Tensor, k: Tensor, b: Tensor, ridge: Tensor, steps: int) -> Tensor:
         y = _conjugate_gradients(p, k, b, ridge, steps)
-        ctx.save_for_backward(p, k, y)
-        ctx.ridge, ctx.steps = ridge, steps
+        ctx.save_for_backward(p, k, ridge, y)
+        ctx.steps = steps
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
-        p, k, y = ctx.saved_tensors
-        d_b = _conjugate_gradients(p, k, d_y, ctx.ridge, ctx.steps)
+        p, k, ridge, y = ctx.saved_tensors
+        d_b = _conjugate_gradients(p, k, d_y, ridge, ctx.steps)
+        given = [x.detach().requires_grad_() for x in (p, k, ridge)]
         with torch.enable_grad():
-            p, k = p.detach().requires_grad_(), k.detach().requires_grad_()
-            left = _left_side(p, k, y, ctx.ridge)
-        d_p, d_k = torch.autograd.grad(left, (p, k), -d_b)
-        return d_p, d_k, d_b, None, None
+            left = _left_side(given[0], given[1], y, given[2])
+        d_p, d_k, d_ridge = torch.autograd.grad(left, given, -d_b)
+        return d_p, d_k, d_b, d_ridge, None
 
 
-def _left_side(p: Tensor, k: Tensor, y: Tensor, ridge: float) -> Tensor:
+def _left_side(p: Tensor, k: Tensor, y: Tensor, ridge: Tensor) -> Tensor:
     """(C/λ + 1) y."""
     along = ops.grouped_product(y, k.transpose(-1, -2))
     apart = p * (along - (p * along).sum(-1, keepdim=True))
     return ops.grouped_product(apart, k) / ridge + y
 
 
-def _conjugate_gradients(p: Tensor, k: Tensor, b: Tensor, ridge: float, steps: int) -> Tensor:
+def _conjugate_gradients(p: Tensor, k: Tensor, b: Tensor, ridge: Tensor, steps: int) -> Tensor:
     """The solution of every query's own system; those that are exact enough stand still."""
     y, rest, way = torch.zeros_like(b), b, b
     length = (rest * rest).sum(-1, keepdim=True)

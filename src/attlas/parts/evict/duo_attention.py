@@ -71,8 +71,9 @@ class DuoAttention(Calibrated, CachePart):
         at_least=1,
     )  # fmt: skip
     steps: int = option(
-        "steps of the gates' optimisation, when they are calibrated", default=80, at_least=1
-    )
+        "steps of the gates' optimisation, when they are calibrated; the authors take 2000",
+        default=80, at_least=1,
+    )  # fmt: skip
 
     def setup(self) -> None:
         """Read the gates that are given.

@@ -13,8 +13,10 @@ Keys are taken as cached. A basis as wide as a head explains everything, and tel
 Cost: SnapKV's, and a QR of d × r a head. Keeps everything, hence reduces to full attention, at
 keep = 1; without images to SnapKV.
 
-Source: "GUI-KV: Efficient GUI Agents via KV Cache with Spatio-Temporal Awareness". Heads of a group
-share their keys here, so their attention is averaged; published code repeats the keys instead.
+Source: "GUI-KV: Efficient GUI Agents via KV Cache with Spatio-Temporal Awareness". α = 2, τ = 3.5 and
+w = 8 are those of all five of the authors' evaluation programs; their class alone begins with 0.1, 1 and
+64. Heads of a group share their keys here, so their attention is averaged; published code repeats the
+keys instead.
 """
 
 from __future__ import annotations
@@ -49,8 +51,9 @@ class GuiKV(SnapKV):
     image_token: int | None = option(
         "or the id that stands for images in `input_ids`; a run of it is an image", default=None
     )
-    alpha: float = option("weight of the spatial score", default=0.1)
-    temperature: float = option("temperature of the spatial score's softmax", default=1.0, above=0)
+    alpha: float = option("weight of the spatial score", default=2.0)
+    temperature: float = option("temperature of the spatial score's softmax", default=3.5, above=0)
+    window: int = option("how many of the last queries are asked", default=8, at_least=1)
     rank: int = option("most columns of the basis", default=32, at_least=1)
 
     def setup(self) -> None:

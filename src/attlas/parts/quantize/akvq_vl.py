@@ -1,22 +1,23 @@
-"""AKVQ-VL: two bits for most tokens of a vision-language cache, more for those that are attended to.
+"""AKVQ-VL: two bits for most tokens of a vision-language cache, more for text, pivots and the newest.
 
     H      Walsh–Hadamard matrix / √n, orthonormal:  (q H) · (k H) = q · k,  Σ w (v H) H = Σ w v
-    stored codes of k H (a step for each channel over `key_group` tokens) and of v H (a step a token)
+    stored codes of k H and of v H, a step for each token and `channel_group` channels
 
-| tokens                                                              | bits          |
-|---------------------------------------------------------------------|---------------|
-| pivots: norms of key or value far from the others'                    | as they are   |
-| early layers: text                                                    | `salient_bits` |
-| other layers: the share `salient` that the last queries attend to most | `salient_bits` |
-| the others, among them most image tokens                              | `bits`        |
+| layers       | newest tokens | pivots        | text           | images |
+|--------------|---------------|---------------|----------------|--------|
+| early        | as they are   |               | `salient_bits` | `bits` |
+| the others   | as they are   | as they are   | `bits`         | `bits` |
 
 H spreads a channel that is large in all tokens, or a number that is large in one, over all channels.
-A pivot is a token with |ln‖x‖ − median| > `pivot_cut` · (median of these distances), by key head, for
-its key x or its value. Codes are rotated back as they are read. Cost: the last queries' attention once
-for every block encoded, and dim² multiplications a token read. Reduces to full attention at bits=16.
+Codes of two bits span the middle share `clip` of a group's range. Pivots are the `pivots` tokens of the
+largest massive activation max_c |x_c| in the residual stream x that enters the layer; they are found
+once, when tokens of the layer are first encoded, among all that were seen by then. Codes are rotated back
+as they are read. Cost: dim² multiplications a token read. Reduces to full attention at bits=16.
 
-Established are the rotation, the two bits and who is salient (text in early layers, pivots in all);
-how pivots are found, the number of early layers and the bits of attended tokens are our reading.
+Established by a reader's note of the paper are the table, 15 pivots of massive activations, 128 newest
+tokens, the clipping of 0.8 at two bits and none at four, groups of 128, and two early layers (those of
+LLaVA-1.5 7B; LLaVA-1.6 on Mistral has none). How activations are ranked, where and when they are looked
+for, and between which ends a clipped range lies the paper leaves open: these are our reading.
 
 Source: "AKVQ-VL: Attention-Aware KV Cache Adaptive 2-Bit Quantization for Vision-Language Models".
 """
@@ -27,56 +28,55 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Bool, Float
-from torch import Tensor
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
 
-from attlas.attach.call import Call
-from attlas.cache.asked import remember
-from attlas.cache.mixed import Classes, MixedQuantizer, attention_paid, greatest
+from attlas.attach.call import Call, Site
+from attlas.cache.fitting import narrowed
+from attlas.cache.mixed import Classes, MixedQuantizer, widths
 from attlas.catalog.registry import mechanism
 from attlas.errors import UserError
-from attlas.ops.quantize import encode
+from attlas.ops.quantize import check, encode
 from attlas.options import option
 from attlas.storage.body import Body
 from attlas.storage.changed import TurnedBody, rotated
 from attlas.storage.layer import LayerState, StoredLayer, Taken
 from attlas.storage.rows import Rows
 
+#: The most bits whose codes span less than a group's whole range.
+CLIPPED = 2
 
-@mechanism("akvq-vl", example={"block": 8, "recent": 4, "last": 4, "early_layers": 1})
+
+@mechanism("akvq-vl", example={"block": 8, "recent": 4, "pivots": 2, "early_layers": 1})
 class AKVQ(MixedQuantizer):
     """Keep most tokens in two bits of rotated numbers."""
 
+    points = ("residual",)
     everything: ClassVar[dict[str, Any]] = {"bits": 16, "salient_bits": 16}
     comparable: ClassVar[tuple[str, ...]] = ("",)
 
     bits: int = option(
         "bits of most tokens: 16 (nothing is rounded), 8, 4, 3, 2 or 1", default=2, kw_only=False
     )
-    salient_bits: int = option(
-        "bits of text in early layers and of what is attended to in the others", default=4
-    )
+    salient_bits: int = option("bits of text in early layers", default=4)
     images: Sequence[tuple[int, int]] = option(
         "first and last + 1 of each run of image tokens, counted without padding", default=()
     )
     early_layers: int = option(
         "how many of the first layers keep text in more bits", default=2, at_least=0
     )
-    salient: float = option(
-        "share of tokens that the other layers keep in more bits", default=0.1, at_least=0,
-        at_most=1,
-    )  # fmt: skip
-    pivot_cut: float = option(
-        "how far from the median the logarithm of a pivot's norm is", default=5.0, above=0
-    )
-    last: int = option(
-        "how many of the last queries tell what is attended to", default=32, at_least=1
-    )
-    key_group: int = option(
-        "tokens over which a channel of rotated keys has one step; 0 for a step a token", default=32,
+    pivots: int = option(
+        "tokens that each other layer keeps as they are for their massive activations", default=15,
         at_least=0,
     )  # fmt: skip
-    recent: int = option("newest tokens that stay in full precision", default=32, at_least=0)
+    clip: float = option(
+        "share of a group's range that codes of two bits or fewer span", default=0.8, above=0,
+        at_most=1,
+    )  # fmt: skip
+    channel_group: int = option(
+        "channels of a token that share a step, or all where there are fewer", default=128, at_least=1
+    )
+    recent: int = option("newest tokens that stay in full precision", default=128, at_least=0)
     block: int = option("tokens that are encoded together", default=128, at_least=1)
 
     def setup(self) -> None:
@@ -89,10 +89,35 @@ class AKVQ(MixedQuantizer):
         """Of most tokens and of salient ones."""
         return {"bits": self.bits, "salient_bits": self.salient_bits}
 
+    def formats(self, model: nn.Module) -> None:
+        """Refuse heads whose codes would not fill whole bytes, or that the group does not divide."""
+        super().formats(model)
+        for width in widths(model):
+            for bits in set(self.precisions().values()) - {16}:
+                check(bits, width, min(self.channel_group, width), 1)
+
+    def stream(self, site: Site, x: Float[Tensor, "batch query width"]) -> None:
+        """The largest activation of every token that enters a layer's block."""
+        largest = x.detach().abs().amax(dim=-1).float()
+        site.forward_pass.shared[self.name, site.layer] = largest
+
     def learn(self, state: LayerState, call: Call) -> None:
-        """Keep the last queries, where attention tells who is salient."""
-        if not self._early(state):
-            remember(state, call, lambda rank, count, _: rank >= count - self.last)
+        """Keep them, until the pivots are found.
+
+        Raises:
+            ValueError: the layer's block was not seen.
+        """
+        known = state.tensors.get("largest")
+        if self._early(state) or (known is None and "pivots" in state.tensors):
+            return
+        largest = call.forward_pass.shared.get((self.name, state.layer))
+        if largest is None:
+            raise UserError(
+                f"AKVQ finds its pivots in what enters the block of layer {state.layer}, which "
+                f"{type(call.module).__name__} does not show; give early_layers={len(state.full)} to "
+                "do without"
+            )
+        state.tensors["largest"] = largest if known is None else torch.cat([known, largest], dim=1)
 
     def _early(self, state: LayerState) -> bool:
         return state.layer in state.full[: self.early_layers]
@@ -100,15 +125,36 @@ class AKVQ(MixedQuantizer):
     def worth(
         self, layer: StoredLayer, state: LayerState, rows: Rows
     ) -> Float[Tensor, "batch kv_heads slots"]:
-        """1 for text and 0 for images in early layers, attention in the others."""
+        """1 for text in early layers and for pivots in the others, 0 for the rest."""
+        columns = layer.dense_positions()
         if not self._early(state):
-            paid = [weights.sum(dim=(2, 3)) for weights in attention_paid(layer, state, rows)]
-            return torch.stack(paid).sum(dim=0)
-        rank = rows.at(layer.dense_positions())[1]
+            pivots = self._pivots(layer, state, rows)
+            return (columns[..., None] == pivots[:, None, None]).any(dim=-1).float()
+        rank = rows.at(columns)[1]
         text = torch.ones_like(rank, dtype=torch.float32)
         for start, stop in self.images:
             text.masked_fill_((rank >= start) & (rank < stop), 0.0)
         return text
+
+    def _pivots(
+        self, layer: StoredLayer, state: LayerState, rows: Rows
+    ) -> Int[Tensor, "batch pivots"]:
+        """Columns of the pivots, −2 where there is none; found when a row first has a block to encode."""
+        tensors = state.tensors
+        if (largest := tensors.get("largest")) is None:
+            return tensors["pivots"]
+        lengths = torch.tensor(layer.lengths(rows), device=largest.device)
+        there = rows.at(torch.arange(largest.shape[1], device=largest.device).expand_as(largest))[0]
+        ranked = largest.masked_fill(~there, -torch.inf).sort(dim=1, descending=True, stable=True)
+        best = torch.where(ranked.values > -torch.inf, ranked.indices, -2)[:, : self.pivots]
+        best = nn.functional.pad(best, (0, self.pivots - best.shape[1]), value=-2)
+        begun = tensors.get("begun", torch.zeros_like(lengths, dtype=torch.bool))
+        known = tensors.get("pivots", torch.full_like(best, -2))
+        tensors["pivots"] = torch.where(begun[:, None], known, best)
+        tensors["begun"] = begun | (lengths - self.recent >= self.block)
+        if bool(tensors["begun"].all()):
+            del tensors["largest"], tensors["begun"]
+        return tensors["pivots"]
 
     def classes(
         self,
@@ -117,36 +163,17 @@ class AKVQ(MixedQuantizer):
         worth: Float[Tensor, "batch kv_heads slots"],
         valid: Bool[Tensor, "batch kv_heads slots"],
     ) -> Classes:
-        """Pivots, salient tokens and the rest."""
-        pivot = valid & (far(taken.k, valid, self.pivot_cut) | far(taken.v, valid, self.pivot_cut))
-        plain = valid & ~pivot
-        salient = (
-            plain & (worth > 0) if self._early(state) else greatest(worth, plain, self.salient)
-        )
-        return {
-            "rest": (plain & ~salient, self.bits),
-            "salient": (salient, self.salient_bits),
-            "pivots": (pivot, 16),
-        }
+        """Salient tokens, which are text or pivots, and the rest."""
+        salient = valid & (worth > 0)
+        name, bits = ("text", self.salient_bits) if self._early(state) else ("pivots", 16)
+        return {"rest": (valid & ~salient, self.bits), name: (salient, bits)}
 
     def coded(self, state: LayerState, taken: Taken, bits: int) -> Body:
-        """Codes of the rotated numbers."""
-        k, v = (rotated(x.float()).to(x.dtype) for x in (taken.k, taken.v))
-        if self.key_group:
-            keys = encode(k, bits, token_group=self.key_group, channel_group=1)
-        else:
-            keys = encode(k, bits)
-        return TurnedBody(keys, encode(v, bits), taken.index)
-
-
-def far(
-    x: Float[Tensor, "batch heads tokens dim"],
-    valid: Bool[Tensor, "batch heads tokens"],
-    cut: float,
-) -> Bool[Tensor, "batch heads tokens"]:
-    """Tokens whose norm is far from the median, measured by the median distance from it."""
-    norm = torch.linalg.vector_norm(x.float(), dim=-1).clamp(min=1e-12).log()
-    norm = norm.masked_fill(~valid, torch.nan)
-    away = (norm - norm.nanmedian(dim=-1, keepdim=True).values).abs()
-    found: Tensor = away > cut * away.nanmedian(dim=-1, keepdim=True).values
-    return found
+        """Codes of the rotated numbers, clipped where bits are few."""
+        codes = []
+        for x in (taken.k, taken.v):
+            turned, group = rotated(x.float()), min(self.channel_group, x.shape[-1])
+            if bits <= CLIPPED:
+                turned = narrowed(turned, turned.new_full((x.shape[1], 1), self.clip), group)
+            codes.append(encode(turned.to(x.dtype), bits, channel_group=group))
+        return TurnedBody(codes[0], codes[1], taken.index)

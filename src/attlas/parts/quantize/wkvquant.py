@@ -1,4 +1,4 @@
-"""WKVQuant: cached numbers shifted and scaled per channel by what was learned, then coded per token.
+"""WKVQuant's cache: numbers shifted and scaled per channel by what was learned, then coded per token.
 
     y  = (x − δ) / s           δ, s: a constant for each channel, fixed beforehand
     ŷ  = code · step + zero     of a token's group of channels, its range narrowed to c · range
@@ -15,9 +15,14 @@ while all layers are rounded at once, so that a layer's constants answer for wha
 behind it. Cost: reading adds δ and multiplies by s. δ, s and c change nothing where nothing is rounded:
 at 16 bits it reduces to full attention.
 
-Not as in the paper: weights are not quantised; it takes the loss block by block over the outputs of a
-few following blocks, here all layers are fitted together over the outputs of their attention; and the
-starting points of δ and s are ours.
+This is the half of the paper that is about the cache: the model's weights stay as they are, where the
+paper holds them in four bits too and fits their clipping by the same loss. What is established, by
+summaries of its text, are the three parts: the past alone is rounded; static shift and scale of channels
+under dynamic groups of a token; and a mean absolute error of the outputs of the following blocks, five of
+them, in the fit, which goes block by block. Neither the formula of that loss nor the groups and ranges of
+weights are; so here all layers are fitted together over the outputs of their attention, and the starting
+points of δ and s are ours. That four-bit weights with this cache lose less than without its three parts
+is not shown here.
 
 Source: "WKVQuant: Quantizing Weight and Key/Value Cache for Large Language Models Gains More".
 """

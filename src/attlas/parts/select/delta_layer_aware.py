@@ -1,94 +1,148 @@
 """DELTA: a few layers look at everything, and tell the layers behind them where to look.
 
     first layers        full attention
-    selection layer s   full attention;   w_j = Σ over all heads of its attention weight on token j
-                        publishes the best pages by Σ_{j in page} w_j
-    layer between       attends what the nearest selection layer below published, and the newest tokens
+    selection layer s   full attention;   w_j = max over all heads of its attention weight on token j
+                        publishes the K − L best pages by Σ_{j in page} w_j, of those before the last L
+    layer between       attends what the nearest selection layer below published, and the last L pages
 
 One list serves all heads of a layer, and holds for one step. The whole cache is kept, so that tokens can
 return. A selection layer reads everything and then its keys again, for the row that fused attention
-does not give; a layer between reads its budget. With a budget of the whole length it is full attention.
+does not give; a layer between reads its budget of K pages. With a budget of the whole length it is full
+attention.
 
-Source: "DELTA: Dynamic Layer-Aware Token Attention for Efficient Long-Context Reasoning". Which layers
-select, and how a page's score is made of its tokens' (here: the sum), the paper's text not being at
-hand, are our choice; with pages of one token the second does not arise. A first selection layer near
-the bottom looks at its neighbours alone and misleads all behind it, so that it comes after a quarter.
+Pages of 16 tokens, K = 64 and L = 8 are the authors' defaults, and so is the plan of a model of 28
+layers: 0 and 1 full, 2, 14 and 22 selecting. The paper finds a model's selection layers by how far the
+attention maps of neighbouring layers turn on a small calibration set (of 48 layers 2, 6 and 42); that is
+not done here: without `selection_layers` the plan of 28 layers is stretched over the model's. A share
+`keep` stands for K, and of a short context leaves one page beside the last L.
+
+Source: "DELTA: Dynamic Layer-Aware Token Attention for Efficient Long-Context Reasoning" and its authors'
+program; the calibration from a reader's note of the paper.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import nn
+from jaxtyping import Int
+from torch import Tensor, nn
 
 from attlas.attach.call import Call
 from attlas.cache.part import Role
 from attlas.cache.row import key_bytes, weights_over
 from attlas.cache.selection import PortionSelection, first_body, lengths_of
-from attlas.cache.summaries import best_portion
+from attlas.cache.summaries import Portion, best_portion
 from attlas.catalog.registry import mechanism
 from attlas.errors import UserError
 from attlas.options import option
 from attlas.storage.body import Body
 from attlas.storage.layer import Chosen, LayerState, StoredLayer
 
-#: Selection layers, evenly spaced, unless some are named.
-SELECTING = 3
-#: Tokens that are packed at once, about: one by one would cost more than reading a few more.
-BLOCK = 16
+#: The authors' pages of a budget, and of these the newest.
+BUDGET, NEWEST = 64, 8
+#: Their plan: of so many layers the first ones are full and these select.
+LAYERS, FULL, SELECTING = 28, 2, (2, 14, 22)
+
+
+@dataclass(frozen=True)
+class Within(Portion):
+    """A portion of all pages, of which the newest are read in any case and the others chosen.
+
+    Attributes:
+        newest: pages, none of them packed.
+    """
+
+    newest: int = 0
+
+    def of(self, pages: int) -> int:
+        """How many of so many older pages: at least one."""
+        return min(pages, max(1, super().of(pages + self.newest) - self.newest))
+
+    def of_rows(self, pages: Int[Tensor, "batch heads"]) -> Int[Tensor, "batch heads"]:
+        """`of` for every row and head."""
+        chosen = super().of_rows(pages + self.newest) - self.newest
+        return chosen.clamp(min=1).minimum(pages)
 
 
 @mechanism(
     "delta-layer-aware-attention", aliases=("delta-layers",),
-    example={"tokens": 8, "dense": 1, "selection_layers": (2, 4), "recent": 4},
+    example={"tokens": 12, "page": 1, "dense": 1, "selection_layers": (2, 4), "recent": 4},
 )  # fmt: skip
 class DeltaLayerAware(PortionSelection):
-    """Attend, in most layers, the tokens that a selection layer below them read most."""
+    """Attend, in most layers, the pages that a selection layer below them read most."""
 
     #: Slots of one layer must be those of another, which dropping or sorting tokens by head would end.
     joins: ClassVar[tuple[Role, ...]] = ()
-    without = ("dense_layers", "offload", "capacity")
+    without = ("dense_layers", "offload", "capacity", "block")
     everything: ClassVar[dict[str, Any]] = {"tokens": 4096}
     comparable: ClassVar[tuple[str, ...]] = ("(keep=0.25)", "(keep=0.125)")
 
+    page: int = option("tokens that are packed, and chosen, together", default=16, at_least=1)
     keep: float | None = option(
-        "share of the tokens older than recent that is published", default=None, above=0, at_most=1,
-        kw_only=False,
+        "share of a row's tokens that a step reads, the newest among them", default=None, above=0,
+        at_most=1, kw_only=False,
+    )  # fmt: skip
+    tokens: int | None = option(
+        "or their number, whole pages of them; 64 pages unless either is given", default=None,
+        at_least=1,
     )  # fmt: skip
     dense: int | None = option(
-        "so many of the first layers use full attention; a quarter unless given", default=None,
-        at_least=0,
+        "so many of the first layers use full attention; two unless given, or a quarter of fewer than "
+        "eight layers", default=None, at_least=0,
     )  # fmt: skip
     selection_layers: Sequence[int] | None = option(
-        "layers that publish, those below the first of them being full too; three, evenly spaced "
-        "behind the dense ones, unless given", default=None,
+        "layers that publish, those below the first of them being full too; unless given the first "
+        "behind the dense ones, the middle one and that at eleven fourteenths", default=None,
     )  # fmt: skip
     recent: int = option(
-        "newest tokens that every layer reads, beside those that do not fill a block", default=32,
-        at_least=0,
-    )  # fmt: skip
-    block: int = option(
-        "tokens that are packed at once, a number of pages; about 16 unless given", at_least=1,
-        factory=lambda part: part.page * max(1, BLOCK // part.page),
+        "newest tokens, within the budget, that every layer reads: whole pages, of which the last need "
+        "not be full; eight pages unless given", at_least=0, factory=lambda part: NEWEST * part.page,
     )  # fmt: skip
 
     def setup(self) -> None:
-        """Refuse to have no selection layer."""
+        """Refuse to have no selection layer, and newest tokens that fill no pages or the budget.
+
+        Raises:
+            ValueError: naming `selection_layers`, `recent` or `tokens`.
+        """
         super().setup()
         if self.selection_layers is not None and not self.selection_layers:
             raise UserError("selection_layers names no layer; give at least one")
 
+    def asked(self) -> Portion:
+        """How many pages a step reads, and how many of them are the newest."""
+        if self.recent % self.page:
+            raise UserError(
+                f"recent must be a whole number of pages of {self.page}, got {self.recent}"
+            )
+        given = (self.keep, self.tokens) != (None, None)
+        whole = Portion.asked(self.keep, self.tokens if given else BUDGET * self.page, self.page)
+        newest = self.recent // self.page
+        if whole.pages is not None and whole.pages <= newest:
+            raise UserError(
+                f"tokens={whole.pages * self.page} leaves nothing to choose beside recent={self.recent}"
+            )
+        return Within(whole.keep, whole.pages, newest)
+
+    @property
+    def unpacked(self) -> int:
+        """One page less than the newest: with the tokens to come that fill a page these are `recent`."""
+        return max(0, self.recent - self.page)
+
     def full_ones(self, full: Sequence[int]) -> int:
         """How many of a model's full-attention layers come before any may select."""
-        return len(full) // 4 if self.dense is None else self.dense
+        return min(FULL, len(full) // 4) if self.dense is None else self.dense
 
     def selecting(self, full: Sequence[int]) -> tuple[int, ...]:
         """The selection layers of a model with these full-attention layers."""
         if self.selection_layers is not None:
             return tuple(self.selection_layers)
-        behind = full[self.full_ones(full) :]
-        return tuple(sorted({behind[i * len(behind) // SELECTING] for i in range(SELECTING)}))
+        dense, last = self.full_ones(full), len(full) - 1
+        later = (place * len(full) // LAYERS for place in SELECTING[1:])
+        places = {dense, *(min(max(dense, place), last) for place in later)}
+        return tuple(full[place] for place in sorted(places))
 
     def source(self, layer: int, full: Sequence[int]) -> int | None:
         """The selection layer whose set a layer attends; None when it attends everything."""
@@ -130,9 +184,7 @@ class DeltaLayerAware(PortionSelection):
     def published(self, layer: StoredLayer, body: Body, call: Call) -> Chosen:
         """The pages that all heads together read most."""
         weights = weights_over(layer, body, call.q, call.scaling, call.rows)
-        scores = weights.sum(dim=1, keepdim=True)
-        if self.page > 1:
-            scores = scores.unflatten(-1, (-1, self.page)).sum(dim=-1)
+        scores = weights.amax(dim=1, keepdim=True).unflatten(-1, (-1, self.page)).sum(dim=-1)
         lengths = lengths_of(body)
         pages = None if lengths is None else lengths[:, :1] // self.page
         index = best_portion(scores, self.portion, pages)
