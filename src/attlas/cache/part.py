@@ -15,12 +15,12 @@ from torch import nn
 
 from attlas.attach.call import Call, ForwardPass
 from attlas.attach.part import Part
+from attlas.cache.rotations import look, rotation_of
 from attlas.catalog.kinds import CACHE, Kind
 from attlas.errors import UserError
 from attlas.hf.caches import DynamicLayer, fresh_layers, windows
 from attlas.storage.body import Body
 from attlas.storage.layer import LayerState, StoredLayer, Taken
-from attlas.storage.rotary import Rotary
 from attlas.storage.rows import Rows
 
 #: What a part does with a cache; at most one part of each role works on one, in this order.
@@ -36,8 +36,10 @@ class CachePart(Part):
     role: ClassVar[Role]
     #: Roles of other parts that this one can work together with on one cache.
     joins: ClassVar[tuple[Role, ...]] = ()
-    #: The part uses the model's rotary embedding.
+    #: The part undoes or changes the model's rotations.
     rotates = False
+    #: It needs one rotation for the whole context: what it un-rotates stays for later calls.
+    one_rotation = False
     #: The prompt's own attention is the model's.
     exact_prefill = True
     #: Options with which the part changes nothing, which the contract checks; None where there are none.
@@ -85,7 +87,8 @@ class CachePart(Part):
                 f"{type(model).__name__} has none with a growing cache"
             )
         if self.rotates:
-            Rotary.of(model, full[0])
+            look(model)
+            self.states(layers, model)
 
     @staticmethod
     def fresh_layers(model: Any) -> list[Any]:
@@ -95,8 +98,13 @@ class CachePart(Part):
     def states(self, layers: list[Any], model: nn.Module) -> dict[int, LayerState]:
         """An empty state for each full-attention layer among an empty cache's layers."""
         full = tuple(i for i, layer in enumerate(layers) if _is_full(layer))
-        rotary = Rotary.of(model, full[0]) if self.rotates else None
-        return {i: LayerState(i, full, windows(layers), rotary) for i in full}
+        states = {i: LayerState(i, full, windows(layers)) for i in full}
+        for number, state in states.items() if self.rotates else ():
+            state.rotation = rotation_of(
+                model, number, type(self).__name__, one=self.one_rotation
+            )
+            state.rotary = state.rotation and state.rotation.now()
+        return states
 
     def cache_layers(self, layers: list[Any], model: nn.Module) -> list[Any]:
         """Stored layers in place of the full-attention ones; sliding windows stay."""
@@ -126,7 +134,15 @@ class CachePart(Part):
                     "attach, or with prefill(model, input_ids, [part])"
                 )
             if known is not None:
-                known.rotary, known.full, known.windows = state.rotary, state.full, state.windows
+                known.full, known.windows = state.full, state.windows
+                known.rotary, known.rotation = state.rotary, state.rotation
+
+    @staticmethod
+    def take_note(state: LayerState, call: Call) -> None:
+        """What every part is to know of a call before it learns from it."""
+        state.scaling = call.scaling
+        if state.rotation is not None:
+            state.rotary = state.rotation.now()
 
     def begin(self, forward_pass: ForwardPass) -> None:
         """In a chunked prompt, the first single token ends it: now the layers are compressed."""
@@ -147,10 +163,10 @@ class CachePart(Part):
         if not isinstance(layer, StoredLayer) or self.name not in layer.learned:
             return
         state = layer.learned[self.name]
+        self.take_note(state, call)
         if layer.compressed:
             self.later(layer, state, call)
             return
-        state.scaling = call.scaling
         self.learn(state, call)
         if not call.forward_pass.chunked:
             self.compress(layer, state, call.rows)
