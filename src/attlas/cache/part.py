@@ -9,6 +9,7 @@ those before it left.
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from typing import Any, ClassVar, Literal
 
 from torch import nn
@@ -67,6 +68,31 @@ class CachePart(Part):
 
     def later(self, layer: StoredLayer, state: LayerState, call: Call) -> None:
         """A call after the prompt has been attended to."""
+
+    def continued(self) -> CachePart:
+        """The part as it keeps its promise after every call, which `attach(while_decoding=True)` asks for.
+
+        Quantisers and selections go on by themselves.
+
+        Raises:
+            ValueError: it works on the prompt alone.
+        """
+        if "while_decoding" in type(self).declared_options:
+            other = copy(self)
+            other.while_decoding = True  # type: ignore[attr-defined]
+            return other
+        if self.role == "evict":
+            raise UserError(
+                f"{type(self).__name__} evicts from the prompt alone and cannot hold a budget while "
+                "decoding; snapkv, pyramid-kv, streaming-llm, tova, expected-attention, "
+                "key-norm-eviction, q-filters and observed-attention can"
+            )
+        return self
+
+    @property
+    def rewinds(self) -> bool:
+        """Whether nothing is done after the prompt that could not be taken back."""
+        return super().rewinds and type(self).later is CachePart.later
 
     # How attach uses it.
 
@@ -146,12 +172,7 @@ class CachePart(Part):
 
     def begin(self, forward_pass: ForwardPass) -> None:
         """In a chunked prompt, the first single token ends it: now the layers are compressed."""
-        if not (
-            forward_pass.chunked
-            and forward_pass.length == 1
-            and forward_pass.offset
-            and forward_pass.cache is not None
-        ):
+        if not forward_pass.ended or forward_pass.cache is None:
             return
         for layer in forward_pass.cache.layers:
             if isinstance(layer, StoredLayer) and not layer.compressed:

@@ -2,10 +2,10 @@
 
     rotate(x, t) = x · cos(tθ) · s + half(x) · sin(tθ) · s,   half([a, b]) = [−b, a]
 
-on 2·len(θ) of the channels: the first or the last, by halves or in neighbouring pairs. Frequencies θ and
-the scale s (YaRN's and others') are read from the model's module; the module itself is never called, since
-some change their frequencies with the positions that they are called with. Rotating is linear, so the
-mean rotation over many positions is the rotation by the means of cos and sin.
+on 2·len(θ) of the channels: the first or the last, by halves or in neighbouring pairs. Frequencies θ
+and the scale s (YaRN's and others') are read from the model's module; the module itself is never called,
+since some change their frequencies with the positions that they are called with. Rotating is linear, so
+the mean rotation over many positions is the rotation by the means of cos and sin.
 
 How a model rotates each layer's keys is found out by `attlas.cache.rotations`.
 """
