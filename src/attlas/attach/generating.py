@@ -1,10 +1,10 @@
 """What a session knows of `generate`: where the prompt ends, and which tokens are taken back.
 
-Forward calls alone do not tell. A prompt may come in chunks (`prefill_chunk_size`), and assisted decoding
-(`prompt_lookup_num_tokens`, `assistant_model`) puts its first candidates behind the prompt in one call and
-takes back those that were wrong. So for the time of a session the model's own `generate` is looked at; the
-call of prompt and candidates is made as two, one behind the other, so that every part sees the prompt as
-it sees it without candidates; and parts are told what was taken back.
+Forward calls alone do not tell. A prompt may come in chunks (`prefill_chunk_size`). Assisted decoding
+(`prompt_lookup_num_tokens`, `assistant_model`) puts its first candidates behind the prompt in one call,
+and takes back those that were wrong. So for the time of a session the model's own `generate` is looked
+at; the call of prompt and candidates is made as two, one behind the other, so that every part sees the
+prompt as it sees it without candidates; and parts are told what was taken back.
 """
 
 from __future__ import annotations
@@ -93,13 +93,13 @@ def _around_generate(held: Attachment) -> Any:
     model: Any = held.model
     if not hasattr(model, "generate"):
         return lambda: None
-    own, original = vars(model).get("generate"), model.generate
+    own, original, kind = vars(model).get("generate"), model.generate, type(model)
 
     @wraps(original)
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self is not held.model:  # a copy that was made meanwhile
-            return type(self).generate(self, *args, **kwargs)
-        given = inspect.signature(type(self).generate).bind_partial(self, *args, **kwargs).arguments
+            return kind.generate(self, *args, **kwargs)
+        given = inspect.signature(kind.generate).bind_partial(self, *args, **kwargs).arguments
         asked = given.pop("kwargs", {}) | given
         config = _config(self, asked)
         chunked = getattr(config, "prefill_chunk_size", None) is not None

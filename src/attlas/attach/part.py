@@ -67,7 +67,7 @@ class Part(Configured):
         """Called before each forward call of the model."""
 
     def take_back(self, seen: int) -> None:
-        """All but the first `seen` tokens of the text were taken back: `cache.crop`, assisted decoding."""
+        """All but the first `seen` tokens were taken back: by `cache.crop` or assisted decoding."""
 
     @property
     def rewinds(self) -> bool:

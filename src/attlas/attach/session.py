@@ -76,8 +76,8 @@ class Session(Attachment):
         super().__init__(_checked_model(model), given, chunked)
         if while_decoding and not self.keepers:
             raise UserError(
-                "while_decoding is about parts that compress a cache, and there is none; give one, such as "
-                "attlas.make('snapkv', tokens=512)"
+                "while_decoding is about parts that compress a cache, and there is none; give one, "
+                "such as attlas.make('snapkv', tokens=512)"
             )
         for keeper in self.keepers:
             keeper.check_beside(self.keepers)

@@ -70,7 +70,7 @@ class CachePart(Part):
         """A call after the prompt has been attended to."""
 
     def continued(self) -> CachePart:
-        """The part as it keeps its promise after every call, which `attach(while_decoding=True)` asks for.
+        """The part as it keeps its promise after every call, as `attach(while_decoding=True)` asks.
 
         Quantisers and selections go on by themselves.
 
@@ -129,7 +129,7 @@ class CachePart(Part):
             state.rotation = rotation_of(
                 model, number, type(self).__name__, one=self.one_rotation
             )
-            state.rotary = state.rotation and state.rotation.now()
+            state.rotary = None if state.rotation is None else state.rotation.now()
         return states
 
     def cache_layers(self, layers: list[Any], model: nn.Module) -> list[Any]:

@@ -3,8 +3,8 @@
 One token is read at several positions, each alone in its row: it then attends to itself only, whatever
 its position, so that the keys of every layer differ by their rotation and by nothing else. They are held
 against every rotation that the model has frequencies for. So layers without positions are told from
-others, kinds of layers with frequencies of their own from each other, and what is rotated in a way that is
-not known here is refused. The model is left as it was, frequencies that change with the length included.
+others, and kinds of layers with frequencies of their own from each other; what is rotated in a way that
+is not known here is refused. The model is left as it was, with frequencies that change with the length.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ def _asked(model: Any) -> dict[int, Rotation | str | None]:
     candidates = list(_candidates(model))
     base: Any = model.base_model
     names = inspect.signature(base.forward).parameters
-    takes = "position_ids" in names or any(p.kind is p.VAR_KEYWORD for p in names.values())
+    named = "position_ids" in names
+    takes = named or any(p.kind is p.VAR_KEYWORD for p in names.values())
     count = len(_fresh(model).layers)
     if not takes:
         why = "takes no position_ids, so that its rotation cannot be looked at"
@@ -87,10 +88,10 @@ def _asked(model: Any) -> dict[int, Rotation | str | None]:
             return dict.fromkeys(range(count), why if candidates else None)
         rotations: dict[Any, Rotation] = {}
         found = {
-            number: _match(k, candidates, rotations) if k is not None else None
-            for number, k in keys.items()
+            n: _match(k, candidates, rotations) if isinstance(k, Tensor) else k
+            for n, k in keys.items()
         }
-    if rotations or not candidates or any(isinstance(each, str) for each in found.values()):
+    if named or rotations or not candidates or any(isinstance(each, str) for each in found.values()):
         return found
     return dict.fromkeys(found, "has rotary frequencies, but its keys did not move with position_ids")
 
@@ -140,7 +141,7 @@ def _as_it_was(model: nn.Module, modules: list[nn.Module]) -> Iterator[None]:
                     buffer.copy_(values)
 
 
-def _keys(model: Any, base: Any) -> dict[int, Tensor | None]:
+def _keys(model: Any, base: Any) -> dict[int, Tensor | str | None]:
     """Keys [tokens, positions, kv_heads, dim] of each cache layer; None of one that holds none."""
     tokens = torch.tensor(_usual_tokens(model)).repeat_interleave(len(POSITIONS))[:, None]
     positions = torch.tensor(POSITIONS).repeat(len(tokens) // len(POSITIONS))[:, None]
@@ -150,11 +151,16 @@ def _keys(model: Any, base: Any) -> dict[int, Tensor | None]:
         input_ids=tokens.to(device), position_ids=positions.to(device), use_cache=True,
         **with_cache(base, cache),
     )  # fmt: skip
-    found: dict[int, Tensor | None] = {}
+    found: dict[int, Tensor | str | None] = {}
     for number, layer in enumerate(cache.layers):
-        keys = getattr(layer, "keys", None)
-        usable = isinstance(keys, Tensor) and keys.ndim == 4 and keys.shape[2] == 1
-        found[number] = keys[:, :, 0].float().unflatten(0, (-1, len(POSITIONS))) if usable else None
+        held: list[Any] = [getattr(layer, name, None) for name in ("keys", "values")]
+        if not all(isinstance(x, Tensor) and x.ndim == 4 and x.shape[2] == 1 for x in held):
+            found[number] = None
+            continue
+        k, v = (x[:, :, 0].float().unflatten(0, (-1, len(POSITIONS))) for x in held)
+        still = [float((x - x[:, :1]).norm() / x.norm().clamp(min=1e-30)) < NEAR for x in (k, v)]
+        # A cache of latents has what is rotated in the place of values.
+        found[number] = "rotates what it holds beside its keys" if still == [True, False] else k
     return found
 
 

@@ -76,7 +76,7 @@ def repeated(x: Shaped[Tensor, "rows ..."], rows: int, who: Recorder) -> Shaped[
         return x
     if rows % len(x):
         raise UserError(
-            f"{type(who).__name__} recorded {len(x)} rows and now sees {rows}: which of them stayed is not "
-            "known; record in a session of its own behind batch_select_indices"
+            f"{type(who).__name__} recorded {len(x)} rows and now sees {rows}: which of them stayed is "
+            "not known; record in a session of its own behind batch_select_indices"
         )
     return x.repeat_interleave(rows // len(x), dim=0)
