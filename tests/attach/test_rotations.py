@@ -20,7 +20,7 @@ from attlas.errors import UserError
 from attlas.hf.caches import cache_of, with_cache
 
 TRAITS = [trait for trait in families.TRAITS if trait.endswith("rotary")]
-KINDS = distinct(*TRAITS, having=["full", "rotary"], lacking=["soft-caps", "sinks"])
+KINDS = distinct(*TRAITS, "windows", having=["full", "rotary"], lacking=["soft-caps", "sinks"])
 #: Parts that rotate, as they change nothing; those of calibrations have tests of their own.
 PARTS: dict[str, dict[str, Any]] = {
     "streaming-llm": {"keep": 1.0, "rerotate": True},
