@@ -104,7 +104,7 @@ def _around_generate(held: Attachment) -> Any:
         config = _config(self, asked)
         chunked = getattr(config, "prefill_chunk_size", None) is not None
         held.assisted = _is_assisted(held, config, asked)
-        held.prompt = _prompt(self, asked) if chunked or held.assisted else None
+        held.prompt = _prompt(held, asked) if chunked or held.assisted else None
         try:
             found = original(*args, **kwargs)
         finally:
@@ -164,8 +164,13 @@ def _is_assisted(held: Attachment, config: Any, asked: dict[str, Any]) -> bool:
     return True
 
 
-def _prompt(model: Any, asked: dict[str, Any]) -> int | None:
-    """Tokens of the prompt, those included that a cache holds already; None where nothing tells."""
+def _prompt(held: Attachment, asked: dict[str, Any]) -> int | None:
+    """Tokens of the prompt, those included that a cache holds already; None where nothing tells.
+
+    Raises:
+        ValueError: assisted decoding of a whole text whose beginning a cache holds.
+    """
+    model: Any = held.model
     if getattr(model.config, "is_encoder_decoder", False):
         return None
     given = [asked.get(name) for name in ("inputs_embeds", "inputs", "input_ids")]
@@ -177,6 +182,11 @@ def _prompt(model: Any, asked: dict[str, Any]) -> int | None:
     # Behind a cache the whole text is given, or what is new alone.
     mask = asked.get("attention_mask")
     whole = max(tokens.shape[1], mask.shape[1] if isinstance(mask, Tensor) else 0)
+    if held.assisted and 0 < past < tokens.shape[1] == whole:
+        raise UserError(
+            f"the cache holds {past} of the {whole} tokens given, and Transformers' assisted decoding "
+            "would read them again behind it; give the new tokens alone, with the attention_mask of all"
+        )
     return whole if whole > past else past + tokens.shape[1]
 
 
