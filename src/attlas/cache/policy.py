@@ -122,6 +122,12 @@ class CachePolicy(CachePart):
             raise UserError(
                 f"skip_layers={self.skipped} leaves no layer of the model's {len(layers)} to compress"
             )
+        name, least = self.floor
+        if self.while_decoding and (self.budget.tokens or least) < least:
+            raise UserError(
+                f"the budget {self.budget} is smaller than {name}={least} of {type(self).__name__}; give "
+                f"a larger budget or a smaller {name}"
+            )
 
     def compress(self, layer: StoredLayer, state: LayerState, rows: Rows) -> None:
         """Keep the best slots of a layer and free the rest.
