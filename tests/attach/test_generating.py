@@ -150,7 +150,7 @@ def test_tokens_that_a_user_takes_back() -> None:
         for name in names:
             same(session[name], wanted[name])
         cache.crop(-9)
-        with pytest.raises(UserError, match="ColumnSums .* at most 64"):
+        with pytest.raises(UserError, match=r"ColumnSums .* at most 64"):
             model(more[:, :1], **with_cache(model, cache))
 
 

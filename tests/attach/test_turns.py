@@ -65,7 +65,8 @@ def test_the_budget_holds_over_turns(name: str) -> None:
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_padding_changes_no_turn(name: str) -> None:
-    model, part = find("llama").model(num_hidden_layers=2), attlas.make(name, tokens=BUDGET, **POLICIES[name])
+    model = find("llama").model(num_hidden_layers=2)
+    part = attlas.make(name, tokens=BUDGET, **POLICIES[name])
     plain = turns(1)
     gap = torch.full((1, 4), 5)
     mask = torch.cat([torch.zeros_like(gap), torch.ones_like(plain[0])], dim=1)
@@ -82,7 +83,7 @@ def test_a_large_budget_is_the_model(name: str) -> None:
 
 
 def test_snapkv_asks_the_last_queries_of_every_turn() -> None:
-    """What is kept after a turn is what a prompt of the kept tokens' keys would keep by its own window."""
+    """What is kept after a turn comes of what was kept before it and of the turn, its end for sure."""
     model, ids = find("llama").model(num_hidden_layers=2), tiny_models.prompt(1, 24)
     part = attlas.make("snapkv", tokens=10, window=3, while_decoding=True)
     with torch.no_grad(), attach(model, part):
@@ -97,7 +98,8 @@ def test_snapkv_asks_the_last_queries_of_every_turn() -> None:
 def test_a_share_grows_with_the_chat() -> None:
     model, part = find("llama").model(num_hidden_layers=2), attlas.make("snapkv", keep=0.25, window=8)
     session, _, held = chat(model, part, [tiny_models.prompt(1, 6), *turns(1)])
-    assert held[0] == 8 and held[-1] == int(session.cache.get_seq_length() * 0.25)
+    assert held[0] == 8
+    assert held[-1] == int(session.cache.get_seq_length() * 0.25)
 
 
 def test_those_that_go_on_by_themselves_and_those_that_cannot() -> None:
@@ -118,7 +120,7 @@ def test_those_that_go_on_by_themselves_and_those_that_cannot() -> None:
     with pytest.raises(UserError, match="there is none"):
         attach(model, record=["entropy"], while_decoding=True)
     small = attlas.make("snapkv", tokens=4, window=8)
-    with pytest.raises(UserError, match="tokens=4 .* window=8"):
+    with pytest.raises(UserError, match=r"tokens=4 .* window=8"):
         attach(model, small, while_decoding=True).__enter__()
 
 

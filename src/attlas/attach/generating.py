@@ -36,7 +36,9 @@ def watch(held: Attachment) -> list[Any]:
     names = [name for name in inspect.signature(base.forward).parameters if name != "self"]
     ahead: list[Any] = []
 
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if module is not base:  # a copy that was made meanwhile
+            return None
         arguments = dict(zip(names, args, strict=False)) | kwargs
         cache = _own(cache_in(arguments, type(base))[1])
         ahead.clear()
@@ -48,7 +50,9 @@ def watch(held: Attachment) -> list[Any]:
         ahead.append(base(**prompt))
         return (), rest
 
-    def after(_: nn.Module, __: Any, output: Any) -> Any:
+    def after(module: nn.Module, _: Any, output: Any) -> Any:
+        if module is not base:
+            return None
         cache = _own(cache_of(output))
         if cache is not None:
             held.read = cache, int(cache.get_seq_length())
@@ -100,7 +104,8 @@ def _around_generate(held: Attachment) -> Any:
         if self is not held.model:  # a copy that was made meanwhile
             return kind.generate(self, *args, **kwargs)
         given = inspect.signature(kind.generate).bind_partial(self, *args, **kwargs).arguments
-        asked = given.pop("kwargs", {}) | given
+        by_place = dict(zip(("inputs", "generation_config"), given.pop("args", ()), strict=False))
+        asked = given.pop("kwargs", {}) | by_place | given  # of a wrapper all is args and kwargs
         config = _config(self, asked)
         chunked = getattr(config, "prefill_chunk_size", None) is not None
         held.assisted = _is_assisted(held, config, asked)

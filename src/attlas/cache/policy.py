@@ -53,9 +53,6 @@ class CachePolicy(CachePart):
     role: ClassVar[Role] = "evict"
     joins: ClassVar[tuple[Role, ...]] = ("quantize", "select")
     everything: ClassVar[dict[str, Any] | None] = {"keep": 1.0}
-    #: The budget is enforced again after every later call.
-    while_decoding = False
-
     keep: float | None = option(
         "share of the context kept, what always stays included", default=None, above=0, at_most=1,
         kw_only=False,
@@ -67,6 +64,7 @@ class CachePolicy(CachePart):
         "or bytes of the whole cache: keys, values and slot indices of all layers", default=None,
         at_least=1,
     )  # fmt: skip
+    while_decoding: bool = option("enforce the budget again after every later call", default=False)
 
     def setup(self) -> None:
         """Understand the budget."""
@@ -211,12 +209,6 @@ class CachePolicy(CachePart):
                     f"the budget {self.budget} is {budget} tokens of {of}, smaller than {name}={least} "
                     f"of {type(self).__name__}; give a larger budget or a smaller {name}"
                 )
-
-
-class ContinualPolicy(CachePolicy):
-    """Base of the policies that can go on dropping keys while the model decodes."""
-
-    while_decoding: bool = option("enforce the budget again after every later call", default=False)
 
 
 def best_slots(

@@ -56,7 +56,12 @@ def rotation_of(model: nn.Module, layer: int, who: str, *, one: bool = False) ->
     """
     if model not in _FOUND:
         look(model)
-    found = _FOUND.get(model, {}).get(layer)
+    if model not in _FOUND:
+        raise UserError(
+            f"this {type(model).__name__} is attached already, and {who} has to ask it how it rotates "
+            "before that; give all parts to one attach()"
+        )
+    found = _FOUND[model].get(layer)
     if isinstance(found, str):
         raise UserError(
             f"{who} un-rotates keys or queries, and {type(model).__name__} {found} (layer {layer})"

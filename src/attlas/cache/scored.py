@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from attlas.attach.call import Call
 from attlas.cache.part import CachePart
-from attlas.cache.policy import CachePolicy, ContinualPolicy, Slots
+from attlas.cache.policy import CachePolicy, Slots
 from attlas.catalog import registry
 from attlas.errors import UserError
 from attlas.options import option
@@ -20,7 +20,7 @@ from attlas.storage.layer import LayerState
 _OWN = ("keep", "tokens", "bytes", "while_decoding")
 
 
-class ScoredPolicy(ContinualPolicy):
+class ScoredPolicy(CachePolicy):
     """Base of the policies over a scorer, which may do no more with a cache than rank its keys."""
 
     #: Hooks of a policy that this one takes over; a scorer that needs them is refused.

@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from attlas.attach.call import Call
-from attlas.cache.policy import ContinualPolicy, Slots
+from attlas.cache.policy import CachePolicy, Slots
 from attlas.catalog.registry import mechanism
 from attlas.options import option
 from attlas.storage.layer import LayerState
@@ -31,7 +31,7 @@ from attlas.storage.rotary import Angles, Rotary
 
 
 @mechanism("expected-attention", example={"keep": 0.5})
-class ExpectedAttention(ContinualPolicy):
+class ExpectedAttention(CachePolicy):
     """Keep the keys that future queries are expected to attend to."""
 
     rotates = True

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from attlas.attach.call import Call
 from attlas.cache.asked import asked_weights, remember
-from attlas.cache.policy import ContinualPolicy, Slots
+from attlas.cache.policy import CachePolicy, Slots
 from attlas.catalog.registry import mechanism
 from attlas.errors import UserError
 from attlas.options import option
@@ -30,7 +30,7 @@ from attlas.storage.layer import LayerState
 
 
 @mechanism("snapkv", example={"keep": 0.5, "window": 4})
-class SnapKV(ContinualPolicy):
+class SnapKV(CachePolicy):
     """Keep what the prompt's last queries read, and the tokens of these queries."""
 
     comparable: ClassVar[tuple[str, ...]] = (

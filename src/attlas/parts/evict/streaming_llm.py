@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from attlas.attach.call import Call
-from attlas.cache.policy import ContinualPolicy, Slots
+from attlas.cache.policy import CachePolicy, Slots
 from attlas.catalog.registry import mechanism
 from attlas.options import option
 from attlas.storage.layer import LayerState, StoredLayer
@@ -29,7 +29,7 @@ from attlas.storage.layer import LayerState, StoredLayer
 @mechanism(
     "streaming-llm", paper="", aliases=("sinks-window",), former=("window",), example={"keep": 0.5}
 )  # fmt: skip
-class StreamingLLM(ContinualPolicy):
+class StreamingLLM(CachePolicy):
     """Keep the first tokens and the most recent ones."""
 
     comparable: ClassVar[tuple[str, ...]] = ("(keep=0.5)", "(keep=0.25)", "(keep=0.125)")
