@@ -11,7 +11,7 @@ import attlas
 import tiny_models
 from attlas.attach import Call, ForwardPass, Part, attach
 from attlas.cache.prompt import prefill
-from attlas.contract.families import SIZES, find
+from attlas.contract.families import find
 from attlas.errors import UserError
 from attlas.hf.caches import argument, cache_of, with_cache
 from attlas.parts.evict.expected_attention import ExpectedAttention
@@ -124,12 +124,10 @@ def test_models():
     everywhere = tiny_models.decoder("mistral-window")
     with pytest.raises(UserError, match="full-attention"):
         attach(everywhere, KeyNorm(0.5)).__enter__()
-    cohere = transformers.CohereConfig(**SIZES)
-    model = transformers.CohereForCausalLM(cohere)
-    with pytest.raises(UserError, match="by halves"):
+    sizes = {"vocab_size": 97, "n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8}
+    model = transformers.GPTJForCausalLM(transformers.GPTJConfig(**sizes))
+    with pytest.raises(UserError, match=r"ExpectedAttention un-rotates .* GPTJForCausalLM rotates"):
         attach(model, ExpectedAttention(0.5)).__enter__()
-    with attach(model, SnapKV(0.5, window=4)):
-        model(IDS)
 
 
 def test_a_model_that_cannot_be_intercepted(model, monkeypatch):
@@ -145,8 +143,8 @@ def test_budgets(model):
     for budget in ({}, {"keep": 0.5, "tokens": 3}, {"keep": 0.0}, {"keep": 1.5}, {"tokens": 0}):
         with pytest.raises(UserError, match=r"keep|tokens|bytes"):
             KeyNorm(**budget)
-    refused(model, "window=64 of SnapKV", SnapKV(0.5), call=lambda m: m(IDS))
-    refused(model, "sinks=12", StreamingLLM(0.5, sinks=12), call=lambda m: m(IDS))
+    refused(model, "window=64 of SnapKV", SnapKV(tokens=10), call=lambda m: m(IDS))
+    refused(model, "sinks=12", StreamingLLM(0.25, sinks=12), call=lambda m: m(IDS))
     refused(model, "2 layers kept whole", KeyNorm(0.4), call=lambda m: m(IDS))
     refused(model, "skip_layers", KeyNorm(0.4, skip_layers=(7,)), call=lambda m: m(IDS))
     refused(model, "no layer", KeyNorm(0.4, skip_layers=range(4)), call=lambda m: m(IDS))

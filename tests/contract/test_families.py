@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from transformers import DynamicCache
 
+from attlas.cache.rotations import look, rotation_of
 from attlas.contract import families
 from attlas.contract.families import FAMILIES, TRAITS, Family, distinct, find
 from attlas.errors import UnknownName
+from attlas.storage.rotary import Rotation
+
+
+def rotations(model: Any) -> list[Rotation | None]:
+    """How the layers rotate."""
+    look(model)
+    return [rotation_of(model, i, "a test") for i in range(model.config.num_hidden_layers)]
 
 
 def traits_of(family: Family) -> set[str]:
@@ -18,10 +28,15 @@ def traits_of(family: Family) -> set[str]:
     width = config.hidden_size // config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
     sliding = {bool(layer.is_sliding) for layer in DynamicCache(config=config).layers}
+    found = rotations(model)
     projections = ("k_proj.bias", "query_key_value.bias", "c_attn.bias")
     says = {
         "rotary": bool(frequencies),
         "partial-rotary": any(2 * f.numel() < width for f in frequencies),
+        "paired-rotary": any(r is not None and r.order is not None for r in found),
+        "varying-rotary": any(r is not None and r.varies for r in found),
+        "growing-rotary": "dynamic" in str(getattr(config, "rope_parameters", None)),
+        "some-rotary": any(found) and not all(found),
         "grouped": kv_heads < config.num_attention_heads,
         "full": False in sliding,
         "windows": True in sliding,

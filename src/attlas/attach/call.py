@@ -30,7 +30,9 @@ class ForwardPass:
         windows: the first column that each sliding-window layer of the cache holds in this call.
         offset: tokens that the cache had seen before this call.
         length: tokens of this call; 0 when the model takes no tokens (images).
-        chunked: the session was told that the prompt comes in several calls.
+        chunked: the prompt comes in several calls, and goes on behind this one as far as is known.
+        ended: it was thought to go on, and this call's single token shows that it does not.
+        drafted: the tokens are candidates of assisted decoding, each as if it came alone.
         ids: the token ids of this call, None when the model is given embeddings or images.
         hidden: what the attention module under way was given, by module; filled when a part
             `wants_hidden`.
@@ -45,6 +47,8 @@ class ForwardPass:
     offset: int = 0
     length: int = 0
     chunked: bool = False
+    ended: bool = False
+    drafted: bool = False
     ids: Int[Tensor, "batch query"] | None = None
     hidden: dict[nn.Module, Tensor] = field(default_factory=dict)
     shared: dict[Any, Any] = field(default_factory=dict)
@@ -129,8 +133,12 @@ class Call:
 
     @property
     def phase(self) -> str:
-        """ "prefill" for a call of several tokens or without a past, "decode" for one token."""
-        return "decode" if self.q.shape[2] == 1 and self.forward_pass.offset else "prefill"
+        """ "prefill" for a call of several tokens or without a past, "decode" for one token.
+
+        Candidates of assisted decoding are decoded too.
+        """
+        step = self.q.shape[2] == 1 or self.forward_pass.drafted
+        return "decode" if step and self.forward_pass.offset else "prefill"
 
     @property
     def groups(self) -> int:

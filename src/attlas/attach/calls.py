@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from attlas.attach.call import ForwardPass
+from attlas.attach.generating import prompt_goes_on
 from attlas.attach.state import Attachment
 from attlas.errors import UserError
 from attlas.hf.caches import Cache, DynamicCache, cache_in, cache_of, fresh_layers
@@ -57,11 +58,10 @@ def _begin(held: Attachment, forward_pass: ForwardPass) -> None:
     held.direct = held.plain and not any(getattr(layer, "managed", False) for layer in layers)
     for part in held.parts:
         part.begin(forward_pass)
-    ended = forward_pass.chunked and forward_pass.length == 1 and forward_pass.offset > 0
     for layer in layers:
         if isinstance(layer, StoredLayer):
             layer.attached = True
-            layer.compressed = layer.compressed or ended
+            layer.compressed = layer.compressed or forward_pass.ended
 
 
 def _end(held: Attachment, cache: Any) -> None:
@@ -88,7 +88,7 @@ def _step(
     held: Attachment, cache: Cache | None, arguments: dict[str, Any], behind: bool
 ) -> ForwardPass:
     """The call; `behind` says that the model is a decoder behind an encoder."""
-    forward_pass = ForwardPass(cache=_own(cache), chunked=held.chunked)
+    forward_pass = ForwardPass(cache=_own(cache))
     if held.plain:
         return forward_pass
     tokens = next((t for n in TOKENS[behind] if (t := arguments.get(n)) is not None), None)
@@ -97,6 +97,11 @@ def _step(
     forward_pass.offset = (
         0 if forward_pass.cache is None else int(forward_pass.cache.get_seq_length())
     )
+    seen = forward_pass.offset + forward_pass.length
+    forward_pass.chunked = prompt_goes_on(held, seen)
+    forward_pass.ended = forward_pass.length == 1 and forward_pass.offset > 0 and held.prompt is None
+    forward_pass.ended &= forward_pass.chunked
+    forward_pass.drafted = held.assisted and forward_pass.offset >= (held.prompt or 0)
     forward_pass.positions = arguments.get("position_ids")
     forward_pass.ids = arguments.get(TOKENS[behind][0])
     if forward_pass.cache is not None and tokens is not None:

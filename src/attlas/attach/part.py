@@ -66,6 +66,18 @@ class Part(Configured):
     def begin(self, forward_pass: ForwardPass) -> None:
         """Called before each forward call of the model."""
 
+    def take_back(self, seen: int) -> None:
+        """All but the first `seen` tokens were taken back: by `cache.crop` or assisted decoding."""
+
+    @property
+    def rewinds(self) -> bool:
+        """Whether the part is right where tokens are taken back, and several are decoded in one call."""
+        return type(self).attend is Part.attend and type(self).select is Part.select
+
+    def continued(self) -> Part:
+        """The part as it goes on when the prompt is over, where `attach(while_decoding=True)` asks."""
+        return self
+
     # The stages.
 
     def project(
@@ -171,6 +183,27 @@ class Recorder(OnHeads):
             queries: original positions of the block's queries.
             keys: original positions of its keys, per head where a cache dropped tokens (-1: empty).
         """
+
+    def take_back(self, seen: int) -> None:
+        """Forget what tokens behind the first `seen` left in the record.
+
+        Raises:
+            ValueError: the recorder does not say how.
+        """
+        if not self.rewinds:
+            raise UserError(
+                f"{type(self).__name__} holds a record of tokens that were taken back (cache.crop or "
+                "assisted decoding) and defines no take_back(seen); record in a session of its own"
+            )
+
+    @property
+    def rewinds(self) -> bool:
+        """Whether it says how, or records nothing."""
+        looks = any(
+            getattr(type(self), hook) is not getattr(Recorder, hook)
+            for hook in ("update", "observe", "stream")
+        )
+        return super().rewinds and (type(self).take_back is not Recorder.take_back or not looks)
 
     def result(self) -> Any:
         """What was recorded, layers stacked first."""

@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from attlas.attach import wiring
+from attlas.attach import generating, wiring
 from attlas.attach.part import Part, Recorder
 from attlas.attach.state import Attachment
 from attlas.catalog import registry
+from attlas.errors import UserError
 from attlas.storage.layer import StoredLayer
 
 
@@ -20,6 +21,7 @@ def attach(
     *parts: Part,
     record: Iterable[str | Recorder] = (),
     chunked: bool = False,
+    while_decoding: bool = False,
 ) -> Session:
     """Attach parts to a model for the length of a `with` block.
 
@@ -33,16 +35,19 @@ def attach(
         parts: cache policies, selections, steerers, patches, recorders.
         record: recorders, or names under which recorders are registered; what they found is
             `session[name]`.
-        chunked: the prompt comes in several calls (`generate(prefill_chunk_size=...)`) and ends
-            with the first call of a single token; cache policies wait for it. A last chunk of one
-            token cannot be told from a generated one and is kept in addition to the budget.
+        chunked: the prompt comes in several calls of yours and ends with the first call of a single
+            token; cache policies wait for it. A last chunk of one token cannot be told from a generated
+            one and is kept in addition to the budget. Not needed for
+            `generate(prefill_chunk_size=...)`, which tells where its prompt ends.
+        while_decoding: parts keep what they promise of the cache after every call and not only behind
+            the first prompt: through long generation, and over the turns of a chat.
 
     Raises:
         ValueError: the model cannot be intercepted or is attached already, a part cannot work on
             it, or two parts cannot work on one cache.
         TypeError: something that is no model or no part.
     """
-    return Session(model, parts, record, chunked)
+    return Session(model, parts, record, chunked, while_decoding)
 
 
 class Session(Attachment):
@@ -59,13 +64,21 @@ class Session(Attachment):
         parts: Iterable[Part],
         record: Iterable[str | Recorder],
         chunked: bool,
+        while_decoding: bool = False,
     ) -> None:
         self.records = _recorders(record)
         given = tuple(_checked_part(part) for part in parts)
+        if while_decoding:
+            given = tuple(part.continued() for part in given)
         for recorder in (part for part in given if isinstance(part, Recorder)):
             self.records[_free_name(recorder, self.records)] = recorder
         given += tuple(r for r in self.records.values() if r not in given)
         super().__init__(_checked_model(model), given, chunked)
+        if while_decoding and not self.keepers:
+            raise UserError(
+                "while_decoding is about parts that compress a cache, and there is none; give one, "
+                "such as attlas.make('snapkv', tokens=512)"
+            )
         for keeper in self.keepers:
             keeper.check_beside(self.keepers)
 
@@ -82,6 +95,8 @@ class Session(Attachment):
         trace: TracebackType | None,
     ) -> None:
         wiring.disconnect(self)
+        if error is None:
+            generating.settle(self)
 
     def __getitem__(self, name: str) -> Any:
         """What the recorder `name` found.
@@ -91,6 +106,7 @@ class Session(Attachment):
         """
         if name not in self.records:
             raise KeyError(f"no recorder {name!r}; this session has {sorted(self.records)}")
+        generating.settle(self)
         return self.records[name].result()
 
     @property

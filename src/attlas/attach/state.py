@@ -27,6 +27,9 @@ class Attachment:
         layers: the layer that each module of the model belongs to.
         cache: the Transformers cache of the model's last call.
         forward_pass: the forward call under way.
+        prompt: tokens of the prompt of a `generate` under way, where that is known.
+        assisted: it drafts candidates and takes back those that are wrong.
+        read: the cache of the last call that ended, and how many tokens it had seen then.
         undo: what takes the attachment back, last first.
     """
 
@@ -35,6 +38,9 @@ class Attachment:
         self.layers: dict[nn.Module, int] = {}
         self.cache: Any = None
         self.forward_pass: ForwardPass | None = None
+        self.prompt: int | None = None
+        self.assisted = False
+        self.read: tuple[Any, int] | None = None
         self.undo: list[Callable[[], Any]] = []
         self.keepers = self.overriding("cache_layers")
         self._hooks = {

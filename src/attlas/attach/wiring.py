@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from attlas.attach import calls, own, stream
+from attlas.attach import calls, generating, own, stream
 from attlas.attach.forward import attention
 from attlas.attach.state import ATTACHED, Attachment
 from attlas.errors import UserError
@@ -47,6 +47,7 @@ def connect(held: Attachment) -> None:
             held.undo += _open(ours)
         else:
             _switch(model)
+        held.undo += generating.watch(held)
         held.undo += calls.hook(held)
         held.undo += stream.watch(held)
         if any(part.wants_hidden for part in held.parts):

@@ -9,18 +9,19 @@ those before it left.
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from typing import Any, ClassVar, Literal
 
 from torch import nn
 
 from attlas.attach.call import Call, ForwardPass
 from attlas.attach.part import Part
+from attlas.cache.rotations import look, rotation_of
 from attlas.catalog.kinds import CACHE, Kind
 from attlas.errors import UserError
 from attlas.hf.caches import DynamicLayer, fresh_layers, windows
 from attlas.storage.body import Body
 from attlas.storage.layer import LayerState, StoredLayer, Taken
-from attlas.storage.rotary import Rotary
 from attlas.storage.rows import Rows
 
 #: What a part does with a cache; at most one part of each role works on one, in this order.
@@ -36,8 +37,10 @@ class CachePart(Part):
     role: ClassVar[Role]
     #: Roles of other parts that this one can work together with on one cache.
     joins: ClassVar[tuple[Role, ...]] = ()
-    #: The part uses the model's rotary embedding.
+    #: The part undoes or changes the model's rotations.
     rotates = False
+    #: It needs one rotation for the whole context: what it un-rotates stays for later calls.
+    one_rotation = False
     #: The prompt's own attention is the model's.
     exact_prefill = True
     #: Options with which the part changes nothing, which the contract checks; None where there are none.
@@ -66,6 +69,31 @@ class CachePart(Part):
     def later(self, layer: StoredLayer, state: LayerState, call: Call) -> None:
         """A call after the prompt has been attended to."""
 
+    def continued(self) -> CachePart:
+        """The part as it keeps its promise after every call, as `attach(while_decoding=True)` asks.
+
+        Quantisers and selections go on by themselves.
+
+        Raises:
+            ValueError: it works on the prompt alone.
+        """
+        if "while_decoding" in type(self).declared_options:
+            other = copy(self)
+            other.while_decoding = True  # type: ignore[attr-defined]
+            return other
+        if self.role == "evict":
+            raise UserError(
+                f"{type(self).__name__} evicts from the prompt alone and cannot hold a budget while "
+                "decoding; snapkv, pyramid-kv, streaming-llm, tova, expected-attention, "
+                "key-norm-eviction, q-filters and observed-attention can"
+            )
+        return self
+
+    @property
+    def rewinds(self) -> bool:
+        """Whether nothing is done after the prompt that could not be taken back."""
+        return super().rewinds and type(self).later is CachePart.later
+
     # How attach uses it.
 
     def check_beside(self, others: list[Part]) -> None:
@@ -85,7 +113,8 @@ class CachePart(Part):
                 f"{type(model).__name__} has none with a growing cache"
             )
         if self.rotates:
-            Rotary.of(model, full[0])
+            look(model)
+            self.states(layers, model)
 
     @staticmethod
     def fresh_layers(model: Any) -> list[Any]:
@@ -95,8 +124,13 @@ class CachePart(Part):
     def states(self, layers: list[Any], model: nn.Module) -> dict[int, LayerState]:
         """An empty state for each full-attention layer among an empty cache's layers."""
         full = tuple(i for i, layer in enumerate(layers) if _is_full(layer))
-        rotary = Rotary.of(model, full[0]) if self.rotates else None
-        return {i: LayerState(i, full, windows(layers), rotary) for i in full}
+        states = {i: LayerState(i, full, windows(layers)) for i in full}
+        for number, state in states.items() if self.rotates else ():
+            state.rotation = rotation_of(
+                model, number, type(self).__name__, one=self.one_rotation
+            )
+            state.rotary = None if state.rotation is None else state.rotation.now()
+        return states
 
     def cache_layers(self, layers: list[Any], model: nn.Module) -> list[Any]:
         """Stored layers in place of the full-attention ones; sliding windows stay."""
@@ -126,16 +160,19 @@ class CachePart(Part):
                     "attach, or with prefill(model, input_ids, [part])"
                 )
             if known is not None:
-                known.rotary, known.full, known.windows = state.rotary, state.full, state.windows
+                known.full, known.windows = state.full, state.windows
+                known.rotary, known.rotation = state.rotary, state.rotation
+
+    @staticmethod
+    def take_note(state: LayerState, call: Call) -> None:
+        """What every part is to know of a call before it learns from it."""
+        state.scaling = call.scaling
+        if state.rotation is not None:
+            state.rotary = state.rotation.now()
 
     def begin(self, forward_pass: ForwardPass) -> None:
         """In a chunked prompt, the first single token ends it: now the layers are compressed."""
-        if not (
-            forward_pass.chunked
-            and forward_pass.length == 1
-            and forward_pass.offset
-            and forward_pass.cache is not None
-        ):
+        if not forward_pass.ended or forward_pass.cache is None:
             return
         for layer in forward_pass.cache.layers:
             if isinstance(layer, StoredLayer) and not layer.compressed:
@@ -147,10 +184,10 @@ class CachePart(Part):
         if not isinstance(layer, StoredLayer) or self.name not in layer.learned:
             return
         state = layer.learned[self.name]
+        self.take_note(state, call)
         if layer.compressed:
             self.later(layer, state, call)
             return
-        state.scaling = call.scaling
         self.learn(state, call)
         if not call.forward_pass.chunked:
             self.compress(layer, state, call.rows)

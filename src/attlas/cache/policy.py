@@ -53,9 +53,6 @@ class CachePolicy(CachePart):
     role: ClassVar[Role] = "evict"
     joins: ClassVar[tuple[Role, ...]] = ("quantize", "select")
     everything: ClassVar[dict[str, Any] | None] = {"keep": 1.0}
-    #: The budget is enforced again after every later call.
-    while_decoding = False
-
     keep: float | None = option(
         "share of the context kept, what always stays included", default=None, above=0, at_most=1,
         kw_only=False,
@@ -67,6 +64,7 @@ class CachePolicy(CachePart):
         "or bytes of the whole cache: keys, values and slot indices of all layers", default=None,
         at_least=1,
     )  # fmt: skip
+    while_decoding: bool = option("enforce the budget again after every later call", default=False)
 
     def setup(self) -> None:
         """Understand the budget."""
@@ -101,6 +99,11 @@ class CachePolicy(CachePart):
     def placed(self, layer: StoredLayer, state: LayerState, total: Int[Tensor, " batch"]) -> None:
         """Called when the layer holds what was kept."""
 
+    @property
+    def rewinds(self) -> bool:
+        """Whether nothing is dropped after the prompt."""
+        return not self.while_decoding
+
     # How attach uses it.
 
     def check(self, model: nn.Module) -> None:
@@ -116,6 +119,12 @@ class CachePolicy(CachePart):
         if full <= set(self.skipped):
             raise UserError(
                 f"skip_layers={self.skipped} leaves no layer of the model's {len(layers)} to compress"
+            )
+        name, least = self.floor
+        if self.while_decoding and (self.budget.tokens or least) < least:
+            raise UserError(
+                f"the budget {self.budget} is smaller than {name}={least} of {type(self).__name__}; give "
+                f"a larger budget or a smaller {name}"
             )
 
     def compress(self, layer: StoredLayer, state: LayerState, rows: Rows) -> None:
@@ -141,13 +150,7 @@ class CachePolicy(CachePart):
         short = [n for n, m in zip(slots.budget.tolist(), held, strict=True) if n < m]
         if not short:
             return
-        name, least = self.floor
-        if min(short) < least:
-            raise UserError(
-                f"the budget {self.budget} is {min(short)} tokens of {int(slots.total.max())}, "
-                f"smaller than {name}={least} of {type(self).__name__}; give a larger budget or a "
-                f"smaller {name}"
-            )
+        self._check_floor(slots, held)
         self.drop(layer, slots, self.scores(state, slots))
         layer.fixed = layer.seen
         self.placed(layer, state, slots.total)
@@ -175,13 +178,37 @@ class CachePolicy(CachePart):
         slots = Slots(
             keys, values, valid, original_position=at, rank=rank, total=total, budget=budget
         )
-        return replace(slots, budget=self.budgets(state, slots))
+        return replace(slots, budget=self._at_least(self.budgets(state, slots), total))
 
+    def _at_least(
+        self, budget: Int[Tensor, " batch"], total: Int[Tensor, " batch"]
+    ) -> Int[Tensor, " batch"]:
+        """Budgets, of which a share is never less than what the method must hold.
 
-class ContinualPolicy(CachePolicy):
-    """Base of the policies that can go on dropping keys while the model decodes."""
+        A row no longer than that keeps everything; a longer one is refused, unless the text grows call
+        by call and will be long enough.
+        """
+        if self.budget.keep is None:
+            return budget
+        least = self.floor[1]
+        short = torch.ones_like(total, dtype=torch.bool) if self.while_decoding else total <= least
+        return torch.where(short, budget.maximum(total.clamp(max=least)), budget)
 
-    while_decoding: bool = option("enforce the budget again after every later call", default=False)
+    def _check_floor(self, slots: Slots, held: list[int]) -> None:
+        """Refuse budgets below what the method must hold.
+
+        Raises:
+            ValueError: by the row's own length.
+        """
+        name, least = self.floor
+        rows = zip(slots.budget.tolist(), held, slots.total.tolist(), strict=True)
+        for row, (budget, there, total) in enumerate(rows):
+            if budget < there and budget < least:
+                of = f"the {total} of row {row}" if len(held) > 1 else str(total)
+                raise UserError(
+                    f"the budget {self.budget} is {budget} tokens of {of}, smaller than {name}={least} "
+                    f"of {type(self).__name__}; give a larger budget or a smaller {name}"
+                )
 
 
 def best_slots(

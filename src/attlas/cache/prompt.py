@@ -61,7 +61,7 @@ class _Watch(Part):
     def observe(self, call: Call) -> None:
         for part, states in zip(self.parts, self.states, strict=True):
             if (state := states.get(call.layer)) is not None:
-                state.scaling = call.scaling
+                part.take_note(state, call)
                 part.learn(state, call)
 
     def of(self, part: CachePart) -> dict[int, LayerState]:

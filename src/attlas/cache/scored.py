@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from attlas.attach.call import Call
+from attlas.cache.part import CachePart
 from attlas.cache.policy import CachePolicy, Slots
 from attlas.catalog import registry
 from attlas.errors import UserError
@@ -42,6 +43,8 @@ class ScoredPolicy(CachePolicy):
         self.ranker = self._made()
         self.rotates = self.ranker.rotates
         self.wants_hidden = self.ranker.wants_hidden
+        if self.while_decoding:
+            self.continued()
 
     def _made(self) -> CachePolicy:
         found = registry.find(self.scorer).object
@@ -60,6 +63,20 @@ class ScoredPolicy(CachePolicy):
         given = {n: v for n in ("keep", "tokens", "bytes") if (v := getattr(self.budget, n))}
         policy: CachePolicy = registry.make(self.scorer, **given, **self.scorer_options)
         return policy
+
+    def continued(self) -> CachePart:
+        """The part as it goes on after the prompt.
+
+        Raises:
+            ValueError: the scorer cannot rank keys behind the prompt.
+        """
+        ranker = type(self.ranker)
+        if ranker.later is not CachePolicy.later or "while_decoding" not in ranker.declared_options:
+            raise UserError(
+                f"{type(self).__name__} cannot hold its budget while decoding with {ranker.__name__} as "
+                "its scorer, which ranks the keys of the prompt alone"
+            )
+        return super().continued()
 
     @property
     def floor(self) -> tuple[str, int]:

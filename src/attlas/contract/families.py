@@ -21,6 +21,10 @@ from attlas.errors import UnknownName
 TRAITS = {
     "rotary": "queries and keys are rotated by their positions",
     "partial-rotary": "a share of their width is",
+    "paired-rotary": "neighbouring channels are rotated together, not those half a width apart",
+    "varying-rotary": "the frequencies change with the length of what is read",
+    "growing-rotary": "they change with the longest text so far",
+    "some-rotary": "some layers do not rotate",
     "grouped": "several query heads share a key head",
     "full": "some layers see the whole context",
     "windows": "some layers see a sliding window of it",
@@ -125,6 +129,22 @@ FAMILIES: tuple[Family, ...] = (
             options={**_MIXED, "num_local_experts": 2, "num_experts_per_tok": 1}, alternates=True),
     _family("gpt-neox", "GPTNeoXConfig", "rotary partial-rotary full biases",
             options={"rotary_pct": 0.5}, renamed={"num_key_value_heads": None}),
+    _family("smollm3", "SmolLM3Config", "rotary some-rotary grouped full",
+            options={"no_rope_layers": [1, 0, 1, 0]}),
+    _family("cohere2", "Cohere2Config", "rotary some-rotary paired-rotary grouped full windows",
+            options=_MIXED, alternates=True),
+    _family("glm", "GlmConfig", "rotary partial-rotary paired-rotary grouped full biases",
+            options={**_WIDE, "partial_rotary_factor": 0.5}),
+    _family("phi3-long", "Phi3Config", "rotary varying-rotary grouped full", options={
+        "original_max_position_embeddings": 20, "rope_scaling": {
+            "rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8,
+            "rope_theta": 10000.0, "original_max_position_embeddings": 20,
+        },
+    }),
+    _family("olmo-dynamic", "OlmoConfig", "rotary varying-rotary growing-rotary grouped full", options={
+        "max_position_embeddings": 20,
+        "rope_scaling": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0},
+    }),
     _family("gpt2", "GPT2Config", "full biases", renamed={
         "hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
         "max_position_embeddings": "n_positions", "intermediate_size": None,

@@ -22,7 +22,7 @@ from torch import Tensor
 from attlas.errors import UserError
 from attlas.ops.segments import Block, listed, taken, within
 from attlas.storage.body import Body, GrownBody
-from attlas.storage.rotary import Rotary, rotate
+from attlas.storage.rotary import Rotary
 
 
 @dataclass(frozen=True)
@@ -105,12 +105,10 @@ def rotated(
     back: bool = False,
 ) -> Float[Tensor, "batch heads tokens dim"]:
     """x rotated to positions, or `back` from them, in the precision of x so that one undoes the other."""
-    angles = rotary.angles(positions.flatten(0, 1).long())
+    at = positions.flatten(0, 1).long()
+    angles = rotary.back(at) if back else rotary.angles(at)
     cos, sin = (a.to(x.dtype).unflatten(0, positions.shape[:2]) for a in angles)
-    if back:
-        squared = cos.square() + sin.square()  # 1, or the square of YaRN's factor
-        cos, sin = cos / squared, -sin / squared
-    return rotate(x, cos, sin)
+    return rotary.turn(x, cos, sin)
 
 
 class LowRankBody(GrownBody):

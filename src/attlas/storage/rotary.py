@@ -1,103 +1,71 @@
-"""A model's own rotary embedding, for policies that un-rotate or re-rotate.
+"""Rotary embedding as a model really used it, for policies that un-rotate or re-rotate.
 
-    rotate(x, t) = x · cos(tθ) + half(x) · sin(tθ),   half([a, b]) = [−b, a]
+    rotate(x, t) = x · cos(tθ) · s + half(x) · sin(tθ) · s,   half([a, b]) = [−b, a]
 
-on the first 2·len(θ) channels, where cos and sin come from the model's module (scaled as YaRN and
-others scale them). Rotating is linear, so the mean rotation over many positions is the rotation by
-the means of cos and sin.
+on 2·len(θ) of the channels: the first or the last, by halves or in neighbouring pairs. Frequencies θ
+and the scale s (YaRN's and others') are read from the model's module; the module itself is never called,
+since some change their frequencies with the positions that they are called with. Rotating is linear, so
+the mean rotation over many positions is the rotation by the means of cos and sin.
+
+How a model rotates each layer's keys is found out by `attlas.cache.rotations`.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from attlas.errors import UserError
-
 Angles = tuple[Tensor, Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rotary:
-    """Rotation by position.
+    """Rotation by position, with the frequencies of one call of the model.
 
     Attributes:
-        angles: gives (cos, sin) [batch, tokens, rotated channels] of positions [batch, tokens].
+        inverse: frequencies θ, single precision.
+        scale: s.
+        order: channels of which the first half of 2·len(θ) is rotated with the second; None where the
+            channels stand in this order.
     """
 
-    angles: Callable[[Tensor], Angles]
+    inverse: Float[Tensor, " pairs"]
+    scale: float = 1.0
+    order: Int[Tensor, " dim"] | None = None
 
     @classmethod
     def plain(cls, dim: int, theta: float = 10000.0) -> Rotary:
         """The original rotary embedding over `dim` channels."""
-        inverse = theta ** (-torch.arange(0, dim, 2).float() / dim)
+        return cls(theta ** (-torch.arange(0, dim, 2).float() / dim))
 
-        def angles(positions: Tensor) -> Angles:
-            rotated = positions[..., None].float() * inverse.to(positions.device)
-            both = torch.cat([rotated, rotated], dim=-1)
-            return both.cos(), both.sin()
+    def angles(self, positions: Int[Tensor, "batch tokens"]) -> Angles:
+        """(cos, sin) [batch, tokens, rotated channels], scaled."""
+        turned = positions[..., None].float() * self.inverse.to(positions.device)
+        both = torch.cat([turned, turned], dim=-1)
+        return both.cos() * self.scale, both.sin() * self.scale
 
-        return cls(angles)
-
-    @classmethod
-    def of(cls, model: nn.Module, layer: int) -> Rotary | None:
-        """The rotary embedding that `model` uses in a layer, None when it has none.
-
-        Raises:
-            ValueError: it rotates in another way than by halves.
-        """
-        module = next((m for m in model.modules() if _frequencies(m)), None)
-        if module is None:
-            return None
-        kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None)  # type: ignore[union-attr, operator]
-        per_kind = not isinstance(getattr(module, "inv_freq", None), Tensor)
-        extra = (kinds[layer],) if per_kind and kinds else ()
-        sample = torch.zeros(1, dtype=torch.float32, device=_device(module))
-
-        def angles(positions: Tensor) -> Angles:
-            cos, sin = module(sample, positions, *extra)
-            return cos, sin
-
-        def doubled(positions: Tensor) -> Angles:  # some modules give one half of equal ones
-            cos, sin = angles(positions)
-            return torch.cat([cos, cos], dim=-1), torch.cat([sin, sin], dim=-1)
-
-        own: Any = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
-        for rotary in (cls(angles), cls(doubled)):
-            if own is not None and rotary._turns_like(own, angles, _device(module)):
-                return rotary
-        raise UserError(
-            f"{type(model).__name__} does not rotate its keys by halves (but interleaved, or over "
-            "several axes), which this policy's rotations need"
-        )
-
-    def _turns_like(
-        self, own: Any, angles: Callable[[Tensor], Angles], device: torch.device
-    ) -> bool:
-        """Whether the function that stands beside the model's module does what `rotate` does."""
-        positions = torch.arange(3, device=device)[None]
-        width = self.angles(positions)[0].shape[-1]
-        x = torch.randn(1, 1, 3, width, generator=torch.Generator().manual_seed(0)).to(device)
-        try:
-            theirs: Tensor = own(x, x, *angles(positions))[0]
-        except (RuntimeError, TypeError, ValueError):  # it takes other shapes or arguments
-            return False
-        return theirs.shape == x.shape and torch.allclose(
-            theirs, self.rotate(x, positions), atol=1e-5
-        )
+    def turn(
+        self,
+        x: Float[Tensor, "*rows dim"],
+        cos: Float[Tensor, "*#rows turned"],
+        sin: Float[Tensor, "*#rows turned"],
+    ) -> Float[Tensor, "*rows dim"]:
+        """x rotated by angles, in whichever order its channels stand."""
+        if self.order is None:
+            return rotate(x, cos, sin)
+        order = self.order.to(x.device)
+        return rotate(x[..., order], cos, sin)[..., order.argsort()]
 
     def rotate(
         self, x: Float[Tensor, "batch heads tokens dim"], positions: Int[Tensor, "batch tokens"]
     ) -> Float[Tensor, "batch heads tokens dim"]:
         """x rotated to positions."""
         cos, sin = self.angles(positions)
-        return rotate(x, cos[:, None], sin[:, None])
+        return self.turn(x, cos[:, None], sin[:, None])
 
     def unrotate(
         self, x: Float[Tensor, "batch heads tokens dim"], positions: Int[Tensor, "batch tokens"]
@@ -105,13 +73,49 @@ class Rotary:
         """x as it was before it was rotated to positions, in single precision at least."""
         exact = torch.promote_types(x.dtype, torch.float32)
         cos, sin = (angle[:, None].to(exact) for angle in self.back(positions))
-        return rotate(x.to(exact), cos, sin)
+        return self.turn(x.to(exact), cos, sin)
 
     def back(self, positions: Int[Tensor, "batch tokens"]) -> Angles:
         """The angles that undo the rotation to positions."""
         cos, sin = self.angles(positions)
-        squared = cos.square() + sin.square()  # 1, or the square of YaRN's factor
-        return cos / squared, -sin / squared
+        return cos / self.scale**2, -sin / self.scale**2
+
+
+@dataclass(frozen=True, eq=False)
+class Rotation:
+    """Where the frequencies of a layer's rotation stand in its model, which may change them call by call.
+
+    Attributes:
+        module: of the model.
+        frequencies: the module's buffer of inverse frequencies.
+        scale: its attribute of the scale.
+        order: of the channels, see `Rotary`.
+        varies: the model changes the frequencies with the length of what it reads.
+    """
+
+    module: nn.Module
+    frequencies: str
+    scale: str
+    order: Int[Tensor, " dim"] | None = None
+    varies: bool = False
+    _last: list[Any] = field(default_factory=list)
+
+    def now(self) -> Rotary:
+        """With the frequencies that the model used last, the same object for as long as it keeps them."""
+        held: Tensor = getattr(self.module, self.frequencies)
+        scale = float(getattr(self.module, self.scale, 1.0))
+        if self._last:
+            source, kept = self._last
+            same = held is source and kept.scale == scale
+            if same and (not self.varies or torch.equal(held.float(), kept.inverse)):
+                return kept  # type: ignore[no-any-return]
+        # A copy where they vary: some models write new ones over the old.
+        inverse = held.detach().float().clone() if self.varies else held.detach().float()
+        self._last[:] = held, Rotary(inverse, scale, self.order)
+        return self._last[1]  # type: ignore[no-any-return]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Rotation:
+        return self  # a copy of a cache belongs to the same model
 
 
 def rotate(
@@ -126,11 +130,3 @@ def rotate(
     front = torch.addcmul(a * cos_a, b, sin_a, value=-1)
     back = torch.addcmul(b * cos_b, a, sin_b)
     return torch.cat([front, back, rest], dim=-1)
-
-
-def _frequencies(module: nn.Module) -> bool:
-    return any(name.endswith("inv_freq") for name, _ in module.named_buffers(recurse=False))
-
-
-def _device(module: nn.Module) -> torch.device:
-    return next(module.buffers()).device

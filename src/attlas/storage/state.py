@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from attlas.storage.rotary import Rotary
+from attlas.storage.rotary import Rotary, Rotation
 
 
 @dataclass
@@ -18,8 +18,10 @@ class LayerState:
         layer: index of the layer.
         full: the model's full-attention layers.
         windows: lengths of the model's sliding-window layers.
-        rotary: how the model rotates, None when the part does not ask or it does not rotate.
+        rotary: how the model rotated in the last call of the layer, None when the part does not ask or
+            the layer does not rotate.
         scaling: factor of q·k, known after the first call.
+        rotation: where `rotary` comes from.
         tensors: what was gathered from the calls, batch first. It is held with the cache: what is not
             needed once the prompt is over is taken out when the part compresses.
     """
@@ -30,12 +32,11 @@ class LayerState:
     rotary: Rotary | None = None
     scaling: float = 1.0
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    rotation: Rotation | None = None
 
     def fork(self) -> LayerState:
         """A copy that shares the tensors, which are never written to."""
-        return LayerState(
-            self.layer, self.full, self.windows, self.rotary, self.scaling, dict(self.tensors)
-        )
+        return replace(self, tensors=dict(self.tensors))
 
 
 @dataclass(frozen=True)

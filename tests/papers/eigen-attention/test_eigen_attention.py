@@ -115,7 +115,7 @@ def test_the_error_of_the_products_is_within_the_discarded_energy():
     part = known(model, rank=6)
     calibrator = part.calibrator()
     calibrator.check(model)
-    seen = Seen(calibrator.rotary)
+    seen = Seen(calibrator.rotations[1].now())
     with torch.no_grad(), attach(model, seen):
         for ids in texts():
             model(ids, use_cache=False)

@@ -40,6 +40,8 @@ from attlas.storage.ragged import RaggedBody
 class AdaKV(ScoredPolicy):
     """Budgets per head within a layer, over another policy's scores."""
 
+    #: What lies in a ragged body is not ranked again.
+    without = ("while_decoding",)
     #: Heads of unequal length leave no common blocks to encode or pages to choose from.
     joins: ClassVar[tuple[Role, ...]] = ()
     comparable: ClassVar[tuple[str, ...]] = ("(keep=0.5)", "(keep=0.25)", "(keep=0.125)")

@@ -87,6 +87,11 @@ class BalanceKV(CachePart):
         """Count the halvings."""
         self.halvings = _halvings(self.keep)
 
+    @property
+    def rewinds(self) -> bool:
+        """Whether nothing is reduced after the prompt."""
+        return not self.while_decoding
+
     def compress(self, layer: StoredLayer, state: LayerState, rows: Rows) -> None:
         """Reduce all between the sinks and the recent tokens."""
         self._reduce(layer, state, rows, span=1)

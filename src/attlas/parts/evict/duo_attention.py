@@ -123,6 +123,10 @@ class DuoAttention(Calibrated, CachePart):
         device = next(model.parameters()).device
         self.retrieves = dict(zip(layers, chosen.to(device), strict=True))
 
+    def continued(self) -> CachePart:
+        """Itself: streaming heads forget after every call anyway."""
+        return self
+
     def compress(self, layer: StoredLayer, state: LayerState, rows: Rows) -> None:
         """Free what streaming heads do not hold."""
         self._leave(layer, state, rows, block=1)

@@ -23,15 +23,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from attlas.attach.call import Call
-from attlas.cache.policy import ContinualPolicy, Slots
+from attlas.cache.policy import CachePolicy, Slots
 from attlas.catalog.registry import mechanism
 from attlas.options import option
 from attlas.storage.layer import LayerState
-from attlas.storage.rotary import Angles, Rotary, rotate
+from attlas.storage.rotary import Angles, Rotary
 
 
 @mechanism("expected-attention", example={"keep": 0.5})
-class ExpectedAttention(ContinualPolicy):
+class ExpectedAttention(CachePolicy):
     """Keep the keys that future queries are expected to attend to."""
 
     rotates = True
@@ -64,7 +64,7 @@ class ExpectedAttention(ContinualPolicy):
         queries = call.q.float()
         if state.rotary is not None:
             cos, sin = self._angles(state.rotary, call, positions, tensors)
-            queries = rotate(queries, cos, sin)
+            queries = state.rotary.turn(queries, cos, sin)
         mean = torch.einsum("bhtd,bt->bhd", queries, weight) / fresh.clamp(min=1)
         if self.use_covariance:
             centred = (queries - mean[:, :, None]).mul_(weight[:, None, :, None])
@@ -147,9 +147,10 @@ class ExpectedAttention(ContinualPolicy):
             covariance = tensors["squares"] / tensors["count"].clamp(min=1)[..., None]
         if state.rotary is not None:
             cos, sin = tensors["cos"][:, None], tensors["sin"][:, None]
-            mean = rotate(mean, cos, sin)
+            turn = state.rotary.turn
+            mean = turn(mean, cos, sin)
             if covariance is not None:
                 cos, sin = cos[:, None], sin[:, None]
-                covariance = rotate(covariance, cos, sin).transpose(-1, -2)
-                covariance = rotate(covariance, cos, sin)
+                covariance = turn(covariance, cos, sin).transpose(-1, -2)
+                covariance = turn(covariance, cos, sin)
         return mean, covariance

@@ -42,6 +42,8 @@ class GuiKV(SnapKV):
     """Keep what the last queries read, what stands out on the last screen and what it does not show."""
 
     wants_hidden = True
+    #: Images and states are those of the prompt.
+    without = ("while_decoding",)
     beyond = ("mask: later queries do not meet the keys that were dropped",)
 
     images: Sequence[tuple[int, int]] | None = option(

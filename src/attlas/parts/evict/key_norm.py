@@ -18,14 +18,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attlas.cache.policy import ContinualPolicy, Slots
+from attlas.cache.policy import CachePolicy, Slots
 from attlas.catalog.registry import mechanism
 from attlas.options import option
 from attlas.storage.layer import LayerState
 
 
 @mechanism("key-norm-eviction", aliases=("knorm", "key-norm"), example={"keep": 0.5})
-class KeyNorm(ContinualPolicy):
+class KeyNorm(CachePolicy):
     """Keep the keys of smallest norm."""
 
     comparable: ClassVar[tuple[str, ...]] = ("(keep=0.5)",)

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from attlas.attach.blocks import weight_blocks
 from attlas.attach.call import Call
-from attlas.cache.policy import ContinualPolicy, Slots
+from attlas.cache.policy import CachePolicy, Slots
 from attlas.catalog.registry import mechanism
 from attlas.options import option
 from attlas.storage.layer import LayerState, StoredLayer
@@ -35,7 +35,7 @@ from attlas.storage.rows import Rows
 
 
 @mechanism("observed-attention", paper="", aliases=("h2o",), example={"keep": 0.5})
-class ObservedAttention(ContinualPolicy):
+class ObservedAttention(CachePolicy):
     """Keep the keys that have received most attention."""
 
     comparable: ClassVar[tuple[str, ...]] = ("(keep=0.5)", "(keep=0.25)", "(keep=0.125)")

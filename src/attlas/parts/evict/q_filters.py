@@ -28,7 +28,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from attlas.attach.call import Call
-from attlas.cache.policy import ContinualPolicy, Slots
+from attlas.cache.policy import CachePolicy, Slots
 from attlas.calibration.parts import Calibrated, Calibrator
 from attlas.catalog.registry import mechanism
 from attlas.errors import UserError
@@ -89,7 +89,7 @@ def _filter(
 
 
 @mechanism("q-filters", aliases=("qfilters",), example={"keep": 0.5, "recent": 4})
-class QFilters(Calibrated, ContinualPolicy):
+class QFilters(Calibrated, CachePolicy):
     """Keep the keys that lie most along the direction in which the queries of a head lean."""
 
     beyond = ("mask: later queries do not meet the keys that were dropped",)

@@ -20,17 +20,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from attlas.attach.call import Call
-from attlas.cache.policy import ContinualPolicy, Slots
+from attlas.cache.policy import CachePolicy, Slots
 from attlas.catalog.registry import mechanism
 from attlas.options import option
 from attlas.storage.layer import LayerState, StoredLayer
-from attlas.storage.rotary import rotate
 
 
 @mechanism(
     "streaming-llm", paper="", aliases=("sinks-window",), former=("window",), example={"keep": 0.5}
 )  # fmt: skip
-class StreamingLLM(ContinualPolicy):
+class StreamingLLM(CachePolicy):
     """Keep the first tokens and the most recent ones."""
 
     comparable: ClassVar[tuple[str, ...]] = ("(keep=0.5)", "(keep=0.25)", "(keep=0.125)")
@@ -57,30 +56,29 @@ class StreamingLLM(ContinualPolicy):
         return (~between).float()
 
     def learn(self, state: LayerState, call: Call) -> None:
-        """The positions of the first token and of the next one, for `rerotate`."""
-        if not self.rotates:
+        """The next position, and the sinks' keys as they are without rotation, for `rerotate`."""
+        if not self.rotates or state.rotary is None or not self.sinks:
             return
         rank, valid = call.ranks
-        latest = call.positions.masked_fill(~valid, -1).amax(dim=-1) + 1
-        first = (call.positions - rank).masked_fill(~valid, torch.iinfo(torch.int64).max).amin(-1)
-        tensors = state.tensors
+        tensors, latest = state.tensors, call.positions.masked_fill(~valid, -1).amax(dim=-1) + 1
         tensors["next"] = torch.maximum(tensors["next"], latest) if "next" in tensors else latest
-        tensors["first"] = torch.minimum(tensors["first"], first) if "first" in tensors else first
+        if min(call.counts[0]) >= self.sinks:
+            return
+        k = call.k[:, :, -rank.shape[1] :]
+        # Un-rotated by the frequencies of their own call; others may come later.
+        raw = state.rotary.unrotate(k, call.positions)
+        shape = (*k.shape[:2], self.sinks, k.shape[3])
+        sinks = tensors["sinks"].clone() if "sinks" in tensors else raw.new_zeros(shape)
+        row, token = (valid & (rank < self.sinks)).nonzero(as_tuple=True)
+        sinks[row, :, rank[row, token]] = raw[row, :, token]
+        tensors["sinks"] = sinks
 
     def placed(self, layer: StoredLayer, state: LayerState, total: Int[Tensor, " batch"]) -> None:
-        """Move the sinks' keys next to the window, from where they were first rotated to."""
+        """Rotate the sinks' keys to positions next to the window."""
         rotary, tensors, keys = state.rotary, state.tensors, layer.keys
         if not self.rotates or rotary is None or not self.sinks or keys is None:
             return
         number = torch.arange(self.sinks, device=keys.device)
         held = (layer.index[:, 0] >= 0).sum(dim=-1) if layer.index is not None else total
-        old = tensors["first"][:, None] + number
-        new = (tensors["next"] - held)[:, None] + number
-        original = tensors.get("sinks")
-        if original is None:
-            cos, sin = rotary.back(old)
-            original = rotate(keys[:, :, : self.sinks].float(), cos[:, None], sin[:, None])
-            if self.while_decoding:
-                tensors["sinks"] = original
-        moved = rotary.rotate(original, new).to(keys.dtype)
-        layer.keys = torch.cat([moved, keys[:, :, self.sinks :]], dim=2)
+        moved = rotary.rotate(tensors["sinks"], (tensors["next"] - held)[:, None] + number)
+        layer.keys = torch.cat([moved.to(keys.dtype), keys[:, :, self.sinks :]], dim=2)

@@ -22,13 +22,13 @@ from torch import Tensor
 
 from attlas.attach.call import Call
 from attlas.cache.asked import asked_weights, remember
-from attlas.cache.policy import ContinualPolicy, Slots
+from attlas.cache.policy import CachePolicy, Slots
 from attlas.catalog.registry import mechanism
 from attlas.storage.layer import LayerState
 
 
 @mechanism("tova", paper="snapkv", example={"keep": 0.5})
-class TOVA(ContinualPolicy):
+class TOVA(CachePolicy):
     """Keep what the last query reads, averaged over all heads."""
 
     comparable: ClassVar[tuple[str, ...]] = ("(keep=0.5)", "(keep=0.25)", "(keep=0.125)")

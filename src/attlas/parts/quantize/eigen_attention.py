@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from attlas.attach.call import Call
 from attlas.cache.part import CachePart
 from attlas.cache.quantizer import Quantizer
+from attlas.cache.rotations import look, rotation_of
 from attlas.calibration import Calibrated, Calibrator
 from attlas.catalog.registry import mechanism
 from attlas.errors import UserError, exactly_one
@@ -43,7 +44,7 @@ from attlas.options import option
 from attlas.storage.body import Body
 from attlas.storage.layer import LayerState, Taken
 from attlas.storage.low_rank import Bases, LowRankBody, rotated
-from attlas.storage.rotary import Rotary
+from attlas.storage.rotary import Rotation
 
 
 class Subspaces(Calibrator):
@@ -51,20 +52,20 @@ class Subspaces(Calibrator):
 
     Attributes:
         layers: the full-attention layers.
-        rotary: how the model rotates; None when it does not.
+        rotations: how each of them rotates; None when it does not.
     """
 
     def setup(self) -> None:
         """The model is not known yet."""
         super().setup()
         self.layers: tuple[int, ...] = ()
-        self.rotary: Rotary | None = None
+        self.rotations: dict[int, Rotation | None] = {}
 
     def check(self, model: nn.Module) -> None:
         """Find the layers and the rotation.
 
         Raises:
-            ValueError: there is no full-attention layer.
+            ValueError: there is no full-attention layer, or its rotation is not known or changes.
         """
         layers = CachePart.fresh_layers(model)
         self.layers = tuple(i for i, layer in enumerate(layers) if type(layer) is DynamicLayer)
@@ -72,7 +73,9 @@ class Subspaces(Calibrator):
             raise UserError(
                 f"{type(model).__name__} has no full-attention layer with a growing cache"
             )
-        self.rotary = Rotary.of(model, self.layers[0])
+        look(model)
+        who = type(self).__name__
+        self.rotations = {i: rotation_of(model, i, who, one=True) for i in self.layers}
 
     def observe(self, call: Call) -> None:
         """Add what the tokens of this call have, padding left out."""
@@ -81,14 +84,15 @@ class Subspaces(Calibrator):
         tokens = call.q.shape[2]
         k, v = call.k[:, :, -tokens:].double(), call.v[:, :, -tokens:].double()
         q = call.q[:, :: call.groups].double()
-        if self.rotary is not None:
+        rotation = self.rotations[call.layer]
+        if rotation is not None:
             positions = call.positions[:, None]
-            k, q = (rotated(x, self.rotary, positions, back=True) for x in (k, q))
+            k, q = (rotated(x, rotation.now(), positions, back=True) for x in (k, q))
         if (valid := call.valid) is not None:
             valid = valid[:, None, :, None].to(k)
             k, q, v = k * valid, q * valid, v * valid
         both = torch.einsum("bhtd,bhte->hde", k, k) + torch.einsum("bhtd,bhte->hde", q, q)
-        if self.rotary is not None:
+        if rotation is not None:
             both = both.sum(dim=0, keepdim=True)
         self.add(f"{call.layer}.kq", both)
         self.add(f"{call.layer}.v", torch.einsum("bhtd,bhte->hde", v, v))
@@ -114,6 +118,7 @@ class EigenAttention(Calibrated, Quantizer):
         "aggregate: sums are those of the values' coordinates",
     )
     rotates = True
+    one_rotation = True
 
     everything: ClassVar[dict[str, Any]] = {"keep": 1.0}
     comparable: ClassVar[tuple[str, ...]] = ("(keep=0.75)", "(keep=0.5)")

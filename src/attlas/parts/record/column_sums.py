@@ -14,43 +14,32 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attlas.attach.call import Call, ForwardPass
-from attlas.attach.part import Recorder
+from attlas.attach.call import Call
 from attlas.catalog.registry import mechanism
 from attlas.errors import UserError
+from attlas.parts.record.sums import SumRecorder
 
 
 @mechanism("column-sums", paper="")
-class ColumnSums(Recorder):
-    """Records the attention that each token receives, [layers, batch, heads, tokens].
-
-    The record is of one sequence and grows while a cache carries it on.
-    """
-
-    def setup(self) -> None:
-        """Nothing is recorded yet."""
-        super().setup()
-        self._sums: dict[int, Tensor] = {}
-
-    def begin(self, forward_pass: ForwardPass) -> None:
-        """A call without a past begins a new sequence."""
-        if forward_pass.offset == 0:
-            self._sums.clear()
+class ColumnSums(SumRecorder):
+    """Records the attention that each token receives, [layers, batch, heads, tokens]."""
 
     def update(self, call: Call, weights: Tensor, queries: Tensor, keys: Tensor) -> None:
         """Add a block's columns up."""
-        batch, heads = weights.shape[:2]
+        batch, heads, count = weights.shape[:3]
         columns = max(call.forward_pass.offset + call.q.shape[2], call.k.shape[2])
         if call.original_positions is not None:
             columns = call.forward_pass.offset + call.q.shape[2]
-        sums = self._sums.get(call.layer)
-        if sums is None or sums.shape[-1] < columns:
-            grown = weights.new_zeros(batch, heads, columns)
-            if sums is not None:
-                grown[..., : sums.shape[-1]] = sums
-            sums = self._sums[call.layer] = grown
         at = keys.clamp(min=0).long().expand(batch, heads, -1)
-        sums.scatter_add_(-1, at, weights.sum(dim=2))
+
+        def onto_columns(rows: Tensor) -> Tensor:
+            return weights.new_zeros(batch, heads, columns).scatter_add_(-1, at, rows)
+
+        def each() -> list[Tensor]:  # as wide as the text was at each token
+            ends = (queries + 1).tolist() if call.is_causal else [columns] * count
+            return [onto_columns(weights[:, :, i])[..., :end] for i, end in enumerate(ends)]
+
+        self.add(call.layer, onto_columns(weights.sum(dim=2)), each)
 
     def result(self) -> Float[Tensor, "layers batch heads tokens"]:
         """Attention received, summed over the queries."""

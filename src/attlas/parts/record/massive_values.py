@@ -20,19 +20,20 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from attlas.attach.call import Call, ForwardPass, Site
-from attlas.attach.part import Patch, Recorder
+from attlas.attach.call import Call, Site
+from attlas.attach.part import Patch
 from attlas.attach.where import Heads
 from attlas.catalog.registry import mechanism
 from attlas.errors import UserError
 from attlas.options import option
+from attlas.parts.record.sums import SumRecorder
 
 #: How far above a head's mean norm a dimension is massive; the paper's.
 RATIO = 5.0
 
 
 @mechanism("massive-values")
-class MassiveValues(Recorder):
+class MassiveValues(SumRecorder):
     """Records norms over the tokens of one sequence, by dimension.
 
     The result is {"q": [layers, batch, heads, dim], "k" and "v": [layers, batch, kv_heads, dim],
@@ -43,16 +44,6 @@ class MassiveValues(Recorder):
     points = ("residual",)
     without = ("heads",)  # norms of all heads are recorded
 
-    def setup(self) -> None:
-        """Nothing is recorded yet."""
-        super().setup()
-        self._squares: defaultdict[str, dict[int, Tensor]] = defaultdict(dict)
-
-    def begin(self, forward_pass: ForwardPass) -> None:
-        """A call without a past begins a new sequence."""
-        if forward_pass.offset == 0:
-            self._squares.clear()
-
     def observe(self, call: Call) -> None:
         """Add up the squares of this call's queries, keys and values."""
         tokens, valid = call.q.shape[2], call.valid
@@ -62,7 +53,7 @@ class MassiveValues(Recorder):
             ("v", call.v[:, :, -tokens:]),
         ):
             x = x.float() if valid is None else x.float() * valid[:, None, :, None]
-            self._add(name, call.layer, x.square().sum(dim=2))
+            self._add(name, call.layer, x.square(), axis=2)
 
     @torch.no_grad()
     def stream(self, site: Site, x: Float[Tensor, "batch query width"]) -> None:
@@ -73,18 +64,17 @@ class MassiveValues(Recorder):
                 :, forward_pass.offset : forward_pass.offset + x.shape[1]
             ].to(x.device)
             x = x * valid[..., None]
-        self._add("residual", site.layer, x.float().square().sum(dim=1))
+        self._add("residual", site.layer, x.float().square(), axis=1)
 
-    def _add(self, name: str, layer: int, squares: Tensor) -> None:
-        known = self._squares[name].get(layer)
-        self._squares[name][layer] = squares if known is None else known + squares
+    def _add(self, name: str, layer: int, squares: Tensor, axis: int) -> None:
+        self.add((name, layer), squares.sum(dim=axis), lambda: list(squares.unbind(axis)))
 
     def result(self) -> dict[str, Tensor]:
         """The norms."""
-        return {
-            name: torch.stack([each[layer] for layer in sorted(each)]).sqrt()
-            for name, each in self._squares.items()
-        }
+        found: defaultdict[str, list[Tensor]] = defaultdict(list)
+        for name, layer in sorted(self._sums):
+            found[name].append(self._sums[name, layer])
+        return {name: torch.stack(layers).sqrt() for name, layers in found.items()}
 
     def massive(self, ratio: float = RATIO) -> dict[str, Bool[Tensor, "*rows dim"]]:
         """Which dimensions are massive: M > ratio · mean over the head's dimensions.

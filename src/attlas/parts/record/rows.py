@@ -6,11 +6,12 @@ from collections import defaultdict
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from attlas.attach.call import Call, ForwardPass
 from attlas.attach.part import Recorder
+from attlas.errors import UserError
 
 
 class RowRecorder(Recorder):
@@ -24,11 +25,24 @@ class RowRecorder(Recorder):
         """Nothing is recorded yet."""
         super().setup()
         self._rows: defaultdict[int, list[Tensor]] = defaultdict(list)
+        self._first = 0
 
     def begin(self, forward_pass: ForwardPass) -> None:
         """A call without a past begins a new sequence."""
         if forward_pass.offset == 0:
             self._rows.clear()
+        if not self._rows:
+            self._first = forward_pass.offset
+
+    def take_back(self, seen: int) -> None:
+        """Forget the rows of tokens behind the first `seen`."""
+        for layer, blocks in self._rows.items():
+            room, kept = seen - self._first, []
+            for block in blocks:
+                if room > 0:
+                    kept.append(block[:, :, :room])
+                room -= block.shape[2]
+            self._rows[layer] = kept
 
     def measure(
         self,
@@ -41,9 +55,28 @@ class RowRecorder(Recorder):
         raise NotImplementedError
 
     def update(self, call: Call, weights: Tensor, queries: Tensor, keys: Tensor) -> None:
-        """Measure a block and append it."""
-        self._rows[call.layer].append(self.measure(call, weights, queries, keys))
+        """Measure a block and append it; rows that were repeated since are repeated here."""
+        fresh, known = self.measure(call, weights, queries, keys), self._rows[call.layer]
+        if known and len(known[0]) != len(fresh):
+            known[:] = [repeated(block, len(fresh), self) for block in known]
+        known.append(fresh)
 
     def result(self) -> Any:
         """[layers, batch, heads, tokens, ...], layers in the model's order."""
         return torch.stack([torch.cat(self._rows[layer], dim=2) for layer in sorted(self._rows)])
+
+
+def repeated(x: Shaped[Tensor, "rows ..."], rows: int, who: Recorder) -> Shaped[Tensor, "more ..."]:
+    """What is known of a batch whose rows were each repeated since.
+
+    Raises:
+        ValueError: the batch changed otherwise.
+    """
+    if len(x) == rows:
+        return x
+    if rows % len(x):
+        raise UserError(
+            f"{type(who).__name__} recorded {len(x)} rows and now sees {rows}: which of them stayed is "
+            "not known; record in a session of its own behind batch_select_indices"
+        )
+    return x.repeat_interleave(rows // len(x), dim=0)

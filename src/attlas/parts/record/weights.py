@@ -33,6 +33,12 @@ class Weights(RowRecorder):
         at = keys.clamp(min=0).long()[:, :, None].expand_as(weights)
         return weights.new_zeros(*weights.shape[:3], columns).scatter_add_(-1, at, weights)
 
+    def take_back(self, seen: int) -> None:
+        """Forget rows and columns of tokens behind the first `seen`."""
+        super().take_back(seen)
+        for blocks in self._rows.values():
+            blocks[:] = [block[..., :seen] for block in blocks]
+
     def result(self) -> Any:
         """All weights; queries that saw fewer columns have zeros behind."""
         widest = max(block.shape[-1] for blocks in self._rows.values() for block in blocks)

@@ -68,6 +68,7 @@ class ActQKV(PortionSelection):
     joins: ClassVar[tuple[Role, ...]] = ()
     without = ("dense_layers", "offload", "capacity")
     rotates = True
+    one_rotation = True
     exact_prefill = False
     everything: ClassVar[dict[str, Any]] = {"tokens": 4096}
 

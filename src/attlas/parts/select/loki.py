@@ -26,6 +26,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from attlas.attach.call import Call
+from attlas.cache.rotations import look, rotation_of
 from attlas.cache.selection import PortionSelection, keys_of, lengths_of
 from attlas.cache.summaries import best_portion, extend
 from attlas.calibration import Calibrated, Calibrator
@@ -35,7 +36,7 @@ from attlas.ops.reference import grouped_product
 from attlas.options import option
 from attlas.storage.body import Body
 from attlas.storage.layer import Chosen, LayerState
-from attlas.storage.rotary import Rotary
+from attlas.storage.rotary import Rotation
 
 NAME = "loki-low-rank-keys"
 
@@ -53,7 +54,7 @@ class KeyComponents(Calibrator):
     def setup(self) -> None:
         """Nothing is known of the model yet."""
         super().setup()
-        self.rotaries: dict[int, Rotary | None] = {}
+        self.rotations: dict[int, Rotation | None] = {}
 
     def check(self, model: nn.Module) -> None:
         """Learn how the model rotates.
@@ -63,13 +64,15 @@ class KeyComponents(Calibrator):
         """
         config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
         if self.rotary == "before":
-            self.rotaries = {i: Rotary.of(model, i) for i in range(config.num_hidden_layers)}
+            look(model)
+            who, count = type(self).__name__, config.num_hidden_layers
+            self.rotations = {i: rotation_of(model, i, who) for i in range(count)}
 
     def observe(self, call: Call) -> None:
         """Sum up k and k kᵀ over valid tokens."""
         k = call.k[:, :, -call.q.shape[2] :]
-        if (rotary := self.rotaries.get(call.layer)) is not None:
-            k = rotary.unrotate(k, call.positions)
+        if (rotation := self.rotations.get(call.layer)) is not None:
+            k = rotation.now().unrotate(k, call.positions)
         k, count = k.double(), torch.tensor(k.shape[0] * k.shape[2])
         if (valid := call.valid) is not None:
             k, count = k * valid[:, None, :, None], valid.sum()

@@ -41,7 +41,6 @@ from attlas.options import option
 from attlas.storage.body import Body
 from attlas.storage.layer import Chosen, LayerState, StoredLayer
 from attlas.storage.packed import PackedBody
-from attlas.storage.rotary import rotate
 
 #: Numbers of keys gathered at once when a prompt is read.
 AT_ONCE = 2**22
@@ -54,6 +53,7 @@ class LongHeads(Selection):
     joins: ClassVar[tuple[Role, ...]] = ()
     without = ("recent", "dense_layers", "block", "offload", "capacity")
     rotates = True
+    one_rotation = True
     exact_prefill = False
     changes = ("position", "mask")
 
@@ -263,7 +263,7 @@ class LongHeads(Selection):
         cos, sin = (
             x.unflatten(1, stand.shape[1:]).to(wide) for x in rotary.angles(stand.flatten(1))
         )
-        return index, rotate(raw[..., None, :].expand(*index.shape, -1), cos, sin).to(q.dtype)
+        return index, rotary.turn(raw[..., None, :].expand(*index.shape, -1), cos, sin).to(q.dtype)
 
 
 def _span(there: Bool[Tensor, "batch query"]) -> slice:

@@ -1,0 +1,245 @@
+"""What a session knows of `generate`: where the prompt ends, and which tokens are taken back.
+
+Forward calls alone do not tell. A prompt may come in chunks (`prefill_chunk_size`). Assisted decoding
+(`prompt_lookup_num_tokens`, `assistant_model`) puts its first candidates behind the prompt in one call,
+and takes back those that were wrong. So for the time of a session the model's own `generate` is looked
+at; the call of prompt and candidates is made as two, one behind the other, so that every part sees the
+prompt as it sees it without candidates; and parts are told what was taken back.
+"""
+
+from __future__ import annotations
+
+import inspect
+from copy import copy
+from functools import wraps
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attlas.attach.state import Attachment
+from attlas.errors import UserError
+from attlas.hf.caches import cache_in, cache_of
+
+#: Arguments of a model that hold something for each token of a call, along this axis.
+BY_TOKEN = {"input_ids": 1, "inputs_embeds": 1, "position_ids": -1, "cache_position": -1}
+#: What of assisted decoding runs the attached model in other ways than by its own calls.
+OTHER_WAYS = ("assistant_early_exit", "use_mtp")
+
+
+def watch(held: Attachment) -> list[Any]:
+    """Look at `generate` and at the base model's calls; to be done before any other hook."""
+    if held.plain:
+        return []
+    base: Any = held.model.base_model
+    names = [name for name in inspect.signature(base.forward).parameters if name != "self"]
+    ahead: list[Any] = []
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if module is not base:  # a copy that was made meanwhile
+            return None
+        arguments = dict(zip(names, args, strict=False)) | kwargs
+        cache = _own(cache_in(arguments, type(base))[1])
+        ahead.clear()
+        settle(held, cache)
+        count = _candidates(held, arguments, cache)
+        if not count:
+            return None
+        prompt, rest = _cut(arguments, count)
+        ahead.append(base(**prompt))
+        return (), rest
+
+    def after(module: nn.Module, _: Any, output: Any) -> Any:
+        if module is not base:
+            return None
+        cache = _own(cache_of(output))
+        if cache is not None:
+            held.read = cache, int(cache.get_seq_length())
+        return _joined(ahead.pop(), output) if ahead else None
+
+    return [
+        base.register_forward_pre_hook(before, with_kwargs=True).remove,
+        base.register_forward_hook(after).remove,
+        _around_generate(held),
+    ]
+
+
+def settle(held: Attachment, cache: Any = None) -> None:
+    """Tell every part which of the tokens that it saw were taken back since the last call.
+
+    Args:
+        held: the session.
+        cache: of the call that begins; None when none does.
+
+    Raises:
+        ValueError: a part that cannot take them back, by name.
+    """
+    if held.read is None:
+        return
+    known, seen = held.read
+    now = int(known.get_seq_length())
+    if cache is not None and cache is not known:
+        held.read = None  # another text
+    elif 0 < now < seen:
+        held.read = known, now
+        for part in held.parts:
+            part.take_back(now)
+
+
+def prompt_goes_on(held: Attachment, seen: int) -> bool:
+    """Whether more of the prompt comes behind the tokens seen."""
+    return held.chunked if held.prompt is None else seen < held.prompt
+
+
+def _around_generate(held: Attachment) -> Any:
+    """Put a look at its arguments around the model's `generate`, until it is undone."""
+    model: Any = held.model
+    if not hasattr(model, "generate"):
+        return lambda: None
+    own, original, kind = vars(model).get("generate"), model.generate, type(model)
+
+    @wraps(original)
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self is not held.model:  # a copy that was made meanwhile
+            return kind.generate(self, *args, **kwargs)
+        given = inspect.signature(kind.generate).bind_partial(self, *args, **kwargs).arguments
+        by_place = dict(zip(("inputs", "generation_config"), given.pop("args", ()), strict=False))
+        asked = given.pop("kwargs", {}) | by_place | given  # of a wrapper all is args and kwargs
+        config = _config(self, asked)
+        chunked = getattr(config, "prefill_chunk_size", None) is not None
+        held.assisted = _is_assisted(held, config, asked)
+        held.prompt = _prompt(held, asked) if chunked or held.assisted else None
+        try:
+            found = original(*args, **kwargs)
+        finally:
+            held.prompt, held.assisted = None, False
+        settle(held)
+        return found
+
+    # A method of the object, so that a copy of the model is given its own.
+    model.generate = MethodType(generate, model)
+
+    def undo() -> None:
+        if own is None:
+            del model.generate
+        else:
+            model.generate = own
+
+    return undo
+
+
+def _config(model: Any, asked: dict[str, Any]) -> Any:
+    """The configuration that generate will go by: the model's, what was given over it."""
+    config = copy(model.generation_config)
+    given = asked.get("generation_config")
+    for settings in ({} if given is None else vars(given), asked):
+        for name, value in settings.items():
+            if value is not None and hasattr(config, name):
+                setattr(config, name, value)
+    return config
+
+
+def _is_assisted(held: Attachment, config: Any, asked: dict[str, Any]) -> bool:
+    """Whether candidates are drafted and taken back.
+
+    Raises:
+        ValueError: and a part cannot go along, by name.
+    """
+    assistant = asked.get("assistant_model")
+    if config.get_generation_mode(assistant) != "assisted_generation":
+        return False
+    for name in OTHER_WAYS:
+        if getattr(config, name, None):
+            raise UserError(
+                f"attach cannot honour {name}: assisted decoding by the attached model itself runs it in "
+                "other ways than by its own calls; give an assistant_model or prompt_lookup_num_tokens"
+            )
+    if isinstance(assistant, nn.Module) and any(m in held.layers for m in assistant.modules()):
+        raise UserError(
+            "attach cannot honour assistant_model: it is the attached model itself; load it a second time"
+        )
+    for part in held.parts:
+        if not part.rewinds:
+            raise UserError(
+                f"{type(part).__name__} cannot take tokens back, which assisted decoding "
+                "(assistant_model, prompt_lookup_num_tokens) does with every candidate that was wrong; "
+                "generate without it"
+            )
+    return True
+
+
+def _prompt(held: Attachment, asked: dict[str, Any]) -> int | None:
+    """Tokens of the prompt, those included that a cache holds already; None where nothing tells.
+
+    Raises:
+        ValueError: assisted decoding of a whole text whose beginning a cache holds.
+    """
+    model: Any = held.model
+    if getattr(model.config, "is_encoder_decoder", False):
+        return None
+    given = [asked.get(name) for name in ("inputs_embeds", "inputs", "input_ids")]
+    tokens = next((t for t in given if isinstance(t, Tensor) and t.ndim > 1), None)
+    if tokens is None:
+        return None
+    cache = cache_in(asked, type(model))[1]
+    past = 0 if cache is None else int(_own(cache).get_seq_length())
+    # Behind a cache the whole text is given, or what is new alone.
+    mask = asked.get("attention_mask")
+    whole = max(tokens.shape[1], mask.shape[1] if isinstance(mask, Tensor) else 0)
+    if held.assisted and 0 < past < tokens.shape[1] == whole:
+        raise UserError(
+            f"the cache holds {past} of the {whole} tokens given, and Transformers' assisted decoding "
+            "would read them again behind it; give the new tokens alone, with the attention_mask of all"
+        )
+    return whole if whole > past else past + tokens.shape[1]
+
+
+def _candidates(held: Attachment, arguments: dict[str, Any], cache: Any) -> int:
+    """How many of a call's tokens are candidates behind a prompt that comes with them."""
+    if not held.assisted or held.prompt is None:
+        return 0
+    past = 0 if cache is None else int(cache.get_seq_length())
+    tokens = next(t for n in ("input_ids", "inputs_embeds") if (t := arguments.get(n)) is not None)
+    return max(0, past + tokens.shape[1] - held.prompt) if past < held.prompt else 0
+
+
+def _cut(arguments: dict[str, Any], count: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(the call without its last tokens, the call of these)."""
+    first, rest = dict(arguments), dict(arguments)
+    for name, axis in BY_TOKEN.items():
+        if isinstance(given := arguments.get(name), Tensor):
+            length = given.shape[axis] - count
+            first[name] = given.narrow(axis, 0, length)
+            rest[name] = given.narrow(axis, length, count)
+    mask = arguments.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        first["attention_mask"] = mask[:, : mask.shape[1] - count]
+    elif mask is not None:
+        raise UserError(
+            "assisted decoding beside attlas's parts takes a 2-D attention_mask, got one of "
+            + (f"{mask.ndim} dimensions" if isinstance(mask, Tensor) else type(mask).__name__)
+        )
+    return first, rest
+
+
+def _joined(first: Any, rest: Any) -> Any:
+    """What two calls gave, as one call would have given it."""
+    if isinstance(first, tuple):
+        return tuple(_both(a, b) for a, b in zip(first, rest, strict=True))
+    for name, value in rest.items():
+        rest[name] = _both(first.get(name), value)
+    return rest
+
+
+def _both(a: Any, b: Any) -> Any:
+    if isinstance(a, Tensor) and isinstance(b, Tensor) and a.ndim == 3:
+        return torch.cat([a, b], dim=1)
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return tuple(_both(x, y) for x, y in zip(a, b, strict=True))
+    return b
+
+
+def _own(cache: Any) -> Any:
+    """Of a decoder behind an encoder the cache of its own tokens."""
+    return getattr(cache, "self_attention_cache", cache)
