@@ -17,8 +17,9 @@ def original_positions_of(call: Call) -> Int[Tensor, "batch kv_heads keys"] | No
     layer = call.cache_layer
     if (told := getattr(layer, "original_positions", None)) is not None:
         columns: Tensor | None = told()
-        return columns
-    first = call.forward_pass.windows.get(call.layer, 0)
+        # Latents of all heads stand in one row.
+        return columns if columns is None else columns.expand(-1, call.k.shape[1], -1)
+    first = call.forward_pass.windows.get(call.source, 0)
     if not first:
         return None
     batch, heads, slots = call.k.shape[:3]

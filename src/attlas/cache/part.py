@@ -18,6 +18,7 @@ from attlas.attach.part import Part
 from attlas.catalog.kinds import CACHE, Kind
 from attlas.errors import UserError
 from attlas.hf.caches import DynamicLayer, fresh_layers, windows
+from attlas.hf.sources import caching
 from attlas.storage.body import Body
 from attlas.storage.layer import LayerState, StoredLayer, Taken
 from attlas.storage.rotary import Rotary
@@ -38,6 +39,8 @@ class CachePart(Part):
     joins: ClassVar[tuple[Role, ...]] = ()
     #: The part uses the model's rotary embedding.
     rotates = False
+    #: The part works on whatever a layer caches: also on latents of which the model makes keys.
+    latents = False
     #: The prompt's own attention is the model's.
     exact_prefill = True
     #: Options with which the part changes nothing, which the contract checks; None where there are none.
@@ -76,16 +79,31 @@ class CachePart(Part):
             super().check_beside(others)
 
     def check(self, model: nn.Module) -> None:
-        """Refuse models without full attention, or with a rotation that is not understood."""
+        """Refuse models without full attention, with caches or rotations that the part cannot use."""
         layers = self.fresh_layers(model)
-        full = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
+        full = [i for i, layer in enumerate(layers) if _is_full(layer)]
         if not full:
             raise UserError(
                 f"{type(self).__name__} works on full-attention layers; "
                 f"{type(model).__name__} has none with a growing cache"
             )
+        self._check_cached(model, full)
         if self.rotates:
             Rotary.of(model, full[0])
+
+    def _check_cached(self, model: nn.Module, full: list[int]) -> None:
+        """Refuse layers whose cache does not hold what attention reads."""
+        for number, (kind, module) in caching(model, full).items():
+            if kind == "loops":
+                why = "is run several times in a pass and fills several layers of the cache"
+            elif kind == "latents" and not self.latents:
+                why = "caches something else, of which it makes them in every call"
+            else:
+                continue
+            raise UserError(
+                f"{type(self).__name__} works on the keys and values that attention reads; layer "
+                f"{number} of {type(model).__name__} ({type(module).__name__}) {why}"
+            )
 
     @staticmethod
     def fresh_layers(model: Any) -> list[Any]:
@@ -96,7 +114,10 @@ class CachePart(Part):
         """An empty state for each full-attention layer among an empty cache's layers."""
         full = tuple(i for i, layer in enumerate(layers) if _is_full(layer))
         rotary = Rotary.of(model, full[0]) if self.rotates else None
-        return {i: LayerState(i, full, windows(layers), rotary) for i in full}
+        latent = {i for i, (kind, _) in caching(model, full).items() if kind == "latents"}
+        return {
+            i: LayerState(i, full, windows(layers), rotary, latent=i in latent) for i in full
+        }
 
     def cache_layers(self, layers: list[Any], model: nn.Module) -> list[Any]:
         """Stored layers in place of the full-attention ones; sliding windows stay."""

@@ -15,6 +15,7 @@ from attlas.errors import UserError
 from attlas.hf.caches import DynamicCache, DynamicLayer, with_cache
 from attlas.options import option
 from attlas.storage.layer import LayerState, StoredLayer
+from attlas.storage.plain import forked, forked_layer
 from attlas.storage.rows import Rows
 
 Method = CachePart | Sequence[CachePart]
@@ -105,7 +106,7 @@ class Prompt:
         """
         parts = parts_of(method)
         if not parts:
-            return _copies(self.cache)
+            return forked(self.cache)
         check_together(list(parts))
         fork = DynamicCache()
         learned = {part.name: self._watch.of(part) for part in parts}
@@ -119,7 +120,7 @@ class Prompt:
                     part.compress(layer, layer.learned[part.name], rows)
                 layer.compressed = True
             else:
-                layer = _copy(layer)
+                layer = forked_layer(layer)
             fork.layers.append(layer)
         return fork
 
@@ -136,7 +137,7 @@ class Prompt:
         mask, watch = self.attention_mask, self._watch.fork()
         if mask is not None:
             mask = torch.cat([mask, mask.new_ones(input_ids.shape)], dim=1)
-        cache = _copies(self.cache)
+        cache = forked(self.cache)
         logits = _read(model, input_ids, cache, watch, mask, None)
         return Prompt(cache, logits, mask, watch)
 
@@ -198,22 +199,6 @@ def _padded(mask: Tensor, start: int, stop: int) -> dict[str, Tensor]:
     """Mask and positions of a chunk, counted over valid tokens as generate() counts them."""
     positions = (mask.long().cumsum(dim=-1) - 1).clamp(min=0)
     return {"attention_mask": mask[:, :stop], "position_ids": positions[:, start:stop]}
-
-
-def _copies(cache: DynamicCache) -> DynamicCache:
-    """A cache that shares the tensors."""
-    other = DynamicCache()
-    other.layers = [_copy(layer) for layer in cache.layers]
-    return other
-
-
-def _copy(layer: DynamicLayer) -> DynamicLayer:
-    """A layer that shares the tensors: updates make new ones and leave these alone."""
-    if isinstance(layer, StoredLayer):
-        return layer.fork()
-    other = object.__new__(type(layer))
-    other.__dict__.update(layer.__dict__)
-    return other
 
 
 def _stored(layer: DynamicLayer, states: dict[str, LayerState]) -> StoredLayer:

@@ -143,7 +143,9 @@ def _layer_out(layer: DynamicLayer, prefix: str, tensors: dict[str, Tensor]) -> 
         tensors |= {f"{prefix}body.{name}.{part}": t for part, t in body.tensors.items()}
     learned = {}
     for name, state in layer.learned.items():
-        learned[name] = {"layer": state.layer, "scaling": state.scaling}
+        learned[name] = {
+            "layer": state.layer, "scaling": state.scaling, "latent": state.latent,
+        }  # fmt: skip
         tensors |= {f"{prefix}learned.{name}.{part}": t for part, t in state.tensors.items()}
     return {
         "stored": True, "keys": keys, "seen": layer.seen, "fixed": layer.fixed, "ragged": layer.ragged,
@@ -170,6 +172,7 @@ def _layer_in(told: dict[str, Any], prefix: str, tensors: dict[str, Tensor]) -> 
         for name, state in told["learned"].items():
             found = under(f"learned.{name}.")
             layer.learned[name] = LayerState(
-                state["layer"], (), scaling=state["scaling"], tensors=found
+                state["layer"], (), scaling=state["scaling"], latent=state.get("latent", False),
+                tensors=found,
             )
     return layer

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -20,6 +20,7 @@ class LayerState:
         windows: lengths of the model's sliding-window layers.
         rotary: how the model rotates, None when the part does not ask or it does not rotate.
         scaling: factor of q·k, known after the first call.
+        latent: the layer caches something of which the model makes keys and values.
         tensors: what was gathered from the calls, batch first. It is held with the cache: what is not
             needed once the prompt is over is taken out when the part compresses.
     """
@@ -29,13 +30,12 @@ class LayerState:
     windows: tuple[int, ...] = ()
     rotary: Rotary | None = None
     scaling: float = 1.0
+    latent: bool = False
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
     def fork(self) -> LayerState:
         """A copy that shares the tensors, which are never written to."""
-        return LayerState(
-            self.layer, self.full, self.windows, self.rotary, self.scaling, dict(self.tensors)
-        )
+        return replace(self, tensors=dict(self.tensors))
 
 
 @dataclass(frozen=True)
