@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from attlas import masks, ops
 from attlas.attach.blocks import weight_blocks
 from attlas.attach.call import Call
-from attlas.attach.reading import done_with, mask_of_last, refuse_strangers
+from attlas.attach.reading import (
+    done_with,
+    mask_of_chosen,
+    mask_of_last,
+    refuse_joined,
+    refuse_strangers,
+)
 from attlas.attach.scores import chained, changed_by, in_slots
 from attlas.attach.slots import boolean, both, in_original_positions, original_positions_of, shown
 from attlas.attach.state import ATTACHED, Attachment
@@ -31,6 +37,8 @@ REFUSED = {
     "max_length_q": "packed sequences of FlashAttention; give position_ids or an attention_mask",
     "max_length_k": "packed sequences of FlashAttention; give position_ids or an attention_mask",
     "kernel_options": "an option of FlexAttention; leave it out",
+    "block_indices": "blocks of keys that the model chose, which only its own kernels read",
+    "sinks": "sink logits of every query, which only the model's eager attention adds",
 }
 
 
@@ -61,7 +69,9 @@ def attention(
             raise UserError(f"attach cannot honour {name}: {why}")
     # A plain cache is passed on by some models of 5.24, which have filled it already.
     refuse_other("cache", kwargs.get("cache"))
+    refuse_joined(module, attention_mask)
     attention_mask = mask_of_last(held, module, query, key, attention_mask)
+    attention_mask = mask_of_chosen(kwargs.get("indices"), key, attention_mask)
     if held.direct and kwargs.get("softcap") is None and kwargs.get("s_aux") is None:
         return sdpa_attention_forward(  # type: ignore[no-any-return]
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs

@@ -25,6 +25,38 @@ def mask_of_last(
     return causal.tril(keys - queries)[None, None]
 
 
+def mask_of_chosen(chosen: Tensor | None, key: Tensor, mask: Tensor | None) -> Tensor | None:
+    """The mask of a layer whose model chose which keys each query reads.
+
+    Args:
+        chosen: their slots, [batch, queries, chosen], -1 for none.
+        key: whose third axis is the slots.
+        mask: the model's, booleans or numbers that are added.
+    """
+    if chosen is None:
+        return mask
+    slots = key.shape[2]
+    at = torch.where(chosen < 0, slots, chosen).long()
+    read = torch.zeros(*chosen.shape[:2], slots + 1, dtype=torch.bool, device=key.device)
+    read = read.scatter_(-1, at, True)[:, None, :, :slots]
+    if mask is None:
+        return read
+    return mask & read if mask.dtype == torch.bool else mask.masked_fill(~read, -torch.inf)
+
+
+def refuse_joined(module: nn.Module, mask: Tensor | None) -> None:
+    """Refuse layers that append numbers to the mask, which in a mask of booleans mean the opposite.
+
+    Raises:
+        ValueError: by the module's name.
+    """
+    if mask is not None and mask.dtype == torch.bool and getattr(module, "compressor", None):
+        raise UserError(
+            f"attach cannot honour the compressed keys of {type(module).__name__}: it joins numbers to "
+            "a mask of booleans, and hides what it means to show; use the model's eager attention"
+        )
+
+
 def done_with(held: Attachment, call: Call) -> Call | None:
     """The call whose cache layer is read no more in this pass, None where layers to come share it.
 

@@ -18,7 +18,7 @@ from attlas.attach.part import Part
 from attlas.catalog.kinds import CACHE, Kind
 from attlas.errors import UserError
 from attlas.hf.caches import DynamicLayer, fresh_layers, windows
-from attlas.hf.sources import caching
+from attlas.hf.sources import caching, own_cache
 from attlas.storage.body import Body
 from attlas.storage.layer import LayerState, StoredLayer, Taken
 from attlas.storage.rotary import Rotary
@@ -80,6 +80,11 @@ class CachePart(Part):
 
     def check(self, model: nn.Module) -> None:
         """Refuse models without full attention, with caches or rotations that the part cannot use."""
+        if (own := own_cache(model)) is not None:
+            raise UserError(
+                f"{type(self).__name__} works on a DynamicCache; {type(model).__name__} takes no "
+                f"cache but its own {own}"
+            )
         layers = self.fresh_layers(model)
         full = [i for i, layer in enumerate(layers) if _is_full(layer)]
         if not full:
@@ -94,8 +99,10 @@ class CachePart(Part):
     def _check_cached(self, model: nn.Module, full: list[int]) -> None:
         """Refuse layers whose cache does not hold what attention reads."""
         for number, (kind, module) in caching(model, full).items():
-            if kind == "loops":
+            if kind == "turns":
                 why = "is run several times in a pass and fills several layers of the cache"
+            elif kind == "parts":
+                why = "attends several times in a pass, each time to a part of what it caches"
             elif kind == "latents" and not self.latents:
                 why = "caches something else, of which it makes them in every call"
             else:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import sys
 import textwrap
 from collections.abc import Iterable
 from functools import cache
@@ -17,11 +18,11 @@ from typing import Any, Literal
 
 from torch import nn
 
-from attlas.hf.caches import DynamicLayer, fresh_layers
+from attlas.hf.caches import NAMES, Cache, DynamicLayer, fresh_layers
 
-#: What a layer's cache holds: keys and values as attention reads them, or something that these are made
-#: of; "loops" when one module fills several layers of the cache.
-Cached = Literal["keys", "latents", "loops"]
+#: What a layer's cache holds: keys and values as attention reads them; latents of which these are made;
+#: what several calls of attention read parts of; or, of a module that is run in loops, one of its turns.
+Cached = Literal["keys", "latents", "parts", "turns"]
 
 
 def layers_of(model: nn.Module) -> dict[int, list[nn.Module]]:
@@ -45,37 +46,48 @@ def _cached_by(forward: Any) -> Cached:
         tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
     except (OSError, TypeError, SyntaxError):
         return "keys"
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    # attention_interface(self, queries, keys, values, ...)
-    read = {
-        ast.unparse(argument)
-        for call in calls
-        if isinstance(call.func, ast.Name) and len(call.args) >= 4 and _is_self(call.args[0])
-        for argument in call.args[2:4]
-    }
-    # keys, values = cache.update(keys, values, layer_idx, ...)
-    filled = [
-        (node.targets[0], node.value)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Assign)
-        and isinstance(node.value, ast.Call)
-        and isinstance(node.value.func, ast.Attribute)
-        and node.value.func.attr == "update"
-        and len(node.value.args) >= 3
-        and not ast.unparse(node.value.func).startswith("cross_")
-        and ".cross_" not in ast.unparse(node.value.func)
-    ]
-    for names, call in filled:
-        if isinstance(call.args[2], ast.BinOp):
-            return "loops"
-        given = {ast.unparse(n) for n in names.elts} if isinstance(names, ast.Tuple) else set()
-        if read and given != read:
-            return "latents"
+    nodes = list(ast.walk(tree))
+    filled = [found for node in nodes if (found := _filling(node)) is not None]
+    reads = [found for node in nodes if (found := _reading(node)) is not None]
+    if not all(own for _, _, own in filled):
+        return "turns"
+    if filled and len({frozenset(names) for _, names in reads}) > 1:
+        return "parts"
+    for line, names, _ in filled:
+        for stop, read in reads:
+            if names != read or any(_remade(node, read, line, stop) for node in nodes):
+                return "latents"
     return "keys"
 
 
-def _is_self(argument: ast.expr) -> bool:
-    return isinstance(argument, ast.Name) and argument.id == "self"
+def _filling(node: ast.AST) -> tuple[int, set[str], bool] | None:
+    """(line, names, whether in the module's own layer) of `names = cache.update(..., layer, ...)`."""
+    if not (isinstance(node, ast.Assign) and isinstance(node.value, ast.Call)):
+        return None
+    call, names = node.value, node.targets[0]
+    if not (isinstance(call.func, ast.Attribute) and call.func.attr == "update"):
+        return None
+    if len(call.args) < 3 or not isinstance(names, ast.Tuple) or "cross" in ast.unparse(call.func):
+        return None
+    given = {ast.unparse(name) for name in names.elts}
+    return node.lineno, given, isinstance(call.args[2], ast.Attribute)
+
+
+def _reading(node: ast.AST) -> tuple[int, set[str]] | None:
+    """(line, names of keys and values) of `attention_interface(self, queries, keys, values, ...)`."""
+    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and len(node.args) >= 4):
+        return None
+    if not (isinstance(node.args[0], ast.Name) and node.args[0].id == "self"):
+        return None
+    return node.lineno, {ast.unparse(name) for name in node.args[2:4]}
+
+
+def _remade(node: ast.AST, names: set[str], after: int, before: int) -> bool:
+    """Whether a statement between two lines gives one of the names another value."""
+    if not isinstance(node, ast.Assign) or not after < node.lineno < before:
+        return False
+    given = [n for t in node.targets for n in (t.elts if isinstance(t, ast.Tuple) else [t])]
+    return bool(names & {ast.unparse(name) for name in given})
 
 
 def caching(model: nn.Module, layers: Iterable[int]) -> dict[int, tuple[Cached, nn.Module]]:
@@ -94,18 +106,21 @@ def layouts(model: Any) -> list[tuple[int, int]]:
 
     Layers say their own; where they do not, the model's configuration does.
     """
-    config = model.config.get_text_config(decoder=True)
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    told = (width, width)
-    if values := getattr(config, "v_head_dim", None):
-        told = (config.qk_nope_head_dim + config.qk_rope_head_dim, values)
-    known = layers_of(model)
-    found = []
+    known, found = layers_of(model), []
     for number, layer in enumerate(fresh_layers(model)):
         if type(layer) is DynamicLayer:
             own = (_layout(module) for module in known.get(number, ()))
-            found.append(next((layout for layout in own if layout is not None), told))
-    return found or [told]
+            layout = next((layout for layout in own if layout is not None), None)
+            found.append(_told(model) if layout is None else layout)
+    return found
+
+
+def _told(model: Any) -> tuple[int, int]:
+    config = model.config.get_text_config(decoder=True)
+    if values := getattr(config, "v_head_dim", None):
+        return (config.qk_nope_head_dim + config.qk_rope_head_dim, values)
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return (width, width)
 
 
 def _layout(module: Any) -> tuple[int, int] | None:
@@ -131,3 +146,16 @@ def shared_keys(model: nn.Module) -> dict[int, int]:
             elif getattr(module, "store_full_length_kv", False):
                 stored[kind] = number
     return found
+
+
+def own_cache(model: nn.Module) -> str | None:
+    """The kind of cache that a model makes itself and takes no other in place of; None for most."""
+    names = vars(sys.modules[type(model).__module__])
+    kinds = (kind for kind in names.values() if isinstance(kind, type) and issubclass(kind, Cache))
+    return next((k.__name__ for k in kinds if k.__module__ == type(model).__module__), None)
+
+
+def takes_cache(model: Any) -> bool:
+    """Whether a model is given the cache that it is to fill."""
+    known = inspect.signature(model.forward).parameters
+    return any(name in known for name in NAMES)

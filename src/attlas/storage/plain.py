@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from copy import copy, deepcopy
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from attlas.hf.caches import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
@@ -72,3 +73,31 @@ def release(layers: Iterable[Any], spare: int = 0) -> None:
             token = held.nbytes // max(1, held.shape[2])
             if held.untyped_storage().nbytes() > held.nbytes + spare * token:
                 setattr(layer, name, held.clone())
+
+
+def taken_apart(layer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, plain values) that make a layer again, by attribute, and by key in a dict of it."""
+    found: dict[str, Tensor] = {}
+    values: dict[str, Any] = {}
+    for name, held in vars(layer).items():
+        if name.startswith("_") or isinstance(held, (torch.device, torch.dtype)):
+            continue
+        parts = {name: held}
+        if isinstance(held, dict):
+            parts = {f"{name}.{key}": each for key, each in held.items()}
+        for path, part in parts.items():
+            (found if isinstance(part, Tensor) else values)[path] = part
+    return found, values
+
+
+def put_together(layer: Any, found: dict[str, Tensor], values: dict[str, Any]) -> Any:
+    """An empty layer of the same kind, filled with what `taken_apart` gave."""
+    for path, held in {**values, **found}.items():
+        name, _, key = path.partition(".")
+        if key:
+            getattr(layer, name)[int(key)] = held
+        else:
+            setattr(layer, name, held)
+    for tensor in found.values():
+        layer.device, layer.dtype = tensor.device, tensor.dtype
+    return layer
