@@ -208,7 +208,7 @@ def _read(
                 input_ids[:, start:stop], use_cache=True, logits_to_keep=1,
                 **with_cache(model, cache), **options,
             )  # fmt: skip
-            cache = cache if cache is not None else cache_of(output)  # type: ignore[assignment]
+            cache = cache if cache is not None else cache_of(output)
     assert cache is not None
     logits: Tensor = output.logits[:, -1]
     return logits, cache

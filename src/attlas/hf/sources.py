@@ -48,7 +48,7 @@ def _cached_by(forward: Any) -> Cached:
         return "keys"
     nodes = list(ast.walk(tree))
     filled = [found for node in nodes if (found := _filling(node)) is not None]
-    reads = [found for node in nodes if (found := _reading(node)) is not None]
+    reads = [told for node in nodes if (told := _reading(node)) is not None]
     if not all(own for _, _, own in filled):
         return "turns"
     if filled and len({frozenset(names) for _, names in reads}) > 1:
@@ -111,12 +111,35 @@ def layouts(model: Any) -> list[tuple[int, int]]:
         if type(layer) is DynamicLayer:
             own = (_layout(module) for module in known.get(number, ()))
             layout = next((layout for layout in own if layout is not None), None)
-            found.append(_told(model) if layout is None else layout)
+            found.append(_told(model, number) if layout is None else layout)
     return found
 
 
-def _told(model: Any) -> tuple[int, int]:
-    config = model.config.get_text_config(decoder=True)
+def cached_channels(model: Any) -> list[int]:
+    """Numbers that a token takes in each layer with a cache that grows, keys and values together."""
+    config, known = model.config.get_text_config(decoder=True), layers_of(model)
+    growing = [i for i, layer in enumerate(fresh_layers(model)) if type(layer) is DynamicLayer]
+    found = []
+    for number, layout in zip(growing, layouts(model), strict=True):
+        one = any(cached_by(type(module)) == "latents" for module in known.get(number, ()))
+        found.append(sum(layout) * (1 if one else kv_heads(config, number)))
+    return found
+
+
+def kv_heads(config: Any, layer: int) -> int:
+    """Key heads of a layer, of which another may have other numbers."""
+    own = layer_config(config, layer)
+    return getattr(own, "num_key_value_heads", None) or own.num_attention_heads  # type: ignore[no-any-return]
+
+
+def layer_config(config: Any, layer: int) -> Any:
+    """The configuration as it is for one layer."""
+    each = getattr(config, "per_layer_config", None)
+    return config if each is None else each[layer]
+
+
+def _told(model: Any, layer: int) -> tuple[int, int]:
+    config = layer_config(model.config.get_text_config(decoder=True), layer)
     if values := getattr(config, "v_head_dim", None):
         return (config.qk_nope_head_dim + config.qk_rope_head_dim, values)
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
