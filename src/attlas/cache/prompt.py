@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from attlas.attach import Call, Part, attach
 from attlas.cache.part import CachePart, check_together
 from attlas.errors import UserError
-from attlas.hf.caches import DynamicCache, DynamicLayer, cache_of, fresh_layers, with_cache
+from attlas.hf.caches import (
+    DUMMY_LAYERS,
+    DynamicCache,
+    DynamicLayer,
+    cache_of,
+    fresh_layers,
+    with_cache,
+)
 from attlas.hf.sources import own_cache, takes_cache
 from attlas.options import option
 from attlas.storage.layer import LayerState, StoredLayer
@@ -185,8 +192,11 @@ def prefill(
     own = own_cache(model) is not None
     cache = None if own else DynamicCache(config=config.get_text_config(decoder=True))
     logits, cache = _read(model, input_ids, cache, watch, attention_mask, chunk)
+    stateful = getattr(model, "_is_stateful", False) and not type(model).__module__.startswith("attlas")
     for number, layer in enumerate(cache.layers):
-        if hasattr(layer, "recurrent_states") and not any(True for _ in tensors(layer)):
+        # A layer of ours that lost its attention leaves nothing and remembers nothing.
+        states = stateful or hasattr(layer, "recurrent_states")
+        if states and type(layer) not in DUMMY_LAYERS and not any(True for _ in tensors(layer)):
             raise UserError(
                 f"a prompt of {type(model).__name__} cannot be forked: layer {number} leaves nothing "
                 "in the cache, and keeps what it remembers in its modules"
