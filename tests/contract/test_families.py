@@ -5,19 +5,27 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from transformers import DynamicCache
+from transformers.cache_utils import CacheLayerMixin
 
 from attlas.cache.rotations import look, rotation_of
 from attlas.contract import families
 from attlas.contract.families import FAMILIES, TRAITS, Family, distinct, find
 from attlas.errors import UnknownName
+from attlas.hf.caches import cache_of
+from attlas.hf.sources import shared_keys
 from attlas.storage.rotary import Rotation
 
 
 def rotations(model: Any) -> list[Rotation | None]:
-    """How the layers rotate."""
+    """How the layers that cache keys of their own rotate them."""
     look(model)
-    return [rotation_of(model, i, "a test") for i in range(model.config.num_hidden_layers)]
+    layers = DynamicCache(config=model.config).layers
+    borrowed = set(shared_keys(model))
+    keys = [i for i, x in enumerate(layers) if not hasattr(x, "recurrent_states") and i not in borrowed]
+    latent = getattr(model.config, "kv_lora_rank", None)
+    return [] if latent else [rotation_of(model, i, "a test") for i in keys]
 
 
 def traits_of(family: Family) -> set[str]:
@@ -27,8 +35,13 @@ def traits_of(family: Family) -> set[str]:
     frequencies = [b for name, b in model.named_buffers() if name.endswith("inv_freq")]
     width = config.hidden_size // config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
-    sliding = {bool(layer.is_sliding) for layer in DynamicCache(config=config).layers}
+    layers = DynamicCache(config=config).layers
+    keys = [layer for layer in layers if isinstance(layer, CacheLayerMixin)]
+    sliding = {bool(layer.is_sliding) for layer in keys}
     found = rotations(model)
+    with torch.no_grad():
+        cached = cache_of(model(torch.tensor([[3, 4, 5]]), use_cache=True)).layers
+    widths = {x.shape[-1] for layer in cached if (x := getattr(layer, "keys", None)) is not None}
     projections = ("k_proj.bias", "query_key_value.bias", "c_attn.bias")
     says = {
         "rotary": bool(frequencies),
@@ -44,6 +57,10 @@ def traits_of(family: Family) -> set[str]:
         "sinks": any("sinks" in name for name in weights),
         "key-norm": any("k_norm" in name for name in weights),
         "biases": any(name.endswith(projections) for name in weights),
+        "states": any(hasattr(layer, "recurrent_states") for layer in layers),
+        "latents": bool(getattr(config, "kv_lora_rank", None)) and config.kv_lora_rank in widths,
+        "shared-keys": bool(shared_keys(model)),
+        "layouts": len(widths) > 1,
     }
     assert set(says) == set(TRAITS)
     return {trait for trait, so in says.items() if so}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -56,6 +56,21 @@ class ForwardPass:
     def __getattr__(self, name: str) -> Any:
         return former.attribute(self, name)
 
+    def last(self, count: int) -> ForwardPass:
+        """This call as a layer sees it that is given its last tokens alone, as if they came later."""
+        if not 0 < count < self.length:
+            return self
+        skipped, positions, earlier = self.length - count, self.positions, self.earlier
+        if positions is not None:
+            before = positions[..., :skipped]
+            rows = () if earlier is None else (earlier.expand(*before.shape[:-1], -1),)
+            earlier, positions = torch.cat([*rows, before], dim=-1), positions[..., skipped:]
+        return replace(
+            self, offset=self.offset + skipped, length=count, positions=positions, earlier=earlier,
+            ids=None if self.ids is None else self.ids[:, skipped:],
+            shared=self.shared.setdefault(("last", count), {}),
+        )  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True)
 class Site:
@@ -86,6 +101,7 @@ class Call:
 
     Attributes:
         layer: index of the layer.
+        source: the layer whose keys it reads, itself unless layers share them.
         module: the model's attention module.
         q: queries, rotated where the model rotates them.
         k: keys in the cache, those of this call last; not repeated for grouped heads. Where the cache
@@ -117,6 +133,7 @@ class Call:
     scaling: float
     mask: Bool[Tensor, "batch mask_heads query keys"] | None
     forward_pass: ForwardPass
+    source: int = -1
     original_positions: Int[Tensor, "batch kv_heads keys"] | None = None
     cache_layer: Any = None
     held: bool = False

@@ -14,6 +14,7 @@ from attlas.attach.state import Attachment
 from attlas.errors import UserError
 from attlas.hf.caches import Cache, DynamicCache, cache_in, cache_of, fresh_layers
 from attlas.storage.layer import StoredLayer
+from attlas.storage.plain import release
 
 #: Names of what a model reads, and of what tells its padding: of a decoder behind an encoder, and else.
 TOKENS = {
@@ -72,6 +73,8 @@ def _end(held: Attachment, cache: Any) -> None:
     forward_pass, held.forward_pass = held.forward_pass, None
     if cache is not None:
         held.cache = _own(cache)
+        prompt = forward_pass is not None and forward_pass.length > 1
+        release(getattr(held.cache, "layers", ()), spare=0 if prompt else 1)
     if (
         forward_pass is not None
         and held.cache is not None

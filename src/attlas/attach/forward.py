@@ -12,6 +12,13 @@ from torch import Tensor, nn
 from attlas import masks, ops
 from attlas.attach.blocks import weight_blocks
 from attlas.attach.call import Call
+from attlas.attach.reading import (
+    done_with,
+    mask_of_chosen,
+    mask_of_last,
+    refuse_joined,
+    refuse_strangers,
+)
 from attlas.attach.scores import chained, changed_by, in_slots
 from attlas.attach.slots import boolean, both, in_original_positions, original_positions_of, shown
 from attlas.attach.state import ATTACHED, Attachment
@@ -30,6 +37,8 @@ REFUSED = {
     "max_length_q": "packed sequences of FlashAttention; give position_ids or an attention_mask",
     "max_length_k": "packed sequences of FlashAttention; give position_ids or an attention_mask",
     "kernel_options": "an option of FlexAttention; leave it out",
+    "block_indices": "blocks of keys that the model chose, which only its own kernels read",
+    "sinks": "sink logits of every query, which only the model's eager attention adds",
 }
 
 
@@ -60,6 +69,9 @@ def attention(
             raise UserError(f"attach cannot honour {name}: {why}")
     # A plain cache is passed on by some models of 5.24, which have filled it already.
     refuse_other("cache", kwargs.get("cache"))
+    refuse_joined(module, attention_mask)
+    attention_mask = mask_of_last(held, module, query, key, attention_mask)
+    attention_mask = mask_of_chosen(kwargs.get("indices"), key, attention_mask)
     if held.direct and kwargs.get("softcap") is None and kwargs.get("s_aux") is None:
         return sdpa_attention_forward(  # type: ignore[no-any-return]
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -124,8 +136,11 @@ def _call(
     if forward_pass is None:
         raise UserError("a part needs the model's own call: use model(...), not model.forward(...)")
     causal = kwargs.get("is_causal")
+    source = held.sources.get(layer, layer)
+    forward_pass = forward_pass.last(query.shape[2]) if source != layer else forward_pass
     call = Call(
         layer=layer,
+        source=source,
         module=module,
         q=query,
         k=key,
@@ -137,8 +152,9 @@ def _call(
         sinks=kwargs.get("s_aux"),
         kwargs=kwargs,
     )
-    if forward_pass.cache is not None and layer < len(forward_pass.cache.layers):
-        call.cache_layer = forward_pass.cache.layers[layer]
+    if forward_pass.cache is not None and source < len(forward_pass.cache.layers):
+        call.cache_layer = forward_pass.cache.layers[source]
+    refuse_strangers(call)
     call.score_mod = changed_by(call)
     call.held = features is None and _as_held(held, call)
     if not call.held:
@@ -169,6 +185,8 @@ def _as_held(held: Attachment, call: Call) -> bool:
     layer = call.cache_layer
     if not isinstance(layer, StoredLayer) or not (layer.managed and layer.compressed):
         return False
+    if layer.latent:
+        return False  # the model makes keys of what the cache holds
     few = call.q.shape[2] * call.groups <= ROWS
     return few and call.is_causal and call.score_mod is None and not held.wants_keys(call.layer)
 
@@ -176,12 +194,15 @@ def _as_held(held: Attachment, call: Call) -> bool:
 def _with_keys(call: Call, mask: Tensor | None) -> None:
     """All keys that the cache holds, in slots, and which of them each query may attend to."""
     layer = call.cache_layer
-    if isinstance(layer, StoredLayer) and layer.managed and layer.compressed:
+    compressed = isinstance(layer, StoredLayer) and layer.managed and layer.compressed
+    if compressed and not layer.latent:
         call.k, call.v, call.original_positions = layer.read()
         layer.read_bytes = layer.nbytes
         call.score_mod = chained(call.score_mod, _weights_of_slots(call, layer))
     else:
         call.original_positions = original_positions_of(call)
+        if compressed:
+            layer.read_bytes = layer.nbytes
     call.mask = call.model_mask = in_original_positions(call, boolean(mask))
 
 
@@ -270,11 +291,15 @@ def _look(held: Attachment, call: Call, recorded: bool) -> None:
             for weights, queries, keys in weight_blocks(call, heads=some):
                 for recorder in recorders:
                     show(recorder, call, weights, queries, keys, some)
+    done = done_with(held, call)
     for part in held.with_hook("observe", call.layer):
+        shown = call if part not in held.keepers else done
+        if shown is None:
+            continue
         with torch.set_grad_enabled(part.wants_gradients and torch.is_grad_enabled()):
-            part.observe(call)
-    if isinstance(call.cache_layer, StoredLayer) and not call.forward_pass.chunked:
-        call.cache_layer.compressed = True
+            part.observe(shown)
+    if done is not None and isinstance(done.cache_layer, StoredLayer) and not done.forward_pass.chunked:
+        done.cache_layer.compressed = True
 
 
 def show(

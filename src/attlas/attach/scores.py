@@ -15,13 +15,15 @@ def changed_by(call: Call) -> ScoreMod | None:
     softcap: Any = call.kwargs.get("softcap")
     bias: Any = call.kwargs.get("position_bias")
     first = call.forward_pass.offset
+    # The bias of a window is that of its slots.
+    start = call.forward_pass.windows.get(call.source, 0)
 
     def cap(s: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         capped: Tensor = (s / softcap).tanh() * softcap
         return capped
 
     def add_bias(s: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        changed: Tensor = s + bias[b * (bias.shape[0] > 1), h, q - first, k]
+        changed: Tensor = s + bias[b * (bias.shape[0] > 1), h, q - first, k - start]
         return changed
 
     mod = call.kwargs.get("score_mod")  # of a layer of ours

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from types import TracebackType
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from attlas.attach import generating, wiring
 from attlas.attach.part import Part, Recorder
@@ -14,6 +14,7 @@ from attlas.attach.state import Attachment
 from attlas.catalog import registry
 from attlas.errors import UserError
 from attlas.storage.layer import StoredLayer
+from attlas.storage.plain import memory, tensors
 
 
 def attach(
@@ -111,7 +112,7 @@ class Session(Attachment):
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of keys, values and slot indices that the cache of the last call holds."""
+        """Bytes of memory that the cache of the last call keeps: keys, values, slot indices, states."""
         return 0 if self.cache is None else cache_bytes(self.cache)
 
     @property
@@ -121,16 +122,15 @@ class Session(Attachment):
 
 
 def cache_bytes(cache: Any) -> int:
-    """Bytes of keys, values, slot indices and remembered states that a cache holds."""
-    return sum(layer_bytes(layer) for layer in cache.layers)
+    """Bytes of memory that a cache keeps: keys, values, slot indices, states of recurrences."""
+    stored = [layer for layer in cache.layers if isinstance(layer, StoredLayer)]
+    plain = [layer for layer in cache.layers if not isinstance(layer, StoredLayer)]
+    return sum(layer.nbytes for layer in stored) + memory(tensors(plain))
 
 
 def layer_bytes(layer: Any) -> int:
-    """Bytes that one layer of a cache holds."""
-    if isinstance(layer, StoredLayer):
-        return layer.nbytes
-    held = [getattr(layer, name, None) for name in ("keys", "values")]
-    return sum(t.nbytes for t in held if isinstance(t, Tensor))
+    """Bytes of memory that one layer of a cache keeps."""
+    return layer.nbytes if isinstance(layer, StoredLayer) else memory(tensors(layer))
 
 
 def bytes_read(cache: Any) -> int:

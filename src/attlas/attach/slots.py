@@ -17,8 +17,11 @@ def original_positions_of(call: Call) -> Int[Tensor, "batch kv_heads keys"] | No
     layer = call.cache_layer
     if (told := getattr(layer, "original_positions", None)) is not None:
         columns: Tensor | None = told()
-        return columns
-    first = call.forward_pass.windows.get(call.layer, 0)
+        if columns is None or columns.shape[1] == call.k.shape[1]:
+            return columns
+        # Keys that the model made of what is cached: no part has dropped other tokens in one head.
+        return columns[:, :1].expand(-1, call.k.shape[1], -1)
+    first = call.forward_pass.windows.get(call.source, 0)
     if not first:
         return None
     batch, heads, slots = call.k.shape[:3]

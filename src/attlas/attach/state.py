@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from attlas.attach.call import ForwardPass
 from attlas.attach.part import Part, Recorder
+from attlas.hf.sources import shared_keys
 
 #: The attachment of each attention module of the models attached now.
 ATTACHED: dict[nn.Module, Attachment] = {}
@@ -25,6 +26,8 @@ class Attachment:
         model: what was attached to.
         parts: in the order given, recorders last.
         layers: the layer that each module of the model belongs to.
+        sources: of each layer without keys of its own, the layer whose keys it reads.
+        last_readers: of each layer whose keys others read, the last of these.
         cache: the Transformers cache of the model's last call.
         forward_pass: the forward call under way.
         prompt: tokens of the prompt of a `generate` under way, where that is known.
@@ -36,6 +39,8 @@ class Attachment:
     def __init__(self, model: nn.Module, parts: Iterable[Part], chunked: bool) -> None:
         self.model, self.parts, self.chunked = model, tuple(parts), chunked
         self.layers: dict[nn.Module, int] = {}
+        self.sources = shared_keys(model)
+        self.last_readers = {source: reader for reader, source in sorted(self.sources.items())}
         self.cache: Any = None
         self.forward_pass: ForwardPass | None = None
         self.prompt: int | None = None

@@ -35,6 +35,7 @@ from attlas.attach.call import Call
 from attlas.attach.part import Part
 from attlas.calibration.statistics import Calibration
 from attlas.errors import UserError
+from attlas.hf.sources import kv_heads
 from attlas.masks import Mask
 from attlas.options import option
 from attlas.positions import ScoreMod
@@ -154,7 +155,7 @@ def fit_gates(
     if shortest < SHORTEST:
         raise UserError(f"gates take passages of at least {SHORTEST} tokens, got {shortest}")
     config = model.config.get_text_config(decoder=True)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    heads = kv_heads(config, min(layers))
     key = _key(texts, steps)
     fit = _resumed(partial, key, model) or Fit.begun(config.num_hidden_layers, heads)
     words = torch.cat([text.flatten() for text in texts]).unique().tolist()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from einops import rearrange
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from attlas import ops
 from attlas.cache.quantizer import Quantizer, offered
+from attlas.hf.sources import layouts
 from attlas.ops.quantize import check
 from attlas.options import option
 from attlas.storage.body import Body
@@ -104,12 +104,8 @@ class MixedQuantizer(Quantizer):
 
 
 def widths(model: nn.Module) -> tuple[int, ...]:
-    """Channels of a key head and of a value head, as the model's configuration tells them."""
-    config: Any = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if latent := getattr(config, "v_head_dim", None):
-        return (config.qk_nope_head_dim + config.qk_rope_head_dim, latent)
-    return (width, width)
+    """Channels of what the layers cache, each number that occurs once."""
+    return tuple(dict.fromkeys(width for layout in layouts(model) for width in layout))
 
 
 def attention_paid(

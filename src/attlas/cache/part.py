@@ -20,6 +20,7 @@ from attlas.cache.rotations import look, rotation_of
 from attlas.catalog.kinds import CACHE, Kind
 from attlas.errors import UserError
 from attlas.hf.caches import DynamicLayer, fresh_layers, windows
+from attlas.hf.sources import caching, own_cache
 from attlas.storage.body import Body
 from attlas.storage.layer import LayerState, StoredLayer, Taken
 from attlas.storage.rows import Rows
@@ -41,6 +42,8 @@ class CachePart(Part):
     rotates = False
     #: It needs one rotation for the whole context: what it un-rotates stays for later calls.
     one_rotation = False
+    #: The part works on whatever a layer caches: also on latents of which the model makes keys.
+    latents = False
     #: The prompt's own attention is the model's.
     exact_prefill = True
     #: Options with which the part changes nothing, which the contract checks; None where there are none.
@@ -104,17 +107,39 @@ class CachePart(Part):
             super().check_beside(others)
 
     def check(self, model: nn.Module) -> None:
-        """Refuse models without full attention, or with a rotation that is not understood."""
+        """Refuse models without full attention, with caches or rotations that the part cannot use."""
+        if (own := own_cache(model)) is not None:
+            raise UserError(
+                f"{type(self).__name__} works on a DynamicCache; {type(model).__name__} takes no "
+                f"cache but its own {own}"
+            )
         layers = self.fresh_layers(model)
-        full = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
+        full = [i for i, layer in enumerate(layers) if _is_full(layer)]
         if not full:
             raise UserError(
                 f"{type(self).__name__} works on full-attention layers; "
                 f"{type(model).__name__} has none with a growing cache"
             )
+        self._check_cached(model, full)
         if self.rotates:
             look(model)
             self.states(layers, model)
+
+    def _check_cached(self, model: nn.Module, full: list[int]) -> None:
+        """Refuse layers whose cache does not hold what attention reads."""
+        for number, (kind, module) in caching(model, full).items():
+            if kind == "turns":
+                why = "is run several times in a pass and fills several layers of the cache"
+            elif kind == "parts":
+                why = "attends several times in a pass, each time to a part of what it caches"
+            elif kind == "latents" and not self.latents:
+                why = "caches something else, of which it makes them in every call"
+            else:
+                continue
+            raise UserError(
+                f"{type(self).__name__} works on the keys and values that attention reads; layer "
+                f"{number} of {type(model).__name__} ({type(module).__name__}) {why}"
+            )
 
     @staticmethod
     def fresh_layers(model: Any) -> list[Any]:
@@ -124,7 +149,8 @@ class CachePart(Part):
     def states(self, layers: list[Any], model: nn.Module) -> dict[int, LayerState]:
         """An empty state for each full-attention layer among an empty cache's layers."""
         full = tuple(i for i, layer in enumerate(layers) if _is_full(layer))
-        states = {i: LayerState(i, full, windows(layers)) for i in full}
+        latent = {i for i, (kind, _) in caching(model, full).items() if kind == "latents"}
+        states = {i: LayerState(i, full, windows(layers), latent=i in latent) for i in full}
         for number, state in states.items() if self.rotates else ():
             state.rotation = rotation_of(
                 model, number, type(self).__name__, one=self.one_rotation

@@ -13,9 +13,18 @@ from attlas.attach import Call, Part, attach
 from attlas.attach.call import Site
 from attlas.cache.part import CachePart, check_together
 from attlas.errors import UserError
-from attlas.hf.caches import DynamicCache, DynamicLayer, with_cache
+from attlas.hf.caches import (
+    DUMMY_LAYERS,
+    DynamicCache,
+    DynamicLayer,
+    cache_of,
+    fresh_layers,
+    with_cache,
+)
+from attlas.hf.sources import own_cache, takes_cache
 from attlas.options import option
 from attlas.storage.layer import LayerState, StoredLayer
+from attlas.storage.plain import forked, forked_layer, tensors
 from attlas.storage.rows import Rows
 
 Method = CachePart | Sequence[CachePart]
@@ -113,7 +122,7 @@ class Prompt:
         """
         parts = parts_of(method)
         if not parts:
-            return _copies(self.cache)
+            return forked(self.cache)
         check_together(list(parts))
         fork = DynamicCache()
         learned = {part.name: self._watch.of(part) for part in parts}
@@ -127,7 +136,7 @@ class Prompt:
                     part.compress(layer, layer.learned[part.name], rows)
                 layer.compressed = True
             else:
-                layer = _copy(layer)
+                layer = forked_layer(layer)
             fork.layers.append(layer)
         return fork
 
@@ -144,8 +153,8 @@ class Prompt:
         mask, watch = self.attention_mask, self._watch.fork()
         if mask is not None:
             mask = torch.cat([mask, mask.new_ones(input_ids.shape)], dim=1)
-        cache = _copies(self.cache)
-        logits = _read(model, input_ids, cache, watch, mask, None)
+        cache = forked(self.cache)
+        logits, cache = _read(model, input_ids, cache, watch, mask, None)
         return Prompt(cache, logits, mask, watch)
 
 
@@ -176,52 +185,57 @@ def prefill(
         raise UserError("input_ids holds no token")
     if attention_mask is not None and not attention_mask[:, -1].all():
         raise UserError("attention_mask must pad on the left, so that every row ends with a token")
+    if not takes_cache(model) or getattr(model.config, "is_encoder_decoder", False):
+        raise UserError(
+            f"a prompt of {type(model).__name__} cannot be forked: what it remembers of a text is in "
+            "its modules, or behind an encoder, and not in a cache that it is given"
+        )
     every = [part for method in methods for part in parts_of(method)]
     watch = _Watch(list({id(part): part for part in every}.values()))
+    for part in watch.parts:
+        part.check(model)
+    watch.prepare(fresh_layers(model) if watch.parts else [], model)
     config: Any = model.config
-    cache = DynamicCache(config=config.get_text_config(decoder=True))
-    watch.prepare(cache.layers, model)
-    logits = _read(model, input_ids, cache, watch, attention_mask, chunk)
+    # A model with a cache of its own makes it.
+    own = own_cache(model) is not None
+    cache = None if own else DynamicCache(config=config.get_text_config(decoder=True))
+    logits, cache = _read(model, input_ids, cache, watch, attention_mask, chunk)
+    stateful = getattr(model, "_is_stateful", False) and not type(model).__module__.startswith("attlas")
+    for number, layer in enumerate(cache.layers):
+        # A layer of ours that lost its attention leaves nothing and remembers nothing.
+        states = stateful or hasattr(layer, "recurrent_states")
+        if states and type(layer) not in DUMMY_LAYERS and not any(True for _ in tensors(layer)):
+            raise UserError(
+                f"a prompt of {type(model).__name__} cannot be forked: layer {number} leaves nothing "
+                "in the cache, and keeps what it remembers in its modules"
+            )
     return Prompt(cache, logits, attention_mask, watch)
 
 
 def _read(
-    model: nn.Module, input_ids: Tensor, cache: DynamicCache, watch: _Watch, mask: Tensor | None,
-    chunk: int | None,
-) -> Tensor:  # fmt: skip
-    """Next-token logits; extends the cache and updates every part's statistics."""
-    seen, tokens = int(cache.get_seq_length()), input_ids.shape[1]
+    model: nn.Module, input_ids: Tensor, cache: DynamicCache | None, watch: _Watch,
+    mask: Tensor | None, chunk: int | None,
+) -> tuple[Tensor, DynamicCache]:  # fmt: skip
+    """(next-token logits, the cache extended); updates every part's statistics."""
+    seen, tokens = 0 if cache is None else int(cache.get_seq_length()), input_ids.shape[1]
     with attach(model, *([watch] if watch.parts else [])):
         for start in range(0, tokens, chunk or tokens):
             stop = min(start + (chunk or tokens), tokens)
             options = {} if mask is None else _padded(mask, seen + start, seen + stop)
-            logits: Tensor = model(
+            output: Any = model(
                 input_ids[:, start:stop], use_cache=True, logits_to_keep=1,
                 **with_cache(model, cache), **options,
-            ).logits[:, -1]  # fmt: skip
-    return logits
+            )  # fmt: skip
+            cache = cache if cache is not None else cache_of(output)
+    assert cache is not None
+    logits: Tensor = output.logits[:, -1]
+    return logits, cache
 
 
 def _padded(mask: Tensor, start: int, stop: int) -> dict[str, Tensor]:
     """Mask and positions of a chunk, counted over valid tokens as generate() counts them."""
     positions = (mask.long().cumsum(dim=-1) - 1).clamp(min=0)
     return {"attention_mask": mask[:, :stop], "position_ids": positions[:, start:stop]}
-
-
-def _copies(cache: DynamicCache) -> DynamicCache:
-    """A cache that shares the tensors."""
-    other = DynamicCache()
-    other.layers = [_copy(layer) for layer in cache.layers]
-    return other
-
-
-def _copy(layer: DynamicLayer) -> DynamicLayer:
-    """A layer that shares the tensors: updates make new ones and leave these alone."""
-    if isinstance(layer, StoredLayer):
-        return layer.fork()
-    other = object.__new__(type(layer))
-    other.__dict__.update(layer.__dict__)
-    return other
 
 
 def _stored(layer: DynamicLayer, states: dict[str, LayerState]) -> StoredLayer:

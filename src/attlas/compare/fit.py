@@ -12,6 +12,7 @@ from attlas.compare.grid import Grid
 from attlas.compare.methods import Method
 from attlas.compare.shared import attached
 from attlas.errors import UserError
+from attlas.hf.sources import cached_channels, kv_heads
 from attlas.storage.layer import INDEX_BYTES
 
 
@@ -51,13 +52,12 @@ def check_budget(method: Method, part: CachePolicy, model: Any, length: int) -> 
     Raises:
         UserError: naming the method, its budget and the length.
     """
-    config = model.config.get_text_config(decoder=True)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    slot = 2 * heads * width * model.dtype.itemsize
     layers = part.states(part.fresh_layers(model), model)
+    heads = kv_heads(model.config.get_text_config(decoder=True), min(layers))
+    channels = cached_channels(model)
     budget = part.budget
-    whole = slot * length * len(layers)
+    whole = sum(channels) * length * model.dtype.itemsize
+    slot = whole // (length * len(layers))
     if (budget.tokens or 0) > length or (budget.bytes or 0) > whole:
         raise UserError(
             f"method {method.label}: the budget {budget} is larger than a context of {length} "

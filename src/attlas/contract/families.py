@@ -32,6 +32,10 @@ TRAITS = {
     "sinks": "logits of no key join each softmax",
     "key-norm": "keys are normalised before they are rotated",
     "biases": "projections add a bias",
+    "states": "some layers keep states that they write into, in place of keys",
+    "latents": "what is cached is no key; keys are made of it in every call",
+    "shared-keys": "some layers have no keys and read those of others",
+    "layouts": "heads are wider in some layers than in others",
 }
 
 #: Sizes of the small models; those of heads are 16 wide.
@@ -52,7 +56,7 @@ class Family:
         traits: of `TRAITS`.
         options: of its configuration, under sizes that are asked for.
         renamed: sizes that its configuration calls otherwise, and None for those that it does not have.
-        alternates: whether layers are named as sliding and full in turn.
+        alternates: types of layers that are named in turn; none where they are not named.
     """
 
     name: str
@@ -60,7 +64,7 @@ class Family:
     traits: frozenset[str]
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     renamed: Mapping[str, str | None] = field(default_factory=dict, hash=False)
-    alternates: bool = False
+    alternates: tuple[str, ...] = ()
 
     def config(self, **sizes: Any) -> Any:
         """A configuration of small size, or of the sizes given."""
@@ -73,8 +77,8 @@ class Family:
             if name is not None:
                 named[name] = value
         if self.alternates:
-            turns = ("sliding_attention", "full_attention")
-            named["layer_types"] = [turns[i % 2] for i in range(given["num_hidden_layers"])]
+            turns, count = self.alternates, given["num_hidden_layers"]
+            named["layer_types"] = [turns[i % len(turns)] for i in range(count)]
         return config_class(self.config_class)(**named)
 
     @property
@@ -112,6 +116,10 @@ def _family(name: str, config_class: str, traits: str, **more: Any) -> Family:
 
 _WIDE = {"head_dim": 16}
 _MIXED = {**_WIDE, "sliding_window": 8}
+_TURNS = ("sliding_attention", "full_attention")
+_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_SHARED = {**_MIXED, "vocab_size_per_layer_input": 97, "hidden_size_per_layer_input": 8,
+           "num_kv_shared_layers": 2}  # fmt: skip
 
 #: Every family; of those alike in what matters to a test, the first is taken.
 FAMILIES: tuple[Family, ...] = (
@@ -122,17 +130,17 @@ FAMILIES: tuple[Family, ...] = (
             options={**_WIDE, "sliding_window": None}),
     _family("mistral-window", "MistralConfig", "rotary grouped windows", options=_MIXED),
     _family("gemma3", "Gemma3TextConfig", "rotary grouped full windows key-norm",
-            options={**_MIXED, "query_pre_attn_scalar": 16}, alternates=True),
+            options={**_MIXED, "query_pre_attn_scalar": 16}, alternates=_TURNS),
     _family("gemma2", "Gemma2Config", "rotary grouped full windows soft-caps",
             options={**_MIXED, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 1.0}),
     _family("gpt-oss", "GptOssConfig", "rotary grouped full windows sinks biases",
-            options={**_MIXED, "num_local_experts": 2, "num_experts_per_tok": 1}, alternates=True),
+            options={**_MIXED, "num_local_experts": 2, "num_experts_per_tok": 1}, alternates=_TURNS),
     _family("gpt-neox", "GPTNeoXConfig", "rotary partial-rotary full biases",
             options={"rotary_pct": 0.5}, renamed={"num_key_value_heads": None}),
     _family("smollm3", "SmolLM3Config", "rotary some-rotary grouped full",
             options={"no_rope_layers": [1, 0, 1, 0]}),
     _family("cohere2", "Cohere2Config", "rotary some-rotary paired-rotary grouped full windows",
-            options=_MIXED, alternates=True),
+            options=_MIXED, alternates=_TURNS),
     _family("glm", "GlmConfig", "rotary partial-rotary paired-rotary grouped full biases",
             options={**_WIDE, "partial_rotary_factor": 0.5}),
     _family("phi3-long", "Phi3Config", "rotary varying-rotary grouped full", options={
@@ -150,6 +158,24 @@ FAMILIES: tuple[Family, ...] = (
         "max_position_embeddings": "n_positions", "intermediate_size": None,
         "num_key_value_heads": None,
     }),
+    _family("qwen3-next", "Qwen3NextConfig", "rotary partial-rotary grouped full key-norm states",
+            options={**_WIDE, **_EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 16,
+                     "linear_num_value_heads": 2, "linear_num_key_heads": 2,
+                     "linear_key_head_dim": 8, "linear_value_head_dim": 8},
+            alternates=("linear_attention", "full_attention")),
+    _family("jamba", "JambaConfig", "grouped full states",
+            options={"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2,
+                     "num_experts_per_tok": 1, "mamba_d_state": 4}),
+    _family("deepseek-v3", "DeepseekV3Config", "rotary partial-rotary full latents",
+            options={**_EXPERTS, "num_key_value_heads": 4, "kv_lora_rank": 32, "q_lora_rank": 16,
+                     "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16,
+                     "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1,
+                     "n_group": 1, "topk_group": 1}),
+    _family("gemma3n", "Gemma3nTextConfig", "rotary grouped full windows key-norm shared-keys",
+            options={**_SHARED, "laurel_rank": 4}, alternates=_TURNS),
+    _family("gemma4", "Gemma4TextConfig",
+            "rotary grouped full windows key-norm shared-keys layouts",
+            options={**_SHARED, "global_head_dim": 32}, alternates=_TURNS),
 )  # fmt: skip
 
 

@@ -12,12 +12,16 @@ from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
+from transformers import cache_utils
 from transformers.cache_utils import (
     Cache,
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     EncoderDecoderCache,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionLayer,
     StaticCache,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -25,6 +29,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from attlas.errors import UserError
 
 __all__ = [
+    "DUMMY_LAYERS",
     "NAME",
     "NAMES",
     "Cache",
@@ -32,6 +37,9 @@ __all__ = [
     "DynamicLayer",
     "DynamicSlidingWindowLayer",
     "EncoderDecoderCache",
+    "LinearAttentionAndFullAttentionLayer",
+    "LinearAttentionAndSlidingWindowAttentionLayer",
+    "LinearAttentionLayer",
     "StaticCache",
     "argument",
     "cache_in",
@@ -44,6 +52,10 @@ __all__ = [
     "with_cache",
 ]
 
+#: The layer that holds nothing, where the installed version has one (5.20 does not).
+DUMMY_LAYERS: tuple[type, ...] = tuple(
+    kind for name in ("DummyLayer",) if (kind := getattr(cache_utils, name, None)) is not None
+)
 #: Names of the cache, the newer first.
 NAMES = ("cache", "past_key_values")
 #: What the installed version calls the cache.

@@ -17,11 +17,29 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from attlas.errors import UserError
-from attlas.hf.caches import DynamicCache, DynamicLayer, filled
+from attlas.hf.caches import (
+    DUMMY_LAYERS,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionLayer,
+    filled,
+    fresh_layers,
+)
 from attlas.storage.body import KINDS
 from attlas.storage.layer import LayerState, StoredLayer
+from attlas.storage.plain import put_together, taken_apart
+from attlas.storage.plain import tensors as held
 
 FORMAT = "attlas-cache-1"
+#: Kinds of Transformers' layers that a file holds.
+STORABLE = (
+    DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer,
+    LinearAttentionAndFullAttentionLayer, LinearAttentionAndSlidingWindowAttentionLayer,
+    *DUMMY_LAYERS,
+)  # fmt: skip
 
 
 def save_cache(cache: DynamicCache, path: str | Path, model: nn.Module) -> None:
@@ -33,10 +51,10 @@ def save_cache(cache: DynamicCache, path: str | Path, model: nn.Module) -> None:
     tensors: dict[str, Tensor] = {}
     layers = []
     for number, layer in enumerate(cache.layers):
-        if type(layer) not in (DynamicLayer, StoredLayer):
+        if not isinstance(layer, StoredLayer) and type(layer) not in STORABLE:
             raise UserError(
-                f"layer {number} is a {type(layer).__name__}, which cannot be stored; caches of "
-                "full-attention layers can"
+                f"layer {number} is a {type(layer).__name__}, which cannot be stored; "
+                f"{', '.join(kind.__name__ for kind in STORABLE)} can"
             )
         layers.append(_layer_out(layer, f"{number}.", tensors))
     about = {"format": FORMAT, "model": fingerprint(model), "dtype": _name(_dtype(cache)),
@@ -71,8 +89,12 @@ def load_cache(path: str | Path, model: nn.Module, *, tokens: int | None = None)
             _check(path, about, model, tokens)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         cache = DynamicCache()
+        fresh = fresh_layers(model)
         cache.layers = [
-            _layer_in(told, f"{number}.", tensors) for number, told in enumerate(about["layers"])
+            _plain_in(told, f"{number}.", tensors, fresh, number)
+            if "kind" in told
+            else _layer_in(told, f"{number}.", tensors)
+            for number, told in enumerate(about["layers"])
         ]
     except FileNotFoundError:
         raise UserError(f"there is no stored cache at {path}") from None
@@ -116,11 +138,12 @@ def fingerprint(model: Any) -> dict[str, Any]:
 
 
 def _dtype(cache: DynamicCache) -> torch.dtype:
-    for layer in cache.layers:
-        held = [layer.keys, *getattr(layer, "states", {}).values()]
-        for tensor in held:
-            if isinstance(tensor, Tensor) and tensor.is_floating_point():
-                return tensor.dtype
+    """That of the first keys; states, which may be held in another, tell it where there are none."""
+    keys = [getattr(layer, "keys", None) for layer in cache.layers]
+    states = [x for layer in cache.layers for x in getattr(layer, "states", {}).values()]
+    for tensor in (*keys, *states, *held(cache.layers)):
+        if isinstance(tensor, Tensor) and tensor.is_floating_point():
+            return tensor.dtype
     raise UserError("the cache is empty; there is nothing to store")
 
 
@@ -128,7 +151,11 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _layer_out(layer: DynamicLayer, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+def _layer_out(layer: Any, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    if type(layer) not in (DynamicLayer, StoredLayer):
+        found, values = taken_apart(layer)
+        tensors |= {f"{prefix}plain.{path}": tensor for path, tensor in found.items()}
+        return {"kind": type(layer).__name__, "values": values}
     keys = isinstance(layer.keys, Tensor)
     if keys:
         tensors |= {f"{prefix}keys": layer.keys, f"{prefix}values": layer.values}
@@ -143,12 +170,25 @@ def _layer_out(layer: DynamicLayer, prefix: str, tensors: dict[str, Tensor]) -> 
         tensors |= {f"{prefix}body.{name}.{part}": t for part, t in body.tensors.items()}
     learned = {}
     for name, state in layer.learned.items():
-        learned[name] = {"layer": state.layer, "scaling": state.scaling}
+        learned[name] = {
+            "layer": state.layer, "scaling": state.scaling, "latent": state.latent,
+        }  # fmt: skip
         tensors |= {f"{prefix}learned.{name}.{part}": t for part, t in state.tensors.items()}
     return {
         "stored": True, "keys": keys, "seen": layer.seen, "fixed": layer.fixed, "ragged": layer.ragged,
         "compressed": layer.compressed, "bodies": bodies, "learned": learned,
     }  # fmt: skip
+
+
+def _plain_in(
+    told: dict[str, Any], prefix: str, tensors: dict[str, Tensor], fresh: list[Any], number: int
+) -> Any:
+    made = type(fresh[number]).__name__ if number < len(fresh) else "missing"
+    if made != told["kind"]:
+        raise UserError(f"layer {number} of the cache is a {told['kind']}, this model's is {made}")
+    start = f"{prefix}plain."
+    found = {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
+    return put_together(fresh[number], found, told["values"])
 
 
 def _layer_in(told: dict[str, Any], prefix: str, tensors: dict[str, Tensor]) -> DynamicLayer:
@@ -170,6 +210,7 @@ def _layer_in(told: dict[str, Any], prefix: str, tensors: dict[str, Tensor]) -> 
         for name, state in told["learned"].items():
             found = under(f"learned.{name}.")
             layer.learned[name] = LayerState(
-                state["layer"], (), scaling=state["scaling"], tensors=found
+                state["layer"], (), scaling=state["scaling"], latent=state.get("latent", False),
+                tensors=found,
             )
     return layer

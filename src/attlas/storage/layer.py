@@ -59,6 +59,11 @@ class StoredLayer(DenseSlots):
         return bool(self.learned or self.bodies or self.index is not None)
 
     @property
+    def latent(self) -> bool:
+        """Whether the model makes keys and values of what is held, whatever form that has."""
+        return any(state.latent for state in self.learned.values())
+
+    @property
     def is_croppable(self) -> bool:
         """Whether tokens can be taken back: what a recurrence has taken in cannot."""
         return not self.states and (self._keys is not None or not self.seen)
@@ -78,6 +83,8 @@ class StoredLayer(DenseSlots):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Append tokens; gives all keys and values, or where bodies hold some the appended alone.
+
+        Latents, of which the model makes keys, are given as numbers, all of them.
 
         Raises:
             ValueError: bodies hold some, and the model is not attached.
@@ -99,6 +106,8 @@ class StoredLayer(DenseSlots):
                 f"this cache holds its keys as {', '.join(self.bodies)}, which the model alone "
                 "cannot read; go on inside attach(model, ...)"
             )
+        if self.latent:
+            return self.read()[:2]
         return key_states, value_states
 
     def get_seq_length(self) -> int:

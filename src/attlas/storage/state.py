@@ -22,6 +22,7 @@ class LayerState:
             the layer does not rotate.
         scaling: factor of q·k, known after the first call.
         rotation: where `rotary` comes from.
+        latent: the layer caches something of which the model makes keys and values.
         tensors: what was gathered from the calls, batch first. It is held with the cache: what is not
             needed once the prompt is over is taken out when the part compresses.
     """
@@ -31,6 +32,7 @@ class LayerState:
     windows: tuple[int, ...] = ()
     rotary: Rotary | None = None
     scaling: float = 1.0
+    latent: bool = False
     tensors: dict[str, Tensor] = field(default_factory=dict)
     rotation: Rotation | None = None
 

@@ -43,6 +43,7 @@ class StreamingLLM(CachePolicy):
         """Ask for the model's rotation where keys are to be moved."""
         super().setup()
         self.rotates = self.rerotate
+        self.latents = not self.rerotate
 
     @property
     def floor(self) -> tuple[str, int]:

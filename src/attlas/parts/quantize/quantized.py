@@ -35,6 +35,7 @@ from attlas.storage.packed import PackedBody
 class QuantizedCache(Quantizer):
     """Keep the context in few bits, the newest tokens in full precision."""
 
+    latents = True
     everything: ClassVar[dict[str, Any]] = {"bits": 16}
     comparable: ClassVar[tuple[str, ...]] = (
         "(bits=8)", "(bits=4)", "(bits=3)", "(bits=2)",

@@ -37,11 +37,11 @@ from torch import Tensor, nn
 
 from attlas.attach.call import Call
 from attlas.cache.factors import coded, decoded, factorised
-from attlas.cache.mixed import widths
 from attlas.cache.selection import PortionSelection, first_body, keys_of, lengths_of
 from attlas.cache.summaries import best_portion, extend
 from attlas.catalog.registry import mechanism
 from attlas.errors import UserError
+from attlas.hf.sources import layouts
 from attlas.ops.reference import grouped_product, repeated
 from attlas.ops.segments import Coded, Listed, Segment, listed, taken
 from attlas.options import option
@@ -76,7 +76,7 @@ class LRQK(PortionSelection):
     def check(self, model: nn.Module) -> None:
         """Refuse a rank above the width of a head."""
         super().check(model)
-        dim = widths(model)[0]
+        dim = min(keys for keys, _ in layouts(model))
         if self.rank > dim:
             raise UserError(
                 f"rank={self.rank} is more than the {dim} channels of this model's heads"

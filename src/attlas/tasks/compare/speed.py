@@ -21,6 +21,7 @@ from typing import Any
 from attlas.catalog.registry import mechanism
 from attlas.compare.methods import FULL
 from attlas.compare.presets import Preset
+from attlas.hf.sources import layer_config
 from attlas.journal import Line
 from attlas.tasks.compare.alone import ALONE, Alone
 from attlas.tasks.compare.base import COST, Bench, CompareTask, Context, Metric, Sample
@@ -72,7 +73,7 @@ class Speed(CompareTask):
 def prefill_floor(model: Any, roof: Roof, length: int) -> float:
     """Seconds below which no exact prefill of `length` tokens can come."""
     config = model.config.get_text_config(decoder=True)
-    width: int = config.num_attention_heads * _head_dim(config)
+    width: int = config.num_attention_heads * _head_dim(layer_config(config, 0))
     embedding = model.get_input_embeddings().weight
     head = model.get_output_embeddings()
     # Looking tokens up costs nothing; the head is applied to the last token only.
