@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from attlas import masks, ops
 from attlas.attach.blocks import weight_blocks
-from attlas.attach.call import Call
+from attlas.attach.call import Call, ForwardPass
 from attlas.attach.scores import chained, changed_by, in_slots
 from attlas.attach.slots import boolean, both, in_original_positions, original_positions_of, shown
-from attlas.attach.state import ATTACHED, Attachment
+from attlas.attach.state import ATTACHED, NOBODY, Attachment
 from attlas.errors import UserError
 from attlas.hf.caches import refuse_other
 from attlas.hf.interface import sdpa_attention_forward
@@ -46,15 +46,13 @@ def attention(
     """Attention under the attachment that holds `module`, with Transformers' own signature.
 
     Without parts it is Transformers' SDPA function, unless the layer has soft caps or sink logits,
-    which SDPA cannot do.
+    which SDPA cannot do. So it is for modules that belong to no session and share their configuration
+    with one that does (a decoder whose encoder is attached to).
 
     Raises:
         ValueError: an argument that cannot be honoured, by its name.
-        RuntimeError: the module belongs to no attached model.
     """
-    held = ATTACHED.get(module)
-    if held is None:
-        raise RuntimeError(f"{type(module).__name__} is set to attlas but belongs to no session")
+    held = ATTACHED.get(module, NOBODY)
     for name, why in REFUSED.items():
         if kwargs.get(name) is not None:
             raise UserError(f"attach cannot honour {name}: {why}")
@@ -94,7 +92,10 @@ def attended(
         kwargs: what else the model passed on.
         features: what the layer makes of queries and keys before it multiplies them.
     """
-    call = _call(held, module, query, key, value, mask, scaling, kwargs, features)
+    at = held.at(module)
+    if at is None:
+        held, at = NOBODY, (-1, ForwardPass())
+    call = _call(held, at, module, query, key, value, mask, scaling, kwargs, features)
     found = (part.attend(call) for part in held.with_hook("attend", call.layer))
     heads = next((heads for heads in found if heads is not None), None)
     weighed = heads is None and held.weighs(call.layer)
@@ -110,6 +111,7 @@ def attended(
 
 def _call(
     held: Attachment,
+    at: tuple[int, ForwardPass],
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -120,9 +122,7 @@ def _call(
     features: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
 ) -> Call:
     """The call, complete, and then what the parts do to it, stage by stage."""
-    forward_pass, layer = held.forward_pass, held.layers[module]
-    if forward_pass is None:
-        raise UserError("a part needs the model's own call: use model(...), not model.forward(...)")
+    layer, forward_pass = at
     causal = kwargs.get("is_causal")
     call = Call(
         layer=layer,
@@ -137,7 +137,7 @@ def _call(
         sinks=kwargs.get("s_aux"),
         kwargs=kwargs,
     )
-    if forward_pass.cache is not None and layer < len(forward_pass.cache.layers):
+    if forward_pass.cache is not None and 0 <= layer < len(forward_pass.cache.layers):
         call.cache_layer = forward_pass.cache.layers[layer]
     call.score_mod = changed_by(call)
     call.held = features is None and _as_held(held, call)
@@ -236,7 +236,7 @@ def _weighed(
     _refuse_dropout(dropout)
     pieces = []
     for weights, queries, keys in weight_blocks(call):
-        for recorder in held.recorders_of(call.layer):
+        for recorder in () if held.again else held.recorders_of(call.layer):
             with torch.set_grad_enabled(recorder.wants_gradients and torch.is_grad_enabled()):
                 wanted = recorder.where.heads_of(call.layer)
                 if wanted is None or not recorder.wants_gradients:
@@ -261,6 +261,8 @@ def _refuse_dropout(dropout: float) -> None:
 
 def _look(held: Attachment, call: Call, recorded: bool) -> None:
     """Show the call to recorders, unless they have seen its weights, and to observers."""
+    if held.again:
+        return
     recorders = [] if recorded else held.recorders_of(call.layer)
     with torch.no_grad():
         if recorders:

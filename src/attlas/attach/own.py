@@ -117,12 +117,11 @@ def _other(
     held: Attachment, layer: Attention, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
 ) -> Tensor:  # fmt: skip
     """A layer with a way of its own: its heads, and its map for those who record weights."""
-    forward_pass = held.forward_pass
-    if forward_pass is None:
-        raise UserError("a part needs the model's own call: use model(...), not model.forward(...)")
-    number = held.layers[layer]
+    at = held.at(layer)
+    assert at is not None  # a layer of ours with a door is always one of the session's
+    number, forward_pass = at
     call = Call(number, layer, q, k, v, layer.scale, None, forward_pass, is_causal=layer.causal)
-    recorders: list[Recorder] = held.recorders_of(number)
+    recorders: list[Recorder] = [] if held.again else held.recorders_of(number)
     if recorders:
         # Before any token was kept the map is that of a pass without a cache.
         alone = replace(inputs, cache=None) if forward_pass.offset == 0 else inputs
