@@ -1,4 +1,4 @@
-"""Gradient checkpointing: what is computed again while gradients are, belongs to the call of the first time.
+"""Gradient checkpointing: what is computed again for gradients belongs to the call of the first time.
 
 Transformers hands each checkpointed block to a function that it has set on the block. While a model is
 attached that function first notes the call under way, and what it computes again runs under that call:

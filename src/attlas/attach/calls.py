@@ -16,7 +16,14 @@ from attlas.attach.state import Attachment
 from attlas.attach.under import Under
 from attlas.errors import UserError
 from attlas.hf import interface
-from attlas.hf.caches import Cache, DynamicCache, EncoderDecoderCache, cache_in, cache_of, fresh_layers
+from attlas.hf.caches import (
+    Cache,
+    DynamicCache,
+    EncoderDecoderCache,
+    cache_in,
+    cache_of,
+    fresh_layers,
+)
 from attlas.storage.layer import StoredLayer
 
 #: Names of what a model reads, and of what tells its padding: of a decoder behind an encoder, and else.
@@ -94,8 +101,8 @@ def _check(held: Attachment, arguments: dict[str, Any]) -> None:
     name = interface.implementation(base.config)
     if not held.own and not isinstance(name, interface.Attached):
         raise UserError(
-            f"the attention of {type(base).__name__} was set to {name!r} inside the with block, so that no "
-            "part would be called; call set_attn_implementation() before attach()"
+            f"the attention of {type(base).__name__} was set to {name!r} inside the with block, so that "
+            "no part would be called; call set_attn_implementation() before attach()"
         )
     if not held.plain and again.checkpoints(base):
         if held.keepers:

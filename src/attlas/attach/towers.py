@@ -42,8 +42,8 @@ class Tower:
         aside: attention modules in the tower that are no layer of its: they attend to something else.
     """
 
-    model: PreTrainedModel
-    module: PreTrainedModel
+    model: nn.Module
+    module: nn.Module
     outer: tuple[PreTrainedModel, ...]
     layers: dict[nn.Module, int]
     unsure: frozenset[nn.Module]
@@ -55,9 +55,8 @@ class Tower:
         return takes(self.module, NAMES)
 
 
-_NONE: Any = nn.Identity()
 #: The tower of modules that belong to no session.
-NOWHERE = Tower(_NONE, _NONE, (), {}, frozenset(), frozenset())
+NOWHERE = Tower(nn.Identity(), nn.Identity(), (), {}, frozenset(), frozenset())
 
 
 def unwrapped(given: Any) -> PreTrainedModel:
@@ -109,11 +108,11 @@ def choose(model: PreTrainedModel, parts: tuple[Any, ...]) -> Tower:
             f"{type(model).__name__} has no attention, so that its parts would never be called"
         )
     if parts:
-        first = _name(model, chosen[0])
+        both = getattr(model.config, "is_encoder_decoder", False)
         raise UserError(
-            f"{type(model).__name__} has several towers whose layers have the same numbers "
-            f"({_names(model, chosen)}); attach to one of them, attach(model.{first}, ...), and call the "
-            "whole model as before"
+            f"{type(model).__name__} {'is an encoder-decoder, which ' if both else ''}has several towers "
+            f"whose layers have the same numbers ({_names(model, chosen)}); attach to one of them, "
+            f"attach(model.{_name(model, chosen[0])}, ...), and call the whole model as before"
         )
     return _tower(model, _base(model), alone=True)
 

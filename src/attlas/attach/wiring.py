@@ -58,7 +58,8 @@ def disconnect(held: Attachment) -> None:
 def _resolve(held: Attachment) -> None:
     """Numbers of layers and heads, of this model."""
     sides = {"decoder": True} if held.tower.keeps or held.own else {"encoder": True}
-    config = held.tower.module.config.get_text_config(**sides)
+    tower: Any = held.tower.module
+    config = tower.config.get_text_config(**sides)
     layers = getattr(config, "num_hidden_layers", None)
     heads = getattr(config, "num_attention_heads", None)
     for part in held.parts:
