@@ -27,14 +27,14 @@ SOFTMAX_HOOKS = (
 class Door:
     """Takes the attention of one of our layers while its model is attached to.
 
-    A copy of the layer that is made meanwhile has none.
+    A copy of the layer that is made or saved meanwhile has none.
     """
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        return None
 
     def __init__(self, layer: Attention) -> None:
         self.layer = layer
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _copied, ()
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
         """The layer's heads [batch, heads, queries, width]."""
@@ -45,6 +45,10 @@ class Door:
         if is_softmax(layer):
             return _softmax(held, layer, q, k, v, inputs)
         return _other(held, layer, q, k, v, inputs)
+
+
+def _copied() -> None:
+    """What a door is on a copy."""
 
 
 def own_layers(model: nn.Module) -> list[Attention]:
