@@ -108,12 +108,12 @@ def _check(held: Attachment, arguments: dict[str, Any]) -> None:
         if held.keepers:
             raise UserError(
                 f"{type(held.keepers[0]).__name__} needs the cache, which gradient checkpointing leaves "
-                "out; call model.eval() or model.gradient_checkpointing_disable()"
+                "out; call model.eval(), or train without gradient checkpointing"
             )
         if wanting := next((p for p in held.parts if p.wants_gradients), None):
             raise UserError(
                 f"{type(wanting).__name__} is shown weights with their gradients, which gradient "
-                "checkpointing computes twice; call model.gradient_checkpointing_disable()"
+                "checkpointing computes twice; train without gradient checkpointing"
             )
         again.follow(held)
 

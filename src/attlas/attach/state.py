@@ -22,8 +22,8 @@ ATTACHED: dict[nn.Module, Attachment] = {}
 KEY_HOOKS = ("position", "score_mod", "mask", "normalize")
 #: Why a part cannot work in a call that was not announced.
 OUTSIDE = (
-    "a part needs the model's own call: use model(...), not model.forward(...), and no checkpointing "
-    "but that of gradient_checkpointing_enable()"
+    "a part needs the model's own call: use model(...), not model.forward(...), and no gradient "
+    "checkpointing but Transformers' own"
 )
 
 
