@@ -1,4 +1,4 @@
-"""What happens to a model inside the block: checkpoints, compilers, threads, copies, other implementations."""
+"""What happens to a model inside the block: checkpoints, compilers, threads, copies."""
 
 import copy
 import io
@@ -17,7 +17,9 @@ from attlas.errors import UserError
 from attlas.hf.caches import cache_of, with_cache
 
 IDS = made.prompt(batch=2)["input_ids"]
-pytestmark = pytest.mark.filterwarnings("ignore:.*checkpointing.*deprecated:FutureWarning")  # since 5.24
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*checkpointing.*deprecated:FutureWarning"
+)  # since 5.24
 
 
 class Bias(Part):
@@ -41,7 +43,7 @@ class Halved(Part):
 
 def ours():
     torch.manual_seed(0)
-    sizes = dict(vocab_size=97, hidden_size=32, intermediate_size=32, num_hidden_layers=2)
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
     return attlas.Decoder(attlas.DecoderConfig(**sizes, num_attention_heads=4)).eval()
 
 
@@ -216,9 +218,10 @@ def test_a_model_of_the_same_configuration_is_plain():
 @pytest.mark.parametrize("name", ["eager", "sdpa"])
 def test_an_implementation_that_is_changed_inside_is_refused(name):
     model = made.llama()
-    with attach(model, snapkv()), pytest.raises(UserError, match=f"set to '{name}' inside"):
+    with attach(model, snapkv()):
         model.set_attn_implementation(name)
-        model(IDS)
+        with pytest.raises(UserError, match=f"set to '{name}' inside"):
+            model(IDS)
     assert model.config._attn_implementation == "sdpa"
     pictures, given = made.llava()
     with torch.no_grad(), attach(pictures, snapkv()) as session:

@@ -139,7 +139,10 @@ def test_one_side_of_an_encoder_decoder(family, encoder, decoder, heads, attenti
     model, given = family(attention), made.prompt(batch=2)
     call = given | {"decoder_input_ids": given["input_ids"][:, :9]}
     expected = generate(model, given)
-    with pytest.raises(UserError, match=r"encoder-decoder.*decoder"), attach(model, record=["entropy"]):
+    with (
+        pytest.raises(UserError, match=r"encoder-decoder.*decoder"),
+        attach(model, record=["entropy"]),
+    ):
         pass
     with torch.no_grad():
         eager = family("eager")(**call, output_attentions=True)
@@ -150,7 +153,9 @@ def test_one_side_of_an_encoder_decoder(family, encoder, decoder, heads, attenti
             with attach(side(model), record=["entropy", "weights"]) as session:
                 model(**call)
             assert session["entropy"].shape == rows
-            torch.testing.assert_close(session["weights"], torch.stack(weights), atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(
+                session["weights"], torch.stack(weights), atol=1e-5, rtol=1e-4
+            )
             with attach(side(model), record=["entropy"]):
                 assert torch.equal(generate(model, given), expected)
     with attach(decoder(model), snapkv(keep=1.0, window=1)):
@@ -226,12 +231,18 @@ def test_vision_towers_run_as_they_are():
 
 def test_nothing_recorded():
     model, ids = made.llama(), made.prompt()["input_ids"]
-    with attach(model, record=["entropy"]) as session, pytest.raises(UserError, match="not been called"):
+    with (
+        attach(model, record=["entropy"]) as session,
+        pytest.raises(UserError, match="not been called"),
+    ):
         session["entropy"]
     mamba = hf.MambaForCausalLM(hf.MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=1))
     with pytest.raises(UserError, match="no attention"):
         attach(mamba, record=["entropy"])
-    with torch.no_grad(), attach(made.zamba2(), record=[attlas.make("entropy", layers=[0])]) as session:
+    with (
+        torch.no_grad(),
+        attach(made.zamba2(), record=[attlas.make("entropy", layers=[0])]) as session,
+    ):
         session.model(ids)
     with pytest.raises(UserError, match=r"none has attended.*\[2, 5\]"):
         session["entropy"]
