@@ -223,3 +223,22 @@ def zamba2() -> Any:
         layers_block_type=["mamba", "mamba", "hybrid"] * 2,
     )
     return build(hf.Zamba2ForCausalLM, config)
+
+
+def mllama() -> tuple[Any, dict[str, Any]]:
+    """Two of its four layers attend to the picture alone, whose mask is of numbers."""
+    vision = {
+        "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3, "num_global_layers": 1,
+        "attention_heads": 2, "image_size": 16, "patch_size": 4, "max_num_tiles": 1,
+        "vision_output_dim": 64, "intermediate_layers_indices": [1], "supported_aspect_ratios": [[1, 1]],
+    }  # fmt: skip
+    text = TEXT | {"num_hidden_layers": 4, "cross_attention_layers": [1, 3]}
+    config = hf.MllamaConfig(text_config=text, vision_config=vision, image_token_index=IMAGE)
+    given, one = prompt(1), torch.ones(1, 1, dtype=torch.long)
+    tokens = given["input_ids"].shape[1]
+    given |= {"pixel_values": pixels(1, 1, 1, 3, 16, 16), "aspect_ratio_ids": one}
+    given |= {
+        "aspect_ratio_mask": one[None],
+        "cross_attention_mask": one[None, None].expand(1, tokens, 1, 1),
+    }
+    return build(hf.MllamaForConditionalGeneration, config), given

@@ -228,3 +228,10 @@ def test_an_implementation_that_is_changed_inside_is_refused(name):
         pictures.model.vision_tower.set_attn_implementation("eager")  # which no part is about
         pictures(**given, use_cache=True)
     assert session.kv_bytes
+
+
+def test_replicas_are_refused():
+    """What DataParallel makes on several devices: modules with the same hooks that are not attached."""
+    model = made.llama()
+    with attach(model, snapkv()), pytest.raises(UserError, match="DataParallel"):
+        copy.copy(model.model)(IDS)

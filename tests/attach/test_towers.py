@@ -204,6 +204,15 @@ def test_blocks_that_are_used_several_times():
     assert told.attended == {2, 5}
 
 
+def test_layers_that_attend_to_pictures_alone():
+    model, given = made.mllama()
+    expected = generate(model, given)
+    with attach(model, snapkv(keep=1.0), record=["entropy"]) as session:
+        assert torch.equal(generate(model, given), expected)
+    assert session.attended == {0, 2}
+    assert session["entropy"].shape == (2, 1, 4, given["input_ids"].shape[1] + 3)
+
+
 def test_attention_in_several_pieces_is_refused():
     """A vision tower that cuts two pictures apart inside of one layer."""
     model, given = made.qwen2_vl()

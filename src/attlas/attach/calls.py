@@ -55,7 +55,12 @@ def hook(held: Attachment) -> list[Callable[[], Any]]:
     base: Any = held.tower.module
     names, told = [*inspect.signature(base.forward).parameters], Given(base)
 
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if module is not base:  # its modules are others than those that are attached
+            raise UserError(
+                f"a replica of {type(base).__name__} was called (DataParallel), of which nothing is "
+                "attached; use one device, or DistributedDataParallel"
+            )
         arguments = dict(zip(names, args, strict=False)) | kwargs
         _check(held, arguments)
         name, given = cache_in(arguments, type(base))

@@ -58,16 +58,19 @@ def attention(
             raise UserError(f"attach cannot honour {name}: {why}")
     # A plain cache is passed on by some models of 5.24, which have filled it already.
     refuse_other("cache", kwargs.get("cache"))
-    if held.direct and kwargs.get("softcap") is None and kwargs.get("s_aux") is None:
+    simple = kwargs.get("softcap") is None and kwargs.get("s_aux") is None
+    at = None if held.direct and simple else held.at(module)
+    if at is None and simple:
         return sdpa_attention_forward(  # type: ignore[no-any-return]
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return attended(held, module, query, key, value, attention_mask, scaling, dropout, kwargs), None
+    return attended(held, at, module, query, key, value, attention_mask, scaling, dropout, kwargs), None
 
 
 def attended(
     held: Attachment,
+    at: tuple[int, ForwardPass] | None,
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -82,6 +85,7 @@ def attended(
 
     Args:
         held: the attachment.
+        at: the layer and the forward call; None for a module that is no layer of the model's.
         module: the layer's attention module.
         query: rotated.
         key: as the cache gives them.
@@ -92,7 +96,6 @@ def attended(
         kwargs: what else the model passed on.
         features: what the layer makes of queries and keys before it multiplies them.
     """
-    at = held.at(module)
     if at is None:
         held, at = NOBODY, (-1, ForwardPass())
     call = _call(held, at, module, query, key, value, mask, scaling, kwargs, features)

@@ -111,7 +111,8 @@ def _softmax(
         options["is_causal"] = True
     changed = type(layer).features is not Attention.features
     heads = attended(
-        held, layer, q, k, v, pairs, layer.scale, layer.dropout if layer.training else 0.0, options,
+        held, held.at(layer), layer, q, k, v, pairs, layer.scale,
+        layer.dropout if layer.training else 0.0, options,
         (lambda q, k: layer.features(q, k, inputs)) if changed else None,
     )  # fmt: skip
     return heads.transpose(1, 2)
