@@ -117,7 +117,7 @@ def test_leaves_no_trace(implementation):
 
 
 def test_restores_each_part_of_a_mixed_model():
-    """Vision and text may have implementations of their own."""
+    """Vision and text may have implementations of their own; vision keeps its own while attached."""
     text = families.find("gemma3").config()
     vision = transformers.SiglipVisionConfig(
         hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
@@ -134,7 +134,8 @@ def test_restores_each_part_of_a_mixed_model():
     with torch.no_grad():
         expected = model(ids).logits
         with attach(model) as session:
-            assert config.vision_config._attn_implementation == "attlas"
+            assert config.vision_config._attn_implementation == "eager"
+            assert config.text_config._attn_implementation == "attlas"
             assert torch.equal(model(ids).logits, expected)
             assert session.kv_bytes > 0
     assert snapshot(model) == before

@@ -132,7 +132,7 @@ def test_models():
 
 def test_a_model_that_cannot_be_intercepted(model, monkeypatch):
     """Transformers looks for its own interface in a model's source, and warns when it is not there."""
-    monkeypatch.setattr(type(model), "_can_set_attn_implementation", classmethod(lambda cls: False))
+    monkeypatch.setattr(type(model.model), "_can_set_attn_implementation", classmethod(lambda cls: False))
     with pytest.raises(UserError, match="AttentionInterface"):
         attach(model).__enter__()
     assert model.config._attn_implementation == "sdpa"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from attlas import masks, ops
 from attlas.attach.blocks import weight_blocks
-from attlas.attach.call import Call
+from attlas.attach.call import Call, ForwardPass
 from attlas.attach.reading import (
     done_with,
     mask_of_chosen,
@@ -21,7 +21,7 @@ from attlas.attach.reading import (
 )
 from attlas.attach.scores import chained, changed_by, in_slots
 from attlas.attach.slots import boolean, both, in_original_positions, original_positions_of, shown
-from attlas.attach.state import ATTACHED, Attachment
+from attlas.attach.state import ATTACHED, NOBODY, Attachment
 from attlas.errors import UserError
 from attlas.hf.caches import refuse_other
 from attlas.hf.interface import sdpa_attention_forward
@@ -55,15 +55,13 @@ def attention(
     """Attention under the attachment that holds `module`, with Transformers' own signature.
 
     Without parts it is Transformers' SDPA function, unless the layer has soft caps or sink logits,
-    which SDPA cannot do.
+    which SDPA cannot do. So it is for modules that belong to no session and share their configuration
+    with one that does (a decoder whose encoder is attached to).
 
     Raises:
         ValueError: an argument that cannot be honoured, by its name.
-        RuntimeError: the module belongs to no attached model.
     """
-    held = ATTACHED.get(module)
-    if held is None:
-        raise RuntimeError(f"{type(module).__name__} is set to attlas but belongs to no session")
+    held = ATTACHED.get(module, NOBODY)
     for name, why in REFUSED.items():
         if kwargs.get(name) is not None:
             raise UserError(f"attach cannot honour {name}: {why}")
@@ -72,16 +70,19 @@ def attention(
     refuse_joined(module, attention_mask)
     attention_mask = mask_of_last(held, module, query, key, attention_mask)
     attention_mask = mask_of_chosen(kwargs.get("indices"), key, attention_mask)
-    if held.direct and kwargs.get("softcap") is None and kwargs.get("s_aux") is None:
+    simple = kwargs.get("softcap") is None and kwargs.get("s_aux") is None
+    at = None if held.direct and simple else held.at(module)
+    if at is None and simple:
         return sdpa_attention_forward(  # type: ignore[no-any-return]
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return attended(held, module, query, key, value, attention_mask, scaling, dropout, kwargs), None
+    return attended(held, at, module, query, key, value, attention_mask, scaling, dropout, kwargs), None
 
 
 def attended(
     held: Attachment,
+    at: tuple[int, ForwardPass] | None,
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -96,6 +97,7 @@ def attended(
 
     Args:
         held: the attachment.
+        at: the layer and the forward call; None for a module that is no layer of the model's.
         module: the layer's attention module.
         query: rotated.
         key: as the cache gives them.
@@ -106,7 +108,9 @@ def attended(
         kwargs: what else the model passed on.
         features: what the layer makes of queries and keys before it multiplies them.
     """
-    call = _call(held, module, query, key, value, mask, scaling, kwargs, features)
+    if at is None:
+        held, at = NOBODY, (-1, ForwardPass())
+    call = _call(held, at, module, query, key, value, mask, scaling, kwargs, features)
     found = (part.attend(call) for part in held.with_hook("attend", call.layer))
     heads = next((heads for heads in found if heads is not None), None)
     weighed = heads is None and held.weighs(call.layer)
@@ -122,6 +126,7 @@ def attended(
 
 def _call(
     held: Attachment,
+    at: tuple[int, ForwardPass],
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -132,9 +137,7 @@ def _call(
     features: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
 ) -> Call:
     """The call, complete, and then what the parts do to it, stage by stage."""
-    forward_pass, layer = held.forward_pass, held.layers[module]
-    if forward_pass is None:
-        raise UserError("a part needs the model's own call: use model(...), not model.forward(...)")
+    layer, forward_pass = at
     causal = kwargs.get("is_causal")
     source = held.sources.get(layer, layer)
     forward_pass = forward_pass.last(query.shape[2]) if source != layer else forward_pass
@@ -152,7 +155,7 @@ def _call(
         sinks=kwargs.get("s_aux"),
         kwargs=kwargs,
     )
-    if forward_pass.cache is not None and source < len(forward_pass.cache.layers):
+    if forward_pass.cache is not None and 0 <= source < len(forward_pass.cache.layers):
         call.cache_layer = forward_pass.cache.layers[source]
     refuse_strangers(call)
     call.score_mod = changed_by(call)
@@ -257,7 +260,7 @@ def _weighed(
     _refuse_dropout(dropout)
     pieces = []
     for weights, queries, keys in weight_blocks(call):
-        for recorder in held.recorders_of(call.layer):
+        for recorder in () if held.again else held.recorders_of(call.layer):
             with torch.set_grad_enabled(recorder.wants_gradients and torch.is_grad_enabled()):
                 wanted = recorder.where.heads_of(call.layer)
                 if wanted is None or not recorder.wants_gradients:
@@ -282,6 +285,8 @@ def _refuse_dropout(dropout: float) -> None:
 
 def _look(held: Attachment, call: Call, recorded: bool) -> None:
     """Show the call to recorders, unless they have seen its weights, and to observers."""
+    if held.again:
+        return
     recorders = [] if recorded else held.recorders_of(call.layer)
     with torch.no_grad():
         if recorders:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attlas.attach import hooks
 from attlas.attach.state import Attachment
 from attlas.errors import UserError
 from attlas.hf.caches import cache_in, cache_of
@@ -32,13 +33,11 @@ def watch(held: Attachment) -> list[Any]:
     """Look at `generate` and at the base model's calls; to be done before any other hook."""
     if held.plain:
         return []
-    base: Any = held.model.base_model
+    base: Any = held.tower.module
     names = [name for name in inspect.signature(base.forward).parameters if name != "self"]
     ahead: list[Any] = []
 
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if module is not base:  # a copy that was made meanwhile
-            return None
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         arguments = dict(zip(names, args, strict=False)) | kwargs
         cache = _own(cache_in(arguments, type(base))[1])
         ahead.clear()
@@ -50,19 +49,17 @@ def watch(held: Attachment) -> list[Any]:
         ahead.append(base(**prompt))
         return (), rest
 
-    def after(module: nn.Module, _: Any, output: Any) -> Any:
-        if module is not base:
-            return None
+    def after(_: nn.Module, __: Any, output: Any) -> Any:
         cache = _own(cache_of(output))
         if cache is not None:
             held.read = cache, int(cache.get_seq_length())
         return _joined(ahead.pop(), output) if ahead else None
 
+    around = [m for m in (*held.tower.outer, base) if hasattr(m, "generate")]
     return [
-        base.register_forward_pre_hook(before, with_kwargs=True).remove,
-        base.register_forward_hook(after).remove,
-        _around_generate(held),
-    ]
+        hooks.before(base, before), hooks.after(base, after),
+        *(_around_generate(held, model) for model in around),
+    ]  # fmt: skip
 
 
 def settle(held: Attachment, cache: Any = None) -> None:
@@ -92,16 +89,13 @@ def prompt_goes_on(held: Attachment, seen: int) -> bool:
     return held.chunked if held.prompt is None else seen < held.prompt
 
 
-def _around_generate(held: Attachment) -> Any:
-    """Put a look at its arguments around the model's `generate`, until it is undone."""
-    model: Any = held.model
-    if not hasattr(model, "generate"):
-        return lambda: None
+def _around_generate(held: Attachment, model: Any) -> Any:
+    """Put a look at its arguments around a model's `generate`, until it is undone."""
     own, original, kind = vars(model).get("generate"), model.generate, type(model)
 
     @wraps(original)
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self is not held.model:  # a copy that was made meanwhile
+        if self is not model:  # a copy that was made meanwhile
             return kind.generate(self, *args, **kwargs)
         given = inspect.signature(kind.generate).bind_partial(self, *args, **kwargs).arguments
         by_place = dict(zip(("inputs", "generation_config"), given.pop("args", ()), strict=False))
@@ -109,7 +103,7 @@ def _around_generate(held: Attachment) -> Any:
         config = _config(self, asked)
         chunked = getattr(config, "prefill_chunk_size", None) is not None
         held.assisted = _is_assisted(held, config, asked)
-        held.prompt = _prompt(held, asked) if chunked or held.assisted else None
+        held.prompt = _prompt(held, self, asked) if chunked or held.assisted else None
         try:
             found = original(*args, **kwargs)
         finally:
@@ -155,7 +149,7 @@ def _is_assisted(held: Attachment, config: Any, asked: dict[str, Any]) -> bool:
                 f"attach cannot honour {name}: assisted decoding by the attached model itself runs it in "
                 "other ways than by its own calls; give an assistant_model or prompt_lookup_num_tokens"
             )
-    if isinstance(assistant, nn.Module) and any(m in held.layers for m in assistant.modules()):
+    if isinstance(assistant, nn.Module) and any(m in held.tower.layers for m in assistant.modules()):
         raise UserError(
             "attach cannot honour assistant_model: it is the attached model itself; load it a second time"
         )
@@ -169,13 +163,12 @@ def _is_assisted(held: Attachment, config: Any, asked: dict[str, Any]) -> bool:
     return True
 
 
-def _prompt(held: Attachment, asked: dict[str, Any]) -> int | None:
+def _prompt(held: Attachment, model: Any, asked: dict[str, Any]) -> int | None:
     """Tokens of the prompt, those included that a cache holds already; None where nothing tells.
 
     Raises:
         ValueError: assisted decoding of a whole text whose beginning a cache holds.
     """
-    model: Any = held.model
     if getattr(model.config, "is_encoder_decoder", False):
         return None
     given = [asked.get(name) for name in ("inputs_embeds", "inputs", "input_ids")]

@@ -27,14 +27,14 @@ SOFTMAX_HOOKS = (
 class Door:
     """Takes the attention of one of our layers while its model is attached to.
 
-    A copy of the layer that is made meanwhile has none.
+    A copy of the layer that is made or saved meanwhile has none.
     """
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        return None
 
     def __init__(self, layer: Attention) -> None:
         self.layer = layer
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _copied, ()
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
         """The layer's heads [batch, heads, queries, width]."""
@@ -45,6 +45,10 @@ class Door:
         if is_softmax(layer):
             return _softmax(held, layer, q, k, v, inputs)
         return _other(held, layer, q, k, v, inputs)
+
+
+def _copied() -> None:
+    """What a door is on a copy."""
 
 
 def own_layers(model: nn.Module) -> list[Attention]:
@@ -107,7 +111,8 @@ def _softmax(
         options["is_causal"] = True
     changed = type(layer).features is not Attention.features
     heads = attended(
-        held, layer, q, k, v, pairs, layer.scale, layer.dropout if layer.training else 0.0, options,
+        held, held.at(layer), layer, q, k, v, pairs, layer.scale,
+        layer.dropout if layer.training else 0.0, options,
         (lambda q, k: layer.features(q, k, inputs)) if changed else None,
     )  # fmt: skip
     return heads.transpose(1, 2)
@@ -117,12 +122,11 @@ def _other(
     held: Attachment, layer: Attention, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
 ) -> Tensor:  # fmt: skip
     """A layer with a way of its own: its heads, and its map for those who record weights."""
-    forward_pass = held.forward_pass
-    if forward_pass is None:
-        raise UserError("a part needs the model's own call: use model(...), not model.forward(...)")
-    number = held.layers[layer]
+    at = held.at(layer)
+    assert at is not None  # a layer of ours with a door is always one of the session's
+    number, forward_pass = at
     call = Call(number, layer, q, k, v, layer.scale, None, forward_pass, is_causal=layer.causal)
-    recorders: list[Recorder] = held.recorders_of(number)
+    recorders: list[Recorder] = [] if held.again else held.recorders_of(number)
     if recorders:
         # Before any token was kept the map is that of a pass without a cache.
         alone = replace(inputs, cache=None) if forward_pass.offset == 0 else inputs

@@ -19,7 +19,7 @@ def mask_of_last(
     Models leave causal masks out, which without the first queries says no more which keys are later.
     """
     queries, keys = query.shape[2], key.shape[2]
-    if mask is not None or held.layers[module] not in held.sources or not 1 < queries < keys:
+    if mask is not None or held.tower.layers.get(module) not in held.sources or not 1 < queries < keys:
         return mask
     causal = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
     return causal.tril(keys - queries)[None, None]

@@ -11,8 +11,10 @@ from torch import nn
 from attlas.attach import generating, wiring
 from attlas.attach.part import Part, Recorder
 from attlas.attach.state import Attachment
+from attlas.attach.towers import choose, unwrapped
 from attlas.catalog import registry
 from attlas.errors import UserError
+from attlas.hf.interface import PreTrainedModel
 from attlas.storage.layer import StoredLayer
 from attlas.storage.plain import memory, tensors
 
@@ -31,8 +33,10 @@ def attach(
     select, in this order, each working on what those before it left.
 
     Args:
-        model: any Transformers model that calls its attention through `AttentionInterface`, or one of
-            attlas's own; of an encoder-decoder of ours the decoder's attention to its own tokens.
+        model: any Transformers model that calls its attention through `AttentionInterface`, whatever
+            wraps it (PEFT, `torch.compile`), or one of attlas's own. Of a model that also reads pictures
+            or sound the part that reads tokens and keeps a cache is attached to; of an encoder-decoder
+            of ours the decoder's attention to its own tokens.
         parts: cache policies, selections, steerers, patches, recorders.
         record: recorders, or names under which recorders are registered; what they found is
             `session[name]`.
@@ -44,8 +48,8 @@ def attach(
             the first prompt: through long generation, and over the turns of a chat.
 
     Raises:
-        ValueError: the model cannot be intercepted or is attached already, a part cannot work on
-            it, or two parts cannot work on one cache.
+        ValueError: the model cannot be intercepted, is attached already or has several towers, a part
+            cannot work on it, or two parts cannot work on one cache.
         TypeError: something that is no model or no part.
     """
     return Session(model, parts, record, chunked, while_decoding)
@@ -74,7 +78,7 @@ class Session(Attachment):
         for recorder in (part for part in given if isinstance(part, Recorder)):
             self.records[_free_name(recorder, self.records)] = recorder
         given += tuple(r for r in self.records.values() if r not in given)
-        super().__init__(_checked_model(model), given, chunked)
+        super().__init__(choose(_checked_model(model), given), given, chunked)
         if while_decoding and not self.keepers:
             raise UserError(
                 "while_decoding is about parts that compress a cache, and there is none; give one, "
@@ -104,11 +108,22 @@ class Session(Attachment):
 
         Raises:
             KeyError: no recorder of that name, with those that there are.
+            ValueError: nothing was recorded, since no layer that it looks at has attended.
         """
         if name not in self.records:
             raise KeyError(f"no recorder {name!r}; this session has {sorted(self.records)}")
         generating.settle(self)
-        return self.records[name].result()
+        recorder = self.records[name]
+        if not any(recorder.where.covers(layer) for layer in self.attended):
+            raise UserError(
+                f"{name!r} has recorded nothing: "
+                + (
+                    f"of its layers none has attended; those that have are {sorted(self.attended)}"
+                    if self.attended
+                    else "the model has not been called inside the with block"
+                )
+            )
+        return recorder.result()
 
     @property
     def kv_bytes(self) -> int:
@@ -138,13 +153,15 @@ def bytes_read(cache: Any) -> int:
     return sum(getattr(layer, "read_bytes", 0) or layer_bytes(layer) for layer in cache.layers)
 
 
-def _checked_model(model: nn.Module) -> nn.Module:
-    if not isinstance(model, nn.Module) or not hasattr(model, "set_attn_implementation"):
-        raise TypeError(
-            f"attach takes a Transformers model, got {type(model).__name__}; "
-            "attlas.load(name) gives one"
+def _checked_model(model: Any) -> PreTrainedModel:
+    """The Transformers model inside of what wraps it, which may be compiled, but not as one graph."""
+    found = unwrapped(model)
+    if getattr(vars(model).get("dynamo_ctx"), "fullgraph", False):
+        raise UserError(
+            "attach cannot work in a model compiled with fullgraph=True, which leaves nothing to listen "
+            "to; compile without it, or attach to and call the model that was compiled"
         )
-    return model
+    return found
 
 
 def _checked_part(part: Any) -> Part:

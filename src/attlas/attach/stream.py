@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from attlas.attach import hooks
 from attlas.attach.call import Site
 from attlas.attach.own import own_layers
-from attlas.attach.state import Attachment
+from attlas.attach.state import OUTSIDE, Attachment
 from attlas.errors import UnknownName, UserError
 
 POINTS = ("residual", "attention", "mlp", "final")
@@ -34,7 +35,7 @@ def watch(held: Attachment) -> list[Any]:
     projects = held.overriding("project")
     if not projects and not any(wanted.values()):
         return []
-    blocks = dict(_blocks(held.model))
+    blocks = dict(_blocks(held.tower.module))
     undo: list[Any] = []
     for point, parts in wanted.items():
         for number, block in blocks.items() if parts else ():
@@ -68,9 +69,7 @@ def _through(
 
     def change(x: Tensor) -> Tensor:
         if held.forward_pass is None:
-            raise UserError(
-                "a part needs the model's own call: use model(...), not model.forward(...)"
-            )
+            raise UserError(OUTSIDE)
         at = Site(number, point, module, held.forward_pass)
         for part in parts:
             if part.where.covers(number):
@@ -90,7 +89,7 @@ def _before(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Callable[[
         name = "hidden_states"
         return args, kwargs | {name: change(kwargs[name])}
 
-    return module.register_forward_pre_hook(before, with_kwargs=True).remove
+    return hooks.before(module, before)
 
 
 def _after(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Callable[[], Any]:
@@ -101,15 +100,14 @@ def _after(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Callable[[]
             return change(output)
         return (change(output[0]), *output[1:])
 
-    return module.register_forward_hook(after).remove
+    return hooks.after(module, after)
 
 
-def _blocks(model: nn.Module) -> Iterator[tuple[int, nn.Module]]:
+def _blocks(base: nn.Module) -> Iterator[tuple[int, nn.Module]]:
     """(number, block) of each block with an attention, in a list of blocks; none where two lists
     have the same numbers."""
     found: dict[int, nn.Module] = {}
-    ours, base = set(own_layers(model)), model.base_model
-    assert isinstance(base, nn.Module)
+    ours = set(own_layers(base))
     for name, module in base.named_modules():
         last = name.rpartition(".")[2]
         attention = [getattr(module, n) for n in _NAMES["attention"] if hasattr(module, n)]

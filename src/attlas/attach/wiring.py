@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from attlas.attach import calls, generating, own, stream
+from attlas.attach import calls, generating, hooks, own, stream, under
 from attlas.attach.forward import attention
 from attlas.attach.state import ATTACHED, Attachment
 from attlas.errors import UserError
@@ -23,30 +24,22 @@ def connect(held: Attachment) -> None:
     Raises:
         ValueError: the model is attached already or cannot be intercepted.
     """
-    model = held.model
-    if any(module in ATTACHED for module in model.modules()):
+    tower = held.tower
+    if any(module in ATTACHED for module in tower.layers):
         raise UserError(
-            f"this {type(model).__name__} is attached already; give all parts to one attach()"
+            f"this {type(tower.model).__name__} is attached already; give all parts to one attach()"
         )
-    ours = own.own_layers(model)
-    if held.parts and getattr(model.config, "is_encoder_decoder", False) and not ours:
-        raise UserError(
-            f"attach takes no parts on encoder-decoder models such as {type(model).__name__}; "
-            "attach to its encoder or decoder alone"
-        )
+    ours = own.own_layers(tower.module)
+    held.own = bool(ours)
     _resolve(held)
     own.check(ours, held.parts)
-    before = [(config, interface.implementation(config)) for config in _configs(model)]
-    held.undo = [lambda: _forget(held), lambda: _restore(before)]
+    held.undo = [lambda: _forget(held)]
     try:
-        interface.register(NAME, attention)
-        for name, module in model.named_modules():
+        interface.register(NAME, torch.compiler.disable(attention, reason=hooks.REASON))
+        for module in tower.layers:
             ATTACHED[module] = held
-            held.layers[module] = _layer_number(module, name)
-        if ours:
-            held.undo += _open(ours)
-        else:
-            _switch(model)
+        held.undo += _open(ours) if ours else _switch(held)
+        held.undo += [] if ours or held.plain else under.watch(held)
         held.undo += generating.watch(held)
         held.undo += calls.hook(held)
         held.undo += stream.watch(held)
@@ -65,7 +58,9 @@ def disconnect(held: Attachment) -> None:
 
 def _resolve(held: Attachment) -> None:
     """Numbers of layers and heads, of this model."""
-    config: Any = held.model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
+    sides = {"decoder": True} if held.tower.keeps or held.own else {"encoder": True}
+    tower: Any = held.tower.module
+    config = tower.config.get_text_config(**sides)
     layers = getattr(config, "num_hidden_layers", None)
     heads = getattr(config, "num_attention_heads", None)
     for part in held.parts:
@@ -86,33 +81,45 @@ def _open(layers: list[Any]) -> list[Any]:
 
 
 def _forget(held: Attachment) -> None:
-    for module in held.layers:
-        del ATTACHED[module]
-    held.layers.clear()
+    for module in held.tower.layers:
+        ATTACHED.pop(module, None)
     if not ATTACHED:
         interface.forget(NAME)
 
 
-def _restore(implementations: list[tuple[Any, Any]]) -> None:
-    for config, implementation in implementations:
-        interface.restore(config, implementation)
+def _switch(held: Attachment) -> list[Callable[[], Any]]:
+    """Name our attention in the configurations of the tower and of what stands around it alone.
 
+    What stands around it makes masks for it. Towers beside it keep the attention that they have.
+    """
+    tower: Any = held.tower.module
+    configs = {id(c): c for c in (*_configs(tower), *(m.config for m in held.tower.outer))}
+    before = [(config, interface.implementation(config)) for config in configs.values()]
+    own = [tower, *held.tower.outer, *held.tower.layers]
+    meant = {id(getattr(module, "config", None)) for module in own}
 
-def _switch(model: Any) -> None:
-    model.set_attn_implementation(NAME)
-    config = model.config.get_text_config(decoder=True)
-    if interface.implementation(config) != NAME:
-        raise UserError(
-            f"the attention of {type(model).__name__} cannot be intercepted: its code does not "
-            "call Transformers' AttentionInterface"
-        )
+    def restore() -> None:
+        for config, name in before:
+            interface.restore(config, name)
+
+    try:
+        tower.set_attn_implementation(NAME)
+        if interface.implementation(tower.config) != NAME:
+            raise UserError(
+                f"the attention of {type(tower).__name__} cannot be intercepted: its code does not "
+                "call Transformers' AttentionInterface"
+            )
+    except BaseException:
+        restore()
+        raise
+    for config, name in before:
+        chosen = interface.Attached(NAME, name) if id(config) in meant else name
+        interface.restore(config, chosen)
+    return [restore]
 
 
 def _configs(model: nn.Module) -> Iterator[Any]:
-    """Every configuration of the model and its parts, parents before children.
-
-    Setting a parent's implementation sets its children's too, so children come later.
-    """
+    """Every configuration of the model and its parts."""
     seen: set[int] = set()
     queue = [m.config for m in model.modules() if isinstance(m, interface.PreTrainedModel)]
     while queue:
@@ -125,15 +132,6 @@ def _configs(model: nn.Module) -> Iterator[Any]:
         yield config
 
 
-def _layer_number(module: nn.Module, name: str) -> int:
-    """`layer_idx`, else the last integer of the module's qualified name, else 0."""
-    number = getattr(module, "layer_idx", None)
-    if isinstance(number, int):
-        return number
-    digits = [int(piece) for piece in name.split(".") if piece.isdigit()]
-    return digits[-1] if digits else 0
-
-
 def _watch_hidden(held: Attachment) -> list[Any]:
     """Hooks that show a layer's attention what its module was given, of one module at a time."""
 
@@ -142,5 +140,5 @@ def _watch_hidden(held: Attachment) -> list[Any]:
         if held.forward_pass is not None and isinstance(states, Tensor):
             held.forward_pass.hidden = {module: states}
 
-    layers = (m for m in held.layers if isinstance(getattr(m, "layer_idx", None), int))
-    return [m.register_forward_pre_hook(before, with_kwargs=True).remove for m in layers]
+    layers = (m for m in held.tower.layers if isinstance(getattr(m, "layer_idx", None), int))
+    return [hooks.before(m, before) for m in layers]

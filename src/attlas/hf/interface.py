@@ -1,9 +1,10 @@
 """How attlas takes hold of a model's attention, and lets go.
 
-Two private names are left here. `_attn_implementation`: of a configuration, since no public name tells
+Three private names are left here. `_attn_implementation`: of a configuration, since no public name tells
 which implementation is set, and `set_attn_implementation` cannot set one configuration alone, so that a
 model with parts of several could not be put back. `_global_mapping`: of the two interfaces, which have a
-public `register` and nothing to take an entry back.
+public `register` and nothing to take an entry back. `_gradient_checkpointing_func`: what
+`gradient_checkpointing_enable` sets on each block, and what a block is computed again by.
 """
 
 from __future__ import annotations
@@ -11,20 +12,43 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
 __all__ = [
+    "Attached",
     "PreTrainedModel",
+    "checkpointing",
     "forget",
     "implementation",
     "register",
     "registered",
     "restore",
     "sdpa_attention_forward",
+    "set_checkpointing",
 ]
+
+
+class Attached(str):
+    """The name of an attention function, which a copy of what holds it does not take along.
+
+    Attributes:
+        before: the attention that stood in its place, and stands in copies.
+    """
+
+    before: Any
+
+    def __new__(cls, name: str, before: Any) -> Attached:
+        """A name, and what stood in its place."""
+        made = super().__new__(cls, name)
+        made.before = before
+        return made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _same, (self.before,)
 
 
 def register(name: str, function: Callable[..., Any]) -> None:
@@ -59,5 +83,19 @@ def implementation(config: Any) -> Any:
 
 
 def restore(config: Any, name: Any) -> None:
-    """Set the attention that a configuration names, and those of its parts with it."""
-    config._attn_implementation = name
+    """Set the attention that a configuration names, without those of its parts."""
+    config._attn_implementation = {"": name}
+
+
+def checkpointing(module: nn.Module) -> Any:
+    """The function by which a block is computed with checkpoints; None where there is none."""
+    return module.__dict__.get("_gradient_checkpointing_func")
+
+
+def set_checkpointing(module: nn.Module, function: Any) -> None:
+    """Compute a block with checkpoints in another way."""
+    module.__dict__["_gradient_checkpointing_func"] = function
+
+
+def _same(name: Any) -> Any:
+    return name
