@@ -7,11 +7,12 @@ import types
 from pathlib import Path
 
 import pytest
+from transformers.models.auto import modeling_auto
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import fetch  # noqa: E402
-import skips  # noqa: E402
+import fetch
+import skips
 
 HERE = fetch.fetch()
 sys.path.insert(0, str(HERE))
@@ -39,6 +40,23 @@ if not HAS_GENERATION:
         "tests.generation.test_utils",
         GenerationTesterMixin=type("GenerationTesterMixin", (), {}),
     )
+
+
+#: Under which names the mixins look for what a model has labels for; as with the Auto classes.
+LISTED = {
+    "MODEL_MAPPING_NAMES": {
+        "attlas-decoder": "DecoderModel", "attlas-encoder": "Encoder", "attlas-vit": "ViTModel",
+    },
+    "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": {"attlas-decoder": "Decoder"},
+    "MODEL_FOR_MASKED_LM_MAPPING_NAMES": {"attlas-encoder": "EncoderForMaskedLM"},
+    "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES": {
+        "attlas-encoder": "EncoderForSequenceClassification",
+    },
+    "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES": {"attlas-vit": "ViT"},
+    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES": {"attlas-seq2seq": "Seq2Seq"},
+}  # fmt: skip
+for mapping, names in LISTED.items():
+    getattr(modeling_auto, mapping).update(names)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,9 +2,9 @@
 
     python tests/hf_suite/fetch.py         prints the folder that holds the package `tests`
 
-pip brings the distribution from whatever index it is configured with. It holds the common and the training
-mixin; the generation mixin, which it leaves out, is taken from a checkout of Transformers where
-HF_CHECKOUT names one (see docs/transformers.md).
+pip brings the distribution from whatever index it is configured with. It holds the common and the
+training mixin; the generation mixin, which it leaves out, is taken from a checkout of Transformers
+where HF_CHECKOUT names one (see docs/transformers.md).
 """
 
 from __future__ import annotations

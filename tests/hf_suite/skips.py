@@ -5,7 +5,17 @@ from __future__ import annotations
 import re
 
 #: (pattern of test classes, pattern of tests): why.
-SKIPS: dict[tuple[str, str], str] = {}
+SKIPS: dict[tuple[str, str], str] = {
+    (r"(Softmax|Recurrent|Differential|Hybrid)DecoderTest|Seq2SeqTest", "test_bc_cache_name_forward"): (
+        "wants a warning of past_key_values; our models take both names in all versions, without one"
+    ),
+    ("Seq2SeqTest", "test_model_base_model_prefix"): (
+        "has no base model: the blocks of the decoder stand beside its output layer"
+    ),
+    ("(HF)?ViTTest", "test_model_get_set_embeddings"): (
+        "wants an Embedding of tokens; patches are embedded by a convolution"
+    ),
+}
 
 
 def reason(of_class: str, test: str) -> str | None:

@@ -62,7 +62,7 @@ class HybridDecoderTest(Decoder, unittest.TestCase):
     attention = ("gated-deltanet", "softmax")
 
 
-class EncoderTest(Base, TrainingTesterMixin, unittest.TestCase):
+class EncoderTest(Base, unittest.TestCase):
     all_model_classes = (attlas.Encoder, EncoderForMaskedLM, EncoderForSequenceClassification)
     tester = staticmethod(lambda: Tester(attlas.EncoderConfig, **TEXT))
 
@@ -90,7 +90,7 @@ class LlamaTest(Generative, unittest.TestCase):
         self._made.causal_lm_class = transformers.LlamaForCausalLM
 
 
-class BertTest(Base, TrainingTesterMixin, unittest.TestCase):
+class BertTest(Base, unittest.TestCase):
     all_model_classes = (
         transformers.BertModel, transformers.BertForMaskedLM,
         transformers.BertForSequenceClassification,

@@ -96,8 +96,8 @@ class Block(MechanismBlock):
         self.on_meta = any(p.is_meta for p in self.parameters())
 
     def forward(
-        self, h: Tensor, mask: Tensor | None = None, position_ids: Tensor | None = None,
-        cache: Cache | None = None, context: Tensor | None = None,
+        self, h: Tensor, context: Tensor | None = None, mask: Tensor | None = None,
+        position_ids: Tensor | None = None, cache: Cache | None = None,
         context_mask: Tensor | None = None, packing: Packing | None = None, maps: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
         """One step of the residual stream; with `maps` also those of attention and cross-attention."""

@@ -181,7 +181,7 @@ class ConvNetModel(_Convolutional):
         """The first convolution, with its norm."""
         return self.stem
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: Any) -> None:
         """Replace the first convolution and its norm."""
         self.stem = value
 

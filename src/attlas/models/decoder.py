@@ -22,7 +22,7 @@ from attlas.hf.models import (
 )
 from attlas.models.blocks import AttlasModel, Block, only_padding
 from attlas.models.config import AttlasConfig
-from attlas.models.generating import Generates, is_stateful, kept_cache
+from attlas.models.generating import AttlasGenerationMixin, is_stateful, kept_cache
 from attlas.models.losses import IGNORED, token_loss
 from attlas.models.packing import unpacked
 from attlas.models.passing import asked, check_mask, check_rest, through
@@ -81,7 +81,8 @@ class DecoderModel(AttlasModel):
                 not see each other, and no cache is made.
             cache: what earlier steps have kept.
             inputs_embeds: instead of `input_ids`.
-            use_cache: whether to make a cache where none is given; as the configuration says unless given.
+            use_cache: whether to make a cache where none is given; unless given, as the configuration
+                says.
             output_hidden_states: whether to give those between the blocks too.
             output_attentions: whether to give each layer's attention map too.
             past_key_values: the name of `cache` before Transformers 5.24.
@@ -98,9 +99,9 @@ class DecoderModel(AttlasModel):
         h = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = the_cache(cache, past_key_values)
         check_mask(attention_mask, h, cache)
-        packing, mask = unpacked(
-            self.layers, position_ids, only_padding(attention_mask), cache, len(h)
-        )
+        packing, mask = None, only_padding(attention_mask)
+        if attention_mask is None and cache is None and position_ids is not None:
+            packing, mask = unpacked(self.layers, position_ids, len(h))
         use_cache = self.config.use_cache if use_cache is None else use_cache
         cache = kept_cache(
             self, cache, use_cache and packing is None, lambda: DynamicCache(config=self.config)
@@ -119,7 +120,7 @@ class DecoderModel(AttlasModel):
         )
 
 
-class Decoder(AttlasModel, Generates):
+class Decoder(AttlasModel, AttlasGenerationMixin):
     """A causal language model: `forward` gives logits, and a loss where labels are given."""
 
     config_class = DecoderConfig
@@ -163,9 +164,9 @@ class Decoder(AttlasModel, Generates):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(out.last_hidden_state[:, kept])
         loss = None
-        if labels is not None or shift_labels is not None:
-            if shift_labels is None:
-                shift_labels = nn.functional.pad(labels, (0, 1), value=IGNORED)[..., 1:]
+        if shift_labels is None and labels is not None:
+            shift_labels = nn.functional.pad(labels, (0, 1), value=IGNORED)[..., 1:]
+        if shift_labels is not None:
             loss = token_loss(logits, shift_labels, self, num_items_in_batch)
         return CausalLMOutputWithPast(
             loss=loss,

@@ -14,7 +14,7 @@ from attlas.hf.caches import Cache
 from attlas.hf.models import GenerationMixin
 
 
-class Generates(GenerationMixin):  # type: ignore[misc]
+class AttlasGenerationMixin(GenerationMixin):  # type: ignore[misc]
     """Generation as in Transformers, and refusals of what would fail halfway."""
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:

@@ -100,19 +100,17 @@ def pairs_within(position_ids: Integer[Tensor, "batch tokens"]) -> Bool[Tensor, 
 
 
 def unpacked(
-    layers: Iterable[Any], position_ids: Tensor | None, mask: Tensor | None, cache: Any, batch: int
+    layers: Iterable[Any], position_ids: Tensor, batch: int
 ) -> tuple[Packing | None, Tensor | None]:
-    """(how the rows are packed, the mask), by the rule of Transformers.
+    """(how rows are packed, a mask of pairs instead), of a pass with neither a mask nor a cache.
 
-    Rows are packed where there are positions that begin anew, and neither a mask nor a cache. While a
-    model is compiled nothing can be asked of the positions; layers that take any mask of pairs and keep
-    nothing but keys and values then get one, and others break the graph here.
+    So Transformers has it: with one of them, positions only say where tokens stand. While a model is
+    compiled nothing can be asked of the positions; layers that take any mask of pairs and keep nothing
+    but keys and values then get one, and others break the graph here.
 
     Raises:
         ValueError: packed rows, and a layer that takes no mask, with texts of several lengths.
     """
-    if position_ids is None or mask is not None or cache is not None:
-        return None, mask
     if position_ids.ndim == 1:
         position_ids = position_ids[None]
     position_ids = position_ids.expand(batch, -1)
@@ -130,4 +128,4 @@ def unpacked(
                     f"{type(attention).__name__} takes no padding; give one text a row, or texts of "
                     "one length"
                 )
-    return packing, mask
+    return packing, None

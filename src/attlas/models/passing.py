@@ -35,14 +35,16 @@ class Passed:
 
 
 def through(
-    layers: Iterable[nn.Module], norm: nn.Module, h: Tensor, *, states: bool, maps: bool, **given: Any
-) -> Passed:
+    layers: Iterable[nn.Module], norm: nn.Module, h: Tensor, context: Tensor | None = None, *,
+    states: bool, maps: bool, **given: Any,
+) -> Passed:  # fmt: skip
     """Pass h through blocks and the last norm.
 
     Args:
         layers: the blocks.
         norm: behind the last of them.
         h: the embedded tokens.
+        context: what cross-attention attends to.
         states: whether hidden states are wanted.
         maps: whether attention maps are.
         given: what every block is called with.
@@ -60,7 +62,8 @@ def through(
     for block in blocks:
         if states:
             kept.append(h)
-        out = block(h, **given)
+        # Gradients flow through positional arguments alone where checkpointing is reentrant.
+        out = block(h, context, **given) if context is not None else block(h, **given)
         if maps:
             h, own_map, cross_map = out
             own.append(own_map)
@@ -74,7 +77,7 @@ def through(
 
 
 def attended(
-    layer: Attention, x: Tensor, packing: Packing | None, maps: bool, **given: Any
+    layer: Any, x: Tensor, packing: Packing | None, maps: bool, **given: Any
 ) -> tuple[Tensor, Tensor | None]:
     """(what a layer gives, its map if that is wanted), each packed text by itself."""
     batch = x.shape[0]
@@ -87,7 +90,9 @@ def attended(
     return packing.joined(y, batch), None if weights is None else packing.joined_maps(weights, batch)
 
 
-def with_map(layer: Attention, x: Tensor, context: Tensor | None = None, **given: Any) -> tuple[Tensor, Tensor]:
+def with_map(
+    layer: Attention, x: Tensor, context: Tensor | None = None, **given: Any
+) -> tuple[Tensor, Tensor]:
     """(what a layer gives, the map of its weights), in one pass."""
     q, k, v, inputs = layer.prepare(x, context, **given)
     # What earlier passes have left is not taken in twice.

@@ -25,7 +25,7 @@ from attlas.hf.models import (
 )
 from attlas.models.blocks import AttlasModel, Block, only_padding
 from attlas.models.config import AttlasConfig
-from attlas.models.generating import Generates, is_stateful, kept_cache
+from attlas.models.generating import AttlasGenerationMixin, is_stateful, kept_cache
 from attlas.models.losses import token_loss
 from attlas.models.passing import asked, check_mask, check_rest, through
 
@@ -64,12 +64,22 @@ class Seq2SeqEncoder(AttlasModel):
 
     def __init__(self, config: Seq2SeqConfig, embed_tokens: nn.Embedding) -> None:
         super().__init__(config)
-        self.embed_tokens = embed_tokens
+        #: In a tuple, for it is the model's, and saved there.
+        self.embedding = (embed_tokens,)
         self.layers = nn.ModuleList(
             Block(config, i, "encoder_attention") for i in range(config.num_hidden_layers)
         )
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.gradient_checkpointing = False
         self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The embedding of both sides."""
+        return self.embedding[0]
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace it here; the model's method replaces it on both sides."""
+        self.embedding = (value,)
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
@@ -86,7 +96,7 @@ class Seq2SeqEncoder(AttlasModel):
         check_rest(self, kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give one of input_ids and inputs_embeds")
-        h = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        h = self.embedding[0](input_ids) if inputs_embeds is None else inputs_embeds
         check_mask(attention_mask, h)
         passed = through(
             self.layers, self.norm, h,
@@ -101,14 +111,11 @@ class Seq2SeqEncoder(AttlasModel):
         )
 
 
-class Seq2Seq(AttlasModel, Generates):
+class Seq2Seq(AttlasModel, AttlasGenerationMixin):
     """An encoder–decoder language model."""
 
     config_class = Seq2SeqConfig
-    _tied_weights_keys: ClassVar[dict[str, str]] = {
-        "encoder.embed_tokens.weight": "shared.weight",
-        "lm_head.weight": "shared.weight",
-    }
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "shared.weight"}
 
     def __init__(self, config: Seq2SeqConfig) -> None:
         super().__init__(config)
@@ -133,7 +140,8 @@ class Seq2Seq(AttlasModel, Generates):
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         """Replace the embedding of both sides."""
-        self.shared = self.encoder.embed_tokens = value
+        self.shared = value
+        self.encoder.set_input_embeddings(value)
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
@@ -203,9 +211,9 @@ class Seq2Seq(AttlasModel, Generates):
         if mask is not None:
             positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -count:]
         passed = through(
-            self.layers, self.norm, h,
+            self.layers, self.norm, h, context,
             states=wanted["output_hidden_states"], maps=wanted["output_attentions"], mask=mask,
-            position_ids=positions, cache=own, context=context, context_mask=context_mask,
+            position_ids=positions, cache=own, context_mask=context_mask,
         )  # fmt: skip
         logits, loss = self.lm_head(passed.last), None
         if labels is not None:

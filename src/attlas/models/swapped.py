@@ -64,9 +64,9 @@ def pass_padding(
         return args, kwargs  # which Transformers refuses
     check_mask(mask, tokens, cache)
     layers = [m for m in module.modules() if isinstance(m, Swapped)]
-    packing, padding = unpacked(
-        layers, given.get("position_ids"), only_padding(mask), cache, len(tokens)
-    )
+    packing, padding, positions = None, only_padding(mask), given.get("position_ids")
+    if mask is None and cache is None and positions is not None:
+        packing, padding = unpacked(layers, positions, len(tokens))
     if packing is not None:  # Transformers' own layers tell texts apart only where no cache is made
         given["use_cache"] = False
     return (), {**given, "padding": padding, "packing": packing}

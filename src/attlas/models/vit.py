@@ -85,7 +85,7 @@ class ViTModel(AttlasModel):
         """What makes tokens of patches."""
         return self.patches
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: Any) -> None:
         """Replace what makes tokens of patches."""
         self.patches = value
 

@@ -161,6 +161,8 @@ def taking_back(subject: Subject) -> Iterator[Measure]:
     """Tokens taken back from a cache, as assisted decoding does, leave nothing behind; or are refused."""
     layer = subject.layer(causal=True)
     x, cache = _inputs(layer), layer.init_cache()
+    if hasattr(cache, "activate_past_recording"):  # of windows, as generation does; not in all versions
+        cache.activate_past_recording()
     layer(torch.cat((x[:, :7], 10 * torch.randn_like(x[:, 7:])), dim=1), cache=cache)
     if not subject.object.supports.takes_back:
         yield refuses("remembers more than keys", lambda: cache.crop(-4), "tokens_to_remove")
