@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import unittest
 from typing import Any, ClassVar
 
@@ -50,16 +51,34 @@ class SoftmaxDecoderTest(Decoder, unittest.TestCase):
     pass
 
 
-class RecurrentDecoderTest(Decoder, unittest.TestCase):
+class Stateful(Decoder):
+    """A decoder with layers whose cache is a state."""
+
+    def _check_past_key_values_for_generate(
+        self, batch: int, cache: Any, length: int, config: Any
+    ) -> None:
+        assert cache.get_seq_length() == length
+        assert cache.layers[0].keys is None
+        assert all(len(x) == batch for x in cache.layers[0].states.values())
+
+
+class RecurrentDecoderTest(Stateful, unittest.TestCase):
     attention = "lightning-attention-2"
+
+
+class HybridDecoderTest(Stateful, unittest.TestCase):
+    attention = ("gated-linear-attention", "softmax")
 
 
 class DifferentialDecoderTest(Decoder, unittest.TestCase):
     attention = "differential-transformer"
 
-
-class HybridDecoderTest(Decoder, unittest.TestCase):
-    attention = ("gated-deltanet", "softmax")
+    def _check_past_key_values_for_generate(
+        self, batch: int, cache: Any, length: int, config: Any
+    ) -> None:
+        config = copy.deepcopy(config)
+        config.head_dim *= 2  # the keys of both maps lie side by side
+        super()._check_past_key_values_for_generate(batch, cache, length, config)
 
 
 class EncoderTest(Base, unittest.TestCase):
@@ -77,6 +96,12 @@ class Seq2SeqTest(Base, GenerationTesterMixin, unittest.TestCase):
     all_model_classes = (attlas.Seq2Seq,)
     is_encoder_decoder = True
     tester = staticmethod(lambda: SourceAndTarget(attlas.Seq2SeqConfig, **TEXT))
+
+    def _check_past_key_values_for_generate(
+        self, batch: int, cache: Any, length: int, config: Any
+    ) -> None:
+        own = cache.self_attention_cache  # cross-attention keeps nothing
+        super()._check_past_key_values_for_generate(batch, own, length, config)
 
 
 # Transformers' own, by the same testers.
