@@ -55,11 +55,11 @@ class Stateful(Decoder):
     """A decoder with layers whose cache is a state."""
 
     def _check_past_key_values_for_generate(
-        self, batch: int, cache: Any, length: int, config: Any
+        self, batch_size: int, past_key_values: Any, seq_length: int, config: Any
     ) -> None:
-        assert cache.get_seq_length() == length
-        assert cache.layers[0].keys is None
-        assert all(len(x) == batch for x in cache.layers[0].states.values())
+        assert past_key_values.get_seq_length() == seq_length
+        assert past_key_values.layers[0].keys is None
+        assert all(len(x) == batch_size for x in past_key_values.layers[0].states.values())
 
 
 class RecurrentDecoderTest(Stateful, unittest.TestCase):
@@ -74,11 +74,11 @@ class DifferentialDecoderTest(Decoder, unittest.TestCase):
     attention = "differential-transformer"
 
     def _check_past_key_values_for_generate(
-        self, batch: int, cache: Any, length: int, config: Any
+        self, batch_size: int, past_key_values: Any, seq_length: int, config: Any
     ) -> None:
         config = copy.deepcopy(config)
         config.head_dim *= 2  # the keys of both maps lie side by side
-        super()._check_past_key_values_for_generate(batch, cache, length, config)
+        super()._check_past_key_values_for_generate(batch_size, past_key_values, seq_length, config)
 
 
 class EncoderTest(Base, unittest.TestCase):
@@ -98,10 +98,10 @@ class Seq2SeqTest(Base, GenerationTesterMixin, unittest.TestCase):
     tester = staticmethod(lambda: SourceAndTarget(attlas.Seq2SeqConfig, **TEXT))
 
     def _check_past_key_values_for_generate(
-        self, batch: int, cache: Any, length: int, config: Any
+        self, batch_size: int, past_key_values: Any, seq_length: int, config: Any
     ) -> None:
-        own = cache.self_attention_cache  # cross-attention keeps nothing
-        super()._check_past_key_values_for_generate(batch, own, length, config)
+        own = past_key_values.self_attention_cache  # cross-attention keeps nothing
+        super()._check_past_key_values_for_generate(batch_size, own, seq_length, config)
 
 
 # Transformers' own, by the same testers.

