@@ -55,7 +55,7 @@ class SourceAndTarget(Tester):
 class Images(Tester):
     """Of a model of images; tokens are patches."""
 
-    image_size, patch_size, num_channels, num_masks = 8, 4, 3, 2
+    image_size, patch_size, num_channels, num_masks, mask_length = 8, 4, 3, 2, 4
 
     def __init__(self, config_class: Any, seq_length: int, **options: Any) -> None:
         sizes = {name: getattr(self, name) for name in ("image_size", "patch_size", "num_channels")}
