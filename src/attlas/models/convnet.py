@@ -33,8 +33,10 @@ from attlas.hf.models import (
 )
 from attlas.hf.models import initialization as init
 from attlas.kinds.feature_map import FeatureMap
-from attlas.models.blocks import AttlasModel, MechanismBlock, add_auxiliary
+from attlas.models.blocks import AttlasModel, MechanismBlock
 from attlas.models.config import TypedConfig, in_full_precision
+from attlas.models.losses import class_loss
+from attlas.models.passing import asked, check_rest
 
 #: Stands for no module.
 NONE = "none"
@@ -175,6 +177,14 @@ class ConvNetModel(_Convolutional):
         self.stages = nn.ModuleList(stages)
         self.post_init()
 
+    def get_input_embeddings(self) -> nn.Module:
+        """The first convolution, with its norm."""
+        return self.stem
+
+    def set_input_embeddings(self, value: Any) -> None:
+        """Replace the first convolution and its norm."""
+        self.stem = value
+
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self, pixel_values: Tensor, output_hidden_states: bool | None = None, **kwargs: Any
@@ -188,8 +198,10 @@ class ConvNetModel(_Convolutional):
 
         Raises:
             ValueError: images of other channels.
+            TypeError: an argument that the model has no use for, such as `output_attentions`.
         """
         config = self.config
+        check_rest(self, {"output_attentions": config.output_attentions, **kwargs})
         if pixel_values.ndim != 4 or pixel_values.shape[1] != config.num_channels:
             raise ValueError(
                 f"pixel_values must be [batch, {config.num_channels}, height, width], "
@@ -202,10 +214,9 @@ class ConvNetModel(_Convolutional):
             for block in stage.children():
                 x = block(x, earlier)
             previous.append(x)
-        if output_hidden_states is None:
-            output_hidden_states = config.output_hidden_states
+        states = asked(config, "output_hidden_states", output_hidden_states)
         return BaseModelOutputWithNoAttention(
-            last_hidden_state=x, hidden_states=tuple(previous) if output_hidden_states else None
+            last_hidden_state=x, hidden_states=tuple(previous) if states else None
         )
 
 
@@ -220,13 +231,20 @@ class ConvNet(_Convolutional):
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
-        self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Any
-    ) -> ImageClassifierOutputWithNoAttention:
-        """Logits of every image, and cross-entropy with `labels`."""
-        out = self.model(pixel_values, **kwargs)
+        self, pixel_values: Tensor, labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None, **kwargs: Any,
+    ) -> ImageClassifierOutputWithNoAttention:  # fmt: skip
+        """Logits of every image, and the loss with `labels`; as `ConvNetModel.forward`, and:
+
+        Args:
+            labels: numbers of classes; or [batch, num_labels], as `config.problem_type` says.
+            num_items_in_batch: labels of all steps of gradient accumulation; those of this one unless
+                given.
+        """
+        out = self.model(pixel_values, return_dict=True, **kwargs)
         logits, loss = self.classifier(out.last_hidden_state.mean((2, 3))), None
         if labels is not None:
-            loss = add_auxiliary(nn.functional.cross_entropy(logits, labels), self)
+            loss = class_loss(logits, labels, self, num_items_in_batch)
         return ImageClassifierOutputWithNoAttention(
             loss=loss, logits=logits, hidden_states=out.hidden_states
         )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from attlas.hf.caches import NAME, Cache, DynamicCache, the_cache
@@ -19,11 +18,14 @@ from attlas.hf.models import (
     AutoModelForCausalLM,
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
-    GenerationMixin,
     can_return_tuple,
 )
-from attlas.models.blocks import AttlasModel, Block, add_auxiliary, only_padding
+from attlas.models.blocks import AttlasModel, Block, only_padding
 from attlas.models.config import AttlasConfig
+from attlas.models.generating import AttlasGenerationMixin, is_stateful, kept_cache
+from attlas.models.losses import IGNORED, token_loss
+from attlas.models.packing import unpacked
+from attlas.models.passing import asked, check_mask, check_rest, through
 
 
 class DecoderConfig(AttlasConfig):
@@ -66,49 +68,59 @@ class DecoderModel(AttlasModel):
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None, cache: Cache | None = None,
         inputs_embeds: Tensor | None = None, use_cache: bool | None = None,
-        output_hidden_states: bool | None = None, past_key_values: Cache | None = None,
-        **kwargs: Any,
+        output_hidden_states: bool | None = None, output_attentions: bool | None = None,
+        past_key_values: Cache | None = None, **kwargs: Any,
     ) -> BaseModelOutputWithPast:  # fmt: skip
         """Hidden states of the tokens.
 
         Args:
             input_ids: [batch, tokens]; or `inputs_embeds`, [batch, tokens, hidden_size].
             attention_mask: 1 at valid tokens, [batch, keys, cached ones included].
-            position_ids: of the tokens; from the cache and the padding unless given.
+            position_ids: of the tokens; from the cache and the padding unless given. Where they begin
+                anew within a row, with neither a mask nor a cache, the row holds several texts that do
+                not see each other, and no cache is made.
             cache: what earlier steps have kept.
             inputs_embeds: instead of `input_ids`.
-            use_cache: whether to keep keys and values; as the configuration says unless given.
+            use_cache: whether to make a cache where none is given; unless given, as the configuration
+                says.
             output_hidden_states: whether to give those between the blocks too.
+            output_attentions: whether to give each layer's attention map too.
             past_key_values: the name of `cache` before Transformers 5.24.
             kwargs: whatever Transformers passes on besides.
 
         Raises:
-            ValueError: neither or both of `input_ids` and `inputs_embeds`; two caches.
+            ValueError: neither or both of `input_ids` and `inputs_embeds`; two caches; a mask of another
+                length; maps of layers that have none.
+            TypeError: an argument that the model has no use for.
         """
+        check_rest(self, kwargs, position_ids)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give one of input_ids and inputs_embeds")
         h = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        use_cache = self.config.use_cache if use_cache is None else use_cache
-        if self.training and self.gradient_checkpointing:
-            use_cache = False
         cache = the_cache(cache, past_key_values)
-        if use_cache and cache is None:
-            cache = DynamicCache(config=self.config)
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        mask, states = only_padding(attention_mask), [h]
-        for layer in self.layers:
-            h = layer(h, mask=mask, position_ids=position_ids, cache=cache if use_cache else None)
-            states.append(h)
-        h = self.norm(h)
+        check_mask(attention_mask, h, cache)
+        packing, mask = None, only_padding(attention_mask)
+        if attention_mask is None and cache is None and position_ids is not None:
+            packing, mask = unpacked(self.layers, position_ids, len(h))
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        cache = kept_cache(
+            self, cache, use_cache and packing is None, lambda: DynamicCache(config=self.config)
+        )
+        passed = through(
+            self.layers, self.norm, h,
+            states=asked(self.config, "output_hidden_states", output_hidden_states),
+            maps=asked(self.config, "output_attentions", output_attentions),
+            mask=mask, position_ids=position_ids, cache=cache, packing=packing,
+        )  # fmt: skip
         return BaseModelOutputWithPast(
-            last_hidden_state=h,
-            hidden_states=(*states[:-1], h) if output_hidden_states else None,
+            last_hidden_state=passed.last,
+            hidden_states=passed.hidden_states,
+            attentions=passed.attentions,
             **{NAME: cache},
         )
 
 
-class Decoder(AttlasModel, GenerationMixin):  # type: ignore[misc]
+class Decoder(AttlasModel, AttlasGenerationMixin):
     """A causal language model: `forward` gives logits, and a loss where labels are given."""
 
     config_class = DecoderConfig
@@ -120,6 +132,7 @@ class Decoder(AttlasModel, GenerationMixin):  # type: ignore[misc]
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.loss_type = "ForCausalLM"
+        self._is_stateful = is_stateful(self.model.layers)
         self.post_init()
 
     @can_return_tuple  # type: ignore[untyped-decorator]
@@ -128,8 +141,9 @@ class Decoder(AttlasModel, GenerationMixin):  # type: ignore[misc]
         position_ids: Tensor | None = None, cache: Cache | None = None,
         inputs_embeds: Tensor | None = None, labels: Tensor | None = None,
         use_cache: bool | None = None, logits_to_keep: int | Tensor = 0,
-        output_hidden_states: bool | None = None, past_key_values: Cache | None = None,
-        **kwargs: Any,
+        output_hidden_states: bool | None = None, output_attentions: bool | None = None,
+        past_key_values: Cache | None = None, shift_labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None, **kwargs: Any,
     ) -> CausalLMOutputWithPast:  # fmt: skip
         """Logits of the next tokens; arguments as in `DecoderModel.forward`, and:
 
@@ -137,31 +151,30 @@ class Decoder(AttlasModel, GenerationMixin):  # type: ignore[misc]
             labels: tokens to predict, −100 where none is; shifted here. In training the loss holds
                 what the layers add to it.
             logits_to_keep: of how many last tokens, or of which, logits are wanted; 0 for all.
+            shift_labels: the labels of each token's successor, where they are shifted already.
+            num_items_in_batch: labels of all steps of gradient accumulation; those of this one unless
+                given.
         """
         out = self.model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
             cache=the_cache(cache, past_key_values), inputs_embeds=inputs_embeds,
             use_cache=use_cache, output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions, return_dict=True, **kwargs,
         )  # fmt: skip
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(out.last_hidden_state[:, kept])
         loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, vocab_size=self.vocab_size, **kwargs)
-            loss = add_auxiliary(loss, self)
+        if shift_labels is None and labels is not None:
+            shift_labels = nn.functional.pad(labels, (0, 1), value=IGNORED)[..., 1:]
+        if shift_labels is not None:
+            loss = token_loss(logits, shift_labels, self, num_items_in_batch)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             hidden_states=out.hidden_states,
+            attentions=out.attentions,
             **{NAME: out.get(NAME)},
         )
-
-    @staticmethod
-    def create_masks_for_generate(
-        attention_mask: torch.Tensor | None = None, **kwargs: Any
-    ) -> torch.Tensor | None:
-        """The mask as it is: [batch, keys] is what the layers take, with any cache."""
-        return attention_mask
 
 
 AutoConfig.register(DecoderConfig.model_type, DecoderConfig, exist_ok=True)

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from attlas.errors import UserError
 from attlas.hf.models import (
     AutoConfig,
     AutoModel,
@@ -22,8 +23,10 @@ from attlas.hf.models import (
     SequenceClassifierOutput,
     can_return_tuple,
 )
-from attlas.models.blocks import AttlasModel, Block, add_auxiliary, only_padding
+from attlas.models.blocks import AttlasModel, Block, only_padding
 from attlas.models.config import AttlasConfig
+from attlas.models.losses import class_loss, token_loss
+from attlas.models.passing import asked, check_mask, check_rest, through
 
 
 class EncoderConfig(AttlasConfig):
@@ -57,25 +60,33 @@ class Encoder(AttlasModel):
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None, inputs_embeds: Tensor | None = None,
-        output_hidden_states: bool | None = None, **kwargs: Any,
+        output_hidden_states: bool | None = None, output_attentions: bool | None = None,
+        **kwargs: Any,
     ) -> BaseModelOutput:  # fmt: skip
         """Hidden states; arguments as in `DecoderModel.forward`.
 
+        As in Transformers' encoders, positions say where tokens stand, and tell no texts apart.
+
         Raises:
-            ValueError: neither or both of `input_ids` and `inputs_embeds`.
+            ValueError: neither or both of `input_ids` and `inputs_embeds`; a mask of another length;
+                maps of layers that have none.
+            TypeError: an argument that the model has no use for.
         """
+        check_rest(self, kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give one of input_ids and inputs_embeds")
         h = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        mask, states = only_padding(attention_mask), [h]
-        for layer in self.layers:
-            h = layer(h, mask=mask, position_ids=position_ids)
-            states.append(h)
-        h = self.norm(h)
+        check_mask(attention_mask, h)
+        passed = through(
+            self.layers, self.norm, h,
+            states=asked(self.config, "output_hidden_states", output_hidden_states),
+            maps=asked(self.config, "output_attentions", output_attentions),
+            mask=only_padding(attention_mask), position_ids=position_ids,
+        )  # fmt: skip
         return BaseModelOutput(
-            last_hidden_state=h, hidden_states=(*states[:-1], h) if output_hidden_states else None
+            last_hidden_state=passed.last,
+            hidden_states=passed.hidden_states,
+            attentions=passed.attentions,
         )
 
 
@@ -95,15 +106,24 @@ class EncoderForMaskedLM(AttlasModel):
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
-        labels: Tensor | None = None, **kwargs: Any,
+        labels: Tensor | None = None, num_items_in_batch: Tensor | int | None = None, **kwargs: Any,
     ) -> MaskedLMOutput:  # fmt: skip
-        """Logits of every token, and the loss where `labels` is not −100."""
-        out = self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        """Logits of every token, and the loss where `labels` is not −100; as `Encoder.forward`, and:
+
+        Args:
+            labels: tokens to tell.
+            num_items_in_batch: labels of all steps of gradient accumulation; those of this one unless
+                given.
+        """
+        out = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **kwargs
+        )
         logits, loss = self.lm_head(out.last_hidden_state), None
         if labels is not None:
-            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size)
-            loss = add_auxiliary(loss, self)
-        return MaskedLMOutput(loss=loss, logits=logits, hidden_states=out.hidden_states)
+            loss = token_loss(logits, labels, self, num_items_in_batch)
+        return MaskedLMOutput(
+            loss=loss, logits=logits, hidden_states=out.hidden_states, attentions=out.attentions
+        )
 
 
 class EncoderForSequenceClassification(AttlasModel):
@@ -120,17 +140,35 @@ class EncoderForSequenceClassification(AttlasModel):
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
-        labels: Tensor | None = None, **kwargs: Any,
+        labels: Tensor | None = None, num_items_in_batch: Tensor | int | None = None, **kwargs: Any,
     ) -> SequenceClassifierOutput:  # fmt: skip
-        """Logits of every sequence, and cross-entropy with `labels`."""
-        out = self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        """Logits of every sequence, and the loss with `labels`; as `Encoder.forward`, and:
+
+        Args:
+            labels: numbers of classes; or [batch, num_labels], as `config.problem_type` says.
+            num_items_in_batch: labels of all steps of gradient accumulation; those of this one unless
+                given.
+
+        Raises:
+            ValueError: a mask of pairs, which tells no tokens to take the mean over.
+        """
+        if attention_mask is not None and attention_mask.ndim != 2:
+            raise UserError(
+                "attention_mask must be [batch, tokens] here, since the mean is over valid tokens; "
+                f"got {list(attention_mask.shape)}"
+            )
+        out = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **kwargs
+        )
         h = out.last_hidden_state
         valid = h.new_ones(h.shape[:2]) if attention_mask is None else attention_mask.to(h.dtype)
         mean = (h * valid[..., None]).sum(1) / valid.sum(1, keepdim=True).clamp(min=1)
         logits, loss = self.classifier(mean), None
         if labels is not None:
-            loss = add_auxiliary(nn.functional.cross_entropy(logits, labels), self)
-        return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=out.hidden_states)
+            loss = class_loss(logits, labels, self, num_items_in_batch)
+        return SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=out.hidden_states, attentions=out.attentions
+        )
 
 
 AutoConfig.register(EncoderConfig.model_type, EncoderConfig, exist_ok=True)

@@ -20,12 +20,14 @@ from attlas.hf.models import (
     AutoConfig,
     AutoModelForSeq2SeqLM,
     BaseModelOutput,
-    GenerationMixin,
     Seq2SeqLMOutput,
     can_return_tuple,
 )
-from attlas.models.blocks import AttlasModel, Block, add_auxiliary, only_padding
+from attlas.models.blocks import AttlasModel, Block, only_padding
 from attlas.models.config import AttlasConfig
+from attlas.models.generating import AttlasGenerationMixin, is_stateful, kept_cache
+from attlas.models.losses import token_loss
+from attlas.models.passing import asked, check_mask, check_rest, through
 
 
 class Seq2SeqConfig(AttlasConfig):
@@ -62,34 +64,58 @@ class Seq2SeqEncoder(AttlasModel):
 
     def __init__(self, config: Seq2SeqConfig, embed_tokens: nn.Embedding) -> None:
         super().__init__(config)
-        self.embed_tokens = embed_tokens
+        #: In a tuple, for it is the model's, and saved there.
+        self.embedding = (embed_tokens,)
         self.layers = nn.ModuleList(
             Block(config, i, "encoder_attention") for i in range(config.num_hidden_layers)
         )
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.gradient_checkpointing = False
         self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The embedding of both sides."""
+        return self.embedding[0]
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace it here; the model's method replaces it on both sides."""
+        self.embedding = (value,)
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None, **kwargs: Any,
+        inputs_embeds: Tensor | None = None, output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None, **kwargs: Any,
     ) -> BaseModelOutput:  # fmt: skip
-        """What the decoder attends to, [batch, tokens, hidden_size]."""
-        h = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        mask = only_padding(attention_mask)
-        for layer in self.layers:
-            h = layer(h, mask=mask)
-        return BaseModelOutput(last_hidden_state=self.norm(h))
+        """What the decoder attends to, [batch, tokens, hidden_size]; arguments as in `Encoder.forward`.
+
+        Raises:
+            ValueError: as `Encoder.forward`.
+            TypeError: an argument that the model has no use for.
+        """
+        check_rest(self, kwargs)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give one of input_ids and inputs_embeds")
+        h = self.embedding[0](input_ids) if inputs_embeds is None else inputs_embeds
+        check_mask(attention_mask, h)
+        passed = through(
+            self.layers, self.norm, h,
+            states=asked(self.config, "output_hidden_states", output_hidden_states),
+            maps=asked(self.config, "output_attentions", output_attentions),
+            mask=only_padding(attention_mask),
+        )  # fmt: skip
+        return BaseModelOutput(
+            last_hidden_state=passed.last,
+            hidden_states=passed.hidden_states,
+            attentions=passed.attentions,
+        )
 
 
-class Seq2Seq(AttlasModel, GenerationMixin):  # type: ignore[misc]
+class Seq2Seq(AttlasModel, AttlasGenerationMixin):
     """An encoder–decoder language model."""
 
     config_class = Seq2SeqConfig
-    _tied_weights_keys: ClassVar[dict[str, str]] = {
-        "encoder.embed_tokens.weight": "shared.weight",
-        "lm_head.weight": "shared.weight",
-    }
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "shared.weight"}
 
     def __init__(self, config: Seq2SeqConfig) -> None:
         super().__init__(config)
@@ -104,6 +130,7 @@ class Seq2Seq(AttlasModel, GenerationMixin):  # type: ignore[misc]
         #: Whether keys and values of the target can be kept from step to step.
         layers: Any = self.layers
         self.keeps = all(layer.cross_attention.supports.single_queries for layer in layers)
+        self._is_stateful = is_stateful(layer.attention for layer in layers)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -113,72 +140,110 @@ class Seq2Seq(AttlasModel, GenerationMixin):  # type: ignore[misc]
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         """Replace the embedding of both sides."""
-        self.shared = self.encoder.embed_tokens = value
+        self.shared = value
+        self.encoder.set_input_embeddings(value)
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
         decoder_input_ids: Tensor | None = None, decoder_attention_mask: Tensor | None = None,
         encoder_outputs: BaseModelOutput | tuple[Tensor, ...] | None = None,
-        cache: Cache | None = None, labels: Tensor | None = None,
-        use_cache: bool | None = None, past_key_values: Cache | None = None, **kwargs: Any,
+        cache: Cache | None = None, inputs_embeds: Tensor | None = None,
+        decoder_inputs_embeds: Tensor | None = None, labels: Tensor | None = None,
+        use_cache: bool | None = None, output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None, past_key_values: Cache | None = None,
+        num_items_in_batch: Tensor | int | None = None, **kwargs: Any,
     ) -> Seq2SeqLMOutput:  # fmt: skip
         """Logits of the target's tokens.
 
         Args:
-            input_ids: the source, [batch, tokens].
+            input_ids: the source, [batch, tokens]; or `inputs_embeds`, [batch, tokens, hidden_size].
             attention_mask: 1 at the source's valid tokens.
             decoder_input_ids: the target, beginning with `decoder_start_token_id`; the labels moved
                 by one unless given.
             decoder_attention_mask: 1 at the target's valid tokens, cached ones included.
             encoder_outputs: what the encoder made of the source, instead of `input_ids`.
             cache: what earlier steps have kept.
+            inputs_embeds: instead of `input_ids`.
+            decoder_inputs_embeds: instead of `decoder_input_ids`.
             labels: target tokens to predict, −100 where none is.
-            use_cache: whether to keep keys and values.
+            use_cache: whether to make a cache where none is given.
+            output_hidden_states: whether to give those between the blocks of both sides too.
+            output_attentions: whether to give each layer's maps too, those of cross-attention included.
             past_key_values: the name of `cache` before Transformers 5.24.
+            num_items_in_batch: labels of all steps of gradient accumulation; those of this one unless
+                given.
             kwargs: whatever Transformers passes on besides.
 
         Raises:
-            ValueError: no target, or a cache where cross-attention needs the earlier queries.
+            ValueError: no source or target, or both forms of one; a cache where cross-attention needs
+                the earlier queries; a mask of another length; maps of layers that have none.
+            TypeError: an argument that the model has no use for.
         """
+        check_rest(self, kwargs)
         cache = the_cache(cache, past_key_values)
         if cache is not None and not self.keeps:
             raise ValueError("cache: this cross-attention needs the whole target each time")
+        wanted = {
+            "output_hidden_states": asked(self.config, "output_hidden_states", output_hidden_states),
+            "output_attentions": asked(self.config, "output_attentions", output_attentions),
+        }
         if encoder_outputs is None:
-            encoder_outputs = self.encoder(input_ids=input_ids, attention_mask=attention_mask)
-        if decoder_input_ids is None:
-            if labels is None:
-                raise ValueError("give decoder_input_ids or labels")
-            decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+            encoder_outputs = self.encoder(
+                input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds,
+                return_dict=True, **wanted,
+            )  # fmt: skip
+        elif inputs_embeds is not None:
+            raise ValueError("give one of encoder_outputs and inputs_embeds")
+        h = self._target(decoder_input_ids, decoder_inputs_embeds, labels)
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        if (self.training and self.gradient_checkpointing) or not self.keeps:
-            use_cache = False
-        if use_cache and cache is None:
-            cache = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache())
-        own = getattr(cache, "self_attention_cache", cache)
-        h, mask = self.shared(decoder_input_ids), only_padding(decoder_attention_mask)
-        context, context_mask = encoder_outputs[0], only_padding(attention_mask)
-        own = own if use_cache else None
+        cache = kept_cache(
+            self, cache, use_cache and self.keeps,
+            lambda: EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache()),
+        )  # fmt: skip
+        own, context = getattr(cache, "self_attention_cache", cache), encoder_outputs[0]
+        check_mask(decoder_attention_mask, h, own)
+        check_mask(attention_mask, context)
+        mask, context_mask = only_padding(decoder_attention_mask), only_padding(attention_mask)
         # Cross-attention has no cache to tell it where the target's tokens stand.
         seen, count = 0 if own is None else int(own.get_seq_length()), h.shape[1]
         positions = torch.arange(seen, seen + count, device=h.device)
         if mask is not None:
             positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -count:]
-        for layer in self.layers:
-            h = layer(
-                h, mask=mask, position_ids=positions, cache=own, context=context,
-                context_mask=context_mask,
-            )  # fmt: skip
-        logits, loss = self.lm_head(self.norm(h)), None
+        passed = through(
+            self.layers, self.norm, h, context,
+            states=wanted["output_hidden_states"], maps=wanted["output_attentions"], mask=mask,
+            position_ids=positions, cache=own, context_mask=context_mask,
+        )  # fmt: skip
+        logits, loss = self.lm_head(passed.last), None
         if labels is not None:
-            loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
-            loss = add_auxiliary(loss, self)
+            loss = token_loss(logits, labels, self, num_items_in_batch)
         return Seq2SeqLMOutput(
             loss=loss,
             logits=logits,
+            decoder_hidden_states=passed.hidden_states,
+            decoder_attentions=passed.attentions,
+            cross_attentions=passed.cross_attentions,
             encoder_last_hidden_state=context,
+            encoder_hidden_states=getattr(encoder_outputs, "hidden_states", None),
+            encoder_attentions=getattr(encoder_outputs, "attentions", None),
             **{NAME: cache},
         )
+
+    def _target(
+        self, ids: Tensor | None, embeds: Tensor | None, labels: Tensor | None
+    ) -> Tensor:
+        """The target's tokens, embedded."""
+        if ids is not None and embeds is not None:
+            raise ValueError("give one of decoder_input_ids and decoder_inputs_embeds")
+        if embeds is not None:
+            return embeds
+        if ids is None:
+            if labels is None:
+                raise ValueError("give decoder_input_ids, decoder_inputs_embeds or labels")
+            ids = self.prepare_decoder_input_ids_from_labels(labels)
+        h: Tensor = self.shared(ids)
+        return h
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As in Transformers; `use_cache` is off where nothing can be kept."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from einops import rearrange
@@ -11,6 +12,8 @@ from torch.nn.functional import linear
 from attlas.attention import Attention
 from attlas.hf.caches import Cache, the_cache
 from attlas.models.blocks import only_padding
+from attlas.models.packing import Packing, unpacked
+from attlas.models.passing import attended, check_mask
 
 
 class Swapped(nn.Module):
@@ -24,13 +27,14 @@ class Swapped(nn.Module):
     def forward(
         self, hidden_states: Tensor, padding: Tensor | None = None,
         position_ids: Tensor | None = None, cache: Cache | None = None,
-        past_key_values: Cache | None = None, **kwargs: Any,
+        past_key_values: Cache | None = None, packing: Packing | None = None, **kwargs: Any,
     ) -> tuple[Tensor, None]:  # fmt: skip
         """The layer's output, and no weights."""
         # With padding, positions are counted from the first valid token, as masks count them.
         positions = position_ids if padding is None else None
         kept = the_cache(cache, past_key_values)
-        return self.attention(hidden_states, mask=padding, positions=positions, cache=kept), None
+        given = {"mask": padding, "positions": positions, "cache": kept}
+        return attended(self.attention, hidden_states, packing, False, **given)[0], None
 
 
 class NormedLinear(nn.Linear):
@@ -50,8 +54,19 @@ class NormedLinear(nn.Linear):
 def pass_padding(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Hand the padding mask on to the layers, which Transformers makes into one of all pairs."""
-    mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+    """Hand padding and packing on to the layers, which Transformers makes into a mask of all pairs."""
+    given = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
+    mask, cache = given.get("attention_mask"), the_cache(given.get("cache"), given.get("past_key_values"))
     if mask is not None and mask.ndim != 2:
         raise ValueError(f"attention_mask must be [batch, keys], got {list(mask.shape)}")
-    return args, {**kwargs, "padding": only_padding(mask)}
+    tokens = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
+    if tokens is None:
+        return args, kwargs  # which Transformers refuses
+    check_mask(mask, tokens, cache)
+    layers = [m for m in module.modules() if isinstance(m, Swapped)]
+    packing, padding, positions = None, only_padding(mask), given.get("position_ids")
+    if mask is None and cache is None and positions is not None:
+        packing, padding = unpacked(layers, positions, len(tokens))
+    if packing is not None:  # Transformers' own layers tell texts apart only where no cache is made
+        given["use_cache"] = False
+    return (), {**given, "padding": padding, "packing": packing}

@@ -22,8 +22,10 @@ from attlas.hf.models import (
     ImageClassifierOutput,
     can_return_tuple,
 )
-from attlas.models.blocks import AttlasModel, Block, add_auxiliary
+from attlas.models.blocks import AttlasModel, Block
 from attlas.models.config import AttlasConfig
+from attlas.models.losses import class_loss
+from attlas.models.passing import asked, check_rest, through
 
 
 class ViTConfig(AttlasConfig):
@@ -79,20 +81,32 @@ class ViTModel(AttlasModel):
         self.norm = nn.RMSNorm(width, eps=config.rms_norm_eps)
         self.post_init()
 
+    def get_input_embeddings(self) -> nn.Module:
+        """What makes tokens of patches."""
+        return self.patches
+
+    def set_input_embeddings(self, value: Any) -> None:
+        """Replace what makes tokens of patches."""
+        self.patches = value
+
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
-        self, pixel_values: Tensor, output_hidden_states: bool | None = None, **kwargs: Any
-    ) -> BaseModelOutput:
+        self, pixel_values: Tensor, output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None, **kwargs: Any,
+    ) -> BaseModelOutput:  # fmt: skip
         """Hidden states of the patches, row by row.
 
         Args:
             pixel_values: [batch, channels, image_size, image_size].
             output_hidden_states: whether to give those between the blocks too.
+            output_attentions: whether to give each layer's attention map too.
             kwargs: whatever Transformers passes on besides.
 
         Raises:
-            ValueError: images of another size.
+            ValueError: images of another size; maps of layers that have none.
+            TypeError: an argument that the model has no use for.
         """
+        check_rest(self, kwargs)
         config = self.config
         expected = (config.num_channels, config.image_size, config.image_size)
         if tuple(pixel_values.shape[1:]) != expected:
@@ -102,15 +116,15 @@ class ViTModel(AttlasModel):
         h = self.patches(pixel_values.to(self.patches.weight.dtype)).flatten(2).transpose(1, 2)
         if self.positions is not None:
             h = h + self.positions(torch.arange(h.shape[1], device=h.device))
-        if output_hidden_states is None:
-            output_hidden_states = config.output_hidden_states
-        states = [h]
-        for layer in self.layers:
-            h = layer(h)
-            states.append(h)
-        h = self.norm(h)
+        passed = through(
+            self.layers, self.norm, h,
+            states=asked(config, "output_hidden_states", output_hidden_states),
+            maps=asked(config, "output_attentions", output_attentions),
+        )  # fmt: skip
         return BaseModelOutput(
-            last_hidden_state=h, hidden_states=(*states[:-1], h) if output_hidden_states else None
+            last_hidden_state=passed.last,
+            hidden_states=passed.hidden_states,
+            attentions=passed.attentions,
         )
 
 
@@ -128,14 +142,23 @@ class ViT(AttlasModel):
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
-        self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Any
-    ) -> ImageClassifierOutput:
-        """Logits of every image, and cross-entropy with `labels`."""
-        out = self.model(pixel_values, **kwargs)
+        self, pixel_values: Tensor, labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None, **kwargs: Any,
+    ) -> ImageClassifierOutput:  # fmt: skip
+        """Logits of every image, and the loss with `labels`; as `ViTModel.forward`, and:
+
+        Args:
+            labels: numbers of classes; or [batch, num_labels], as `config.problem_type` says.
+            num_items_in_batch: labels of all steps of gradient accumulation; those of this one unless
+                given.
+        """
+        out = self.model(pixel_values, return_dict=True, **kwargs)
         logits, loss = self.classifier(out.last_hidden_state.mean(1)), None
         if labels is not None:
-            loss = add_auxiliary(nn.functional.cross_entropy(logits, labels), self)
-        return ImageClassifierOutput(loss=loss, logits=logits, hidden_states=out.hidden_states)
+            loss = class_loss(logits, labels, self, num_items_in_batch)
+        return ImageClassifierOutput(
+            loss=loss, logits=logits, hidden_states=out.hidden_states, attentions=out.attentions
+        )
 
 
 AutoConfig.register(ViTConfig.model_type, ViTConfig, exist_ok=True)

@@ -156,6 +156,21 @@ def beams(subject: Subject) -> Iterator[Measure]:
     yield same("after 8 tokens", torch.cat(steps, dim=1), layer(x)[order, 8:])
 
 
+@check("layer", when=lambda subject: subject.causal_form)
+def taking_back(subject: Subject) -> Iterator[Measure]:
+    """Tokens taken back from a cache, as assisted decoding does, leave nothing behind; or are refused."""
+    layer = subject.layer(causal=True)
+    x, cache = _inputs(layer), layer.init_cache()
+    if hasattr(cache, "activate_past_recording"):  # of windows, as generation does; not in all versions
+        cache.activate_past_recording()
+    layer(torch.cat((x[:, :7], 10 * torch.randn_like(x[:, 7:])), dim=1), cache=cache)
+    if not subject.object.supports.takes_back:
+        yield refuses("remembers more than keys", lambda: cache.crop(-4), "tokens_to_remove")
+        return
+    cache.crop(-4)
+    yield same("4 of 11", layer(x[:, 7:], cache=cache), layer(x)[:, 7:])
+
+
 @check("layer", when=lambda subject: subject.causal_form and subject.object.supports.cache == "state")
 def constant_state(subject: Subject) -> Iterator[Measure]:
     """What a cache holds does not grow with the tokens that it has seen."""

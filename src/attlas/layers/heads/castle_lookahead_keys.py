@@ -54,7 +54,7 @@ class CastleLookaheadKeys(Attention):
             task="shakespeare-bytes", better="lower", steps=500, batch=16,
         ),
     )  # fmt: skip
-    supports = Supports(cross=False)
+    supports = Supports(cross=False, remembers=True)
     expected_failures: ClassVar[dict[str, str]] = {"static-cache": "tokens change earlier keys"}
 
     window: int | None = option(

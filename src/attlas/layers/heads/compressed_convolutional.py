@@ -36,7 +36,7 @@ from attlas.supports import Supports, share_of_dim
 class CompressedConvolutional(Attention):
     """Attention in a compressed latent; fewer `kv_heads` compress keys and values further (CCGQA)."""
 
-    supports = Supports(cross=False)
+    supports = Supports(cross=False, remembers=True)
     expected_failures: ClassVar[dict[str, str]] = {"static-cache": "no room for earlier inputs"}
 
     head_dim: int = option(

@@ -35,7 +35,7 @@ from attlas.supports import Supports
 class NexusHigherOrder(Attention):
     """Attention between queries and keys that attended before."""
 
-    supports = Supports(cross=False)
+    supports = Supports(cross=False, remembers=True)
     expected_failures: ClassVar[dict[str, str]] = {
         "static-cache": "the inner passes' queries and keys have no room in it"
     }

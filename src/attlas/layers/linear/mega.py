@@ -45,7 +45,7 @@ from attlas.supports import Supports
 class Mega(Attention):
     """Gated attention of one head on a moving average."""
 
-    supports = Supports(cross=False, position=False, masks="padding")
+    supports = Supports(cross=False, position=False, masks="padding", remembers=True)
     changes = ("position",)  # biases of distances, within score and score_mod
     expected_failures: ClassVar[dict[str, str]] = {
         "static-cache": "its layers have no room for the state of the moving average"

@@ -46,7 +46,7 @@ _NO_MAP = "recollections are no values of tokens, so that no map of weights tell
 class MemoryAsContext(WithMemory):
     """Attention within segments, which begin with what a memory recalls."""
 
-    supports = replace(WithMemory.supports, cache="state")
+    supports = replace(WithMemory.supports, cache="state", maps=False)
     beyond = ("normalize: there is no map of weights, see `weigh`",)
     expected_failures: ClassVar[dict[str, str]] = {
         "fused-is-staged": _NO_MAP, "twice-the-plain-error": _NO_MAP, "grouped-heads": _NO_MAP,

@@ -47,7 +47,7 @@ class MultiToken(Attention):
         ),
     )  # fmt: skip
 
-    supports = Supports(memory="quadratic")
+    supports = Supports(memory="quadratic", remembers=True)
     changes = ("score",)
     expected_failures: ClassVar[dict[str, str]] = {"static-cache": "no room for rows of scores"}
 

@@ -17,6 +17,7 @@ is the reading that keeps both under a mask. Heads are normed and scaled as in d
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -42,6 +43,7 @@ class Dint(Differential):
         ),
     )  # fmt: skip
 
+    supports = replace(Differential.supports, remembers=True)
     beyond = ("output: heads are normed and scaled as in differential attention",)
     expected_failures: ClassVar[dict[str, str]] = {"static-cache": "no room for G's running sum"}
 
