@@ -68,6 +68,7 @@ class Inputs:
         """
         extras = extras or {}
         layer.supports.check_call(layer, encoding, x, context, mask, cache, extras)
+        mask = masks.seen(mask) if isinstance(mask, Tensor) else mask
         layer_idx, embed = layer.layer_idx, encoding.embed
         seen = 0 if cache is None else int(cache.get_seq_length(layer_idx))
         valid = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
@@ -105,7 +106,7 @@ class Inputs:
     def valid(self) -> Bool[Tensor, "batch all_keys"] | None:
         """True at tokens, False at padding, cached ones included; None without padding."""
         per_token = isinstance(self.mask, Tensor) and self.mask.ndim == 2
-        return self.mask.bool() if per_token else None  # type: ignore[union-attr]
+        return self.mask if per_token else None  # type: ignore[return-value]
 
     @property
     def valid_now(self) -> Bool[Tensor, "batch keys"] | None:
@@ -114,19 +115,26 @@ class Inputs:
 
     def within(self, pattern: Mask | None, q: Tensor, k: Tensor) -> Mask | Tensor | None:
         """The caller's mask within a layer's own pattern."""
-        given, valid = self.mask, self.valid
+        given, valid, queries, keys = self.mask, self.valid, q.shape[2], k.shape[2]
         if not isinstance(given, Tensor):
-            return masks.both(pattern, given)
-        queries, keys = q.shape[2], k.shape[2]
+            return self.placed(masks.both(pattern, given), queries, keys)
+        pattern = self.placed(pattern, queries, keys)
         if valid is None:
             own = None if pattern is None else masks.dense(pattern, queries, keys, device=q.device)
-            return given.bool() if own is None else own & given.bool()
+            return given if own is None else own & given
         # The last keys, should a sliding cache have let go of earlier ones.
-        valid = valid[:, -keys:]
+        valid = valid if valid.shape[1] == keys else valid[:, -keys:]
         if pattern is None or pattern.relative:
             return masks.both(pattern, masks.padding(valid))
         at = masks.at(pattern, self.positions, self.key_positions[..., -keys:])
         return at & valid[:, None, None, :]
+
+    def placed(self, pattern: Mask | None, queries: int, keys: int) -> Mask | None:
+        """The pattern for queries of which the last stands at the last key; of two sequences, each counts
+        its own tokens, so that row i of a table is query i."""
+        if pattern is None or self.context is None or queries == keys:
+            return pattern
+        return masks.Shifted(pattern, queries - keys)
 
     def visible(self, q: Tensor, k: Tensor) -> Bool[Tensor, "b h queries keys"] | None:
         """`pairs` for these queries and keys as booleans; None where all may meet."""

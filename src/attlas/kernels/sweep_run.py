@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
@@ -11,6 +10,7 @@ import torch
 import triton  # type: ignore[import-untyped, unused-ignore]
 from torch import Tensor
 
+from attlas.kept import kept
 from attlas.kernels.decode import units
 from attlas.kernels.sweep import _sweep
 
@@ -40,7 +40,7 @@ class Stretches:
     sequences: int | None
 
 
-@lru_cache(maxsize=64)
+@kept(64)
 def stretches(
     offsets: tuple[int, ...], packed: bool, count: int, device: torch.device
 ) -> Stretches:

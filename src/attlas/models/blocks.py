@@ -11,9 +11,12 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from attlas.attention import Attention
+from attlas.errors import UserError
 from attlas.hf.caches import Cache
 from attlas.hf.models import GradientCheckpointingLayer, PreTrainedModel, is_initialized
+from attlas.kept import traced
 from attlas.kinds.feature_map import FeatureMap
+from attlas.masks import seen
 from attlas.models.config import AttlasConfig, TypedConfig
 
 
@@ -166,10 +169,22 @@ def add_auxiliary(loss: Tensor, model: nn.Module) -> Tensor:
     return loss + extra.to(loss.device)
 
 
-def only_padding(mask: Tensor | None) -> Tensor | None:
-    """The mask, or none where all tokens are valid, so that the fastest routes stay open."""
-    if mask is None or mask.ndim != 2:
-        return mask
-    if not torch.compiler.is_compiling() and bool(mask.all()):
+def only_padding(mask: Tensor | None, name: str = "attention_mask") -> Tensor | None:
+    """The mask as booleans, or none where all tokens are valid, so that the fastest routes stay open.
+
+    Raises:
+        ValueError: floats that do not tell what is seen, such as [batch, keys] of nothing but zeros.
+    """
+    if mask is None:
         return None
-    return mask.bool()
+    shown = seen(mask, name)
+    if mask.ndim != 2 or traced():
+        return shown
+    if bool(shown.all()):
+        if mask.is_floating_point() and not mask.all():
+            raise UserError(
+                f"{name} of floats and nothing but zeros: no token or every token? give a bool mask, "
+                "True at tokens"
+            )
+        return None
+    return shown

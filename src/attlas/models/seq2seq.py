@@ -156,13 +156,14 @@ class Seq2Seq(AttlasModel, GenerationMixin):  # type: ignore[misc]
         if use_cache and cache is None:
             cache = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache())
         own = getattr(cache, "self_attention_cache", cache)
-        h, mask = self.shared(decoder_input_ids), only_padding(decoder_attention_mask)
+        h = self.shared(decoder_input_ids)
+        mask = only_padding(decoder_attention_mask, "decoder_attention_mask")
         context, context_mask = encoder_outputs[0], only_padding(attention_mask)
         own = own if use_cache else None
         # Cross-attention has no cache to tell it where the target's tokens stand.
         seen, count = 0 if own is None else int(own.get_seq_length()), h.shape[1]
         positions = torch.arange(seen, seen + count, device=h.device)
-        if mask is not None:
+        if mask is not None and mask.ndim == 2:
             positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -count:]
         for layer in self.layers:
             h = layer(

@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from attlas.errors import UnknownName
+from attlas.kept import traced
 from attlas.masks import Mask, causal, density, hides_nothing, sdpa_flags
 from attlas.ops.backends import sdpa
 from attlas.ops.blocks import blocks
@@ -87,6 +88,9 @@ def attend(
     queries, keys = q.shape[2], k.shape[2]
     offset = keys - queries if q_offset is None else q_offset
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if keys == 0:
+        out, lse = reference(q, k, v, scale=scale)
+        return (out, lse) if return_lse else out
     flag = mask is not None and offset == 0 and queries == keys and mask == causal
     if route == "auto" and score_mod is None and not return_lse and (mask is None or flag):
         k, v = _alike(k, v, q.shape[1])
@@ -130,10 +134,13 @@ def _choose(
     dropout: float, return_lse: bool, offset: int,
 ) -> Route:  # fmt: skip
     queries, keys = q.shape[2], k.shape[2]
-    small = queries * keys <= SMALL
+    # An exported program is for every length, so that none may decide.
+    small = torch.compiler.is_exporting() or queries * keys <= SMALL
     fits_sdpa = not return_lse and (score_mod is None or getattr(score_mod, "additive", False))
     if dropout > 0:
         return "sdpa" if fits_sdpa else "reference"
+    if traced():
+        return _choose_traced(q, k, v, mask, fits_sdpa, small)
     if q.is_cuda and keys >= LONG and queries > 1 and refuses(q, k, v, mask) is None:
         return "flex"
     if fits_sdpa and not small and _sparse(mask, queries, keys, offset):
@@ -146,6 +153,19 @@ def _choose(
     if fits_sdpa and (score_mod is None or small or q.is_cuda):
         return "sdpa"
     return "reference" if small else "chunked"
+
+
+def _choose_traced(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, fits_sdpa: bool, small: bool
+) -> Route:
+    """The route where no block can be looked at: compiled whole, exported, or under torch.func."""
+    fixed = mask is None or (isinstance(mask, Mask) and len(mask.leaves) == 0)
+    flexible = torch.compiler.is_compiling() and q.is_cuda and fixed and not small
+    if flexible and refuses(q, k, v, mask) is None:
+        return "flex"
+    if fits_sdpa:
+        return "sdpa"
+    return "reference" if small or not torch.compiler.is_compiling() else "chunked"
 
 
 def _sparse(mask: Mask | Tensor | None, queries: int, keys: int, offset: int) -> bool:

@@ -23,7 +23,6 @@ authors' program, which clamps scores at 5 before it exponentiates them, whereve
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import lru_cache
 from itertools import combinations_with_replacement
 from math import factorial, prod
 from typing import Literal
@@ -39,6 +38,7 @@ from attlas.bases.recurrent import Gates, RecurrentAttention
 from attlas.catalog.registry import Reduction, mechanism
 from attlas.errors import UserError
 from attlas.inputs import Inputs
+from attlas.kept import kept
 from attlas.options import option
 
 
@@ -163,7 +163,7 @@ def powers(x: Float[Tensor, "*rows width"], order: int) -> Float[Tensor, "*rows 
     return torch.cat(found, dim=-1)
 
 
-@lru_cache(maxsize=32)
+@kept(32)
 def _monomials(width: int, order: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """(channels [monomials, order], 1/√Π m!) of all monomials with multiplicities m."""
     each = list(combinations_with_replacement(range(width), order))
