@@ -21,9 +21,9 @@ import triton  # type: ignore[import-untyped, unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped, unused-ignore]
 from torch import Tensor
 
-from attlas.kept import kept
 from attlas.kernels.sweep import LEAST, LEAST_OF_CHANNEL, LOG2E
 from attlas.kernels.sweep_run import SEGMENT, sweep
+from attlas.tracing import kept
 
 
 class Scan(torch.autograd.Function):

@@ -10,9 +10,9 @@ import torch
 import triton  # type: ignore[import-untyped, unused-ignore]
 from torch import Tensor
 
-from attlas.kept import kept
 from attlas.kernels.decode import units
 from attlas.kernels.sweep import _sweep
+from attlas.tracing import kept
 
 Axis = Literal["keys", "values"]
 #: Tokens from one state that is kept for gradients of decays to the next.

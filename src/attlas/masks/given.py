@@ -12,7 +12,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from attlas.errors import UserError
-from attlas.kept import traced
+from attlas.tracing import traced
 
 #: Added to a score, it leaves no weight: e^−9000 = 0 in every precision. −10000 (in bfloat16 −9984), −1e9
 #: and the least number of a precision all hide.

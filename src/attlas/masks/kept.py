@@ -1,9 +1,9 @@
 """What was worked out for a mask, kept for the next call: never older than the mask, never longer held.
 
 A pattern of numbers alone (`causal & window(64)`) is the same pattern wherever it is equal, and what is
-worked out for it is kept by its value. A mask over tensors (`document(ids)`) is what its tensors hold, and
-whoever owns them may fill them anew: what is kept for it rests on a copy, counts as long as the tensors
-hold what the copy holds, and goes when the mask goes.
+worked out for it is kept by its value. A mask over tensors (`document(ids)`) is what its tensors hold,
+and whoever owns them may fill them anew: what is kept for it rests on a copy, counts as long as the
+tensors hold what the copy holds, and goes when the mask goes.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from weakref import WeakKeyDictionary, ref
 
 import torch
 
-from attlas.kept import once, traced
 from attlas.masks.algebra import Mask
+from attlas.tracing import once, traced
 
 R = TypeVar("R")
 

@@ -13,9 +13,9 @@ from jaxtyping import Bool
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from attlas.kept import traced
 from attlas.masks.algebra import And, Mask
 from attlas.masks.kept import kept_by_mask
+from attlas.tracing import traced
 
 
 def dense(

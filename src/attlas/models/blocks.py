@@ -14,10 +14,10 @@ from attlas.attention import Attention
 from attlas.errors import UserError
 from attlas.hf.caches import Cache
 from attlas.hf.models import GradientCheckpointingLayer, PreTrainedModel, is_initialized
-from attlas.kept import traced
 from attlas.kinds.feature_map import FeatureMap
 from attlas.masks import seen
 from attlas.models.config import AttlasConfig, TypedConfig
+from attlas.tracing import traced
 
 
 class MLP(nn.Module):

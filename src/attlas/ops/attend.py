@@ -20,7 +20,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from attlas.errors import UnknownName
-from attlas.kept import traced
 from attlas.masks import Mask, causal, density, hides_nothing, sdpa_flags
 from attlas.ops.backends import sdpa
 from attlas.ops.blocks import blocks
@@ -28,6 +27,7 @@ from attlas.ops.flex import flex, refuses
 from attlas.ops.memory_efficient import memory_efficient
 from attlas.ops.reference import as_dense, indices, reference, repeated
 from attlas.positions.base import ScoreMod
+from attlas.tracing import any_length, traced
 
 Route = Literal["auto", "reference", "sdpa", "flex", "blocks", "chunked"]
 ROUTES: tuple[Route, ...] = ("auto", "reference", "sdpa", "flex", "blocks", "chunked")
@@ -135,7 +135,7 @@ def _choose(
 ) -> Route:  # fmt: skip
     queries, keys = q.shape[2], k.shape[2]
     # An exported program is for every length, so that none may decide.
-    small = torch.compiler.is_exporting() or queries * keys <= SMALL
+    small = any_length(queries) or any_length(keys) or queries * keys <= SMALL
     fits_sdpa = not return_lse and (score_mod is None or getattr(score_mod, "additive", False))
     if dropout > 0:
         return "sdpa" if fits_sdpa else "reference"

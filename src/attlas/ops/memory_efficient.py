@@ -28,10 +28,10 @@ from torch import Tensor, nn
 
 from attlas.catalog.kinds import OP
 from attlas.catalog.registry import mechanism
-from attlas.kept import traced
 from attlas.masks import Mask, at, grid
 from attlas.ops.reference import indices, reference
 from attlas.positions.base import ScoreMod
+from attlas.tracing import traced
 
 #: Keys to a block when the mask's empty blocks are looked for.
 GRAIN = 64

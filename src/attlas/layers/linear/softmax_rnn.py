@@ -38,8 +38,8 @@ from attlas.bases.recurrent import Gates, RecurrentAttention
 from attlas.catalog.registry import Reduction, mechanism
 from attlas.errors import UserError
 from attlas.inputs import Inputs
-from attlas.kept import kept
 from attlas.options import option
+from attlas.tracing import kept
 
 
 @mechanism("softmax-as-rnn", reduces_to=Reduction(

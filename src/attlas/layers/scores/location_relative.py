@@ -192,7 +192,8 @@ class DCA(_Walk):
     def score(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
         """Energies, one step after the other, from the first place that any query sees."""
         (batch, steps, _), keys = inputs.x.shape, inputs.tokens.shape[1]
-        filters, first, rows = self.steer(inputs.x), inputs.x.new_zeros(1), list[Tensor]()
+        filters, first = self.steer(inputs.x), inputs.x.new_zeros(1)
+        rows: list[Tensor] = []
         visible, walks = inputs.visible(q, k), self.steps(inputs)
         if visible is not None:
             visible = visible[:, 0].expand(batch, steps, keys)
