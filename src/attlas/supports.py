@@ -41,6 +41,9 @@ class Supports:
         cache: decoding keeps "keys" and values of all tokens, or a "state" that does not grow.
         memory: how a forward pass's extra memory grows with the length, "linear" or "quadratic".
         single_queries: a query's weights rest on that query alone, so that it can cross-attend alone.
+        graph_breaks: why `torch.compile` takes it in more than one graph, so that `fullgraph=True` is
+            refused; empty where it is one.
+        one_length: why `torch.export` makes a program of it for one length alone; empty where for any.
         extras: names of further tensors that `forward` takes by keyword, for stages to read from
             `inputs.extras`.
     """
@@ -53,6 +56,8 @@ class Supports:
     cache: Literal["keys", "state"] = "keys"
     memory: Literal["linear", "quadratic"] = "linear"
     single_queries: bool = True
+    graph_breaks: str = ""
+    one_length: str = ""
     extras: tuple[str, ...] = ()
 
     def check_made(self, layer: Form) -> None:

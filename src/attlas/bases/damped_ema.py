@@ -113,6 +113,8 @@ def _both_ways(x: Tensor, valid: Tensor | None, kept: Tensor, factors: Tensor) -
 
 def _convolved(x: Float[Tensor, "b t d"], kernel: Float[Tensor, "d t"]) -> Float[Tensor, "b t d"]:
     tokens = x.shape[1]
+    if len(x) == 0:  # of which an FFT makes an error
+        return x
     product = torch.fft.rfft(x, n=2 * tokens, dim=1) * torch.fft.rfft(kernel, n=2 * tokens).mT
     y: Tensor = torch.fft.irfft(product, n=2 * tokens, dim=1)
     return y[:, :tokens]

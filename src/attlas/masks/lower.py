@@ -38,7 +38,7 @@ def both(a: Mask | None, b: Mask | None) -> Mask | None:
 
 def at(mask: Mask, q: Tensor, k: Tensor) -> Bool[Tensor, "batch heads queries keys"]:
     """The mask at positions q [queries] or [batch, queries] and k [keys] or [batch, keys]."""
-    b = torch.arange(mask.batch or 1, device=q.device)[:, None, None, None]
+    b = torch.arange(1 if mask.batch is None else mask.batch, device=q.device)[:, None, None, None]
     h = torch.arange(mask.heads or 1, device=q.device)[:, None, None]
     q = q[:, None, :, None] if q.ndim == 2 else q[:, None]
     k = k[:, None, None, :] if k.ndim == 2 else k

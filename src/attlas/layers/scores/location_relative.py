@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -140,6 +141,10 @@ class GMM(_Walk):
            example={"heads": 1, "static": (8, 5), "dynamic": (8, 7)})  # fmt: skip
 class DCA(_Walk):
     """Energies from convolutions of the alignment before, over a prior that walks on."""
+
+    supports = replace(
+        _Walk.supports, one_length="every step waits for the alignment before, so a length is steps"
+    )
 
     hidden: int = option("width of the two tanh", default=128, at_least=1)
     static_sizes: Sequence[int] = option(
