@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float, Integer
+from jaxtyping import Bool, Float, Integer, Shaped
 from torch import Tensor
 
 from attlas import masks, ops
@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from attlas.hf.caches import Cache
     from attlas.storage.layer import StoredLayer
 
-#: What a layer's `mask` argument takes: a pattern; True at valid tokens; or pair by pair.
-MaskLike = Mask | Bool[Tensor, "batch keys"] | Bool[Tensor, "b h queries keys"]
+#: What a layer's `mask` argument takes: a pattern; True at valid tokens; or pair by pair. Tensors may be of
+#: integers or of floats too, see `masks.seen`.
+MaskLike = Mask | Shaped[Tensor, "batch keys"] | Shaped[Tensor, "b h queries keys"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Inputs:
         context: inputs of the keys and values; x where there is none.
         positions: of x's tokens.
         key_positions: of the keys, cached ones included.
-        mask: as the caller gave it.
+        mask: as the caller gave it, tensors as booleans.
         cache: the Transformers cache that this pass extends.
         layer_idx: which of the cache's layers is this layer's.
         extras: further tensors, by the names that the mechanism `supports`.

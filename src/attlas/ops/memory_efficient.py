@@ -115,7 +115,7 @@ class _Work:
     def products(self, q: Tensor, k: Tensor) -> Tensor:
         """Scaled products of grouped heads, in float32 at least: [batch, heads, rows, keys]."""
         batch, heads, rows, dim = q.shape
-        grouped = (q * self.scale).reshape(batch, k.shape[1], -1, dim)
+        grouped = (q * self.scale).reshape(batch, k.shape[1], heads // k.shape[1] * rows, dim)
         return at_least_float32(grouped @ k.transpose(-1, -2)).view(batch, heads, rows, k.shape[2])
 
     def modify(self, scores: Tensor, rows: slice, run: slice) -> Tensor:
@@ -231,15 +231,16 @@ def _backward_block(
 def _grouped(left: Tensor, right: Tensor) -> Tensor:
     """left [b, heads, r, n] @ right [b, kv, n, d], each group of heads with its own right."""
     batch, heads, rows, inner = left.shape
-    folded = left.reshape(batch, right.shape[1], -1, inner) @ right
+    folded = left.reshape(batch, right.shape[1], heads // right.shape[1] * rows, inner) @ right
     return folded.view(batch, heads, rows, right.shape[3])
 
 
 def _folded(left: Tensor, right: Tensor, kv_heads: int) -> Tensor:
     """leftᵀ @ right summed over the heads of each group: [b, kv, n, d]."""
-    batch, _, _, n = left.shape
-    return left.reshape(batch, kv_heads, -1, n).transpose(-1, -2) @ right.reshape(
-        batch, kv_heads, -1, right.shape[3]
+    batch, heads, rows, n = left.shape
+    rows = heads // kv_heads * rows
+    return left.reshape(batch, kv_heads, rows, n).transpose(-1, -2) @ right.reshape(
+        batch, kv_heads, rows, right.shape[3]
     )
 
 
