@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 #: What a layer's `mask` argument takes: a pattern; True at valid tokens; or pair by pair. Tensors may be of
 #: integers or of floats too, see `masks.seen`.
-MaskLike = Mask | Shaped[Tensor, "batch keys"] | Shaped[Tensor, "b h queries keys"]
+MaskLike = Mask | Shaped[Tensor, "batch keys"] | Shaped[Tensor, "b h #queries keys"]
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,13 @@ class Inputs:
         pattern = self.placed(pattern, queries, keys)
         if valid is None:
             own = None if pattern is None else masks.dense(pattern, queries, keys, device=q.device)
+            wanted, got = (len(q), queries, keys), (given.shape[0], *given.shape[2:])
+            if any(size not in (1, want) for want, size in zip(wanted, got, strict=True)):
+                raise ValueError(
+                    f"mask must be [batch, heads, queries, keys] = [{len(q)}, …, {queries}, {keys}], or "
+                    f"1 where all are alike, got {list(given.shape)}"
+                )
+            given = given.expand(-1, -1, queries, keys)
             return given if own is None else own & given
         # The last keys, should a sliding cache have let go of earlier ones.
         valid = valid if valid.shape[1] == keys else valid[:, -keys:]

@@ -84,6 +84,8 @@ def masks(subject: Subject) -> Iterator[Measure]:
     yield same("pattern and tensor", layer(x, mask=pairs), layer(x, mask=pattern))
     added = torch.zeros(2, 1, tokens, tokens).masked_fill(~pairs, torch.finfo(torch.float32).min)
     yield same("added to scores", layer(x, mask=added), layer(x, mask=pattern))
+    alike, every = pairs[:, :, 4:5], pairs[:, :, 4:5].expand(2, 1, tokens, tokens)
+    yield same("the same for each query", layer(x, mask=alike), layer(x, mask=every))
     own = subject.layer(mask=pattern)
     yield same("its own pattern", own(x), layer(x, mask=pattern))
 
