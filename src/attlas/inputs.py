@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from attlas.hf.caches import Cache
     from attlas.storage.layer import StoredLayer
 
-#: What a layer's `mask` argument takes: a pattern; True at valid tokens; or pair by pair. Tensors may be of
-#: integers or of floats too, see `masks.seen`.
+#: What a layer's `mask` argument takes: a pattern; True at valid tokens; or pair by pair. Tensors may be
+#: of integers or of floats too, see `masks.seen`.
 MaskLike = Mask | Shaped[Tensor, "batch keys"] | Shaped[Tensor, "b h #queries keys"]
 
 

@@ -35,19 +35,19 @@ def kept_by_mask(maxsize: int) -> Callable[[Callable[..., R]], Callable[..., R]]
         #: Of each mask over tensors: its copy and the answer, by the whole mask and the arguments.
         by_mask: WeakKeyDictionary[Mask, dict[Any, tuple[Mask, R]]] = WeakKeyDictionary()
 
-        def call(mask: Mask, *args: Any, **options: Any) -> R:
+        def call(mask: Mask, *args: Any, **given: Any) -> R:
             if traced():
-                return function(mask, *args, **options)
+                return function(mask, *args, **given)
             leaves = mask.leaves
             if not leaves:
-                return by_value(mask, *args, **options)
+                return by_value(mask, *args, **given)
             answers = by_mask.setdefault(leaves[0], {})
-            key = (_structure(mask), args, tuple(options.items()))
+            key = (_structure(mask), args, tuple(given.items()))
             found = answers.pop(key, None)
             if found is None or not _alike(mask, found[0]):
                 with torch.inference_mode(False):
                     copied = deepcopy(mask)
-                found = copied, made(copied, *args, **options)
+                found = copied, made(copied, *args, **given)
             answers[key] = found  # the last one asked for is the last one to go
             if len(answers) > EACH:
                 del answers[next(iter(answers))]

@@ -13,14 +13,14 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from attlas.errors import UnknownName
-from attlas.masks import Mask, causal, density, hides_nothing, sdpa_flags
+from attlas.masks import Mask, causal, density, hides_nothing
 from attlas.ops.backends import sdpa
 from attlas.ops.blocks import blocks
 from attlas.ops.flex import flex, refuses
@@ -179,15 +179,15 @@ def _sdpa(
 ) -> Tensor:  # fmt: skip
     if return_lse:
         raise ValueError("route='sdpa' gives no lse; use 'flex', 'chunked' or 'reference'")
-    flags = (
-        sdpa_flags(mask, q.shape[2], k.shape[2], q_offset=offset, device=q.device)
-        if isinstance(mask, Mask) else {} if mask is None else {"attn_mask": mask}
-    )  # fmt: skip
-    if score_mod is not None:
-        if not getattr(score_mod, "additive", False):
-            raise ValueError("route='sdpa' takes additive score_mods alone (see attlas.positions)")
-        visible = as_dense(mask, q.shape[2], k.shape[2], offset, q.device)
-        flags = {"attn_mask": _bias(q, k, score_mod, offset, visible)}
+    if score_mod is not None and not getattr(score_mod, "additive", False):
+        raise ValueError("route='sdpa' takes additive score_mods alone (see attlas.positions)")
+    flags: dict[str, Any]
+    whole = offset == 0 and q.shape[2] == k.shape[2]
+    if score_mod is None and whole and isinstance(mask, Mask) and mask == causal:
+        flags = {"is_causal": True}
+    else:  # patterns that hide nothing are gone by now
+        seen = as_dense(mask, q.shape[2], k.shape[2], offset, q.device)
+        flags = {"attn_mask": seen if score_mod is None else _bias(q, k, score_mod, offset, seen)}
     k, v = _alike(k, v, q.shape[1])
     out = sdpa(
         q, k, v, dropout_p=dropout, scale=scale, enable_gqa=q.shape[1] != k.shape[1], **flags
