@@ -42,7 +42,7 @@ def test_other_floats_are_refused_by_name(wrong: Tensor) -> None:
 
 @pytest.mark.parametrize("make", [masks.padding, masks.table])
 def test_patterns_take_no_floats(make: object) -> None:
-    with pytest.raises(Exception, match="valid|pairs"):
+    with pytest.raises(Exception, match=r"valid|pairs"):
         make(torch.zeros(2, 6))  # type: ignore[operator]
 
 
