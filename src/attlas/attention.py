@@ -98,7 +98,7 @@ class Attention(Configured, nn.Module):
             x: inputs of the queries.
             context: inputs of the keys and values; x unless given.
             mask: a pattern; True at valid tokens [batch, keys, cached ones included]; or pair by pair
-                [batch, heads, queries, keys].
+                [batch, heads, queries, keys]. Floats as added to scores: 0 seen, −∞ hidden.
             positions: of x's tokens; from the cache and the padding unless given.
             cache: a Transformers cache, extended by x's keys and values.
             extras: the tensors that the mechanism `supports` as its extras.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float, Integer
+from jaxtyping import Bool, Float, Integer, Shaped
 from torch import Tensor
 
 from attlas import masks, ops
@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from attlas.hf.caches import Cache
     from attlas.storage.layer import StoredLayer
 
-#: What a layer's `mask` argument takes: a pattern; True at valid tokens; or pair by pair.
-MaskLike = Mask | Bool[Tensor, "batch keys"] | Bool[Tensor, "b h queries keys"]
+#: What a layer's `mask` argument takes: a pattern; True at valid tokens; or pair by pair. Tensors may be
+#: of integers or of floats too, see `masks.seen`.
+MaskLike = Mask | Shaped[Tensor, "batch keys"] | Shaped[Tensor, "b h #queries keys"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Inputs:
         context: inputs of the keys and values; x where there is none.
         positions: of x's tokens.
         key_positions: of the keys, cached ones included.
-        mask: as the caller gave it.
+        mask: as the caller gave it, tensors as booleans.
         cache: the Transformers cache that this pass extends.
         layer_idx: which of the cache's layers is this layer's.
         extras: further tensors, by the names that the mechanism `supports`.
@@ -68,6 +69,7 @@ class Inputs:
         """
         extras = extras or {}
         layer.supports.check_call(layer, encoding, x, context, mask, cache, extras)
+        mask = masks.seen(mask) if isinstance(mask, Tensor) else mask
         layer_idx, embed = layer.layer_idx, encoding.embed
         seen = 0 if cache is None else int(cache.get_seq_length(layer_idx))
         valid = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
@@ -105,7 +107,7 @@ class Inputs:
     def valid(self) -> Bool[Tensor, "batch all_keys"] | None:
         """True at tokens, False at padding, cached ones included; None without padding."""
         per_token = isinstance(self.mask, Tensor) and self.mask.ndim == 2
-        return self.mask.bool() if per_token else None  # type: ignore[union-attr]
+        return self.mask if per_token else None  # type: ignore[return-value]
 
     @property
     def valid_now(self) -> Bool[Tensor, "batch keys"] | None:
@@ -114,19 +116,33 @@ class Inputs:
 
     def within(self, pattern: Mask | None, q: Tensor, k: Tensor) -> Mask | Tensor | None:
         """The caller's mask within a layer's own pattern."""
-        given, valid = self.mask, self.valid
+        given, valid, queries, keys = self.mask, self.valid, q.shape[2], k.shape[2]
         if not isinstance(given, Tensor):
-            return masks.both(pattern, given)
-        queries, keys = q.shape[2], k.shape[2]
+            return self.placed(masks.both(pattern, given), queries, keys)
+        pattern = self.placed(pattern, queries, keys)
         if valid is None:
             own = None if pattern is None else masks.dense(pattern, queries, keys, device=q.device)
-            return given.bool() if own is None else own & given.bool()
+            wanted, got = (len(q), queries, keys), (given.shape[0], *given.shape[2:])
+            if any(size not in (1, want) for want, size in zip(wanted, got, strict=True)):
+                raise ValueError(
+                    f"mask must be [batch, heads, queries, keys] = [{len(q)}, …, {queries}, {keys}], or "
+                    f"1 where all are alike, got {list(given.shape)}"
+                )
+            given = given.expand(-1, -1, queries, keys)
+            return given if own is None else own & given
         # The last keys, should a sliding cache have let go of earlier ones.
-        valid = valid[:, -keys:]
+        valid = valid if valid.shape[1] == keys else valid[:, -keys:]
         if pattern is None or pattern.relative:
             return masks.both(pattern, masks.padding(valid))
         at = masks.at(pattern, self.positions, self.key_positions[..., -keys:])
         return at & valid[:, None, None, :]
+
+    def placed(self, pattern: Mask | None, queries: int, keys: int) -> Mask | None:
+        """The pattern for queries of which the last stands at the last key; of two sequences, each counts
+        its own tokens, so that row i of a table is query i."""
+        if pattern is None or self.context is None or queries == keys:
+            return pattern
+        return masks.Shifted(pattern, queries - keys)
 
     def visible(self, q: Tensor, k: Tensor) -> Bool[Tensor, "b h queries keys"] | None:
         """`pairs` for these queries and keys as booleans; None where all may meet."""

@@ -43,6 +43,9 @@ class Supports:
         maps: `weights` tells the map that its output is summed with.
         memory: how a forward pass's extra memory grows with the length, "linear" or "quadratic".
         single_queries: a query's weights rest on that query alone, so that it can cross-attend alone.
+        graph_breaks: why `torch.compile` takes it in more than one graph, so that `fullgraph=True` is
+            refused; empty where it is one.
+        one_length: why `torch.export` makes a program of it for one length alone; empty where for any.
         extras: names of further tensors that `forward` takes by keyword, for stages to read from
             `inputs.extras`.
     """
@@ -57,6 +60,8 @@ class Supports:
     maps: bool = True
     memory: Literal["linear", "quadratic"] = "linear"
     single_queries: bool = True
+    graph_breaks: str = ""
+    one_length: str = ""
     extras: tuple[str, ...] = ()
 
     @property

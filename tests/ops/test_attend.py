@@ -184,3 +184,32 @@ def test_what_does_not_fit_is_refused_by_name(change: dict[str, Any], said: str)
     q, k, v = qkv(7, 50, dtype=torch.float32)
     with pytest.raises(ValueError, match=said):
         ops.attend(**{"q": q, "k": k, "v": v, **change})
+
+
+@pytest.mark.usefixtures("untyped")
+@pytest.mark.parametrize("route", ["auto", "reference", "sdpa", "blocks", "chunked", "flex"])
+def test_nothing_on_every_route(route: Any) -> None:
+    """No keys give 0 and lse −∞, no sequences nothing, a scale of 0 the mean of what is seen."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 2, 9, 8) for _ in range(3))
+    pattern = masks.causal & masks.window(40)
+    given: dict[str, Any] = {"mask": pattern, "route": route}
+    assert not ops.attend(q, k[:, :, :0], v[:, :, :0], **given).any()
+    assert ops.attend(q[:0], k[:0], v[:0], **given).shape == (0, 2, 9, 8)
+    flat = ops.attend(q, k, v, scale=0.0, **given)
+    torch.testing.assert_close(flat, v.cumsum(2) / torch.arange(1, 10)[:, None])
+
+
+def test_a_shard_without_keys_merges() -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 5, 8, requires_grad=True) for _ in range(3))
+    none = ops.attend(q, k[:, :, :0], v[:, :, :0], return_lse=True)
+    assert (none[1] == -torch.inf).all()
+    out, lse = ops.merge([none, ops.attend(q, k, v, return_lse=True)])
+    torch.testing.assert_close(out, ops.attend(q, k, v))
+    out.sum().backward()
+    assert q.grad is not None
+    assert q.grad.isfinite().all()
+    both, lse = ops.merge([none, none])
+    assert not both.any()
+    assert (lse == -torch.inf).all()

@@ -38,7 +38,11 @@ class Draws(NamedTuple):
 class SampledAttention(Attention):
     """Softmax attention that computes blocks of alike queries and keys, and samples the rest."""
 
-    supports = Supports(masks="padding")
+    supports = Supports(
+        masks="padding",
+        graph_breaks="draws come from a generator of its own, and padded rows are taken one by one",
+        one_length="blocks are joined as the number of tokens asks, and padded rows by their own",
+    )
     changes: ClassVar[tuple[str, ...]] = ("normalize", "aggregate")
     beyond: ClassVar[tuple[str, ...]] = (
         "normalize: a pair counts as often as it was drawn, over the chance of that",
@@ -241,7 +245,7 @@ class SampledAttention(Attention):
     ) -> Tensor:
         """`result` of all sequences at once, or of each without its padding, put into zeros."""
         every = slice(None)
-        if inputs.valid is None:
+        if inputs.valid is None or not len(empty):
             return result(every, every, every)
         return torch.stack([row[0] for row in self._rows(empty, inputs.valid, result, inputs)])
 

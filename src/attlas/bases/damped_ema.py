@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from attlas.bases.packing import at_places, place, ranks
+from attlas.tracing import any_length
 
 #: Calls shorter than this are made step by step.
 SHORT = 4
@@ -67,7 +68,8 @@ class DampedEMA(nn.Module):
         else:
             if state is None:
                 state = given.new_zeros(len(x), *kept.shape)
-            short = form == "step" or (form == "auto" and x.shape[1] < SHORT)
+            auto = form == "auto" and not any_length(x.shape[1])
+            short = form == "step" or (auto and x.shape[1] < SHORT)
             y, state = (_steps if short else _fft)(given, valid, kept, written, read, state)
         return silu(y.to(x.dtype) + self.omega * x), state
 
@@ -111,6 +113,8 @@ def _both_ways(x: Tensor, valid: Tensor | None, kept: Tensor, factors: Tensor) -
 
 def _convolved(x: Float[Tensor, "b t d"], kernel: Float[Tensor, "d t"]) -> Float[Tensor, "b t d"]:
     tokens = x.shape[1]
+    if len(x) == 0:  # of which an FFT makes an error
+        return x
     product = torch.fft.rfft(x, n=2 * tokens, dim=1) * torch.fft.rfft(kernel, n=2 * tokens).mT
     y: Tensor = torch.fft.irfft(product, n=2 * tokens, dim=1)
     return y[:, :tokens]

@@ -107,7 +107,10 @@ def merged(
 class OnGrid(Configured):
     """What is mixed into a layer whose tokens are a picture, all of which sees all of it."""
 
-    supports: ClassVar[Supports] = Supports(causal=False, cross=False, masks="none")
+    supports: ClassVar[Supports] = Supports(
+        causal=False, cross=False, masks="none",
+        one_length="its tokens are a picture, whose height and width follow from their number",
+    )  # fmt: skip
 
     grid: Sequence[int] | None = option(
         "height and width; the square of the tokens, or one row if they make none, unless given",

@@ -34,7 +34,7 @@ def at_places(
     y: Float[Tensor, "batch slots width"], at: Integer[Tensor, "batch tokens"]
 ) -> Float[Tensor, "batch tokens width"]:
     """What each token's slot holds; padding gets that of slot 0."""
-    return y.take_along_dim(at.clamp(min=0)[..., None], dim=1)
+    return y.gather(1, at.clamp(min=0)[..., None].expand(len(y), -1, y.shape[-1]))
 
 
 def token_before(
@@ -69,7 +69,8 @@ def heads_at_places(
     y: Float[Tensor, "batch heads slots width"], at: Integer[Tensor, "batch tokens"]
 ) -> Float[Tensor, "batch heads tokens width"]:
     """What each token's slot holds of every head."""
-    return y.take_along_dim(at.clamp(min=0)[:, None, :, None], dim=2)
+    at = at.clamp(min=0)[:, None, :, None]
+    return y.gather(2, at.expand(len(y), y.shape[1], -1, y.shape[-1]))
 
 
 def short_convolution(

@@ -96,6 +96,13 @@ def _existing(entry: Entry) -> list[RenderableType]:
             + (f"\nmemory of a forward pass: {law} in length" if law else ""),
         ),
     ]  # fmt: skip
+    supports = getattr(entry.object, "supports", None)
+    for title, told in (
+        ("torch.compile makes several graphs of it", "graph_breaks"),
+        ("torch.export makes a program for one length alone", "one_length"),
+    ):
+        if reason := getattr(supports, told, ""):
+            parts.append(_section(title, reason))
     why = {s: w for s, w in reasons(entry.object).items() if s in entry.stages}
     if why:
         told = "\n".join(f"{stage}: {reason}" for stage, reason in why.items())

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from attlas.catalog import registry
 from attlas.catalog.kinds import LAYER, MODULE, Kind, kind_of
 from attlas.catalog.registry import Reduction
+from attlas.supports import Supports
 
 #: Two ways to the same number differ by the order of their sums: 4096 units in the last place.
 ULPS = 4096
@@ -157,9 +158,14 @@ class Subject:
         return {"causal": True} if self.causal_form else {}
 
     @property
+    def supports(self) -> Supports | None:
+        """What the layer can be asked for; None for what is no layer."""
+        return getattr(self.object, "supports", None)
+
+    @property
     def causal_form(self) -> bool:
         """Whether the layer has a causal form."""
-        return bool(getattr(getattr(self.object, "supports", None), "causal", False))
+        return self.supports is not None and self.supports.causal
 
 
 Look: TypeAlias = Callable[[Subject], Iterable[Measure]]

@@ -122,6 +122,32 @@ def extreme_inputs(subject: Subject) -> Iterator[Measure]:
 
 
 @check("op", when=is_attention)
+def twice_differentiable(subject: Subject) -> Iterator[Measure]:
+    """Gradients of gradients agree with finite differences in float64."""
+    inputs = [t.requires_grad_() for t in qkv(queries=3, keys=4)]
+    agree = torch.autograd.gradgradcheck(
+        lambda q, k, v: subject.object(q, k, v, mask=masks.causal), inputs, fast_mode=True,
+        raise_exception=False,
+    )  # fmt: skip
+    yield holds("causal", bool(agree), "second derivatives do not agree with finite differences")
+
+
+@check("op", when=is_attention)
+def nothing(subject: Subject) -> Iterator[Measure]:
+    """No keys give 0 and lse −∞, no sequences nothing; a scale of 0 gives the mean of the values."""
+    q, k, v = (t.requires_grad_() for t in qkv())
+    out, lse = subject.object(q, k[:, :, :0], v[:, :, :0])
+    yield same("no keys out", out, q.new_zeros(*q.shape[:3], v.shape[3]))
+    yield holds("no keys lse", bool((lse == -torch.inf).all()), "lse is not −∞")
+    out, lse = subject.object(q[:0], k[:0], v[:0])
+    out.sum().backward()
+    yield holds("no sequences", out.shape[0] == lse.shape[0] == 0, f"gives {list(out.shape)}")
+    out, _ = subject.object(q, k, v, scale=0.0)
+    mean = v.mean(2, keepdim=True).repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+    yield same("scale 0", out, mean.expand_as(out))
+
+
+@check("op", when=is_attention)
 def strides(subject: Subject) -> Iterator[Measure]:
     """Inputs that are not contiguous give what contiguous ones give."""
     q, k, v = qkv()

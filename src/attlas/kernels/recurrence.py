@@ -13,7 +13,6 @@ everything, what the two round differently would add up.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import pairwise
 from typing import Any, no_type_check
 
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from attlas.kernels.sweep import LEAST, LEAST_OF_CHANNEL, LOG2E
 from attlas.kernels.sweep_run import SEGMENT, sweep
+from attlas.tracing import kept
 
 
 class Scan(torch.autograd.Function):
@@ -102,7 +102,7 @@ class Segments:
     own: Tensor
 
 
-@lru_cache(maxsize=64)
+@kept(64)
 def segments(offsets: tuple[int, ...], device: torch.device) -> Segments:
     """Of sequences between these offsets."""
     begins: list[int] = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from attlas.kernels.decode import units
 from attlas.kernels.sweep import _sweep
+from attlas.tracing import kept
 
 Axis = Literal["keys", "values"]
 #: Tokens from one state that is kept for gradients of decays to the next.
@@ -40,7 +40,7 @@ class Stretches:
     sequences: int | None
 
 
-@lru_cache(maxsize=64)
+@kept(64)
 def stretches(
     offsets: tuple[int, ...], packed: bool, count: int, device: torch.device
 ) -> Stretches:

@@ -1,7 +1,8 @@
 """Masks: which query may meet which key, as an algebra with lowerings to every route."""
 
-from attlas.masks.algebra import Mask
+from attlas.masks.algebra import Mask, Shifted
 from attlas.masks.bigbird import bigbird
+from attlas.masks.given import seen
 from attlas.masks.lower import at, block_mask, both, dense, density, grid, hides_nothing, sdpa_flags
 from attlas.masks.patterns import (
     block,
@@ -23,6 +24,7 @@ from attlas.masks.patterns import (
 
 __all__ = [
     "Mask",
+    "Shifted",
     "at",
     "bigbird",
     "block",
@@ -43,6 +45,7 @@ __all__ = [
     "per_head",
     "prefix",
     "sdpa_flags",
+    "seen",
     "sinks",
     "strided",
     "table",

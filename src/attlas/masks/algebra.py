@@ -39,6 +39,17 @@ class Mask:
     #: Whether it depends on q - k alone, so that shifting a sequence (left padding) changes nothing.
     relative: bool = False
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors that the pattern itself rests on, whose contents may change."""
+        return tuple(x for x in vars(self).values() if isinstance(x, Tensor))
+
+    @property
+    def leaves(self) -> tuple[Mask, ...]:
+        """The masks in this one that no value but their tensors' tells apart, itself included."""
+        by_identity = type(self).__hash__ is object.__hash__ or self.tensors
+        return (self,) if by_identity else ()
+
     def visible(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         """Boolean tensor over the broadcast of the index tensors; True where q may see k."""
         raise NotImplementedError
@@ -76,6 +87,10 @@ def _checked(other: object) -> Mask:
     return other
 
 
+def _leaves(masks: Sequence[Mask]) -> tuple[Mask, ...]:
+    return tuple(leaf for mask in masks for leaf in mask.leaves)
+
+
 def _same(name: str, masks: Sequence[Mask]) -> int | None:
     sizes = {getattr(m, name) for m in masks} - {None}
     if len(sizes) > 1:
@@ -93,6 +108,10 @@ class _Pair(Mask):
         self.heads = _same("heads", (left, right))
         self.batch = _same("batch", (left, right))
         self.relative = left.relative and right.relative
+
+    @property
+    def leaves(self) -> tuple[Mask, ...]:
+        return _leaves((self.left, self.right))
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and vars(self) == vars(other)
@@ -137,6 +156,10 @@ class _Over(Mask):
         self.inner = _checked(inner)
         self.heads, self.batch, self.relative = inner.heads, inner.batch, inner.relative
 
+    @property
+    def leaves(self) -> tuple[Mask, ...]:
+        return self.inner.leaves
+
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and vars(self) == vars(other)
 
@@ -169,6 +192,26 @@ class Transpose(_Over):
 
     def __repr__(self) -> str:
         return f"{self.inner!r}.T"
+
+
+class Shifted(_Over):
+    """The other for queries that stand `by` positions further on."""
+
+    def __init__(self, inner: Mask, by: int) -> None:
+        super().__init__(inner)
+        self.by = by
+
+    def visible(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return self.inner.visible(b, h, q + self.by, k)
+
+    def reach(self, q_lo: Tensor, q_hi: Tensor, k_lo: Tensor, k_hi: Tensor) -> Reach:
+        return self.inner.reach(q_lo + self.by, q_hi + self.by, k_lo, k_hi)
+
+    def __hash__(self) -> int:
+        return hash((type(self), self.inner, self.by))
+
+    def __repr__(self) -> str:
+        return f"shifted({self.inner!r}, {self.by})"
 
 
 class Coarse(_Over):
@@ -228,6 +271,10 @@ class PerHead(Mask):
         object.__setattr__(self, "heads", len(self.masks))
         object.__setattr__(self, "batch", _same("batch", self.masks))
         object.__setattr__(self, "relative", all(m.relative for m in self.masks))
+
+    @property
+    def leaves(self) -> tuple[Mask, ...]:
+        return _leaves(self.masks)
 
     def visible(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         seen = (h == 0) & self.masks[0].visible(b, h, q, k)

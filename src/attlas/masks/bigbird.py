@@ -17,7 +17,7 @@ import torch
 from attlas.catalog.kinds import MASK
 from attlas.catalog.registry import mechanism
 from attlas.masks.algebra import Mask
-from attlas.masks.patterns import blocks, keys, table, window
+from attlas.masks.patterns import blocks, fixed_table, keys, window
 
 
 @mechanism("bigbird-mask", paper="", kind=MASK, example={"length": 48, "heads": 2, "size": 4})
@@ -57,7 +57,7 @@ def bigbird(
     local = window(window_blocks // 2 + 1) | ends | ends.T
     if not random:
         return blocks(local, size)
-    return blocks(local | table(_random_blocks(local, heads, count, random, seed)), size)
+    return blocks(local | fixed_table(_random_blocks(local, heads, count, random, seed)), size)
 
 
 def _random_blocks(local: Mask, heads: int, count: int, random: int, seed: int) -> torch.Tensor:

@@ -6,7 +6,6 @@ query with the last key, as decoding with a cache needs.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -14,7 +13,9 @@ from jaxtyping import Bool
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from attlas.masks.algebra import Mask
+from attlas.masks.algebra import And, Mask
+from attlas.masks.kept import kept_by_mask
+from attlas.tracing import traced
 
 
 def dense(
@@ -37,7 +38,7 @@ def both(a: Mask | None, b: Mask | None) -> Mask | None:
 
 def at(mask: Mask, q: Tensor, k: Tensor) -> Bool[Tensor, "batch heads queries keys"]:
     """The mask at positions q [queries] or [batch, queries] and k [keys] or [batch, keys]."""
-    b = torch.arange(mask.batch or 1, device=q.device)[:, None, None, None]
+    b = torch.arange(1 if mask.batch is None else mask.batch, device=q.device)[:, None, None, None]
     h = torch.arange(mask.heads or 1, device=q.device)[:, None, None]
     q = q[:, None, :, None] if q.ndim == 2 else q[:, None]
     k = k[:, None, None, :] if k.ndim == 2 else k
@@ -87,21 +88,33 @@ def sdpa_flags(
     return {"attn_mask": dense(mask, q_len, k_len, q_offset=offset, device=device)}
 
 
-@lru_cache(maxsize=256)
 def hides_nothing(mask: Mask, q_len: int, k_len: int, q_offset: int) -> bool:
     """Whether the pattern is known to show every pair, told by arithmetic on the whole rectangle."""
+    if isinstance(mask, And):
+        return all(hides_nothing(m, q_len, k_len, q_offset) for m in (mask.left, mask.right))
+    if traced():  # what can be told of lengths alone
+        return _is_causal(mask) and q_offset >= k_len - 1
+    if any(leaf.tensors for leaf in mask.leaves):  # told in less time than what was kept is looked up
+        return _every(mask, q_len, k_len, q_offset)
+    return _shows_all(mask, q_len, k_len, q_offset)
+
+
+def _every(mask: Mask, q_len: int, k_len: int, q_offset: int) -> bool:
     _, every = grid(mask, q_len, k_len, q_block=q_len, k_block=k_len, q_offset=q_offset)
     return bool(every.all())
 
 
-@lru_cache(maxsize=256)
+_shows_all = kept_by_mask(256)(_every)
+
+
+@kept_by_mask(256)
 def density(mask: Mask, q_len: int, k_len: int, q_offset: int, block: int = 128) -> float:
     """Share of blocks that may hold a visible pair."""
     some, _ = grid(mask, q_len, k_len, q_block=block, k_block=block // 2, q_offset=q_offset)
     return some.float().mean().item()
 
 
-@lru_cache(maxsize=128)
+@kept_by_mask(128)
 def block_mask(
     mask: Mask,
     q_len: int,

@@ -98,15 +98,26 @@ class _Strided(Mask):
 
 
 class _ByTensor(Mask):
-    """A mask that holds a tensor: compared by identity, moved to the device of the indices."""
+    """A mask over a tensor: compared by identity, read where the indices are.
 
-    def __init__(self, tensor: Tensor) -> None:
-        self._tensors = {tensor.device: tensor}
+    Args:
+        tensor: a user's, who may fill it anew.
+        fixed: it was made here and stays as it is.
+    """
+
+    def __init__(self, tensor: Tensor, fixed: bool = False) -> None:
+        self.held, self.fixed = tensor, fixed
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return () if self.fixed else (self.held,)
+
+    @property
+    def leaves(self) -> tuple[Mask, ...]:
+        return (self,)
 
     def tensor(self, like: Tensor) -> Tensor:
-        if like.device not in self._tensors:
-            self._tensors[like.device] = next(iter(self._tensors.values())).to(like.device)
-        return self._tensors[like.device]
+        return self.held.to(like.device)
 
 
 class _Document(_ByTensor):
@@ -139,7 +150,7 @@ class _Document(_ByTensor):
         return (q_min <= k_max) & (k_min <= q_max), alike
 
     def __repr__(self) -> str:
-        return f"document({tuple(next(iter(self._tensors.values())).shape)} ids)"
+        return f"document({tuple(self.held.shape)} ids)"
 
 
 class _Padding(_ByTensor):
@@ -148,10 +159,10 @@ class _Padding(_ByTensor):
         self.batch = valid.shape[0]
 
     def visible(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return self.tensor(k)[b, k] & (q == q)
+        return self.tensor(k).bool()[b, k] & (q == q)
 
     def reach(self, q_lo: Tensor, q_hi: Tensor, k_lo: Tensor, k_hi: Tensor) -> Reach:
-        total = torch.nn.functional.pad(self.tensor(k_lo).cumsum(-1), (1, 0))
+        total = torch.nn.functional.pad(self.tensor(k_lo).bool().cumsum(-1), (1, 0))
         last = total.shape[1] - 1
         count = total[:, (k_hi + 1).clamp(max=last)] - total[:, k_lo.clamp(max=last)]
         count = count.view(_grid_shape(k_lo))
@@ -159,33 +170,32 @@ class _Padding(_ByTensor):
         return (count > 0) & any_query, (count == k_hi - k_lo + 1) & any_query
 
     def __repr__(self) -> str:
-        return f"padding({tuple(next(iter(self._tensors.values())).shape)})"
+        return f"padding({tuple(self.held.shape)})"
 
 
 class _Table(_ByTensor):
-    def __init__(self, pairs: Tensor) -> None:
-        super().__init__(pairs if pairs.ndim == 3 else pairs[None])
+    def __init__(self, pairs: Tensor, fixed: bool = False) -> None:
+        super().__init__(pairs if pairs.ndim == 3 else pairs[None], fixed)
         self.heads = pairs.shape[0] if pairs.ndim == 3 else None
 
     def visible(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        pairs = self.tensor(q)
-        inside = (q < pairs.shape[1]) & (k < pairs.shape[2])
+        pairs = self.tensor(q).bool()
+        rows, columns = pairs.shape[1:]
+        inside = (q >= 0) & (q < rows) & (k < columns)
         head = h if self.heads is not None else torch.zeros_like(h)
-        return (
-            pairs[head, q.clamp(max=pairs.shape[1] - 1), k.clamp(max=pairs.shape[2] - 1)] & inside
-        )
+        return pairs[head, q.clamp(0, rows - 1), k.clamp(max=columns - 1)] & inside
 
     def reach(self, q_lo: Tensor, q_hi: Tensor, k_lo: Tensor, k_hi: Tensor) -> Reach:
-        pairs = self.tensor(q_lo)
+        pairs = self.tensor(q_lo).bool()
         area = torch.nn.functional.pad(pairs.long().cumsum(1).cumsum(2), (1, 0, 1, 0))
         rows, columns = pairs.shape[1:]
-        q0, q1 = q_lo.clamp(max=rows), (q_hi + 1).clamp(max=rows)
+        q0, q1 = q_lo.clamp(0, rows), (q_hi + 1).clamp(0, rows)
         k0, k1 = k_lo.clamp(max=columns), (k_hi + 1).clamp(max=columns)
         count = area[:, q1, k1] - area[:, q0, k1] - area[:, q1, k0] + area[:, q0, k0]
         return count > 0, count == (q_hi - q_lo + 1) * (k_hi - k_lo + 1)
 
     def __repr__(self) -> str:
-        return f"table({tuple(next(iter(self._tensors.values())).shape)})"
+        return f"table({tuple(self.held.shape)})"
 
 
 #: Every pair.
@@ -241,9 +251,9 @@ def document(ids: Integer[Tensor, "*batch tokens"]) -> Mask:
 
 def padding(valid: Bool[Tensor, "batch keys"]) -> Mask:
     """Keys that are valid tokens; `valid` is True at tokens and False at padding."""
-    if valid.ndim != 2:
-        raise ValueError(f"valid takes booleans [batch, keys], got shape {tuple(valid.shape)}")
-    return _Padding(valid.bool())
+    if valid.ndim != 2 or valid.is_floating_point():
+        raise ValueError(f"valid takes booleans [batch, keys], got {valid.dtype} {tuple(valid.shape)}")
+    return _Padding(valid)
 
 
 def keys(indices: Iterable[int], length: int) -> Mask:
@@ -253,16 +263,22 @@ def keys(indices: Iterable[int], length: int) -> Mask:
         raise ValueError(f"indices must lie in 0..{length - 1}, got {wanted[:8]}")
     pairs = torch.zeros(1, length, dtype=torch.bool)
     pairs[0, wanted] = True
-    return table(pairs.expand(length, length))
+    return _Table(pairs.expand(length, length), fixed=True)
 
 
 def table(pairs: Bool[Tensor, "*heads queries keys"]) -> Mask:
     """Any pattern, pair by pair; beyond the table nothing is visible."""
-    if pairs.ndim not in (2, 3):
+    if pairs.ndim not in (2, 3) or pairs.is_floating_point():
         raise ValueError(
-            f"pairs takes booleans [queries, keys] or [heads, queries, keys], got {tuple(pairs.shape)}"
+            "pairs takes booleans [queries, keys] or [heads, queries, keys], got "
+            f"{pairs.dtype} {tuple(pairs.shape)}"
         )
-    return _Table(pairs.bool())
+    return _Table(pairs)
+
+
+def fixed_table(pairs: Bool[Tensor, "heads queries keys"]) -> Mask:
+    """A table that nobody will fill anew, so that what is worked out for it holds."""
+    return _Table(pairs, fixed=True)
 
 
 def per_head(*masks: Mask) -> Mask:

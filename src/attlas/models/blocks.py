@@ -10,11 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from attlas.errors import UserError
 from attlas.hf.caches import Cache
 from attlas.hf.models import GradientCheckpointingLayer, PreTrainedModel, is_initialized
+from attlas.masks import seen
 from attlas.models.config import AttlasConfig, TypedConfig
 from attlas.models.packing import Packing
 from attlas.models.passing import attended
+from attlas.tracing import traced
 
 #: Arguments of `from_pretrained` that say where a checkpoint is.
 WHERE = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
@@ -150,10 +153,22 @@ class AttlasModel(PreTrainedModel):  # type: ignore[misc]
         return super().from_pretrained(path, *args, **kwargs)
 
 
-def only_padding(mask: Tensor | None) -> Tensor | None:
-    """The mask, or none where all tokens are valid, so that the fastest routes stay open."""
-    if mask is None or mask.ndim != 2:
-        return mask
-    if not torch.compiler.is_compiling() and bool(mask.all()):
+def only_padding(mask: Tensor | None, name: str = "attention_mask") -> Tensor | None:
+    """The mask as booleans, or none where all tokens are valid, so that the fastest routes stay open.
+
+    Raises:
+        ValueError: floats that do not tell what is seen, such as [batch, keys] of nothing but zeros.
+    """
+    if mask is None:
         return None
-    return mask.bool()
+    shown = seen(mask, name)
+    if mask.ndim != 2 or traced():
+        return shown
+    if bool(shown.all()):
+        if mask.is_floating_point() and not mask.all():
+            raise UserError(
+                f"{name} of floats and nothing but zeros: no token or every token? give a bool mask, "
+                "True at tokens"
+            )
+        return None
+    return shown

@@ -161,7 +161,13 @@ class EncoderForSequenceClassification(AttlasModel):
             input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **kwargs
         )
         h = out.last_hidden_state
-        valid = h.new_ones(h.shape[:2]) if attention_mask is None else attention_mask.to(h.dtype)
+        mask = only_padding(attention_mask)
+        if mask is not None and mask.ndim != 2:
+            raise ValueError(
+                f"attention_mask must be [batch, tokens] where classes are told from the mean over "
+                f"tokens, got {list(mask.shape)}"
+            )
+        valid = h.new_ones(h.shape[:2]) if mask is None else mask.to(h.dtype)
         mean = (h * valid[..., None]).sum(1) / valid.sum(1, keepdim=True).clamp(min=1)
         logits, loss = self.classifier(mean), None
         if labels is not None:

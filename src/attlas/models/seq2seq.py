@@ -204,11 +204,12 @@ class Seq2Seq(AttlasModel, AttlasGenerationMixin):
         own, context = getattr(cache, "self_attention_cache", cache), encoder_outputs[0]
         check_mask(decoder_attention_mask, h, own)
         check_mask(attention_mask, context)
-        mask, context_mask = only_padding(decoder_attention_mask), only_padding(attention_mask)
+        mask = only_padding(decoder_attention_mask, "decoder_attention_mask")
+        context_mask = only_padding(attention_mask)
         # Cross-attention has no cache to tell it where the target's tokens stand.
         seen, count = 0 if own is None else int(own.get_seq_length()), h.shape[1]
         positions = torch.arange(seen, seen + count, device=h.device)
-        if mask is not None:
+        if mask is not None and mask.ndim == 2:
             positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -count:]
         passed = through(
             self.layers, self.norm, h, context,

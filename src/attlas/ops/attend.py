@@ -13,20 +13,21 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from attlas.errors import UnknownName
-from attlas.masks import Mask, causal, density, hides_nothing, sdpa_flags
+from attlas.masks import Mask, causal, density, hides_nothing
 from attlas.ops.backends import sdpa
 from attlas.ops.blocks import blocks
 from attlas.ops.flex import flex, refuses
 from attlas.ops.memory_efficient import memory_efficient
 from attlas.ops.reference import as_dense, indices, reference, repeated
 from attlas.positions.base import ScoreMod
+from attlas.tracing import any_length, traced
 
 Route = Literal["auto", "reference", "sdpa", "flex", "blocks", "chunked"]
 ROUTES: tuple[Route, ...] = ("auto", "reference", "sdpa", "flex", "blocks", "chunked")
@@ -87,6 +88,9 @@ def attend(
     queries, keys = q.shape[2], k.shape[2]
     offset = keys - queries if q_offset is None else q_offset
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if keys == 0:
+        out, lse = reference(q, k, v, scale=scale)
+        return (out, lse) if return_lse else out
     flag = mask is not None and offset == 0 and queries == keys and mask == causal
     if route == "auto" and score_mod is None and not return_lse and (mask is None or flag):
         k, v = _alike(k, v, q.shape[1])
@@ -130,10 +134,13 @@ def _choose(
     dropout: float, return_lse: bool, offset: int,
 ) -> Route:  # fmt: skip
     queries, keys = q.shape[2], k.shape[2]
-    small = queries * keys <= SMALL
+    # An exported program is for every length, so that none may decide.
+    small = any_length(queries) or any_length(keys) or queries * keys <= SMALL
     fits_sdpa = not return_lse and (score_mod is None or getattr(score_mod, "additive", False))
     if dropout > 0:
         return "sdpa" if fits_sdpa else "reference"
+    if traced():
+        return _choose_traced(q, k, v, mask, fits_sdpa, small)
     # What a kernel adds to a trained table's gradient it adds pair by pair, forty times as slowly.
     flexible = q.is_cuda and keys >= LONG and queries > 1 and not (fits_sdpa and _trained(score_mod))
     if flexible and refuses(q, k, v, mask) is None:
@@ -161,6 +168,17 @@ def _trained(score_mod: ScoreMod | None) -> bool:
         and torch.is_grad_enabled()
         and any(p.requires_grad for p in owner.parameters())
     )
+def _choose_traced(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, fits_sdpa: bool, small: bool
+) -> Route:
+    """The route where no block can be looked at: compiled whole, exported, or under torch.func."""
+    fixed = mask is None or (isinstance(mask, Mask) and len(mask.leaves) == 0)
+    flexible = torch.compiler.is_compiling() and q.is_cuda and fixed and not small
+    if flexible and refuses(q, k, v, mask) is None:
+        return "flex"
+    if fits_sdpa:
+        return "sdpa"
+    return "reference" if small or not torch.compiler.is_compiling() else "chunked"
 
 
 def _sparse(mask: Mask | Tensor | None, queries: int, keys: int, offset: int) -> bool:
@@ -174,15 +192,15 @@ def _sdpa(
 ) -> Tensor:  # fmt: skip
     if return_lse:
         raise ValueError("route='sdpa' gives no lse; use 'flex', 'chunked' or 'reference'")
-    flags = (
-        sdpa_flags(mask, q.shape[2], k.shape[2], q_offset=offset, device=q.device)
-        if isinstance(mask, Mask) else {} if mask is None else {"attn_mask": mask}
-    )  # fmt: skip
-    if score_mod is not None:
-        if not getattr(score_mod, "additive", False):
-            raise ValueError("route='sdpa' takes additive score_mods alone (see attlas.positions)")
-        visible = as_dense(mask, q.shape[2], k.shape[2], offset, q.device)
-        flags = {"attn_mask": _bias(q, k, score_mod, offset, visible)}
+    if score_mod is not None and not getattr(score_mod, "additive", False):
+        raise ValueError("route='sdpa' takes additive score_mods alone (see attlas.positions)")
+    flags: dict[str, Any]
+    whole = offset == 0 and q.shape[2] == k.shape[2]
+    if score_mod is None and whole and isinstance(mask, Mask) and mask == causal:
+        flags = {"is_causal": True}
+    else:  # patterns that hide nothing are gone by now
+        seen = as_dense(mask, q.shape[2], k.shape[2], offset, q.device)
+        flags = {"attn_mask": seen if score_mod is None else _bias(q, k, score_mod, offset, seen)}
     k, v = _alike(k, v, q.shape[1])
     out = sdpa(
         q, k, v, dropout_p=dropout, scale=scale, enable_gqa=q.shape[1] != k.shape[1], **flags

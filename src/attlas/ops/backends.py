@@ -53,7 +53,8 @@ def _as_wide(q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any]) -> Tens
     Without it SDPA holds all pairs in memory and takes four times as long at 1024 tokens.
     """
     width = max(q.shape[-1], v.shape[-1])
-    scale = arguments.get("scale") or q.shape[-1] ** -0.5
+    scale = arguments.get("scale")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, k, wide = (pad(t, (0, width - t.shape[-1])) for t in (q, k, v))
     out = scaled_dot_product_attention(q, k, wide, **{**arguments, "scale": scale})
     return out[..., : v.shape[-1]]

@@ -7,13 +7,13 @@ of keys are joined, cut pair by pair only where the pattern needs it, and the pl
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from attlas.masks import Mask, at, grid
+from attlas.masks.kept import kept_by_mask
 
 #: Queries and keys to a block: fine enough to skip much, coarse enough for few calls.
 QUERIES, KEYS = 128, 64
@@ -46,7 +46,7 @@ def blocks(q: Tensor, k: Tensor, v: Tensor, *, mask: Mask, scale: float, q_offse
     return torch.cat(out, dim=2)
 
 
-@lru_cache(maxsize=16)
+@kept_by_mask(16)
 def plan(
     mask: Mask, q_len: int, k_len: int, q_offset: int, device: torch.device
 ) -> tuple[_Chunk, ...]:

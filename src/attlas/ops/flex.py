@@ -31,8 +31,9 @@ def flex(
         blocks = block_mask(mask, q.shape[2], k.shape[2], q_offset=q_offset, device=q.device)
     if not torch.is_grad_enabled():  # on a CPU it refuses tensors that could train, used or not
         q, k, v = q.detach(), k.detach(), v.detach()
+    compiling = torch.compiler.is_compiling()
     even = q.shape[2] % EVEN == 0 == k.shape[2] % EVEN
-    kernel = _compiled(even) if q.device.type == "cuda" else flex_attention
+    kernel = flex_attention if q.device.type != "cuda" or compiling else _compiled(even)
     # Every pattern is a program of its own; at Dynamo's default of 8 the ninth would run unfused.
     with torch._dynamo.config.patch(recompile_limit=PROGRAMS):
         out, aux = kernel(

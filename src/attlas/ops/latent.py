@@ -50,8 +50,8 @@ def latent_attend(
             f"tokens must be {latent} + {rotated.shape[-1]} wide, got {tokens.shape[-1]}"
         )
     # What each sequence's padding hides stands on the device, for which nothing here may wait.
-    pattern = isinstance(mask, Mask) and mask.batch is None
-    if pattern and hides_nothing(mask, queries, keys, keys - queries):
+    pattern = mask if isinstance(mask, Mask) and mask.batch is None else None
+    if pattern is not None and hides_nothing(pattern, queries, keys, keys - queries):
         mask = None
     if dropout == 0 and kernel_takes(content, rotated, tokens):
         from attlas.kernels.latent_decode import latent_decode

@@ -5,7 +5,8 @@ For a chunk of queries, over chunks j of keys, with s_j = q k_jᵀ · scale:
     m' = max(m, max s_j)     l' = e^(m−m') l + Σ e^(s_j−m')     a' = e^(m−m') a + e^(s_j−m') v_j
     out = a / l              lse = m + log l
 
-The backward pass keeps out and lse alone and makes every chunk of weights again:
+The backward pass keeps out and lse alone and makes every chunk of weights again (one that is to be
+differentiated itself, as by a gradient penalty, holds all pairs):
 
     P = e^(s − lse)     dV += Pᵀ dO     dS = P ∘ (dO Vᵀ − rowsum(dO ∘ O) + dlse)
 
@@ -28,8 +29,9 @@ from torch import Tensor, nn
 from attlas.catalog.kinds import OP
 from attlas.catalog.registry import mechanism
 from attlas.masks import Mask, at, grid
-from attlas.ops.reference import indices
+from attlas.ops.reference import indices, reference
 from attlas.positions.base import ScoreMod
+from attlas.tracing import traced
 
 #: Keys to a block when the mask's empty blocks are looked for.
 GRAIN = 64
@@ -70,7 +72,8 @@ def memory_efficient(
     if q_chunk < 1 or k_chunk < 1:
         raise ValueError(f"q_chunk and k_chunk must be at least 1, got {q_chunk} and {k_chunk}")
     offset = keys - q.shape[2] if q_offset is None else q_offset
-    work = _Work(mask, score_mod, offset, q_chunk, k_chunk, scale or q.shape[-1] ** -0.5)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    work = _Work(mask, score_mod, offset, q_chunk, k_chunk, scale)
     trained = [t for t in captured(score_mod) if t.requires_grad]
     result: tuple[Tensor, Tensor] = _Chunked.apply(q, k, v, work, *trained)  # type: ignore[no-untyped-call]
     return result
@@ -93,7 +96,7 @@ class _Work:
 
     def plan(self, q_len: int, k_len: int) -> list[list[tuple[slice, bool]]]:
         """For each chunk of queries, the runs of keys to visit, and whether the mask cuts them."""
-        if not isinstance(self.mask, Mask):
+        if not isinstance(self.mask, Mask) or traced():
             runs = [
                 (slice(s, min(s + self.k_chunk, k_len)), self.mask is not None)
                 for s in range(0, k_len, self.k_chunk)
@@ -112,7 +115,7 @@ class _Work:
     def products(self, q: Tensor, k: Tensor) -> Tensor:
         """Scaled products of grouped heads, in float32 at least: [batch, heads, rows, keys]."""
         batch, heads, rows, dim = q.shape
-        grouped = (q * self.scale).reshape(batch, k.shape[1], -1, dim)
+        grouped = (q * self.scale).reshape(batch, k.shape[1], heads // k.shape[1] * rows, dim)
         return at_least_float32(grouped @ k.transpose(-1, -2)).view(batch, heads, rows, k.shape[2])
 
     def modify(self, scores: Tensor, rows: slice, run: slice) -> Tensor:
@@ -146,10 +149,11 @@ class _Chunked(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, *trained = ctx.saved_tensors
         work: _Work = ctx.work
+        if torch.is_grad_enabled():  # the gradient will itself be differentiated
+            return _differentiable(q, k, v, work, trained, (d_out, d_lse))
         grads = [at_least_float32(torch.zeros_like(t)) for t in (q, k, v)]
         d_trained = [torch.zeros_like(t) for t in trained]
         delta = (at_least_float32(d_out) * at_least_float32(out)).sum(-1) - d_lse
@@ -161,6 +165,19 @@ class _Chunked(torch.autograd.Function):
                 )
         dq, dk, dv = (g.to(t.dtype) for g, t in zip(grads, (q, k, v), strict=True))
         return dq, dk, dv, None, *d_trained
+
+
+def _differentiable(
+    q: Tensor, k: Tensor, v: Tensor, work: _Work, trained: list[Tensor], grads: tuple[Tensor, Tensor]
+) -> tuple[Tensor | None, ...]:
+    """The gradients as functions of all that they depend on, with all pairs in memory."""
+    found = reference(
+        q, k, v, scale=work.scale, mask=work.mask, score_mod=work.score_mod, q_offset=work.offset
+    )
+    inputs = [t for t in (q, k, v, *trained) if t.requires_grad]
+    gradients = iter(torch.autograd.grad(found, inputs, grads, create_graph=True, allow_unused=True))
+    each = [next(gradients) if t.requires_grad else None for t in (q, k, v, *trained)]
+    return *each[:3], None, *each[3:]
 
 
 def _forward_rows(
@@ -214,15 +231,16 @@ def _backward_block(
 def _grouped(left: Tensor, right: Tensor) -> Tensor:
     """left [b, heads, r, n] @ right [b, kv, n, d], each group of heads with its own right."""
     batch, heads, rows, inner = left.shape
-    folded = left.reshape(batch, right.shape[1], -1, inner) @ right
+    folded = left.reshape(batch, right.shape[1], heads // right.shape[1] * rows, inner) @ right
     return folded.view(batch, heads, rows, right.shape[3])
 
 
 def _folded(left: Tensor, right: Tensor, kv_heads: int) -> Tensor:
     """leftᵀ @ right summed over the heads of each group: [b, kv, n, d]."""
-    batch, _, _, n = left.shape
-    return left.reshape(batch, kv_heads, -1, n).transpose(-1, -2) @ right.reshape(
-        batch, kv_heads, -1, right.shape[3]
+    batch, heads, rows, n = left.shape
+    rows = heads // kv_heads * rows
+    return left.reshape(batch, kv_heads, rows, n).transpose(-1, -2) @ right.reshape(
+        batch, kv_heads, rows, right.shape[3]
     )
 
 

@@ -17,9 +17,11 @@ The forms give the same:
 | form     | what it is                                                           | "auto" takes it  |
 |----------|----------------------------------------------------------------------|------------------|
 | step     | the definition, token by token                                       | for a few tokens |
-| parallel | one chunk of everything, quadratic in its length                     | never            |
+| parallel | one chunk of everything, quadratic in its length                     | for any length   |
 | chunked  | products within a chunk, the state from chunk to chunk               | else             |
 | triton   | kernels with chunks of their own, in bfloat16 on a GPU               | wherever it can  |
+
+A program that torch.export makes for any length has no loop over chunks, which a length would count.
 
 All but the kernels compute in float32 at least, so that nothing overflows where inputs are in half
 precision; the kernels keep their state in float32. A decay of heads whose gradient is wanted goes by
@@ -39,6 +41,7 @@ from attlas.errors import UnknownName, UserError
 from attlas.ops import recurrence_kernels as kernels
 from attlas.ops.recurrence_forms import Terms, chunked, stepped
 from attlas.ops.reference import divided
+from attlas.tracing import any_length, traced
 
 Form = Literal["auto", "parallel", "chunked", "step", "triton"]
 #: Calls shorter than this are made step by step.
@@ -98,6 +101,8 @@ def recurrence(
     width = v.shape[-1]
     if chunk_size is None:
         chunk_size = 64 if beta is None and low_rank is None else 32
+    if form == "auto" and any_length(q.shape[2]):
+        form = "parallel"
     _check(q, k, v, log_decay, beta, low_rank, causal, initial_state, chunk_size, form)
     if normalize:
         v = torch.cat([v, v.new_ones(*v.shape[:-1], 1)], dim=-1)
@@ -204,7 +209,7 @@ def _decay(g: Tensor, q: Tensor) -> Float[Tensor, "batch heads tokens dim_or_1"]
             f"[{batch}, {heads}, {tokens}, {dim}], got {list(g.shape)}"
         )
     # The check waits for the device, so it is made where that costs nothing.
-    if g.device.type == "cpu" and not bool((g <= 0).all()):
+    if g.device.type == "cpu" and not traced() and not bool((g <= 0).all()):
         raise UserError(f"log_decay must be at most 0, got {float(g.max())}")
     found = g[None, :, None, None] if g.ndim == 1 else g if g.ndim == 4 else g[..., None]
     return found.expand(batch, heads, tokens, found.shape[-1]).double()

@@ -22,6 +22,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
+from attlas.tracing import any_length
+
 #: Rows and columns that share a reference point, where channels have decays of their own.
 BLOCK = 16
 #: Log decay that is nothing in float64 too; sums of it stay numbers.
@@ -137,6 +139,8 @@ def paired(
         shape = torch.ones(size, size, dtype=torch.bool, device=x.device).tril(diagonal)
         apart = (until - since.mT).masked_fill(~shape, -inf)
         return (x @ y.mT) * apart.exp().to(x.dtype)
+    if any_length(size):
+        return _paired_blocks(x, y, until, since, diagonal)
     rows = []
     for start in range(0, size, BLOCK):
         stop = min(start + BLOCK, size)
@@ -153,3 +157,30 @@ def paired(
             parts.insert(0, rest @ faded(y[..., :start, :], from_here - since[..., :start, :]).mT)
         rows.append(torch.cat(parts, dim=-1))
     return torch.cat(rows, dim=-2)
+
+
+def _paired_blocks(
+    x: Tensor, y: Tensor, until: Tensor, since: Tensor, diagonal: int
+) -> Float[Tensor, "*rows size size"]:
+    """`paired` of channels that decay each by themselves, all blocks of rows at once."""
+    size = x.shape[-2]
+    blocks = size // BLOCK + 2  # two at least, since one would be a program for one alone
+    x, until, own_y, own_since = (
+        pad(t, (0, 0, 0, blocks * BLOCK - size)).unflatten(-2, (blocks, BLOCK))
+        for t in (x, until, y, since)
+    )
+    shape = torch.ones(BLOCK, BLOCK, dtype=torch.bool, device=x.device).tril(diagonal)
+    apart = until[..., :, None, :] - own_since[..., None, :, :]
+    apart = apart.masked_fill(~shape[..., None], -inf).exp().to(x.dtype)
+    near = torch.einsum("...td,...sd,...tsd->...ts", x, own_y, apart)
+    # From the last token before each block, 0 before the first.
+    start = torch.arange(blocks, device=x.device) * BLOCK
+    from_here = pad(since, (0, 0, 1, 0))[..., start.clamp(max=size), :]
+    earlier = torch.arange(size, device=x.device) < start[:, None]
+    gone = (from_here[..., :, None, :] - since[..., None, :, :]).masked_fill(~earlier[..., None], -inf)
+    rest = faded(x, until - from_here[..., :, None, :]) @ faded(y[..., None, :, :], gone).mT
+    place = torch.arange(size, device=x.device) - start[:, None]  # of each column in a block of rows
+    inside = (place >= 0) & (place < BLOCK)
+    index = place.clamp(0, BLOCK - 1)[:, None, :].expand(*near.shape[:-1], -1)
+    both = rest + near.gather(-1, index).masked_fill(~inside[:, None, :], 0.0)
+    return both.flatten(-3, -2)[..., :size, :]

@@ -18,6 +18,8 @@ from attlas.positions.base import ScoreMod
 
 def softmax(scores: Float[Tensor, "*rows keys"]) -> Float[Tensor, "*rows keys"]:
     """Softmax over keys in which a row of nothing but −∞ gives zeros, with zero gradient."""
+    if scores.shape[-1] == 0:
+        return scores
     dead = scores.amax(-1, keepdim=True) == -torch.inf
     return scores.masked_fill(dead, 0.0).softmax(-1).masked_fill(dead, 0.0)
 

@@ -54,7 +54,11 @@ def padding(subject: Subject) -> Iterator[Measure]:
         # Rows of different lengths in one batch.
         valid = torch.tensor([[False] * 3 + [True] * 6, [True] * 9])
         both = torch.cat((junk, x), dim=1)
-        yield same(f"{case} mixed", layer(both, mask=valid)[0, 3:], alone[0])
+        mixed = layer(both, mask=valid)
+        yield same(f"{case} mixed", mixed[0, 3:], alone[0])
+    added = torch.zeros(2, 9).masked_fill(~valid, -torch.inf)
+    yield same("added to scores", layer(both, mask=added), mixed)
+    yield refuses("a bias", lambda: layer(both, mask=added.nan_to_num(neginf=-0.5)), "mask")
 
 
 @check("layer")
@@ -78,6 +82,10 @@ def masks(subject: Subject) -> Iterator[Measure]:
     hidden = layer.weights(x, mask=pattern).masked_fill(pairs, 0.0)
     yield same("pattern", hidden, torch.zeros_like(hidden))
     yield same("pattern and tensor", layer(x, mask=pairs), layer(x, mask=pattern))
+    added = torch.zeros(2, 1, tokens, tokens).masked_fill(~pairs, torch.finfo(torch.float32).min)
+    yield same("added to scores", layer(x, mask=added), layer(x, mask=pattern))
+    alike, every = pairs[:, :, 4:5], pairs[:, :, 4:5].expand(2, 1, tokens, tokens)
+    yield same("the same for each query", layer(x, mask=alike), layer(x, mask=every))
     own = subject.layer(mask=pattern)
     yield same("its own pattern", own(x), layer(x, mask=pattern))
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
+from attlas import masks
 from attlas.contract.measure import Measure, Subject, check, finite, holds, same
 
 #: One token, an even few, and lengths that no block divides.
@@ -70,3 +71,9 @@ def cross_attention(subject: Subject) -> Iterator[Measure]:
     valid = torch.ones(2, 8, dtype=torch.bool)
     valid[:, 6:] = False
     yield same("padded context", layer(x, context, mask=valid), layer(x, context[:, :6]))
+    if subject.object.supports.masks != "pairs":
+        return
+    for a, b in ((x, context), (context, x)):
+        pairs = torch.rand(a.shape[1], b.shape[1], generator=torch.Generator().manual_seed(0)) > 0.4
+        told, by_table = pairs.expand(2, 1, -1, -1), masks.table(pairs)
+        yield same(f"row {a.shape[1]} is its query", layer(a, b, mask=by_table), layer(a, b, mask=told))

@@ -39,6 +39,8 @@ def batches(subject: Subject) -> Iterator[Measure]:
         y = layer(*given)
         order = torch.tensor([2, 0, 3, 1])
         yield same(f"{case} order", layer(*rows(given, order)), y[order])
+        none = layer(*rows(given, order[:0]))
+        yield holds(f"{case} none", none.shape == y[:0].shape, f"gives {list(none.shape)}")
         alone = [layer(*rows(given, torch.tensor([row]))) for row in range(4)]
         yield same(f"{case} split", torch.cat(alone), y)
 

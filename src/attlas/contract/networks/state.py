@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
 import torch
 from safetensors.torch import load, save
+from torch import Tensor
 from torch.nn.modules import module as torch_module
 
 from attlas.contract.measure import Measure, Subject, check, distance, holds, same
@@ -55,21 +57,65 @@ def moved(subject: Subject) -> Iterator[Measure]:
         yield same(case, layer.to(torch.float32).to(torch.float64)(*given), before)
 
 
-@check("network", poisoned=False)
-def compiled(subject: Subject) -> Iterator[Measure]:
-    """`torch.compile` gives what the plain layer gives."""
-    layer = subject.layer(**subject.causal_options)
-    given = subject.inputs(layer)
+@contextmanager
+def tracing() -> Iterator[None]:
+    """Inside, graphs are made of functions as they stand in their files, and quietly."""
     logger = logging.getLogger("torch._dynamo")
     level = logger.level
     logger.setLevel(logging.ERROR)  # a break in the graph costs speed, not truth
     try:
         with torch.no_grad(), warnings.catch_warnings(action="ignore"), unchecked():
-            fast: Any = torch.compile(layer, backend="aot_eager")
-            yield same("aot_eager", fast(*given), layer(*given))
+            yield
     finally:
         logger.setLevel(level)
         torch.compiler.reset()
+
+
+@check("network", poisoned=False)
+def compiled(subject: Subject) -> Iterator[Measure]:
+    """`torch.compile` gives what the plain layer gives, in one graph unless the mechanism tells why not;
+    with padding too."""
+    layer, supports = subject.layer(**subject.causal_options), subject.supports
+    given, whole = subject.inputs(layer), not (supports and supports.graph_breaks)
+    with tracing():
+        fast: Any = torch.compile(layer, backend="aot_eager", fullgraph=whole)
+        yield same("aot_eager", fast(*given), layer(*given))
+        if supports and supports.masks != "none":
+            valid = padded(9)
+            fast = torch.compile(layer, backend="eager", fullgraph=whole)
+            yield same("padding", fast(*given, mask=valid), layer(*given, mask=valid))
+
+
+def exports(subject: Subject) -> bool:
+    """Whether the subject takes sequences of any length, exported too."""
+    return subject.supports is not None and not subject.supports.one_length
+
+
+@check("network", when=exports, poisoned=False)
+def exported(subject: Subject) -> Iterator[Measure]:
+    """`torch.export` makes one program for any length, with padding where the layer takes it."""
+    layer, supports = subject.layer(**subject.causal_options), subject.supports
+    takes = supports is not None and supports.masks != "none"
+    any_length = {1: torch.export.Dim.DYNAMIC}
+    shapes: dict[str, Any] = {"x": any_length, **({"mask": any_length} if takes else {})}
+
+    def call(tokens: int) -> tuple[tuple[Tensor], dict[str, Tensor]]:
+        (x,) = subject.inputs(layer, tokens=tokens)
+        return (x,), {"mask": padded(tokens)} if takes else {}
+
+    with tracing():
+        args, more = call(9)
+        program = torch.export.export(layer, args, more, dynamic_shapes=shapes).module()
+        for tokens in (5, 33):
+            args, more = call(tokens)
+            yield same(f"{tokens} tokens", program(*args, **more), layer(*args, **more))
+
+
+def padded(tokens: int) -> Tensor:
+    """Two sequences, the first of which begins three tokens later: True at tokens."""
+    valid = torch.ones(2, tokens, dtype=torch.bool)
+    valid[0, :3] = False
+    return valid
 
 
 def surroundings() -> dict[str, Any]:

@@ -33,6 +33,7 @@ from attlas.inputs import Inputs
 from attlas.kinds.claim import Claim
 from attlas.options import option
 from attlas.supports import Supports
+from attlas.tracing import stretches
 
 #: Queries at a time.
 BLOCK = 128
@@ -105,13 +106,14 @@ class CastleLookaheadKeys(Attention):
         if (u := inputs.recall("lookahead")) is None:
             u = k.new_zeros(len(k), self.kv_heads, 1, seen, self.head_dim)
 
-        def block(u: Tensor, start: int) -> tuple[Tensor, Tensor]:
-            scores, u = self.block_scores(q, k, u, slice(start, start + BLOCK), inputs)
-            return then(scores, start), u
+        def block(u: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+            scores, u = self.block_scores(q, k, u, rows, inputs)
+            return then(scores, rows.start), u
 
-        done, again = [], length > BLOCK and torch.is_grad_enabled()
-        for start in range(0, length, BLOCK):
-            out, u = checkpoint(block, u, start, use_reentrant=False) if again else block(u, start)
+        done, blocks = [], stretches(length, BLOCK)
+        again = len(blocks) > 1 and torch.is_grad_enabled()
+        for rows in blocks:
+            out, u = checkpoint(block, u, rows, use_reentrant=False) if again else block(u, rows)
             done.append(out)
         inputs.remember("lookahead", u)
         return torch.cat(done, dim=2)

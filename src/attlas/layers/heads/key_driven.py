@@ -114,7 +114,7 @@ class KeyDriven(_Grouped):
         """Each query head's keys or values, where groups serve so many heads one after the other."""
         heads = torch.arange(self.heads, device=x.device)
         group = (counts.cumsum(-1)[:, None] <= heads[:, None]).sum(-1)
-        return x.take_along_dim(group[..., None, None], dim=1)
+        return x.gather(1, group[..., None, None].expand(len(x), -1, *x.shape[2:]))
 
 
 @mechanism(

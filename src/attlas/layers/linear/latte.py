@@ -84,7 +84,8 @@ class Latte(RecurrentAttention):
         """p(l | t), p(s | l) of the keys so far, and how that of earlier keys shrinks with each."""
         q, k = self.features(q, k, inputs)
         # Z is summed up in float64: what it is off by, all weights would be off by.
-        logits, gates = ops.repeated(k, q.shape[1]).double(), Gates()
+        logits = ops.repeated(k, q.shape[1]).double()
+        gates: Gates = {}
         padding = None if inputs.valid_now is None else ~inputs.valid_now[:, None, :, None]
         if padding is not None:  # which may hold anything
             logits = logits.masked_fill(padding, NOTHING)

@@ -39,6 +39,7 @@ from attlas.catalog.registry import Reduction, mechanism
 from attlas.inputs import Inputs
 from attlas.masks import Mask
 from attlas.options import option
+from attlas.tracing import stretches, traced
 
 #: Queries whose weights are in memory at a time.
 QUERIES = 128
@@ -78,13 +79,12 @@ class LocalLinear(Attention):
             return self.aggregate(weights, v, inputs)
 
         parts, before, pairs = [], k.shape[2] - q.shape[2], inputs.pairs
-        for start in range(0, q.shape[2], QUERIES):
-            rows = slice(start, start + QUERIES)
+        for rows in stretches(q.shape[2], QUERIES):
             # Of causal queries all later keys are hidden, and left out.
-            seen = slice(before + start + QUERIES if pairs == masks.causal else None)
+            seen = slice(before + rows.stop if pairs == masks.causal else None)
             cut = isinstance(pairs, Tensor) and pairs.shape[2] > 1
             own = pairs[:, :, rows] if cut else pairs  # type: ignore[index]
-            call = q[:, :, rows], k[:, :, seen], v[:, :, seen], own, before + start
+            call = q[:, :, rows], k[:, :, seen], v[:, :, seen], own, before + rows.start
             parts.append(checkpoint(some, *call, use_reentrant=False) if torch.is_grad_enabled()
                          else some(*call))  # fmt: skip
         return torch.cat(parts, dim=2)
@@ -168,7 +168,7 @@ def _conjugate_gradients(p: Tensor, k: Tensor, b: Tensor, ridge: Tensor, steps: 
     enough = length * torch.finfo(b.dtype).eps ** 2
     for _ in range(steps):
         going = length > enough
-        if not going.any():
+        if not traced() and not going.any():
             break
         moved = _left_side(p, k, way, ridge)
         bent = (way * moved).sum(-1, keepdim=True)

@@ -173,7 +173,7 @@ class LinearLogNormalAttention(ExponentialKeys):
         shown = shown.tril() if inputs.looks_back(self.pattern) else shown
         keys, values = keys.chunk(2, dim=-1)
         out = ops.attend(queries, keys, values, mask=shown, scale=size**-0.5)
-        whole = rearrange(out, "(b n) h s d -> b (n s) (h d)", b=batch)
+        whole = rearrange(out, "(b n) h s d -> b (n s) (h d)", n=slots // size)
         return self.split_heads(at_places(whole, at))
 
 

@@ -218,7 +218,7 @@ class MegaChunk(Mega):
         # Behind the last token nothing is visible to a causal query anyway.
         inside = masks.causal if self.causal else masks.padding(used)
         out = super().attend(q, k, v, replace(inputs, pairs=inside))
-        return at_places(out.reshape(len(at), slots, -1), at)[:, None]
+        return at_places(out.reshape(len(at), slots, out.shape[-1]), at)[:, None]
 
     def weigh(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
         """The weights of all pairs: none between chunks.

@@ -23,9 +23,7 @@ authors' program, which clamps scores at 5 before it exponentiates them, whereve
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import lru_cache
-from itertools import combinations_with_replacement
-from math import factorial, prod
+from math import factorial
 from typing import Literal
 
 import torch
@@ -40,6 +38,7 @@ from attlas.catalog.registry import Reduction, mechanism
 from attlas.errors import UserError
 from attlas.inputs import Inputs
 from attlas.options import option
+from attlas.tracing import kept
 
 
 @mechanism("softmax-as-rnn", reduces_to=Reduction(
@@ -163,13 +162,17 @@ def powers(x: Float[Tensor, "*rows width"], order: int) -> Float[Tensor, "*rows 
     return torch.cat(found, dim=-1)
 
 
-@lru_cache(maxsize=32)
+@kept(32)
 def _monomials(width: int, order: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """(channels [monomials, order], 1/√Π m!) of all monomials with multiplicities m."""
-    each = list(combinations_with_replacement(range(width), order))
-    shares = [
-        prod(factorial(one.count(channel)) for channel in set(one)) ** -0.5 for one in each
-    ]  # fmt: skip
+    each: list[tuple[int, ...]] = [()]
+    for _ in range(order):
+        each = [(*one, n) for one in each for n in range(one[-1] if one else 0, width)]
+    orders = [1] * len(each)
+    for at, one in enumerate(each):
+        for channel in set(one):
+            orders[at] *= factorial(one.count(channel))
+    shares = [order**-0.5 for order in orders]
     return torch.tensor(each, device=device), torch.tensor(
         shares, dtype=torch.float64, device=device
     )

@@ -43,8 +43,9 @@ class TransformerVQ(Attention):
     """Causal gated attention to quantised keys, in linear time."""
 
     supports = Supports(
-        bidirectional=False, cross=False, position=False, masks="padding", cache="state"
-    )
+        bidirectional=False, cross=False, position=False, masks="padding", cache="state",
+        one_length="blocks are as long as the sequence where that is shorter, and cut by its length",
+    )  # fmt: skip
     changes = ("position", "aggregate")  # distances within the score; older values summed by code
     beyond = ("output: heads are gated, as in the layer that the authors start from",)
     expected_failures: ClassVar[dict[str, str]] = {

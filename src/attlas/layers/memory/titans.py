@@ -65,8 +65,9 @@ class NeuralMemory(Attention):
     """A memory of the past in the weights of a network, written by gradient descent while reading."""
 
     supports = Supports(
-        bidirectional=False, cross=False, masks="padding", cache="state", maps=False
-    )
+        bidirectional=False, cross=False, masks="padding", cache="state", maps=False,
+        one_length="torch.export cannot take the gradients that the memory itself goes by",
+    )  # fmt: skip
     changes = ("aggregate",)  # `attend` writes values into a network's weights and reads them there
     beyond = (
         "project: convolutions, activations and norms of queries, keys and values",

@@ -37,7 +37,10 @@ from attlas.supports import Supports
 class WithMemory(Attention):
     """Causal attention with persistent tokens and a memory."""
 
-    supports = Supports(bidirectional=False, cross=False, masks="padding", remembers=True)
+    supports = Supports(
+        bidirectional=False, cross=False, masks="padding", remembers=True,
+        one_length="torch.export cannot take the gradients that the memory itself goes by",
+    )  # fmt: skip
     changes = ("aggregate",)  # what is far is recalled by the memory instead
     #: Options of the memory where none are given.
     memory_defaults: ClassVar[Mapping[str, Any]] = {}

@@ -138,7 +138,7 @@ class DualAttention(Attention):
             rearrange(x, "t (h d) -> 1 h t d", h=self.symbol_heads)
             for x in (asked, self.templates, self.symbol_library)
         )
-        return rearrange(ops.attend(q, k, v), "1 h (b t) d -> b t (h d)", b=len(inputs.tokens))
+        return rearrange(ops.attend(q, k, v), "1 h (b t) d -> b t (h d)", t=inputs.tokens.shape[1])
 
     def relate(self, inputs: Inputs) -> Tensor:
         """r of all pairs, [batch, relations, queries, keys]."""

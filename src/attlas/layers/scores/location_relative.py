@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -141,6 +142,10 @@ class GMM(_Walk):
 class DCA(_Walk):
     """Energies from convolutions of the alignment before, over a prior that walks on."""
 
+    supports = replace(
+        _Walk.supports, one_length="every step waits for the alignment before, so a length is steps"
+    )
+
     hidden: int = option("width of the two tanh", default=128, at_least=1)
     static_sizes: Sequence[int] = option(
         "how many filters F, and how many places each sees, an odd number", default=(8, 21),
@@ -192,7 +197,8 @@ class DCA(_Walk):
     def score(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
         """Energies, one step after the other, from the first place that any query sees."""
         (batch, steps, _), keys = inputs.x.shape, inputs.tokens.shape[1]
-        filters, first, rows = self.steer(inputs.x), inputs.x.new_zeros(1), list[Tensor]()
+        filters, first = self.steer(inputs.x), inputs.x.new_zeros(1)
+        rows: list[Tensor] = []
         visible, walks = inputs.visible(q, k), self.steps(inputs)
         if visible is not None:
             visible = visible[:, 0].expand(batch, steps, keys)

@@ -27,6 +27,7 @@ from attlas.inputs import Inputs
 from attlas.kinds.claim import Claim
 from attlas.options import option
 from attlas.supports import Supports
+from attlas.tracing import stretches
 
 #: Queries at a time.
 BLOCK = 32
@@ -70,10 +71,11 @@ class Neural(Attention):
 
     def score(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
         """Scores of all pairs, a block of queries at a time."""
-        again = q.shape[2] > BLOCK and torch.is_grad_enabled()
+        parts = [q[:, :, rows] for rows in stretches(q.shape[2], BLOCK)]
+        again = len(parts) > 1 and torch.is_grad_enabled()
         return torch.cat([
             checkpoint(self.pairs, part, k, use_reentrant=False) if again else self.pairs(part, k)
-            for part in q.split(BLOCK, dim=2)
+            for part in parts
         ], dim=2)  # fmt: skip
 
     def pairs(self, q: Tensor, k: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from attlas.catalog.registry import mechanism
 from attlas.inputs import Inputs
 from attlas.options import option
 from attlas.supports import Supports
+from attlas.tracing import any_length
 
 
 @mechanism("normalized-attention", aliases=("nap",))
@@ -132,5 +133,8 @@ class MaxPooling(SumPooling):
     def aggregate(self, weights: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
         """Largest visible value, 0 where nothing is visible; a query at a time bounds the memory."""
         weights = torch.dropout(weights, self.dropout, self.training)
-        rows = [v.masked_fill(row[..., None] == 0, -torch.inf).amax(2) for row in weights.unbind(2)]
-        return torch.stack(rows, dim=2).nan_to_num(neginf=0.0, nan=torch.nan, posinf=torch.inf)
+        rows = weights.split(1, dim=2) if not any_length(weights.shape[2]) else [weights]
+        largest = [
+            v[:, :, None].masked_fill(row[..., None] == 0, -torch.inf).amax(3) for row in rows
+        ]
+        return torch.cat(largest, dim=2).nan_to_num(neginf=0.0, nan=torch.nan, posinf=torch.inf)
