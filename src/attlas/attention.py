@@ -29,6 +29,7 @@ from attlas.catalog.kinds import LAYER, Kind
 from attlas.catalog.registry import mechanism
 from attlas.inputs import Inputs, MaskLike
 from attlas.masks import Mask
+from attlas.network import Network
 from attlas.options import Configured, option
 from attlas.positions import Position, ScoreMod, encoding_of
 from attlas.supports import Supports, share_of_dim
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 
 @mechanism("softmax", paper="", aliases=("multi-head-attention", "mha"))
-class Attention(Configured, nn.Module):
+class Attention(Configured, Network):
     """Multi-head softmax attention with grouped keys, any mask, any position and a decode cache."""
 
     kind: ClassVar[Kind] = LAYER
@@ -75,8 +76,6 @@ class Attention(Configured, nn.Module):
         self.position_encoding = encoding_of(self.own_position, self)
         #: Takes the attention of this layer while its model is attached to, see `attlas.attach.own`.
         self.door: Any = None
-        #: What the last training pass adds to the loss, already weighted; a model sums its layers'.
-        self.auxiliary_loss: Tensor | None = None
         self.make_projections()
 
     def make_projections(self) -> None:

@@ -60,14 +60,15 @@ class SampledAttention(Attention):
         if self.score_mod is not None:
             raise ValueError("position: a bias on scores does not follow keys into their blocks")
         self.planes: Tensor
-        planes = torch.randn(self.head_dim, self.projections, generator=seeded(self.seed))
-        self.register_buffer("planes", planes, persistent=False)
+        shape = self.head_dim, self.projections
+        self.hold("planes", lambda: torch.randn(*shape, generator=seeded(self.seed), dtype=torch.float32))
 
     def hash(
         self, x: Float[Tensor, "batch heads tokens width"]
     ) -> Integer[Tensor, "batch heads tokens"]:
         """Angular hashes in Gray code."""
-        bits = (x.detach() @ self.planes > 0).long()
+        wide = torch.promote_types(x.dtype, torch.float32)
+        bits = (x.detach().to(wide) @ self.planes.to(x.device, wide) > 0).long()
         number = (bits << torch.arange(bits.shape[-1], device=x.device)).sum(-1)
         return number ^ (number >> 1)
 

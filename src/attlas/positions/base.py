@@ -8,9 +8,10 @@ from typing import ClassVar, TypeAlias, TypeVar
 
 import torch
 from jaxtyping import Float, Integer
-from torch import Tensor, nn
+from torch import Tensor
 
 from attlas.catalog.kinds import POSITION, Kind
+from attlas.network import Network
 from attlas.options import Configured
 
 #: FlexAttention's pointwise change of scores: (score, b, h, q_idx, kv_idx) -> score.
@@ -38,22 +39,13 @@ def by_groups(score_mod: ScoreMod, size: int) -> ScoreMod:
     return additive(grouped) if getattr(score_mod, "additive", False) else grouped
 
 
-class Position(Configured, nn.Module):
+class Position(Configured, Network):
     """A position encoding. Subclasses override the one hook where theirs enters.
 
     `embed` adds to the inputs, `rotate` rotates queries and keys, `score_mod` changes the scores.
     """
 
     kind: ClassVar[Kind] = POSITION
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Position:
-        # Frequencies and slopes are constants: they go where the layer goes, in their own precision.
-        # Rounded to bfloat16, an angle at token 1000 would be off by half a turn.
-        constants = dict(self.named_buffers(recurse=False))
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, constant in constants.items():
-            setattr(self, name, constant.to(getattr(self, name).device))
-        return self
 
     def embed(
         self, x: Float[Tensor, "batch tokens dim"], positions: Integer[Tensor, "*batch tokens"]

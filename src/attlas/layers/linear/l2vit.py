@@ -30,6 +30,7 @@ from attlas.bases.grid import GridConv, OnGrid, start_small
 from attlas.bases.recurrent import RecurrentAttention
 from attlas.catalog.registry import mechanism
 from attlas.inputs import Inputs
+from attlas.network import moving
 from attlas.options import option
 
 
@@ -90,6 +91,7 @@ class L2ViT(OnGrid, RecurrentAttention):
         """What divides a query's weights, were there no floor; q and k are features."""
         return ops.grouped_product(q, k.sum(2, keepdim=True).mT)
 
+    @moving
     def output(self, heads: Tensor, inputs: Inputs) -> Tensor:
         """Heads joined and projected; then the module, on top of them and the input."""
         found, grid = super().output(heads, inputs), self.grid_of(inputs.x.shape[1])

@@ -31,6 +31,7 @@ from attlas.bases.exponential_keys import ExponentialKeys
 from attlas.bases.packing import at_places, place, ranks
 from attlas.catalog.registry import mechanism
 from attlas.inputs import Inputs
+from attlas.network import moving
 from attlas.options import option
 
 #: Of the line that log-variances of sums of exponentials lie on.
@@ -58,6 +59,7 @@ class LinearLogNormalAttention(ExponentialKeys):
         for name in ("q_std", "k_std"):
             self.register_buffer(name, torch.ones(()))
 
+    @moving
     def position(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Queries and keys that know where they stand, by whose deviations the running ones move."""
         q, k = super().position(q, k, inputs)

@@ -36,11 +36,11 @@ class Retention(RecurrentAttention):
         self.gate_proj = nn.Linear(self.dim, self.heads * self.head_dim, bias=self.bias)
         self.norm = nn.RMSNorm(self.head_dim, eps=1e-5, elementwise_affine=False)
         self.log_decay: Tensor
-        self.register_buffer("log_decay", _decays(self.heads), persistent=False)
+        self.hold("log_decay", lambda: _decays(self.heads))
 
     def gates(self, k: Tensor, inputs: Inputs) -> Gates:
         """A decay for each head."""
-        return {"log_decay": self.log_decay}
+        return {"log_decay": self.log_decay.to(k.device)}
 
     def output(self, heads: Tensor, inputs: Inputs) -> Tensor:
         """Every head normalised, then gated."""

@@ -34,6 +34,7 @@ from attlas.attention import Attention
 from attlas.bases.packing import heads_at_places, place_heads, ranks
 from attlas.catalog.registry import mechanism
 from attlas.inputs import Inputs
+from attlas.network import moving
 from attlas.options import option
 from attlas.supports import Supports
 
@@ -175,6 +176,7 @@ class TransformerVQ(Attention):
         scores = ops.grouped_product(q + self.content_bias * self.head_dim**-0.25, k.mT) + biases
         return scores if self.older else scores.masked_fill(apart > self.memory, -torch.inf)
 
+    @moving
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
     ) -> Float[Tensor, "batch heads queries value_dim"]:
