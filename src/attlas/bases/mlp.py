@@ -66,6 +66,7 @@ class MemoryMLP(nn.Module):
         parts = rows.split([w[0].numel() for w in self.first], dim=-1)
         return [x.unflatten(-1, w.shape[1:]) for x, w in zip(parts, self.first, strict=True)]
 
+    @ops.exact
     def forward(
         self, rows: Float[Tensor, "*places numbers"], x: Float[Tensor, "*places tokens width"]
     ) -> Float[Tensor, "*places tokens width"]:
@@ -91,6 +92,7 @@ class MemoryMLP(nn.Module):
         found: Tensor = grad(loss)(rows)
         return found
 
+    @ops.exact
     def learn(
         self, k: Float[Tensor, "batch heads chunks tokens width"],
         v: Float[Tensor, "batch heads chunks tokens width"],

@@ -36,7 +36,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from attlas.errors import UnknownName, UserError
+from attlas.kept import traced
 from attlas.ops import recurrence_kernels as kernels
+from attlas.ops.exact import exact
 from attlas.ops.recurrence_forms import Terms, chunked, stepped
 from attlas.ops.reference import divided
 
@@ -45,6 +47,7 @@ Form = Literal["auto", "parallel", "chunked", "step", "triton"]
 SHORT = 4
 
 
+@exact
 def recurrence(
     q: Float[Tensor, "batch heads tokens dim"],
     k: Float[Tensor, "batch heads keys dim"],
@@ -204,7 +207,7 @@ def _decay(g: Tensor, q: Tensor) -> Float[Tensor, "batch heads tokens dim_or_1"]
             f"[{batch}, {heads}, {tokens}, {dim}], got {list(g.shape)}"
         )
     # The check waits for the device, so it is made where that costs nothing.
-    if g.device.type == "cpu" and not bool((g <= 0).all()):
+    if g.device.type == "cpu" and not traced() and not bool((g <= 0).all()):
         raise UserError(f"log_decay must be at most 0, got {float(g.max())}")
     found = g[None, :, None, None] if g.ndim == 1 else g if g.ndim == 4 else g[..., None]
     return found.expand(batch, heads, tokens, found.shape[-1]).double()

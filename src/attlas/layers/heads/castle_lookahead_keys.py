@@ -24,7 +24,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, silu
-from torch.utils.checkpoint import checkpoint
 
 from attlas import ops
 from attlas.attention import Attention
@@ -109,9 +108,9 @@ class CastleLookaheadKeys(Attention):
             scores, u = self.block_scores(q, k, u, slice(start, start + BLOCK), inputs)
             return then(scores, start), u
 
-        done, again = [], length > BLOCK and torch.is_grad_enabled()
+        done: list[Tensor] = []
         for start in range(0, length, BLOCK):
-            out, u = checkpoint(block, u, start, use_reentrant=False) if again else block(u, start)
+            out, u = ops.recomputed(block, u, start, when=length > BLOCK)
             done.append(out)
         inputs.remember("lookahead", u)
         return torch.cat(done, dim=2)

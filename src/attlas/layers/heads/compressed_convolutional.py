@@ -88,7 +88,7 @@ class CompressedConvolutional(Attention):
 
     def position(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Both of length √d, keys times their temperature, then rotated."""
-        q, k = (nn.functional.normalize(t, dim=-1) * self.head_dim**0.5 for t in (q, k))
+        q, k = (ops.unit(t) * self.head_dim**0.5 for t in (q, k))
         return super().position(q, k * self.temperature[:, None, None], inputs)
 
     def before(self, now: Tensor, name: str, tokens: int, inputs: Inputs) -> Tensor:

@@ -22,6 +22,7 @@ from dataclasses import replace
 import torch
 from torch import Generator, Tensor
 
+from attlas import ops
 from attlas.bases.approximation import Draws, SampledAttention
 from attlas.catalog.registry import Reduction, mechanism
 from attlas.inputs import Inputs
@@ -49,6 +50,7 @@ class KDEformer(SampledAttention):
         inputs.carry("share", self.shares(with_one)[..., None])
         return q, k, v
 
+    @ops.exact
     def shares(self, v: Tensor) -> Tensor:
         """|v| / λ of each value [batch, kv_heads, keys], λ being that of all."""
         v = v.to(torch.promote_types(v.dtype, torch.float32))

@@ -27,7 +27,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from attlas import masks, ops
 from attlas.attention import Attention
@@ -76,8 +75,7 @@ class LocalLinear(Attention):
             cut = isinstance(pairs, Tensor) and pairs.shape[2] > 1
             own = pairs[:, :, rows] if cut else pairs  # type: ignore[index]
             call = q[:, :, rows], k[:, :, seen], v[:, :, seen], own, before + start
-            parts.append(checkpoint(some, *call, use_reentrant=False) if torch.is_grad_enabled()
-                         else some(*call))  # fmt: skip
+            parts.append(ops.recomputed(some, *call))
         return torch.cat(parts, dim=2)
 
     def weigh(
@@ -86,6 +84,7 @@ class LocalLinear(Attention):
         """The weights of all pairs."""
         return self.weights_of(q, k, inputs.pairs, k.shape[2] - q.shape[2]).to(q.dtype)
 
+    @ops.exact
     def weights_of(
         self, q: Tensor, k: Tensor, pairs: Mask | Tensor | None, offset: int
     ) -> Float[Tensor, "batch heads queries keys"]:

@@ -123,6 +123,7 @@ class TransformerVQ(Attention):
         normed: Tensor = wide * size * self.head_dim**-0.25
         return normed.to(x.dtype)
 
+    @ops.exact
     def nearest(
         self, k: Float[Tensor, "batch kv_heads keys head_dim"]
     ) -> Integer[Tensor, "batch kv_heads keys"]:
@@ -156,7 +157,8 @@ class TransformerVQ(Attention):
         with torch.no_grad():
             dtype = self.code_sums.dtype
             which = one_hot(codes, self.codes).to(dtype) * valid[:, None, :, None]
-            sums = (which.mT @ k.to(dtype).masked_fill(~valid[:, None, :, None], 0.0)).sum(0)
+            shown = k.to(dtype).masked_fill(~valid[:, None, :, None], 0.0)
+            sums = ops.product(which.mT, shown).sum(0)
             self.code_sums.lerp_(sums, 1 - self.gamma)
             self.code_counts.lerp_(which.sum((0, 2)), 1 - self.gamma)
 
@@ -220,7 +222,7 @@ class TransformerVQ(Attention):
         visible = visible if self.older else visible & (apart <= self.memory)
         scores, counts, sums = near.masked_fill(~visible, -torch.inf), before[2], before[3]
         written = which[:, :, :slots].unflatten(2, (-1, size)).to(sums.dtype)
-        added = written.mT @ v[:, :, :slots].unflatten(2, (-1, size)).to(sums.dtype)
+        added = ops.product(written.mT, v[:, :, :slots].unflatten(2, (-1, size)).to(sums.dtype))
         fresh = written.sum(-2)
         counts = counts[:, :, None] + fresh.cumsum(2) - fresh
         sums = sums[:, :, None] + added.cumsum(2) - added
@@ -258,7 +260,7 @@ class TransformerVQ(Attention):
         left = torch.arange(slots, device=v.device) < new[:, None]
         gone = (which[:, :, :slots] * left[:, None, :, None]).to(before[2].dtype)
         inputs.remember("counts", before[2] + gone.sum(2))
-        inputs.remember("sums", before[3] + gone.mT @ v[:, :, :slots].to(gone.dtype))
+        inputs.remember("sums", before[3] + ops.product(gone.mT, v[:, :, :slots].to(gone.dtype)))
         last = (new[:, None] + torch.arange(self.memory, device=v.device))[:, None, :, None]
         which = which.take_along_dim(last, dim=2)
         inputs.remember("codes", which.argmax(-1).masked_fill(which.sum(-1) == 0, -1))

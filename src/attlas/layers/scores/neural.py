@@ -19,8 +19,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from torch.utils.checkpoint import checkpoint
 
+from attlas import ops
 from attlas.attention import Attention
 from attlas.catalog.registry import mechanism
 from attlas.inputs import Inputs
@@ -70,11 +70,8 @@ class Neural(Attention):
 
     def score(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
         """Scores of all pairs, a block of queries at a time."""
-        again = q.shape[2] > BLOCK and torch.is_grad_enabled()
-        return torch.cat([
-            checkpoint(self.pairs, part, k, use_reentrant=False) if again else self.pairs(part, k)
-            for part in q.split(BLOCK, dim=2)
-        ], dim=2)  # fmt: skip
+        many, parts = q.shape[2] > BLOCK, q.split(BLOCK, dim=2)
+        return torch.cat([ops.recomputed(self.pairs, part, k, when=many) for part in parts], dim=2)
 
     def pairs(self, q: Tensor, k: Tensor) -> Tensor:
         """The network's answers for q with k, all that it makes on the way in memory."""

@@ -19,8 +19,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize, softplus
+from torch.nn.functional import softplus
 
+from attlas import ops
 from attlas.attention import Attention
 from attlas.catalog.registry import Reduction, mechanism
 from attlas.inputs import Inputs
@@ -59,8 +60,8 @@ class Softplus(Attention):
         if not self.scaled:
             return q, k
         count = self.count(q, k, inputs).clamp(min=1).to(torch.float64)
-        q = normalize(q, dim=-1, eps=1e-6) * count.log().to(q.dtype)
-        return q, normalize(k, dim=-1, eps=1e-6)
+        q = ops.unit(q, 1e-6) * count.log().to(q.dtype)
+        return q, ops.unit(k, 1e-6)
 
     def count(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
         """Keys that each query sees [batch or 1, heads or 1, queries or 1, 1]."""

@@ -1,0 +1,51 @@
+"""Tensors worked out once and kept, and when nothing may be asked of tensors nor kept of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache, update_wrapper
+from typing import ParamSpec, TypeVar
+
+import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def traced() -> bool:
+    """Whether tensors stand for others now: in torch.compile, torch.export, torch.func, or as fake ones.
+
+    No truth may be asked of such a tensor in Python, and nothing made of it may be kept for later calls.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+    )
+
+
+def once(function: Callable[P, R]) -> Callable[P, R]:
+    """The function with its tensors fit for training, whoever asks for them: a tensor made in inference
+    mode could never be part of a graph."""
+
+    def made(*args: P.args, **options: P.kwargs) -> R:
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*args, **options)
+
+    return made
+
+
+def kept(maxsize: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Keep the tensors that a function makes of plain arguments, `maxsize` answers at most."""
+
+    def keep(function: Callable[P, R]) -> Callable[P, R]:
+        remembered = lru_cache(maxsize)(once(function))
+
+        def call(*args: P.args, **options: P.kwargs) -> R:
+            if traced():
+                return function(*args, **options)
+            return remembered(*args, **options)  # type: ignore[arg-type]
+
+        return update_wrapper(call, function)
+
+    return keep
