@@ -36,11 +36,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from attlas.errors import UnknownName, UserError
-from attlas.kept import traced
 from attlas.ops import recurrence_kernels as kernels
 from attlas.ops.exact import exact
 from attlas.ops.recurrence_forms import Terms, chunked, stepped
 from attlas.ops.reference import divided
+from attlas.tracing import traced
 
 Form = Literal["auto", "parallel", "chunked", "step", "triton"]
 #: Calls shorter than this are made step by step.

@@ -29,7 +29,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from attlas import ops
 from attlas.attention import Attention
@@ -49,9 +48,9 @@ def allocation(shares: Tensor, heads: int) -> Tensor:
     first = torch.arange(groups, device=shares.device)
     for _ in range(groups):  # rounding is off by half a head a group at most
         over = counts.sum(-1, keepdim=True) - heads
-        largest = one_hot((counts * groups - first).argmax(-1), groups)
-        smallest = one_hot((counts * groups + first).argmin(-1), groups)
-        counts = counts - largest * (over > 0) + smallest * (over < 0)
+        largest = first == (counts * groups - first).argmax(-1, keepdim=True)
+        smallest = first == (counts * groups + first).argmin(-1, keepdim=True)
+        counts = counts - (largest & (over > 0)).long() + (smallest & (over < 0)).long()
     return counts
 
 

@@ -34,6 +34,7 @@ from attlas.catalog.registry import Reduction, mechanism
 from attlas.inputs import Inputs
 from attlas.masks import Mask
 from attlas.options import option
+from attlas.tracing import traced
 
 #: Queries whose weights are in memory at a time.
 QUERIES = 128
@@ -118,22 +119,28 @@ def slope(
 class _Solve(torch.autograd.Function):
     """y with (C/λ + 1) y = b, and its gradients by one more such system."""
 
-    @staticmethod
-    def forward(ctx: Any, p: Tensor, k: Tensor, b: Tensor, ridge: float, steps: int) -> Tensor:
-        y = _conjugate_gradients(p, k, b, ridge, steps)
-        ctx.save_for_backward(p, k, y)
-        ctx.ridge, ctx.steps = ridge, steps
-        return y
+    generate_vmap_rule = True
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    def forward(p: Tensor, k: Tensor, b: Tensor, ridge: float, steps: int) -> Tensor:
+        return _conjugate_gradients(p, k, b, ridge, steps)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        p, k, _, ctx.ridge, ctx.steps = inputs
+        ctx.save_for_backward(p, k, output)
+
+    @staticmethod
     def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
         p, k, y = ctx.saved_tensors
-        d_b = _conjugate_gradients(p, k, d_y, ctx.ridge, ctx.steps)
-        with torch.enable_grad():
-            p, k = p.detach().requires_grad_(), k.detach().requires_grad_()
-            left = _left_side(p, k, y, ctx.ridge)
-        d_p, d_k = torch.autograd.grad(left, (p, k), -d_b)
+        d_b = _Solve.apply(p, k, d_y, ctx.ridge, ctx.steps)  # type: ignore[no-untyped-call]
+        # What −d_b is worth of the left side, through p and k.
+        back = ops.grouped_product(-d_b / ctx.ridge, k.transpose(-1, -2))
+        along = ops.grouped_product(y, k.transpose(-1, -2))
+        mean, d_mean = (p * along).sum(-1, keepdim=True), (p * back).sum(-1, keepdim=True)
+        d_p = back * (along - mean) - d_mean * along
+        at_keys = (p * (along - mean)).mT @ (-d_b / ctx.ridge) + (p * (back - d_mean)).mT @ y
+        d_k = at_keys.unflatten(1, (k.shape[1], -1)).sum(2)
         return d_p, d_k, d_b, None, None
 
 
@@ -151,7 +158,7 @@ def _conjugate_gradients(p: Tensor, k: Tensor, b: Tensor, ridge: float, steps: i
     enough = length * torch.finfo(b.dtype).eps ** 2
     for _ in range(steps):
         going = length > enough
-        if not going.any():
+        if not traced() and not going.any():
             break
         moved = _left_side(p, k, way, ridge)
         bent = (way * moved).sum(-1, keepdim=True)

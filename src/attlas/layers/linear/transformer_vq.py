@@ -25,9 +25,9 @@ from typing import ClassVar
 
 import torch
 from einops import rearrange
-from jaxtyping import Float, Integer
+from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
-from torch.nn.functional import one_hot, silu
+from torch.nn.functional import silu
 
 from attlas import ops
 from attlas.attention import Attention
@@ -131,6 +131,10 @@ class TransformerVQ(Attention):
         c = self.codebook.to(torch.promote_types(k.dtype, torch.float32))
         return (c.square().sum(-1)[:, None] - 2 * k.detach().to(c.dtype) @ c.mT).argmin(-1)
 
+    def marked(self, codes: Tensor) -> Bool[Tensor, "batch kv_heads keys codes"]:
+        """Codes as rows with a 1; none where a code is −1."""
+        return codes[..., None] == torch.arange(self.codes, device=codes.device)
+
     def quantised(self, k: Tensor, codes: Tensor) -> Tensor:
         """Codewords in the keys' place, through which gradients reach the keys."""
         words = self.codebook.to(k.dtype).expand(len(k), -1, -1, -1)
@@ -156,7 +160,7 @@ class TransformerVQ(Attention):
         self.auxiliary_loss = self.commitment * away
         with torch.no_grad():
             dtype = self.code_sums.dtype
-            which = one_hot(codes, self.codes).to(dtype) * valid[:, None, :, None]
+            which = self.marked(codes).to(dtype) * valid[:, None, :, None]
             shown = k.to(dtype).masked_fill(~valid[:, None, :, None], 0.0)
             sums = ops.product(which.mT, shown).sum(0)
             self.code_sums.lerp_(sums, 1 - self.gamma)
@@ -185,7 +189,7 @@ class TransformerVQ(Attention):
         """Block by block, from where the cache has left it."""
         codes, tokens, valid = self.nearest(k), k.shape[2], inputs.valid_now
         k_hat, biases = self.quantised(k, codes), self.distances(q)
-        which = one_hot(codes, self.codes).to(v.dtype)
+        which = self.marked(codes).to(v.dtype)
         self.auxiliary_loss = None
         if self.training:
             self.learn(k, codes, inputs)
@@ -246,7 +250,7 @@ class TransformerVQ(Attention):
             values = v.new_zeros(*rows, self.memory, self.value_dim)
             counts = torch.zeros(*rows, self.codes, dtype=wide, device=v.device)
             return which, values, counts, counts[..., None].expand(*counts.shape, self.value_dim)
-        which = one_hot(codes.clamp(min=0), self.codes).to(v.dtype) * (codes >= 0)[..., None]
+        which = self.marked(codes).to(v.dtype)
         rest = (inputs.recall(name) for name in ("values", "counts", "sums"))
         return which, *(x for x in rest if x is not None)
 

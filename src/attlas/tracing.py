@@ -1,4 +1,4 @@
-"""Tensors worked out once and kept, and when nothing may be asked of tensors nor kept of them."""
+"""When tensors stand for others, so that nothing may be asked of them or kept; and what else is kept."""
 
 from __future__ import annotations
 
@@ -22,6 +22,20 @@ def traced() -> bool:
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
     )
+
+
+def any_length(tokens: int) -> bool:
+    """Whether a program is made for every number of tokens (torch.export with a dynamic length), so that
+    no number may decide how often a loop runs."""
+    strict = torch.compiler.is_dynamo_compiling()  # in which it looks like a number
+    return torch.compiler.is_exporting() and (strict or not isinstance(tokens, int))
+
+
+def stretches(tokens: int, size: int) -> list[slice]:
+    """`tokens` in stretches of `size`; in one where a program is made for any length."""
+    if any_length(tokens):
+        return [slice(0, tokens)]
+    return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
 
 def once(function: Callable[P, R]) -> Callable[P, R]:
