@@ -215,15 +215,15 @@ class Attention(Configured, Network):
         middle = ("score", "normalize", "aggregate", "weigh")
         if any(getattr(type(self), s) is not getattr(Attention, s) for s in middle):
             return self.aggregate(self.weigh(q, k, inputs), v, inputs)
-        return self.fused(*self.features(q, k, inputs), v, inputs.pairs)
+        return self.fused(*self.features(q, k, inputs), v, inputs)
 
     def fused(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None
+        self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
     ) -> Float[Tensor, "batch heads queries width"]:
         """Softmax attention in one call, with the layer's scale, change of scores and dropout."""
         return ops.attend(
-            q, k, v, mask=mask, score_mod=self.score_mod, scale=self.scale,
-            dropout=self.dropout if self.training else 0.0,
+            q, k, v, mask=inputs.pairs, score_mod=inputs.by_positions(self.score_mod, k.shape[2]),
+            scale=self.scale, dropout=self.dropout if self.training else 0.0,
         )  # fmt: skip
 
     def weigh(
@@ -231,8 +231,8 @@ class Attention(Configured, Network):
     ) -> Float[Tensor, "batch heads queries keys"]:
         """score → mask → normalize, with all pairs in memory."""
         scores = self.score(q, k, inputs)
-        if self.score_mod is not None:
-            scores = self.score_mod(scores, *ops.indices(scores, k.shape[2] - q.shape[2]))
+        if (change := inputs.by_positions(self.score_mod, k.shape[2])) is not None:
+            scores = change(scores, *ops.indices(scores, k.shape[2] - q.shape[2]))
         visible = inputs.visible(q, k)
         hidden = scores if visible is None else scores.masked_fill(~visible, -torch.inf)
         return self.normalize(hidden, inputs)

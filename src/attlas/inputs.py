@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,9 +12,11 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
 from attlas import masks, ops
+from attlas.errors import UserError
 from attlas.masks import Mask
-from attlas.positions import Position
+from attlas.positions import Position, ScoreMod, positioned
 from attlas.supports import Form
+from attlas.tracing import traced
 
 if TYPE_CHECKING:
     from attlas.hf.caches import Cache
@@ -40,6 +42,7 @@ class Inputs:
         pairs: which pairs may meet: what the `mask` stage gave, None where all may.
         carried: data of each key beside it, see `carry`.
         notes: what an earlier stage left for a later one of this pass, by name.
+        told: tokens may stand elsewhere than at the numbers of their slots.
     """
 
     x: Float[Tensor, "batch queries dim"]
@@ -53,6 +56,7 @@ class Inputs:
     pairs: Mask | Tensor | None = None
     carried: dict[str, Tensor] = field(default_factory=dict)
     notes: dict[str, Tensor] = field(default_factory=dict)
+    told: bool = False
 
     @classmethod
     def of(
@@ -78,11 +82,18 @@ class Inputs:
                 f"got {list(valid.shape)}"
             )
         key_positions = _positions(seen, tokens, valid)
+        given = positions is not None
         if positions is None:
             positions = key_positions[..., seen:] if context is None else _positions(0, x, None)
         x = embed(x, positions)
         context = None if context is None else embed(context, key_positions)
-        return cls(x, context, positions, key_positions, mask, cache, layer_idx, extras)
+        made = cls(
+            x, context, positions, key_positions, mask, cache, layer_idx, extras,
+            told=given or valid is not None,
+        )  # fmt: skip
+        if given and layer.supports.counts and context is None:
+            made.check_order(type(layer).__name__)
+        return made.with_earlier(given) if encoding.score_mod is not None else made
 
     @property
     def tokens(self) -> Tensor:
@@ -93,6 +104,57 @@ class Inputs:
     def token_positions(self) -> Tensor:
         """Positions of `tokens`."""
         return self.positions if self.context is None else self.key_positions
+
+    def check_order(self, name: str) -> None:
+        """Refuse positions other than those of the tokens' order, but for where they begin.
+
+        Raises:
+            ValueError: a layer called `name` counts tokens by itself.
+        """
+        tokens = self.positions.shape[-1]
+        if tokens == 1 or traced():
+            return
+        apart = self.positions - self.key_positions[..., -tokens:]
+        shown = torch.ones_like(apart, dtype=torch.bool) if self.valid_now is None else self.valid_now
+        most = torch.iinfo(apart.dtype).max
+        low, high = apart.where(shown, most).amin(-1), apart.where(shown, -most).amax(-1)
+        if not bool((low >= high).all()):
+            raise UserError(
+                f"positions: {name} counts tokens by their order, so that they must follow one another "
+                "in each row; leave them out, or give a row to each text"
+            )
+
+    def with_earlier(self, given: bool) -> Inputs:
+        """These inputs, with the positions that tokens in a cache were told, should those not be their
+        order's; a cache then keeps them.
+
+        Args:
+            given: the caller told this pass's.
+
+        Raises:
+            ValueError: a cache that has no room for them.
+        """
+        before, new = self.recall("positions"), self.positions
+        if self.cache is None or (before is None and not given):
+            return self
+        if before is None and (traced() or _agree(new, self.key_positions[..., -new.shape[-1] :])):
+            return self
+        old = self.key_positions[..., : -new.shape[-1]] if before is None else before
+        rows = len(self.x)
+        all_ = torch.cat((old.expand(rows, -1), new.expand(rows, -1)), dim=-1)
+        self.remember("positions", all_)
+        return replace(self, key_positions=all_)
+
+    def by_positions(self, change: ScoreMod | None, keys: int) -> ScoreMod | None:
+        """A change of scores that is made for positions, on the slots of this pass and its keys."""
+        if change is None or not self.told:
+            return change
+        at, of = self.positions, self.positions_of(keys)
+        slots = torch.arange(keys, device=of.device)
+        checked = at.shape[-1] > 1 and not traced()  # a lone query's is never compiled for
+        if checked and _agree(at, slots[keys - at.shape[-1] :]) and _agree(of, slots):
+            return change
+        return positioned(change, at, of)
 
     def positions_of(self, keys: int) -> Tensor:
         """Where the last `keys` keys stand: cached ones by their order, `tokens` as they were told."""
@@ -242,6 +304,11 @@ def _positions(seen: int, tokens: Tensor, valid: Tensor | None) -> Tensor:
     if valid is not None:
         return (valid.long().cumsum(-1) - 1).clamp(min=0)
     return torch.arange(seen + tokens.shape[1], device=tokens.device)
+
+
+def _agree(some: Tensor, others: Tensor) -> bool:
+    """Whether positions are the same in every row."""
+    return bool((some == others).all())
 
 
 def _folded(x: Tensor, heads: int) -> Tensor:

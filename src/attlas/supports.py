@@ -41,6 +41,7 @@ class Supports:
         cache: decoding keeps "keys" and values of all tokens, or a "state" that does not grow.
         memory: how a forward pass's extra memory grows with the length, "linear" or "quadratic".
         single_queries: a query's weights rest on that query alone, so that it can cross-attend alone.
+        counts: it counts tokens by their order, whatever positions they are told; others are refused.
         extras: names of further tensors that `forward` takes by keyword, for stages to read from
             `inputs.extras`.
     """
@@ -53,6 +54,7 @@ class Supports:
     cache: Literal["keys", "state"] = "keys"
     memory: Literal["linear", "quadratic"] = "linear"
     single_queries: bool = True
+    counts: bool = False
     extras: tuple[str, ...] = ()
 
     def check_made(self, layer: Form) -> None:

@@ -106,7 +106,7 @@ class SampledAttention(Attention):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
         """Blocks and samples; all keys exactly where a cache holds earlier ones."""
         if self._is_step(q, k):
-            return self.fused(*self.features(q, k, inputs), v, inputs.pairs)
+            return self.fused(*self.features(q, k, inputs), v, inputs)
         if self.training and self.dropout:
             return self.aggregate(self.weigh(q, k, inputs), v, inputs)
         chances, (q, k) = self.chances(q, inputs), self.features(q, k, inputs)
@@ -222,7 +222,7 @@ class SampledAttention(Attention):
     ) -> Float[Tensor, "batch heads"]:
         """Error of each head relative to exact attention, in the Frobenius or the spectral norm."""
         q, k, v, inputs = self.prepare(x, context, mask)
-        exact = self.fused(*self.features(q, k, inputs), v, inputs.pairs)
+        exact = self.fused(*self.features(q, k, inputs), v, inputs)
         if inputs.valid is not None and context is None:
             exact = exact.masked_fill(~inputs.valid[:, None, :, None], 0.0)
         off = self.attend(q, k, v, inputs) - exact

@@ -134,7 +134,8 @@ def _choose(
     fits_sdpa = not return_lse and (score_mod is None or getattr(score_mod, "additive", False))
     if dropout > 0:
         return "sdpa" if fits_sdpa else "reference"
-    if q.is_cuda and keys >= LONG and queries > 1 and refuses(q, k, v, mask) is None:
+    of_call = getattr(score_mod, "of_call", False)  # for which nothing may be compiled
+    if q.is_cuda and keys >= LONG and queries > 1 and not of_call and refuses(q, k, v, mask) is None:
         return "flex"
     if fits_sdpa and not small and _sparse(mask, queries, keys, offset):
         return "blocks" if score_mod is None else "chunked"

@@ -83,10 +83,11 @@ class CastleLookaheadKeys(Attention):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
         """The stages for one block of queries at a time, so that memory is linear in n."""
         seen, pairs = k.shape[2] - q.shape[2], inputs.pairs
+        change = inputs.by_positions(self.score_mod, k.shape[2])
 
         def summed(scores: Tensor, start: int) -> Tensor:
-            if self.score_mod is not None:
-                scores = self.score_mod(scores, *ops.indices(scores, seen + start))
+            if change is not None:
+                scores = change(scores, *ops.indices(scores, seen + start))
             rows = slice(start, start + scores.shape[2])
             part = pairs[:, :, rows] if isinstance(pairs, Tensor) and pairs.shape[2] > 1 else pairs
             visible = ops.as_dense(part, scores.shape[2], k.shape[2], seen + start, q.device)

@@ -114,7 +114,8 @@ class Linformer(Attention):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
         """One fused call on the mixtures, all of which every query sees."""
         keys, values = self.mixing(k, inputs)
-        return self.fused(q, keys @ _shown(k, inputs), values @ _shown(v, inputs), None)
+        keys, values = keys @ _shown(k, inputs), values @ _shown(v, inputs)
+        return self.fused(q, keys, values, replace(inputs, pairs=None))
 
     def weigh(
         self, q: Tensor, k: Tensor, inputs: Inputs

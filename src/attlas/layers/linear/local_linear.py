@@ -34,6 +34,7 @@ from attlas.catalog.registry import Reduction, mechanism
 from attlas.inputs import Inputs
 from attlas.masks import Mask
 from attlas.options import option
+from attlas.positions import ScoreMod
 from attlas.tracing import traced
 
 #: Queries whose weights are in memory at a time.
@@ -65,9 +66,10 @@ class LocalLinear(Attention):
         def some(
             q: Tensor, k: Tensor, v: Tensor, pairs: Mask | Tensor | None, offset: int
         ) -> Tensor:
-            weights = self.weights_of(q, k, pairs, offset).to(v.dtype)
+            weights = self.weights_of(q, k, pairs, offset, change).to(v.dtype)
             return self.aggregate(weights, v, inputs)
 
+        change = inputs.by_positions(self.score_mod, k.shape[2])
         parts, before, pairs = [], k.shape[2] - q.shape[2], inputs.pairs
         for start in range(0, q.shape[2], QUERIES):
             rows = slice(start, start + QUERIES)
@@ -83,17 +85,18 @@ class LocalLinear(Attention):
         self, q: Tensor, k: Tensor, inputs: Inputs
     ) -> Float[Tensor, "batch heads queries keys"]:
         """The weights of all pairs."""
-        return self.weights_of(q, k, inputs.pairs, k.shape[2] - q.shape[2]).to(q.dtype)
+        offset, change = k.shape[2] - q.shape[2], inputs.by_positions(self.score_mod, k.shape[2])
+        return self.weights_of(q, k, inputs.pairs, offset, change).to(q.dtype)
 
     @ops.exact
     def weights_of(
-        self, q: Tensor, k: Tensor, pairs: Mask | Tensor | None, offset: int
+        self, q: Tensor, k: Tensor, pairs: Mask | Tensor | None, offset: int, change: ScoreMod | None
     ) -> Float[Tensor, "batch heads queries keys"]:
         """Weights of queries of which `offset` keys stand before the first, in float32 at least."""
         dtype = torch.promote_types(q.dtype, torch.float32)
         q, k = q.to(dtype), k.to(dtype)
         p = ops.softmax(ops.scores_of(
-            q, k, scale=self.scale, mask=pairs, score_mod=self.score_mod, q_offset=offset
+            q, k, scale=self.scale, mask=pairs, score_mod=change, q_offset=offset
         ))  # fmt: skip
         return sloped(p, k, slope(p, k, q, self.ridge, self.steps))
 

@@ -115,9 +115,10 @@ class Bayesian(Attention):
         assert isinstance(prior, GaussianPrior)
         if not q.is_cuda or (self.training and self.dropout > 0):
             return super().attend(q, k, v, inputs)
-        if torch.is_grad_enabled():
+        change = inputs.by_positions(self.score_mod, k.shape[2])
+        if torch.is_grad_enabled() or getattr(change, "of_call", False):
             return ops.attend(
-                q, k, v, mask=inputs.pairs, score_mod=self.score_mod, scale=self.scale,
+                q, k, v, mask=inputs.pairs, score_mod=change, scale=self.scale,
                 route="chunked",
             )  # fmt: skip
         with prior.tabled(k.shape[2]):

@@ -93,7 +93,7 @@ class AffineScaled(Attention):
         alpha = self.alpha(inputs.x)
         if self.training:
             self._follow(alpha.detach(), inputs)
-        out = self.fused(q, k, v, inputs.pairs)
+        out = self.fused(q, k, v, inputs)
         mean = ops.repeated(self._mean(q, k, v, inputs), out.shape[1])
         return alpha * out + self.shift(alpha) * mean
 

@@ -53,8 +53,9 @@ class Cog(Attention):
         elif isinstance(mask, Tensor) and mask.shape[1] > 1:
             mask = mask.repeat_interleave(2, dim=1)
         out, lse = ops.attend(
-            q.repeat_interleave(2, dim=1), k, v, mask=mask, score_mod=self._signed,
-            scale=self.scale, dropout=self.dropout if self.training else 0.0, return_lse=True,
+            q.repeat_interleave(2, dim=1), k, v, mask=mask, scale=self.scale,
+            score_mod=inputs.by_positions(self._signed, k.shape[2]),
+            dropout=self.dropout if self.training else 0.0, return_lse=True,
         )  # fmt: skip
         positive, negative = (out[:, 0::2], lse[:, 0::2]), (-out[:, 1::2], lse[:, 1::2])
         return ops.merge([positive, negative])[0]
