@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor
+from torch.nn.functional import pad
 
 from attlas import masks, ops
 from attlas.errors import UserError
@@ -42,7 +43,7 @@ class Inputs:
         pairs: which pairs may meet: what the `mask` stage gave, None where all may.
         carried: data of each key beside it, see `carry`.
         notes: what an earlier stage left for a later one of this pass, by name.
-        told: tokens may stand elsewhere than at the numbers of their slots.
+        given: the caller told the positions of x's tokens.
     """
 
     x: Float[Tensor, "batch queries dim"]
@@ -56,7 +57,7 @@ class Inputs:
     pairs: Mask | Tensor | None = None
     carried: dict[str, Tensor] = field(default_factory=dict)
     notes: dict[str, Tensor] = field(default_factory=dict)
-    told: bool = False
+    given: bool = False
 
     @classmethod
     def of(
@@ -88,12 +89,16 @@ class Inputs:
         x = embed(x, positions)
         context = None if context is None else embed(context, key_positions)
         made = cls(
-            x, context, positions, key_positions, mask, cache, layer_idx, extras,
-            told=given or valid is not None,
+            x, context, positions, key_positions, mask, cache, layer_idx, extras, given=given
         )  # fmt: skip
         if given and layer.supports.counts and context is None:
             made.check_order(type(layer).__name__)
-        return made.with_earlier(given) if encoding.score_mod is not None else made
+        if not layer.supports.gaps and valid is not None and not traced() and made.gaps:
+            raise UserError(
+                f"mask: {type(layer).__name__} reads the neighbours of a token, so that padding may "
+                "stand before or behind the tokens of a row, not between them"
+            )
+        return made
 
     @property
     def tokens(self) -> Tensor:
@@ -104,6 +109,19 @@ class Inputs:
     def token_positions(self) -> Tensor:
         """Positions of `tokens`."""
         return self.positions if self.context is None else self.key_positions
+
+    @property
+    def told(self) -> bool:
+        """Whether tokens may stand elsewhere than at the numbers of their slots."""
+        return self.given or self.valid is not None or self.recall("positions") is not None
+
+    @property
+    def gaps(self) -> bool:
+        """Whether padding stands, or under compilation may stand, between the tokens of a row."""
+        if self.valid is None or traced():
+            return self.valid is not None
+        starts = self.valid & ~pad(self.valid, (1, -1))
+        return bool((starts.sum(-1) > 1).any())
 
     def check_order(self, name: str) -> None:
         """Refuse positions other than those of the tokens' order, but for where they begin.
@@ -124,30 +142,9 @@ class Inputs:
                 "in each row; leave them out, or give a row to each text"
             )
 
-    def with_earlier(self, given: bool) -> Inputs:
-        """These inputs, with the positions that tokens in a cache were told, should those not be their
-        order's; a cache then keeps them.
-
-        Args:
-            given: the caller told this pass's.
-
-        Raises:
-            ValueError: a cache that has no room for them.
-        """
-        before, new = self.recall("positions"), self.positions
-        if self.cache is None or (before is None and not given):
-            return self
-        if before is None and (traced() or _agree(new, self.key_positions[..., -new.shape[-1] :])):
-            return self
-        old = self.key_positions[..., : -new.shape[-1]] if before is None else before
-        rows = len(self.x)
-        all_ = torch.cat((old.expand(rows, -1), new.expand(rows, -1)), dim=-1)
-        self.remember("positions", all_)
-        return replace(self, key_positions=all_)
-
     def by_positions(self, change: ScoreMod | None, keys: int) -> ScoreMod | None:
         """A change of scores that is made for positions, on the slots of this pass and its keys."""
-        if change is None or not self.told:
+        if change is None or not self.told or getattr(change, "placeless", False):
             return change
         at, of = self.positions, self.positions_of(keys)
         slots = torch.arange(keys, device=of.device)
@@ -157,11 +154,29 @@ class Inputs:
         return positioned(change, at, of)
 
     def positions_of(self, keys: int) -> Tensor:
-        """Where the last `keys` keys stand: cached ones by their order, `tokens` as they were told."""
+        """Where the last `keys` keys stand: cached ones and `tokens` as they were told."""
         new = self.token_positions
-        old = self.key_positions[..., -keys:][..., : keys - new.shape[-1]]
+        old = self._earlier(new)
         rows = torch.broadcast_shapes(old.shape[:-1], new.shape[:-1])
-        return torch.cat((old.expand(*rows, -1), new.expand(*rows, -1)), dim=-1)
+        return torch.cat((old.expand(*rows, -1), new.expand(*rows, -1)), dim=-1)[..., -keys:]
+
+    def _earlier(self, new: Tensor) -> Tensor:
+        """Where cached keys stand: by their order, unless other positions were told, which the cache then
+        keeps.
+
+        Raises:
+            ValueError: a cache that has no room for them.
+        """
+        seen = self.key_positions.shape[-1] - new.shape[-1]
+        old, here = self.key_positions[..., :seen], self.key_positions[..., seen:]
+        before = self.recall("positions")
+        if self.cache is None or (before is None and not self.given):
+            return old
+        if before is None and (traced() or _agree(new, here)):
+            return old
+        before = old if before is None else before[..., : old.shape[-1]]
+        self.remember("positions", torch.cat([x.expand(len(self.x), -1) for x in (before, new)], dim=-1))
+        return before
 
     @property
     def valid(self) -> Bool[Tensor, "batch all_keys"] | None:
@@ -185,9 +200,12 @@ class Inputs:
             return given.bool() if own is None else own & given.bool()
         # The last keys, should a sliding cache have let go of earlier ones.
         valid = valid[:, -keys:]
-        if pattern is None or pattern.relative:
+        relative = pattern is None or pattern.relative
+        if pattern in (None, masks.causal) or (relative and not self.gaps):
             return masks.both(pattern, masks.padding(valid))
-        at = masks.at(pattern, self.positions, self.key_positions[..., -keys:])
+        # Distances of a pattern are counted in tokens, among which padding is none.
+        mine = self.key_positions if relative and self.context is None else self.positions
+        at = masks.at(pattern, mine[..., -queries:], self.key_positions[..., -keys:])
         return at & valid[:, None, None, :]
 
     def visible(self, q: Tensor, k: Tensor) -> Bool[Tensor, "b h queries keys"] | None:

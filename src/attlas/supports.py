@@ -42,6 +42,7 @@ class Supports:
         memory: how a forward pass's extra memory grows with the length, "linear" or "quadratic".
         single_queries: a query's weights rest on that query alone, so that it can cross-attend alone.
         counts: it counts tokens by their order, whatever positions they are told; others are refused.
+        gaps: padding may stand between the tokens of a row; else it is refused there.
         extras: names of further tensors that `forward` takes by keyword, for stages to read from
             `inputs.extras`.
     """
@@ -55,6 +56,7 @@ class Supports:
     memory: Literal["linear", "quadratic"] = "linear"
     single_queries: bool = True
     counts: bool = False
+    gaps: bool = True
     extras: tuple[str, ...] = ()
 
     def check_made(self, layer: Form) -> None:

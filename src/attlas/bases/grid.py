@@ -107,7 +107,7 @@ def merged(
 class OnGrid(Configured):
     """What is mixed into a layer whose tokens are a picture, all of which sees all of it."""
 
-    supports: ClassVar[Supports] = Supports(causal=False, cross=False, masks="none")
+    supports: ClassVar[Supports] = Supports(causal=False, cross=False, masks="none", counts=True)
 
     grid: Sequence[int] | None = option(
         "height and width; the square of the tokens, or one row if they make none, unless given",

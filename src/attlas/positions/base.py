@@ -26,6 +26,12 @@ def additive(score_mod: F) -> F:
     return score_mod
 
 
+def placeless(score_mod: F) -> F:
+    """Mark a score_mod that reads no positions."""
+    score_mod.placeless = True  # type: ignore[attr-defined]
+    return score_mod
+
+
 @lru_cache(maxsize=128)
 def by_groups(score_mod: ScoreMod, size: int) -> ScoreMod:
     """A score_mod made for groups of heads, on the heads: head h takes that of group h // size.

@@ -36,7 +36,7 @@ from attlas.positions.bias import slopes
 class LightningAttention(RecurrentAttention):
     """Attention by products of queries and keys that decay with the distance."""
 
-    supports = replace(RecurrentAttention.supports, cross=False)
+    supports = replace(RecurrentAttention.supports, cross=False, counts=True)
     normalized = False
 
     layers: int | None = option(

@@ -79,7 +79,7 @@ def _identities(layer: Any, plain: Any) -> None:
 class Linformer(Attention):
     """Attention to a fixed number of mixtures of the tokens; bidirectional."""
 
-    supports = Supports(causal=False, masks="padding")
+    supports = Supports(causal=False, masks="padding", counts=True)
     changes = ("project", "aggregate")  # `attend` mixes keys and values, and sums the mixtures
     beyond = ("normalize: the weights of mixtures, told as those of the tokens that are mixed",)
 

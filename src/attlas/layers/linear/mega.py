@@ -48,7 +48,8 @@ class Mega(Attention):
     supports = Supports(cross=False, position=False, masks="padding")
     changes = ("position",)  # biases of distances, within score and score_mod
     expected_failures: ClassVar[dict[str, str]] = {
-        "static-cache": "its layers have no room for the state of the moving average"
+        "static-cache": "its layers have no room for the state of the moving average",
+        "told-positions": "the average is over tokens in their order",
     }
 
     heads: int = option("query heads: one", default=1, at_least=1, kw_only=False)
@@ -189,7 +190,7 @@ def _rotated(
 class MegaChunk(Mega):
     """Mega whose tokens attend within chunks; the average alone goes on from one to the next."""
 
-    supports = replace(Mega.supports, cache="state")
+    supports = replace(Mega.supports, cache="state", counts=True)
     expected_failures: ClassVar[dict[str, str]] = {}
 
     max_positions: int = option(
@@ -223,7 +224,7 @@ class MegaChunk(Mega):
         used = (torch.arange(slots, device=k.device) < last).view(-1, self.chunk)
         # Behind the last token nothing is visible to a causal query anyway.
         inside = masks.causal if self.causal else masks.padding(used)
-        out = super().attend(q, k, v, replace(inputs, pairs=inside, told=False))
+        out = super().attend(q, k, v, replace(inputs, pairs=inside, given=False, mask=None))
         return at_places(out.reshape(len(at), slots, -1), at)[:, None]
 
     def weigh(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:

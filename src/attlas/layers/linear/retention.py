@@ -26,7 +26,7 @@ from attlas.inputs import Inputs
 class Retention(RecurrentAttention):
     """Attention whose weights decay by a head's own factor for every token in between."""
 
-    supports = replace(RecurrentAttention.supports, cross=False)
+    supports = replace(RecurrentAttention.supports, cross=False, counts=True)
     normalized = False
 
     def setup(self) -> None:

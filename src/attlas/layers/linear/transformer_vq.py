@@ -44,7 +44,7 @@ class TransformerVQ(Attention):
     """Causal gated attention to quantised keys, in linear time."""
 
     supports = Supports(
-        bidirectional=False, cross=False, position=False, masks="padding", cache="state"
+        bidirectional=False, cross=False, position=False, masks="padding", cache="state", counts=True
     )
     changes = ("position", "aggregate")  # distances within the score; older values summed by code
     beyond = ("output: heads are gated, as in the layer that the authors start from",)

@@ -64,7 +64,7 @@ class LRPE(nn.Module):
 class TransNormer(RecurrentAttention):
     """Gated linear attention with a decay per head, LRPE and a simple RMS norm."""
 
-    supports = replace(RecurrentAttention.supports, cross=False, position=False)
+    supports = replace(RecurrentAttention.supports, cross=False, position=False, counts=True)
     changes = ("score",)  # products without a softmax, of a SiLU's queries and keys
     normalized = False
 

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -44,7 +45,8 @@ EPS = 1e-5
 class _Walk(Attention):
     """One head of weights over places, from queries alone; values are the inputs themselves."""
 
-    supports = Supports(causal=False, position=False, memory="quadratic", single_queries=False)
+    supports = Supports(causal=False, position=False, memory="quadratic", single_queries=False,
+                        counts=True)  # fmt: skip
     changes = ("position",)
     beyond = ("project: values are the inputs themselves, and nothing is projected to be compared",)
 
@@ -140,6 +142,8 @@ class GMM(_Walk):
            example={"heads": 1, "static": (8, 5), "dynamic": (8, 7)})  # fmt: skip
 class DCA(_Walk):
     """Energies from convolutions of the alignment before, over a prior that walks on."""
+
+    supports = replace(_Walk.supports, gaps=False)
 
     hidden: int = option("width of the two tanh", default=128, at_least=1)
     static_sizes: Sequence[int] = option(

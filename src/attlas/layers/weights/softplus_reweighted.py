@@ -28,6 +28,7 @@ from attlas.inputs import Inputs
 from attlas.kinds.claim import Claim
 from attlas.options import option
 from attlas.positions import ScoreMod
+from attlas.positions.base import placeless
 from attlas.supports import Supports
 
 
@@ -80,13 +81,21 @@ class Softplus(Attention):
     def score_mod(self) -> ScoreMod | None:
         """The logarithm of softplus, after the position encoding's change."""
         inner = self.position_encoding.score_mod
-        return inner if self.activation == "exp" else self._log_softplus
+        if self.activation == "exp":
+            return inner
+        return self._log_softplus if inner is None else self._changed
 
-    def _log_softplus(
+    def _changed(
         self, score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor
     ) -> Tensor:
         inner = self.position_encoding.score_mod
         score = score if inner is None else inner(score, b, h, q_idx, kv_idx)
+        return self._log_softplus(score, b, h, q_idx, kv_idx)
+
+    @placeless
+    def _log_softplus(
+        self, score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor
+    ) -> Tensor:
         # Far below 0 it is the score itself, where softplus or its inverse leaves the range.
         low = -10.0 if score.dtype == torch.float16 else -40.0
         return torch.where(score < low, score, softplus(score.clamp(min=low)).log())
