@@ -37,10 +37,8 @@ class CompressedConvolutional(Attention):
     """Attention in a compressed latent; fewer `kv_heads` compress keys and values further (CCGQA)."""
 
     supports = Supports(cross=False, gaps=False)
-    expected_failures: ClassVar[dict[str, str]] = {
-        "static-cache": "no room for earlier inputs",
-        "told-positions": "the convolutions are over tokens in their order",
-    }
+    expected_failures: ClassVar[dict[str, str]] = dict.fromkeys(
+        ("static-cache", "told-positions"), "convolutions read the inputs before, in order")  # fmt: skip
 
     head_dim: int = option(
         "width of a head; dim / (heads · compression) unless given", kw_only=False, at_least=1,

@@ -39,7 +39,7 @@ class KDEformer(SampledAttention):
     supports = replace(SampledAttention.supports, causal=False)
     beyond = ("project: the plain one; each key also carries what it is drawn by",)
     expected_failures: ClassVar[dict[str, str]] = {
-        "told-positions": "keys are drawn by their place in the tensor, so that another order draws others"
+        "told-positions": "keys are drawn by their place in the tensor, another order draws others"
     }
 
     block: int = option("keys in a block", default=64, at_least=1)

@@ -53,9 +53,8 @@ class Concentration(nn.Module):
         self, x: Float[Tensor, "batch tokens dim"], grid: tuple[int, int]
     ) -> Float[Tensor, "batch tokens dim"]:
         """Every token from its neighbours, channel by channel."""
-        x = gelu(self.conv1(x, grid))
         # A channel's statistics are over the pictures and their tokens.
-        y: Tensor = self.conv2(self.norm(x.mT).mT, grid)
+        y: Tensor = self.conv2(self.norm(gelu(self.conv1(x, grid)).mT).mT, grid)
         return y
 
 
