@@ -197,7 +197,7 @@ def _bias(q: Tensor, k: Tensor, score_mod: ScoreMod, offset: int, visible: Tenso
     shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     zeros = q.new_zeros(1).expand(shape)
     b, h, q_idx, kv_idx = indices(zeros, offset)
-    bias = score_mod(q.new_zeros(1), b[:1], h, q_idx, kv_idx)
+    bias = score_mod(q.new_zeros(1), b, h, q_idx, kv_idx)
     if visible is not None:
         bias = torch.where(visible, bias, -torch.inf)
     return bias.to(q.dtype)

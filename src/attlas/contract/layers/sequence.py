@@ -233,8 +233,9 @@ def told_positions(subject: Subject) -> Iterator[Measure]:
             continue
         moved = layer(x[:, order], positions=at[order])
         yield same(f"{name}", moved, layer(x, positions=at)[:, order])
-        each = torch.stack((at[order], at[order]))
-        yield same(f"{name} row by row", layer(x[:, order], positions=each), moved)
+        each = torch.stack((at, 2 * at))
+        alone = [layer(x[i : i + 1], positions=each[i]) for i in range(2)]
+        yield same(f"{name} row by row", layer(x, positions=each), torch.cat(alone))
 
 
 @check("layer", when=lambda subject: subject.causal_form and not subject.object.supports.counts)
