@@ -57,8 +57,8 @@ class HeadMask(Attention):
 
     def head_gates(self, heads: Tensor) -> Tensor:
         """ξ for [batch, heads, queries, width]: 0 for N heads, the same for the whole batch."""
-        chance = torch.rand(self.heads, device=heads.device)
-        rank = chance if self.choice == "random" else self.importance.to(heads.device)
+        importance = self.importance.to(heads.device)
+        rank = torch.rand_like(importance) if self.choice == "random" else importance
         off = 0 if self.measuring else self.masked
         shown = torch.ones_like(rank).scatter(0, rank.topk(off).indices, 0.0)
         gates = shown.to(heads.dtype).expand(len(heads), -1)[..., None, None]
