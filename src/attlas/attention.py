@@ -29,6 +29,7 @@ from attlas.catalog.kinds import LAYER, Kind
 from attlas.catalog.registry import mechanism
 from attlas.inputs import Inputs, MaskLike
 from attlas.masks import Mask
+from attlas.network import Network
 from attlas.options import Configured, option
 from attlas.positions import Position, ScoreMod, encoding_of
 from attlas.supports import Supports, share_of_dim
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 
 @mechanism("softmax", paper="", aliases=("multi-head-attention", "mha"))
-class Attention(Configured, nn.Module):
+class Attention(Configured, Network):
     """Multi-head softmax attention with grouped keys, any mask, any position and a decode cache."""
 
     kind: ClassVar[Kind] = LAYER
@@ -75,8 +76,6 @@ class Attention(Configured, nn.Module):
         self.position_encoding = encoding_of(self.own_position, self)
         #: Takes the attention of this layer while its model is attached to, see `attlas.attach.own`.
         self.door: Any = None
-        #: What the last training pass adds to the loss, already weighted; a model sums its layers'.
-        self.auxiliary_loss: Tensor | None = None
         self.make_projections()
 
     def make_projections(self) -> None:
@@ -216,15 +215,15 @@ class Attention(Configured, nn.Module):
         middle = ("score", "normalize", "aggregate", "weigh")
         if any(getattr(type(self), s) is not getattr(Attention, s) for s in middle):
             return self.aggregate(self.weigh(q, k, inputs), v, inputs)
-        return self.fused(*self.features(q, k, inputs), v, inputs.pairs)
+        return self.fused(*self.features(q, k, inputs), v, inputs)
 
     def fused(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None
+        self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
     ) -> Float[Tensor, "batch heads queries width"]:
         """Softmax attention in one call, with the layer's scale, change of scores and dropout."""
         return ops.attend(
-            q, k, v, mask=mask, score_mod=self.score_mod, scale=self.scale,
-            dropout=self.dropout if self.training else 0.0,
+            q, k, v, mask=inputs.pairs, score_mod=inputs.by_positions(self.score_mod, k.shape[2]),
+            scale=self.scale, dropout=self.dropout if self.training else 0.0,
         )  # fmt: skip
 
     def weigh(
@@ -232,8 +231,8 @@ class Attention(Configured, nn.Module):
     ) -> Float[Tensor, "batch heads queries keys"]:
         """score → mask → normalize, with all pairs in memory."""
         scores = self.score(q, k, inputs)
-        if self.score_mod is not None:
-            scores = self.score_mod(scores, *ops.indices(scores, k.shape[2] - q.shape[2]))
+        if (change := inputs.by_positions(self.score_mod, k.shape[2])) is not None:
+            scores = change(scores, *ops.indices(scores, k.shape[2] - q.shape[2]))
         visible = inputs.visible(q, k)
         hidden = scores if visible is None else scores.masked_fill(~visible, -torch.inf)
         return self.normalize(hidden, inputs)

@@ -10,11 +10,14 @@ import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Integer, Shaped
 from torch import Tensor
+from torch.nn.functional import pad
 
 from attlas import masks, ops
+from attlas.errors import UserError
 from attlas.masks import Mask
-from attlas.positions import Position
+from attlas.positions import Position, ScoreMod, positioned
 from attlas.supports import Form
+from attlas.tracing import traced
 
 if TYPE_CHECKING:
     from attlas.hf.caches import Cache
@@ -41,6 +44,7 @@ class Inputs:
         pairs: which pairs may meet: what the `mask` stage gave, None where all may.
         carried: data of each key beside it, see `carry`.
         notes: what an earlier stage left for a later one of this pass, by name.
+        given: the caller told the positions of x's tokens.
     """
 
     x: Float[Tensor, "batch queries dim"]
@@ -54,6 +58,7 @@ class Inputs:
     pairs: Mask | Tensor | None = None
     carried: dict[str, Tensor] = field(default_factory=dict)
     notes: dict[str, Tensor] = field(default_factory=dict)
+    given: bool = False
 
     @classmethod
     def of(
@@ -80,11 +85,22 @@ class Inputs:
                 f"got {list(valid.shape)}"
             )
         key_positions = _positions(seen, tokens, valid)
+        given = positions is not None
         if positions is None:
             positions = key_positions[..., seen:] if context is None else _positions(0, x, None)
         x = embed(x, positions)
         context = None if context is None else embed(context, key_positions)
-        return cls(x, context, positions, key_positions, mask, cache, layer_idx, extras)
+        made = cls(
+            x, context, positions, key_positions, mask, cache, layer_idx, extras, given=given
+        )  # fmt: skip
+        if given and layer.supports.counts and context is None:
+            made.check_order(type(layer).__name__)
+        if not layer.supports.gaps and valid is not None and not traced() and made.gaps:
+            raise UserError(
+                f"mask: {type(layer).__name__} reads the neighbours of a token, so that padding may "
+                "stand before or behind the tokens of a row, not between them"
+            )
+        return made
 
     @property
     def tokens(self) -> Tensor:
@@ -96,12 +112,73 @@ class Inputs:
         """Positions of `tokens`."""
         return self.positions if self.context is None else self.key_positions
 
+    @property
+    def told(self) -> bool:
+        """Whether tokens may stand elsewhere than at the numbers of their slots."""
+        return self.given or self.valid is not None or self.recall("positions") is not None
+
+    @property
+    def gaps(self) -> bool:
+        """Whether padding stands, or under compilation may stand, between the tokens of a row."""
+        if self.valid is None or traced():
+            return self.valid is not None
+        starts = self.valid & ~pad(self.valid, (1, -1))
+        return bool((starts.sum(-1) > 1).any())
+
+    def check_order(self, name: str) -> None:
+        """Refuse positions other than those of the tokens' order, but for where they begin.
+
+        Raises:
+            ValueError: a layer called `name` counts tokens by itself.
+        """
+        tokens = self.positions.shape[-1]
+        if tokens == 1 or traced():
+            return
+        apart = self.positions - self.key_positions[..., -tokens:]
+        shown = torch.ones_like(apart, dtype=torch.bool) if self.valid_now is None else self.valid_now
+        most = torch.iinfo(apart.dtype).max
+        low, high = apart.where(shown, most).amin(-1), apart.where(shown, -most).amax(-1)
+        if not bool((low >= high).all()):
+            raise UserError(
+                f"positions: {name} counts tokens by their order, so that they must follow one another "
+                "in each row; leave them out, or give a row to each text"
+            )
+
+    def by_positions(self, change: ScoreMod | None, keys: int) -> ScoreMod | None:
+        """A change of scores that is made for positions, on the slots of this pass and its keys."""
+        if change is None or not self.told or getattr(change, "placeless", False):
+            return change
+        at, of = self.positions, self.positions_of(keys)
+        slots = torch.arange(keys, device=of.device)
+        checked = at.shape[-1] > 1 and not traced()  # a lone query's is never compiled for
+        if checked and _agree(at, slots[keys - at.shape[-1] :]) and _agree(of, slots):
+            return change
+        return positioned(change, at, of)
+
     def positions_of(self, keys: int) -> Tensor:
-        """Where the last `keys` keys stand: cached ones by their order, `tokens` as they were told."""
+        """Where the last `keys` keys stand: cached ones and `tokens` as they were told."""
         new = self.token_positions
-        old = self.key_positions[..., -keys:][..., : keys - new.shape[-1]]
+        old = self._earlier(new)
         rows = torch.broadcast_shapes(old.shape[:-1], new.shape[:-1])
-        return torch.cat((old.expand(*rows, -1), new.expand(*rows, -1)), dim=-1)
+        return torch.cat((old.expand(*rows, -1), new.expand(*rows, -1)), dim=-1)[..., -keys:]
+
+    def _earlier(self, new: Tensor) -> Tensor:
+        """Where cached keys stand: by their order, unless other positions were told, which the cache then
+        keeps.
+
+        Raises:
+            ValueError: a cache that has no room for them.
+        """
+        seen = self.key_positions.shape[-1] - new.shape[-1]
+        old, here = self.key_positions[..., :seen], self.key_positions[..., seen:]
+        before = self.recall("positions")
+        if self.cache is None or (before is None and not self.given):
+            return old
+        if before is None and (traced() or _agree(new, here)):
+            return old
+        before = old if before is None else before[..., : old.shape[-1]]
+        self.remember("positions", torch.cat([x.expand(len(self.x), -1) for x in (before, new)], dim=-1))
+        return before
 
     @property
     def valid(self) -> Bool[Tensor, "batch all_keys"] | None:
@@ -132,9 +209,12 @@ class Inputs:
             return given if own is None else own & given
         # The last keys, should a sliding cache have let go of earlier ones.
         valid = valid if valid.shape[1] == keys else valid[:, -keys:]
-        if pattern is None or pattern.relative:
+        relative = pattern is None or pattern.relative
+        if pattern in (None, masks.causal) or (relative and not self.gaps):
             return masks.both(pattern, masks.padding(valid))
-        at = masks.at(pattern, self.positions, self.key_positions[..., -keys:])
+        # Distances of a pattern are counted in tokens, among which padding is none.
+        mine = self.key_positions if relative and self.context is None else self.positions
+        at = masks.at(pattern, mine[..., -queries:], self.key_positions[..., -keys:])
         return at & valid[:, None, None, :]
 
     def placed(self, pattern: Mask | None, queries: int, keys: int) -> Mask | None:
@@ -258,6 +338,11 @@ def _positions(seen: int, tokens: Tensor, valid: Tensor | None) -> Tensor:
     if valid is not None:
         return (valid.long().cumsum(-1) - 1).clamp(min=0)
     return torch.arange(seen + tokens.shape[1], device=tokens.device)
+
+
+def _agree(some: Tensor, others: Tensor) -> bool:
+    """Whether positions are the same in every row."""
+    return bool((some == others).all())
 
 
 def _folded(x: Tensor, heads: int) -> Tensor:

@@ -46,6 +46,8 @@ class Supports:
         graph_breaks: why `torch.compile` takes it in more than one graph, so that `fullgraph=True` is
             refused; empty where it is one.
         one_length: why `torch.export` makes a program of it for one length alone; empty where for any.
+        counts: it counts tokens by their order, whatever positions they are told; others are refused.
+        gaps: padding may stand between the tokens of a row; else it is refused there.
         extras: names of further tensors that `forward` takes by keyword, for stages to read from
             `inputs.extras`.
     """
@@ -62,6 +64,8 @@ class Supports:
     single_queries: bool = True
     graph_breaks: str = ""
     one_length: str = ""
+    counts: bool = False
+    gaps: bool = True
     extras: tuple[str, ...] = ()
 
     @property

@@ -106,7 +106,7 @@ def _softmax(
         offset = keys - q.shape[2]
         pairs = ops.as_dense(mask, q.shape[2], keys, offset, q.device)
         pairs = None if pairs is None else pairs.expand(q.shape[0], -1, q.shape[2], keys)
-    options = {"is_causal": causal and square, "score_mod": layer.score_mod}
+    options = {"is_causal": causal and square, "score_mod": inputs.by_positions(layer.score_mod, keys)}
     if one and layer.causal:  # a single token sees all that is there: the cache may keep its form
         options["is_causal"] = True
     changed = type(layer).features is not Attention.features

@@ -64,14 +64,15 @@ class SampledAttention(Attention):
         if self.score_mod is not None:
             raise ValueError("position: a bias on scores does not follow keys into their blocks")
         self.planes: Tensor
-        planes = torch.randn(self.head_dim, self.projections, generator=seeded(self.seed))
-        self.register_buffer("planes", planes, persistent=False)
+        shape = self.head_dim, self.projections
+        self.hold("planes", lambda: torch.randn(*shape, generator=seeded(self.seed), dtype=torch.float32))
 
     def hash(
         self, x: Float[Tensor, "batch heads tokens width"]
     ) -> Integer[Tensor, "batch heads tokens"]:
         """Angular hashes in Gray code."""
-        bits = (x.detach() @ self.planes > 0).long()
+        wide = torch.promote_types(x.dtype, torch.float32)
+        bits = (x.detach().to(wide) @ self.planes.to(x.device, wide) > 0).long()
         number = (bits << torch.arange(bits.shape[-1], device=x.device)).sum(-1)
         return number ^ (number >> 1)
 
@@ -109,7 +110,7 @@ class SampledAttention(Attention):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
         """Blocks and samples; all keys exactly where a cache holds earlier ones."""
         if self._is_step(q, k):
-            return self.fused(*self.features(q, k, inputs), v, inputs.pairs)
+            return self.fused(*self.features(q, k, inputs), v, inputs)
         if self.training and self.dropout:
             return self.aggregate(self.weigh(q, k, inputs), v, inputs)
         chances, (q, k) = self.chances(q, inputs), self.features(q, k, inputs)
@@ -225,7 +226,7 @@ class SampledAttention(Attention):
     ) -> Float[Tensor, "batch heads"]:
         """Error of each head relative to exact attention, in the Frobenius or the spectral norm."""
         q, k, v, inputs = self.prepare(x, context, mask)
-        exact = self.fused(*self.features(q, k, inputs), v, inputs.pairs)
+        exact = self.fused(*self.features(q, k, inputs), v, inputs)
         if inputs.valid is not None and context is None:
             exact = exact.masked_fill(~inputs.valid[:, None, :, None], 0.0)
         off = self.attend(q, k, v, inputs) - exact

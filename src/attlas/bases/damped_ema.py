@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from attlas.bases.packing import at_places, place, ranks
+from attlas.ops.exact import exact
 from attlas.tracing import any_length
 
 #: Calls shorter than this are made step by step.
@@ -85,6 +86,7 @@ def _steps(
     return torch.stack(found, dim=1) if found else x, h
 
 
+@exact
 def _fft(
     x: Tensor, valid: Tensor | None, kept: Tensor, written: Tensor, read: Tensor, h: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -102,6 +104,7 @@ def _fft(
     return y, old + torch.einsum("btd,dnt->bdn", last, powers[..., :-1].flip(-1)) * written
 
 
+@exact
 def _both_ways(x: Tensor, valid: Tensor | None, kept: Tensor, factors: Tensor) -> Tensor:
     at = None if valid is None else ranks(valid)
     now = x if at is None else place(x, at, torch.zeros_like(x))

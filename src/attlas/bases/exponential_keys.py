@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from attlas import ops
 from attlas.bases.recurrent import Gates, RecurrentAttention
 from attlas.inputs import Inputs
 
@@ -30,6 +31,7 @@ class ExponentialKeys(RecurrentAttention):
     def terms(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor, Gates]:
         """The recurrence's, relative to the largest key, which is noted for the next pass."""
         q, logits, gates = super().terms(q, k, inputs)
+        logits = ops.wide(logits)  # float16 has no number as low as NOTHING
         padding = None if inputs.valid_now is None else ~inputs.valid_now[:, None, :, None]
         if padding is not None:
             logits = logits.masked_fill(padding, NOTHING)

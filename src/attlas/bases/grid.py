@@ -108,7 +108,7 @@ class OnGrid(Configured):
     """What is mixed into a layer whose tokens are a picture, all of which sees all of it."""
 
     supports: ClassVar[Supports] = Supports(
-        causal=False, cross=False, masks="none",
+        causal=False, cross=False, masks="none", counts=True,
         one_length="its tokens are a picture, whose height and width follow from their number",
     )  # fmt: skip
 
@@ -175,7 +175,11 @@ class GatedOnGrid(OnGrid, RecurrentAttention):
         if self.head_dim % 4:
             raise ValueError(f"head_dim must be a multiple of 4 with rotary, got {self.head_dim}")
         self.rope = RoPE(self.head_dim // 2, interleaved=True)
-        self.rope.frequencies = 10000.0 ** -torch.linspace(0, 1, self.head_dim // 4)
+        self.rope.hold("frequencies", self._made)
+
+    def _made(self) -> Tensor:
+        """Frequencies from 1 to 1/10000, both ends among them."""
+        return 10000.0 ** -torch.linspace(0, 1, self.head_dim // 4, dtype=torch.float32)
 
     def features(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """elu + 1, neither divided nor rotated."""

@@ -8,16 +8,19 @@ recurrences of rows. The first weights are trained parameters, one network a hea
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.func import grad
 from torch.nn.functional import gelu, layer_norm
 
 from attlas import ops
+
+#: What `layer_norm` adds to variances.
+NORM_EPS = 1e-5
 
 
 class State(NamedTuple):
@@ -66,31 +69,56 @@ class MemoryMLP(nn.Module):
         parts = rows.split([w[0].numel() for w in self.first], dim=-1)
         return [x.unflatten(-1, w.shape[1:]) for x, w in zip(parts, self.first, strict=True)]
 
+    @ops.exact
     def forward(
         self, rows: Float[Tensor, "*places numbers"], x: Float[Tensor, "*places tokens width"]
     ) -> Float[Tensor, "*places tokens width"]:
         """M(x), each place with weights of its own."""
         weights = self.weights(rows)
-        y: Tensor = x
-        for i, weight in enumerate(weights[: self.depth]):
-            y = (gelu(y) if i else y) @ weight
+        y = self.layers(weights, x)[-1]
         if self.residual:
             y = x + (1 + weights[-1][..., None, :]) * layer_norm(y, y.shape[-1:])
         return y
+
+    def layers(self, weights: list[Tensor], x: Tensor) -> list[Tensor]:
+        """x and what each layer of the MLP gives."""
+        found = [x]
+        for i, weight in enumerate(weights[: self.depth]):
+            found.append((gelu(found[-1]) if i else x) @ weight)
+        return found
 
     def gradient(
         self, rows: Float[Tensor, "*places numbers"], k: Float[Tensor, "*places tokens width"],
         v: Float[Tensor, "*places tokens width"], step: Float[Tensor, "*places tokens 1"],
     ) -> Float[Tensor, "*places numbers"]:  # fmt: skip
-        """Of Σ step · mean |M(k) − v|², the mean over the channels; for every place by itself."""
+        """Of Σ step · mean |M(k) − v|², the mean over the channels; for every place by itself.
 
-        def loss(rows: Tensor) -> Tensor:
-            apart: Tensor = self(rows, k) - v
-            return (step * apart.square()).sum() / k.shape[-1]
+        It is written out, since a gradient that is asked of autograd within a forward pass cannot be
+        computed again by activation checkpointing.
+        """
+        weights = self.weights(rows)
+        inside = self.layers(weights, k)
+        y, behind = inside[-1], 2.0 / k.shape[-1] * step  # behind: of what comes after y
+        found: list[Tensor] = []
+        if self.residual:
+            gain = 1 + weights[-1][..., None, :]
+            spread = (y.var(-1, correction=0, keepdim=True) + NORM_EPS).rsqrt()
+            normed = (y - y.mean(-1, keepdim=True)) * spread
+            behind = behind * (k + gain * normed - v)
+            found.append((behind * normed).sum(-2))
+            behind = behind * gain
+            along = normed * (behind * normed).mean(-1, keepdim=True)
+            behind = spread * (behind - behind.mean(-1, keepdim=True) - along)
+        else:
+            behind = behind * (y - v)
+        for i in reversed(range(self.depth)):
+            before = gelu(inside[i]) if i else k
+            found.append((before.mT @ behind).flatten(-2))
+            if i:
+                behind = (behind @ weights[i].mT) * _gelu_slope(inside[i])
+        return torch.cat(found[::-1], dim=-1)
 
-        found: Tensor = grad(loss)(rows)
-        return found
-
+    @ops.exact
     def learn(
         self, k: Float[Tensor, "batch heads chunks tokens width"],
         v: Float[Tensor, "batch heads chunks tokens width"],
@@ -127,3 +155,9 @@ def _scan(x: Tensor, log_decay: Tensor, before: Tensor) -> tuple[Tensor, Tensor]
     )  # fmt: skip
     assert last is not None
     return out, last[:, :, 0]
+
+
+def _gelu_slope(x: Tensor) -> Tensor:
+    """The derivative Φ(x) + x φ(x) of GELU."""
+    density = (-0.5 * x.square()).exp() / math.sqrt(2 * math.pi)
+    return 0.5 * (1 + torch.erf(x / math.sqrt(2))) + x * density

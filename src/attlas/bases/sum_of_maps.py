@@ -62,7 +62,7 @@ class SumOfMaps(Attention):
         wide = v.is_cuda and v.shape[-1] == 2 * each[0][1].shape[-1]
         halves = v.chunk(2, dim=-1) if wide else (v,)
         return [
-            torch.cat([self.fused(*pair, half, inputs.pairs) for half in halves], dim=-1)
+            torch.cat([self.fused(*pair, half, inputs) for half in halves], dim=-1)
             for pair in each
         ]
 

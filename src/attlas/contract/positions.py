@@ -64,6 +64,26 @@ def bias_is_finite(subject: Subject) -> Iterator[Measure]:
 
 
 @check("position")
+def materialised(subject: Subject) -> Iterator[Measure]:
+    """Made on the meta device and emptied onto a real one, or rounded and loaded, it does the same."""
+    encoding, at = made(subject).float(), torch.tensor([0, 5, 1000])
+    state = deepcopy(encoding.state_dict())
+    q, x = torch.randn(1, HEADS, 3, WIDTH), torch.randn(1, 3, DIM)
+    scores = torch.zeros(1, HEADS, 300, 300)
+    with torch.device("meta"):
+        blank = subject.made()
+    blank.to_empty(device="cpu").load_state_dict(state)
+    rounded = deepcopy(encoding).to(torch.bfloat16).to(torch.float32)
+    rounded.load_state_dict(state)
+    for way, other in {"to_empty": blank, "rounded": rounded}.items():
+        yield Measure(f"{way} rotate", distance(other.rotate(q, at), encoding.rotate(q, at)), 0.0)
+        yield Measure(f"{way} embed", distance(other.embed(x, at), encoding.embed(x, at)), 0.0)
+        if encoding.score_mod is not None:
+            found, wanted = (e.score_mod(scores, *indices(scores, 0)) for e in (other, encoding))
+            yield Measure(f"{way} score_mod", distance(found, wanted), 0.0)
+
+
+@check("position")
 def copied(subject: Subject) -> Iterator[Measure]:
     """A deep copy does the same."""
     encoding = made(subject)

@@ -11,15 +11,16 @@ from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from attlas.catalog.kinds import MODULE, Kind
+from attlas.network import Network
 from attlas.options import Configured, option
 
 Map = Float[Tensor, "batch channels height width"]
 
 
-class FeatureMap(Configured, nn.Module):
+class FeatureMap(Configured, Network):
     """A module that reads a feature map and gives one of the same shape."""
 
     kind: ClassVar[Kind] = MODULE
@@ -44,8 +45,6 @@ class FeatureMap(Configured, nn.Module):
             raise ValueError(
                 f"previous: {type(self).__name__} reads no earlier maps, got {self.previous}"
             )
-        #: What the last training pass adds to the loss, already weighted; a model sums its modules'.
-        self.auxiliary_loss: Tensor | None = None
 
     def forward(self, x: Map, previous: Sequence[Tensor] | None = None) -> Map:
         """The map, changed.

@@ -3,6 +3,7 @@
 from attlas.ops.attend import ROUTES, Route, attend
 from attlas.ops.decode import decode
 from attlas.ops.delta import delta_correction
+from attlas.ops.exact import exact, product, recomputed, unit, wide
 from attlas.ops.fused import fused
 from attlas.ops.latent import latent_attend
 from attlas.ops.memory_efficient import memory_efficient
@@ -30,6 +31,7 @@ __all__ = [
     "decode",
     "delta_correction",
     "divided",
+    "exact",
     "fused",
     "grouped_product",
     "indices",
@@ -38,10 +40,14 @@ __all__ = [
     "merge",
     "page_bounds",
     "page_scores",
+    "product",
+    "recomputed",
     "recurrence",
     "reference",
     "repeated",
     "running_mean",
     "scores_of",
     "softmax",
+    "unit",
+    "wide",
 ]

@@ -141,8 +141,10 @@ def _choose(
         return "sdpa" if fits_sdpa else "reference"
     if traced():
         return _choose_traced(q, k, v, mask, fits_sdpa, small)
-    # What a kernel adds to a trained table's gradient it adds pair by pair, forty times as slowly.
-    flexible = q.is_cuda and keys >= LONG and queries > 1 and not (fits_sdpa and _trained(score_mod))
+    # Nothing may be compiled for a change of scores of this call alone. What a kernel adds to a trained
+    # table's gradient it adds pair by pair, forty times as slowly.
+    own = getattr(score_mod, "of_call", False) or (fits_sdpa and _trained(score_mod))
+    flexible = q.is_cuda and keys >= LONG and queries > 1 and not own
     if flexible and refuses(q, k, v, mask) is None:
         return "flex"
     if fits_sdpa and not small and _sparse(mask, queries, keys, offset):
@@ -229,7 +231,7 @@ def _bias(q: Tensor, k: Tensor, score_mod: ScoreMod, offset: int, visible: Tenso
     shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     zeros = q.new_zeros(1).expand(shape)
     b, h, q_idx, kv_idx = indices(zeros, offset)
-    bias = score_mod(q.new_zeros(1), b[:1], h, q_idx, kv_idx)
+    bias = score_mod(q.new_zeros(1), b, h, q_idx, kv_idx)
     if visible is not None:
         bias = torch.where(visible, bias, -torch.inf)
     return bias.to(q.dtype)

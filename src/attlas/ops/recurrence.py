@@ -39,6 +39,7 @@ from torch import Tensor
 
 from attlas.errors import UnknownName, UserError
 from attlas.ops import recurrence_kernels as kernels
+from attlas.ops.exact import exact
 from attlas.ops.recurrence_forms import Terms, chunked, stepped
 from attlas.ops.reference import divided
 from attlas.tracing import any_length, traced
@@ -48,6 +49,7 @@ Form = Literal["auto", "parallel", "chunked", "step", "triton"]
 SHORT = 4
 
 
+@exact
 def recurrence(
     q: Float[Tensor, "batch heads tokens dim"],
     k: Float[Tensor, "batch heads keys dim"],

@@ -7,12 +7,14 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
+from attlas.ops.exact import exact
 from attlas.ops.fused import fused
 
 #: Tokens summed by one triangular product.
 CHUNK = 64
 
 
+@exact
 def running_mean(
     x: Float[Tensor, "batch heads tokens width"], count: Float[Tensor, "#batch 1 tokens 1"],
     before: Float[Tensor, "batch heads 1 width"] | None = None,

@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 
 from attlas.errors import UnknownName
 from attlas.positions.absolute import Learned, Sinusoidal
-from attlas.positions.base import Position, ScoreMod, additive, by_groups
+from attlas.positions.base import Position, ScoreMod, additive, by_groups, positioned
 from attlas.positions.bias import ALiBi, T5Bias
 from attlas.positions.rope import RoPE
 
@@ -22,6 +22,7 @@ __all__ = [
     "additive",
     "by_groups",
     "encoding_of",
+    "positioned",
 ]
 
 
@@ -32,6 +33,7 @@ class Sizes(Protocol):
     dim: int
     heads: int
     head_dim: int
+    causal: bool
 
 
 def encoding_of(given: Position | str | None, sizes: Sizes) -> Position:
@@ -48,7 +50,7 @@ def encoding_of(given: Position | str | None, sizes: Sizes) -> Position:
         "sinusoidal": lambda: Sinusoidal(sizes.dim),
         "rope": lambda: RoPE(sizes.head_dim),
         "alibi": lambda: ALiBi(sizes.heads),
-        "t5": lambda: T5Bias(sizes.heads),
+        "t5": lambda: T5Bias(sizes.heads, bidirectional=not sizes.causal),
     }
     if given not in makers:
         raise UnknownName("position", given, makers)

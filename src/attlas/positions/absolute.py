@@ -54,12 +54,12 @@ class Sinusoidal(Position):
         """Make the frequencies."""
         super().setup()
         self.frequencies: Tensor
-        exponents = torch.arange(0, even("dim", self.dim), 2) / self.dim
-        self.register_buffer("frequencies", self.base**-exponents, persistent=False)
+        steps, dim = range(0, even("dim", self.dim), 2), self.dim
+        self.hold("frequencies", lambda: self.base ** -(torch.tensor(steps) / dim).float())
 
     def embed(
         self, x: Float[Tensor, "batch tokens dim"], positions: Integer[Tensor, "*batch tokens"]
     ) -> Float[Tensor, "batch tokens dim"]:
         """Add the sines (even channels) and cosines (odd channels) of `positions`."""
-        angles = as_float(positions)[..., None] * self.frequencies.float()
+        angles = as_float(positions)[..., None] * self.frequencies.float().to(positions.device)
         return x + torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2).to(x.dtype)

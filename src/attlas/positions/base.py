@@ -8,9 +8,10 @@ from typing import ClassVar, TypeAlias, TypeVar
 
 import torch
 from jaxtyping import Float, Integer
-from torch import Tensor, nn
+from torch import Tensor
 
 from attlas.catalog.kinds import POSITION, Kind
+from attlas.network import Network
 from attlas.options import Configured
 
 #: FlexAttention's pointwise change of scores: (score, b, h, q_idx, kv_idx) -> score.
@@ -22,6 +23,12 @@ F = TypeVar("F", bound=Callable[..., Tensor])
 def additive(score_mod: F) -> F:
     """Mark a score_mod that only adds a bias, so that SDPA can take it as a mask of numbers."""
     score_mod.additive = True  # type: ignore[attr-defined]
+    return score_mod
+
+
+def placeless(score_mod: F) -> F:
+    """Mark a score_mod that reads no positions."""
+    score_mod.placeless = True  # type: ignore[attr-defined]
     return score_mod
 
 
@@ -38,22 +45,31 @@ def by_groups(score_mod: ScoreMod, size: int) -> ScoreMod:
     return additive(grouped) if getattr(score_mod, "additive", False) else grouped
 
 
-class Position(Configured, nn.Module):
+def positioned(score_mod: ScoreMod, at: Tensor, of: Tensor) -> ScoreMod:
+    """A score_mod made for positions, on the slots of queries and keys that stand at `at` and `of`.
+
+    The last query lies in the last slot. It is of one call, so that nothing may be compiled for it.
+    """
+    first = of.shape[-1] - at.shape[-1]
+
+    def told(places: Tensor, b: Tensor, slot: Tensor) -> Tensor:
+        rows = places.reshape(-1, places.shape[-1])
+        return rows[b if len(rows) > 1 else 0, slot]
+
+    def moved(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return score_mod(score, b, h, told(at, b, q_idx - first), told(of, b, kv_idx))
+
+    moved.of_call = True  # type: ignore[attr-defined]
+    return additive(moved) if getattr(score_mod, "additive", False) else moved
+
+
+class Position(Configured, Network):
     """A position encoding. Subclasses override the one hook where theirs enters.
 
     `embed` adds to the inputs, `rotate` rotates queries and keys, `score_mod` changes the scores.
     """
 
     kind: ClassVar[Kind] = POSITION
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Position:
-        # Frequencies and slopes are constants: they go where the layer goes, in their own precision.
-        # Rounded to bfloat16, an angle at token 1000 would be off by half a turn.
-        constants = dict(self.named_buffers(recurse=False))
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, constant in constants.items():
-            setattr(self, name, constant.to(getattr(self, name).device))
-        return self
 
     def embed(
         self, x: Float[Tensor, "batch tokens dim"], positions: Integer[Tensor, "*batch tokens"]

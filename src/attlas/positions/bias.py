@@ -27,14 +27,14 @@ class ALiBi(Position):
         """Make the slopes."""
         super().setup()
         self.slopes: Tensor
-        self.register_buffer("slopes", torch.tensor(_slopes(self.heads)), persistent=False)
+        self.hold("slopes", lambda: torch.tensor(slopes(self.heads), dtype=torch.float32))
 
     @additive
     def score_mod(
         self, score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor
     ) -> Tensor:
         """Score less slope times distance."""
-        return score - (self.slopes[h] * relative(q_idx, kv_idx).abs()).to(score.dtype)
+        return score - (self.slopes.to(h.device)[h] * relative(q_idx, kv_idx).abs()).to(score.dtype)
 
 
 class T5Bias(Position):
@@ -77,7 +77,7 @@ class T5Bias(Position):
         return first + torch.where(steps < exact, steps, far)
 
 
-def _slopes(heads: int) -> list[float]:
+def slopes(heads: int) -> list[float]:
     """Geometric slopes; other head counts take every other slope of the next power of two."""
     power = 2 ** math.floor(math.log2(heads))
     slopes = [2 ** (-8 * (h + 1) / power) for h in range(power)]

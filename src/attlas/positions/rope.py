@@ -54,19 +54,24 @@ class RoPE(Position):
         super().setup()
         self.frequencies: Tensor
         even("head_dim", self.head_dim)
+        self.magnitude = 0.1 * math.log(self.factor) + 1.0 if self.scaling == "yarn" else 1.0
+        self.hold("frequencies", self._made)  # [pairs] or [kv_heads, pairs]
+
+    def _made(self) -> Tensor:
+        """The frequencies that the options tell."""
         width, factor, scaling = self.head_dim, self.factor, self.scaling
-        self.magnitude = 0.1 * math.log(factor) + 1.0 if scaling == "yarn" else 1.0
         bases = torch.tensor(self.base, dtype=torch.float32)
         if scaling == "ntk":
             bases = bases * factor ** (width / (width - 2))
         # Written as in Transformers: another rounding would show after some hundred tokens.
-        theta = 1.0 / bases[..., None] ** (torch.arange(0, width, 2) / width)
+        steps = torch.arange(0, width, 2, dtype=torch.float32)
+        theta = 1.0 / bases[..., None] ** (steps / width)
         if scaling == "linear":
-            theta = theta / factor
-        elif scaling == "yarn":
+            return theta / factor
+        if scaling == "yarn":
             ramp = _yarn_ramp(width, bases, self.original_length)
-            theta = theta * (1 - ramp) + theta / factor * ramp
-        self.register_buffer("frequencies", theta, persistent=False)  # [pairs] or [kv_heads, pairs]
+            return theta * (1 - ramp) + theta / factor * ramp
+        return theta
 
     def rotate(
         self,
@@ -88,7 +93,7 @@ class RoPE(Position):
 
     def _per_head(self, x: Tensor) -> Tensor:
         """Frequencies [1 or heads, pairs] for the heads of x."""
-        theta = self.frequencies.float()
+        theta = self.frequencies.float().to(x.device)
         if theta.ndim == 1:
             return theta[None]
         if x.shape[1] % len(theta):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,7 +53,17 @@ def padding(subject: Subject) -> Iterator[Measure]:
                 parts, valid = (x, junk), valid.flip(0)
             y = layer(torch.cat(parts, dim=1), mask=valid.expand(2, -1))[:, valid]
             yield same(f"{case} {side}", y, alone)
-        # Rows of different lengths in one batch.
+        # Between the tokens of a row, and rows of different lengths in one batch.
+        valid = torch.tensor([True, False, True, True, False, False, True, True, True])
+        mixed = torch.cat((junk, x), dim=1).clone()
+        mixed[:, valid] = x
+        mixed[:, ~valid] = junk
+        if subject.object.supports.gaps:
+            y = layer(mixed, mask=valid.expand(2, -1))[:, valid]
+            yield same(f"{case} between", y, alone)
+        else:
+            call = partial(layer, mixed, mask=valid.expand(2, -1))
+            yield refuses(f"{case} between", call, "mask")
         valid = torch.tensor([[False] * 3 + [True] * 6, [True] * 9])
         both = torch.cat((junk, x), dim=1)
         mixed = layer(both, mask=valid)
@@ -224,3 +236,42 @@ def reduces_to(subject: Subject) -> Iterator[Measure]:
             reduction.align(layer, plain)
         x = _inputs(layer)
         yield same(f"{case} to {reduction.to}", layer(x), plain(x))
+
+
+@check("layer", when=lambda subject: subject.object.supports.bidirectional)
+def told_positions(subject: Subject) -> Iterator[Measure]:
+    """A token's place is what it is told, not where it lies in the tensor: tokens in another order, told
+    their positions, get the same answers; or positions that do not follow one another are refused."""
+    order = torch.tensor([3, 0, 6, 1, 5, 2, 4])
+    at = torch.tensor([0, 2, 3, 7, 8, 11, 12])
+    causal: dict[str, Any] = {"causal": False} if subject.causal_form else {}
+    for name in (None, "rope", "alibi"):
+        if name is not None and not subject.takes(position=name):
+            continue
+        layer = subject.layer(position=name, **causal) if name else subject.layer(**causal)
+        x = _inputs(layer, tokens=7)
+        if subject.object.supports.counts:
+            yield refuses(f"{name}", partial(layer, x, positions=at), "positions")
+            yield same(f"{name} in order", layer(x, positions=torch.arange(7)), layer(x))
+            continue
+        moved = layer(x[:, order], positions=at[order])
+        yield same(f"{name}", moved, layer(x, positions=at)[:, order])
+        each = torch.stack((at, 2 * at))
+        alone = [layer(x[i : i + 1], positions=each[i]) for i in range(2)]
+        yield same(f"{name} row by row", layer(x, positions=each), torch.cat(alone))
+
+
+@check("layer", when=lambda subject: subject.causal_form and not subject.object.supports.counts)
+def told_while_decoding(subject: Subject) -> Iterator[Measure]:
+    """Positions told step by step give what they give at once."""
+    at = torch.tensor([0, 2, 3, 7, 8, 11, 12])
+    for name in (None, "rope", "alibi"):
+        if name is not None and not subject.takes(position=name):
+            continue
+        options: dict[str, Any] = {"causal": True, **({"position": name} if name else {})}
+        layer = subject.layer(**options)
+        x, cache = _inputs(layer, tokens=7), layer.init_cache()
+        parts = [
+            layer(x[:, s:e], positions=at[s:e], cache=cache) for s, e in ((0, 3), (3, 4), (4, 7))
+        ]
+        yield same(f"{name}", torch.cat(parts, dim=1), layer(x, positions=at))

@@ -45,6 +45,23 @@ def copied(subject: Subject) -> Iterator[Measure]:
 
 
 @check("network")
+def materialised(subject: Subject) -> Iterator[Measure]:
+    """Made on the meta device it gives the same outputs to the bit, emptied onto a real one or assigned
+    to; constants are not rounded with the weights."""
+    for case, options in subject.forms():
+        real = subject.layer(dtype=torch.float32, **options)
+        given = subject.inputs(real, dtype=torch.float32)
+        before, state = real(*given), deepcopy(real.state_dict())
+        with torch.device("meta"):
+            blank, other = (subject.made(**options).eval() for _ in range(2))
+        blank.to_empty(device="cpu").load_state_dict(state)
+        other.load_state_dict(state, assign=True)
+        real.to(torch.bfloat16).to(torch.float32).load_state_dict(state)
+        for way, layer in {"to_empty": blank, "assigned": other, "rounded": real}.items():
+            yield Measure(f"{case} {way}", distance(layer(*given), before), 0.0)
+
+
+@check("network")
 def moved(subject: Subject) -> Iterator[Measure]:
     """To float32 and back to float64, the outputs are those of weights rounded to float32."""
     for case, options in subject.forms():

@@ -24,7 +24,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, silu
-from torch.utils.checkpoint import checkpoint
 
 from attlas import ops
 from attlas.attention import Attention
@@ -56,7 +55,10 @@ class CastleLookaheadKeys(Attention):
         ),
     )  # fmt: skip
     supports = Supports(cross=False, remembers=True)
-    expected_failures: ClassVar[dict[str, str]] = {"static-cache": "tokens change earlier keys"}
+    expected_failures: ClassVar[dict[str, str]] = {
+        "static-cache": "tokens change earlier keys",
+        "told-positions": "keys are updated by the tokens that follow in order, whatever is seen",
+    }
 
     window: int | None = option(
         "tokens after its own that may update a key; None: all of them", default=None, at_least=1
@@ -85,10 +87,11 @@ class CastleLookaheadKeys(Attention):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
         """The stages for one block of queries at a time, so that memory is linear in n."""
         seen, pairs = k.shape[2] - q.shape[2], inputs.pairs
+        change = inputs.by_positions(self.score_mod, k.shape[2])
 
         def summed(scores: Tensor, start: int) -> Tensor:
-            if self.score_mod is not None:
-                scores = self.score_mod(scores, *ops.indices(scores, seen + start))
+            if change is not None:
+                scores = change(scores, *ops.indices(scores, seen + start))
             rows = slice(start, start + scores.shape[2])
             part = pairs[:, :, rows] if isinstance(pairs, Tensor) and pairs.shape[2] > 1 else pairs
             visible = ops.as_dense(part, scores.shape[2], k.shape[2], seen + start, q.device)
@@ -110,10 +113,10 @@ class CastleLookaheadKeys(Attention):
             scores, u = self.block_scores(q, k, u, rows, inputs)
             return then(scores, rows.start), u
 
-        done, blocks = [], stretches(length, BLOCK)
-        again = len(blocks) > 1 and torch.is_grad_enabled()
+        done: list[Tensor] = []
+        blocks = stretches(length, BLOCK)
         for rows in blocks:
-            out, u = checkpoint(block, u, rows, use_reentrant=False) if again else block(u, rows)
+            out, u = ops.recomputed(block, u, rows, when=len(blocks) > 1)
             done.append(out)
         inputs.remember("lookahead", u)
         return torch.cat(done, dim=2)

@@ -36,8 +36,9 @@ from attlas.supports import Supports, share_of_dim
 class CompressedConvolutional(Attention):
     """Attention in a compressed latent; fewer `kv_heads` compress keys and values further (CCGQA)."""
 
-    supports = Supports(cross=False, remembers=True)
-    expected_failures: ClassVar[dict[str, str]] = {"static-cache": "no room for earlier inputs"}
+    supports = Supports(cross=False, gaps=False, remembers=True)
+    expected_failures: ClassVar[dict[str, str]] = dict.fromkeys(
+        ("static-cache", "told-positions"), "convolutions read the inputs before, in order")  # fmt: skip
 
     head_dim: int = option(
         "width of a head; dim / (heads · compression) unless given", kw_only=False, at_least=1,
@@ -88,7 +89,7 @@ class CompressedConvolutional(Attention):
 
     def position(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Both of length √d, keys times their temperature, then rotated."""
-        q, k = (nn.functional.normalize(t, dim=-1) * self.head_dim**0.5 for t in (q, k))
+        q, k = (ops.unit(t) * self.head_dim**0.5 for t in (q, k))
         return super().position(q, k * self.temperature[:, None, None], inputs)
 
     def before(self, now: Tensor, name: str, tokens: int, inputs: Inputs) -> Tensor:

@@ -85,8 +85,8 @@ class Factored(Attention):
 
     def shared(self, inputs: Inputs) -> Tensor:
         """As `score`; its batch is 1 where all rows have the same positions."""
-        queries, keys = inputs.positions[..., :, None], inputs.key_positions[..., None, :]
-        weights = self.at(queries, keys)
+        keys = inputs.positions_of(inputs.key_positions.shape[-1])
+        weights = self.at(inputs.positions[..., :, None], keys[..., None, :])
         return rearrange(weights, "h ... i j -> ... h i j") if weights.ndim == 4 else weights[None]
 
     def at(self, rows: Tensor, columns: Tensor) -> Tensor:

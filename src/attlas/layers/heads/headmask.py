@@ -50,7 +50,7 @@ class HeadMask(Attention):
             raise ValueError(f"masked must be below heads={self.heads}, got {self.masked}")
         self.measuring = False
         self.importance: Tensor
-        self.register_buffer("importance", torch.rand(self.heads), persistent=False)
+        self.hold("importance", lambda: torch.rand(self.heads))
 
     def output(self, heads: Tensor, inputs: Inputs) -> Tensor:
         """Heads times their gates in training, joined and projected."""
@@ -58,7 +58,8 @@ class HeadMask(Attention):
 
     def head_gates(self, heads: Tensor) -> Tensor:
         """ξ for [batch, heads, queries, width]: 0 for N heads, the same for the whole batch."""
-        rank = torch.rand_like(self.importance) if self.choice == "random" else self.importance
+        importance = self.importance.to(heads.device)
+        rank = torch.rand_like(importance) if self.choice == "random" else importance
         off = 0 if self.measuring else self.masked
         shown = torch.ones_like(rank).scatter(0, rank.topk(off).indices, 0.0)
         gates = shown.to(heads.dtype).expand(len(heads), -1)[..., None, None]

@@ -29,13 +29,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from attlas import ops
 from attlas.attention import Attention
 from attlas.catalog.registry import Reduction, mechanism
 from attlas.inputs import Inputs
 from attlas.layers.heads.multi_query import GroupedQuery
+from attlas.network import moving
 from attlas.options import option
 from attlas.supports import Supports
 
@@ -48,9 +48,9 @@ def allocation(shares: Tensor, heads: int) -> Tensor:
     first = torch.arange(groups, device=shares.device)
     for _ in range(groups):  # rounding is off by half a head a group at most
         over = counts.sum(-1, keepdim=True) - heads
-        largest = one_hot((counts * groups - first).argmax(-1), groups)
-        smallest = one_hot((counts * groups + first).argmin(-1), groups)
-        counts = counts - largest * (over > 0) + smallest * (over < 0)
+        largest = first == (counts * groups - first).argmax(-1, keepdim=True)
+        smallest = first == (counts * groups + first).argmin(-1, keepdim=True)
+        counts = counts - (largest & (over > 0)).long() + (smallest & (over < 0)).long()
     return counts
 
 
@@ -130,29 +130,29 @@ class Dynamic(KeyDriven):
     )
 
     def setup(self) -> None:
-        """m, the norms and sizes of the latest allocation, and how many passes there were."""
+        """m, the sizes of the latest allocation, and how many passes there were."""
         super().setup()
         self.stored: Tensor
-        self.latest: Tensor
         self.sizes: Tensor
         self.passes: Tensor
         self.register_buffer("stored", torch.zeros(self.kv_heads))
-        self.register_buffer("latest", torch.zeros(self.kv_heads))
         self.register_buffer("sizes", torch.full((self.kv_heads,), self.heads // self.kv_heads))
         self.register_buffer("passes", torch.tensor(0))
+
+    @moving
+    def restore(self, k: Tensor, v: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """Each query head's keys and values, by an allocation that moves in training."""
+        return super().restore(k, v, inputs)
 
     def counts(self, norms: Tensor) -> Tensor:
         """Query heads of each group, [batch, groups]; in training those that the window began with."""
         if not self.training:
             return super().counts(norms)
         mean = norms.mean(0)
-        # The same norms again are the same pass, which gradient checkpointing runs twice.
-        fresh = (mean.to(self.latest.dtype) != self.latest).any()
-        due = fresh & (self.passes % self.window == 0)
+        due = self.passes % self.window == 0
         self.sizes.copy_(torch.where(due, super().counts(mean), self.sizes))
         self.stored.copy_(torch.where(due, (self.stored + mean) / self.window, self.stored))
-        self.latest.copy_(mean)
-        self.passes.add_(fresh)
+        self.passes.add_(1)
         return self.sizes.expand(len(norms), -1)
 
     def shares(self, norms: Tensor) -> Tensor:

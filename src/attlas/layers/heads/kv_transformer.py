@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from attlas import ops
 from attlas.attention import Attention
 from attlas.catalog.registry import Reduction, mechanism
 from attlas.inputs import Inputs
@@ -75,6 +76,7 @@ class KeyValue(Attention):
         q = torch.cat((total * q, row / self.scale, ones / self.scale), dim=-1)
         return q, torch.cat((k, torch.ones_like(column), column), dim=-1)
 
+    @ops.exact
     def shares(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """What w · p has from each position as a row and as a column, [..., tokens]."""
         width = 2 * math.ceil(self.position_dim / 4)

@@ -23,7 +23,6 @@ from attlas import ops
 from attlas.attention import Attention
 from attlas.catalog.registry import mechanism
 from attlas.inputs import Inputs
-from attlas.masks import Mask
 from attlas.options import option
 from attlas.positions import RoPE
 from attlas.supports import Supports
@@ -115,7 +114,7 @@ class MultiHeadLatent(Attention):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
         """Absorbed where all scores take no more room than the latents, expanded otherwise."""
         if q.shape[2] == k.shape[2] or q.shape[2] * self.heads > k.shape[-1]:
-            return self.expanded(q, k, v, inputs.pairs)
+            return self.expanded(q, k, v, inputs)
         summed = ops.latent_attend(
             *self.absorbed(q), k, mask=inputs.pairs, scale=self.scale,
             dropout=self.dropout if self.training else 0.0,
@@ -127,11 +126,11 @@ class MultiHeadLatent(Attention):
         nope, rotated = self.parts(q)
         return nope @ self.up()[0], rotated
 
-    def expanded(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None) -> Tensor:
+    def expanded(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
         """Keys and values of every head made of the latents, then plain attention."""
         up_k, up_v = self.up()
         shared = self.parts(k)[1].expand(-1, self.heads, -1, -1)
-        return self.fused(q, torch.cat((v @ up_k.mT, shared), dim=-1), v @ up_v.mT, mask)
+        return self.fused(q, torch.cat((v @ up_k.mT, shared), dim=-1), v @ up_v.mT, inputs)
 
     def up(self) -> tuple[Tensor, Tensor]:
         """W_UK [heads, head_dim, latent] and W_UV [heads, value_dim, latent]."""

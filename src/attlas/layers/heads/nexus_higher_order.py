@@ -57,6 +57,6 @@ class NexusHigherOrder(Attention):
         inputs.remember(name, every)
         rotate = self.position_encoding.rotate
         return ops.attend(
-            rotate(x, inputs.positions), rotate(every, inputs.key_positions), every,
+            rotate(x, inputs.positions), rotate(every, inputs.positions_of(every.shape[2])), every,
             mask=self.mask(x, every, inputs), scale=self.scale,
         )  # fmt: skip

@@ -98,7 +98,7 @@ def _no_mixing(layer: Super, plain: Attention) -> None:
 class Super(EfficientQK):
     """Efficient attention whose values are mixed along the sequence by one learned kernel."""
 
-    supports = Supports(memory="quadratic", remembers=True)
+    supports = Supports(memory="quadratic", counts=True, remembers=True)
     #: Keys are the inputs, and W_A mixes the values; `project` does both.
     changes = ("score", "aggregate")
     expected_failures: ClassVar[dict[str, str]] = {

@@ -30,7 +30,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import layer_norm, normalize
+from torch.nn.functional import layer_norm
 
 from attlas import ops
 from attlas.bases.packing import token_before
@@ -168,7 +168,7 @@ class ARWKV(RecurrentAttention):
             self.split_heads(x)
             for x in (self.q_proj(self.mixed("r", inputs)), self.k_proj(self.mixed("k", inputs)), v)
         )
-        inputs.notes["removed"] = normalize(k * self.kappa, dim=-1, eps=1e-12)
+        inputs.notes["removed"] = ops.unit(k * self.kappa)
         return q, k, v
 
     def features(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:

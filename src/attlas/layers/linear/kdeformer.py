@@ -18,10 +18,12 @@ hash serves all heads here; blocks need not divide the keys.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
 
+from attlas import ops
 from attlas.bases.approximation import Draws, SampledAttention
 from attlas.catalog.registry import Reduction, mechanism
 from attlas.inputs import Inputs
@@ -36,6 +38,9 @@ class KDEformer(SampledAttention):
 
     supports = replace(SampledAttention.supports, causal=False)
     beyond = ("project: the plain one; each key also carries what it is drawn by",)
+    expected_failures: ClassVar[dict[str, str]] = {
+        "told-positions": "keys are drawn by their place in the tensor, another order draws others"
+    }
 
     block: int = option("keys in a block", default=64, at_least=1)
     samples: int = option("keys drawn from all of them", default=800, at_least=1)
@@ -49,6 +54,7 @@ class KDEformer(SampledAttention):
         inputs.carry("share", self.shares(with_one)[..., None])
         return q, k, v
 
+    @ops.exact
     def shares(self, v: Tensor) -> Tensor:
         """|v| / λ of each value [batch, kv_heads, keys], λ being that of all."""
         v = v.to(torch.promote_types(v.dtype, torch.float32))

@@ -30,6 +30,7 @@ from attlas.bases.grid import GridConv, OnGrid, start_small
 from attlas.bases.recurrent import RecurrentAttention
 from attlas.catalog.registry import mechanism
 from attlas.inputs import Inputs
+from attlas.network import moving
 from attlas.options import option
 
 
@@ -52,9 +53,8 @@ class Concentration(nn.Module):
         self, x: Float[Tensor, "batch tokens dim"], grid: tuple[int, int]
     ) -> Float[Tensor, "batch tokens dim"]:
         """Every token from its neighbours, channel by channel."""
-        x = gelu(self.conv1(x, grid))
         # A channel's statistics are over the pictures and their tokens.
-        y: Tensor = self.conv2(self.norm(x.mT).mT, grid)
+        y: Tensor = self.conv2(self.norm(gelu(self.conv1(x, grid)).mT).mT, grid)
         return y
 
 
@@ -90,6 +90,7 @@ class L2ViT(OnGrid, RecurrentAttention):
         """What divides a query's weights, were there no floor; q and k are features."""
         return ops.grouped_product(q, k.sum(2, keepdim=True).mT)
 
+    @moving
     def output(self, heads: Tensor, inputs: Inputs) -> Tensor:
         """Heads joined and projected; then the module, on top of them and the input."""
         found, grid = super().output(heads, inputs), self.grid_of(inputs.x.shape[1])

@@ -18,7 +18,9 @@ layer decays both ways.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -27,14 +29,14 @@ from attlas.catalog.registry import mechanism
 from attlas.errors import UserError
 from attlas.inputs import Inputs
 from attlas.options import option
-from attlas.positions import ALiBi
+from attlas.positions.bias import slopes
 
 
 @mechanism("lightning-attention-2", aliases=("lightning-attention",))
 class LightningAttention(WideValues):
     """Attention by products of queries and keys that decay with the distance."""
 
-    supports = replace(WideValues.supports, cross=False)
+    supports = replace(WideValues.supports, cross=False, counts=True)
     normalized = False
 
     layers: int | None = option(
@@ -47,12 +49,12 @@ class LightningAttention(WideValues):
         """The decays."""
         super().setup()
         self.log_decay: Tensor
-        log_decay = log_decays(self.heads, self.layer_idx, self.layers) * self.slope_scale
-        self.register_buffer("log_decay", log_decay, persistent=False)
+        decays = partial(log_decays, self.heads, self.layer_idx, self.layers)
+        self.hold("log_decay", lambda: decays() * self.slope_scale)
 
     def gates(self, k: Tensor, inputs: Inputs) -> Gates:
         """A decay for each head."""
-        return {"log_decay": self.log_decay}
+        return {"log_decay": self.log_decay.to(k.device)}
 
 
 def log_decays(heads: int, layer_idx: int, layers: int | None) -> Float[Tensor, " heads"]:
@@ -61,8 +63,9 @@ def log_decays(heads: int, layer_idx: int, layers: int | None) -> Float[Tensor, 
     Raises:
         ValueError: a layer that is none of `layers`.
     """
+    decays = -torch.tensor(slopes(heads), dtype=torch.float32)
     if layers is None:
-        return -ALiBi(heads).slopes
+        return decays
     if layer_idx >= layers:
         raise UserError(f"layers must be more than layer_idx={layer_idx}, got {layers}")
-    return -ALiBi(heads).slopes * (1.0 - layer_idx / max(layers - 1, 1) + 1e-5)
+    return decays * (1.0 - layer_idx / max(layers - 1, 1) + 1e-5)

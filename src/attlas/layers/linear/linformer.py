@@ -79,7 +79,7 @@ def _identities(layer: Any, plain: Any) -> None:
 class Linformer(Attention):
     """Attention to a fixed number of mixtures of the tokens; bidirectional."""
 
-    supports = Supports(causal=False, masks="padding")
+    supports = Supports(causal=False, masks="padding", counts=True)
     changes = ("project", "aggregate")  # `attend` mixes keys and values, and sums the mixtures
     beyond = ("normalize: the weights of mixtures, told as those of the tokens that are mixed",)
 
@@ -114,7 +114,8 @@ class Linformer(Attention):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
         """One fused call on the mixtures, all of which every query sees."""
         keys, values = self.mixing(k, inputs)
-        return self.fused(q, keys @ _shown(k, inputs), values @ _shown(v, inputs), None)
+        keys, values = keys @ _shown(k, inputs), values @ _shown(v, inputs)
+        return self.fused(q, keys, values, replace(inputs, pairs=None))
 
     def weigh(
         self, q: Tensor, k: Tensor, inputs: Inputs

@@ -31,7 +31,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from attlas import masks, ops
 from attlas.attention import Attention
@@ -39,6 +38,7 @@ from attlas.catalog.registry import Reduction, mechanism
 from attlas.inputs import Inputs
 from attlas.masks import Mask
 from attlas.options import option
+from attlas.positions import ScoreMod
 from attlas.tracing import stretches, traced
 
 #: Queries whose weights are in memory at a time.
@@ -75,9 +75,10 @@ class LocalLinear(Attention):
         def some(
             q: Tensor, k: Tensor, v: Tensor, pairs: Mask | Tensor | None, offset: int
         ) -> Tensor:
-            weights = self.weights_of(q, k, pairs, offset).to(v.dtype)
+            weights = self.weights_of(q, k, pairs, offset, change).to(v.dtype)
             return self.aggregate(weights, v, inputs)
 
+        change = inputs.by_positions(self.score_mod, k.shape[2])
         parts, before, pairs = [], k.shape[2] - q.shape[2], inputs.pairs
         for rows in stretches(q.shape[2], QUERIES):
             # Of causal queries all later keys are hidden, and left out.
@@ -85,24 +86,25 @@ class LocalLinear(Attention):
             cut = isinstance(pairs, Tensor) and pairs.shape[2] > 1
             own = pairs[:, :, rows] if cut else pairs  # type: ignore[index]
             call = q[:, :, rows], k[:, :, seen], v[:, :, seen], own, before + rows.start
-            parts.append(checkpoint(some, *call, use_reentrant=False) if torch.is_grad_enabled()
-                         else some(*call))  # fmt: skip
+            parts.append(ops.recomputed(some, *call))
         return torch.cat(parts, dim=2)
 
     def weigh(
         self, q: Tensor, k: Tensor, inputs: Inputs
     ) -> Float[Tensor, "batch heads queries keys"]:
         """The weights of all pairs."""
-        return self.weights_of(q, k, inputs.pairs, k.shape[2] - q.shape[2]).to(q.dtype)
+        offset, change = k.shape[2] - q.shape[2], inputs.by_positions(self.score_mod, k.shape[2])
+        return self.weights_of(q, k, inputs.pairs, offset, change).to(q.dtype)
 
+    @ops.exact
     def weights_of(
-        self, q: Tensor, k: Tensor, pairs: Mask | Tensor | None, offset: int
+        self, q: Tensor, k: Tensor, pairs: Mask | Tensor | None, offset: int, change: ScoreMod | None
     ) -> Float[Tensor, "batch heads queries keys"]:
         """Weights of queries of which `offset` keys stand before the first, in float64 if that can be."""
         dtype = torch.float32 if q.device.type == "mps" else torch.float64
         q, k = q.to(dtype), k.to(dtype)
         scores = ops.scores_of(
-            q, k, scale=self.scale, mask=pairs, score_mod=self.score_mod, q_offset=offset
+            q, k, scale=self.scale, mask=pairs, score_mod=change, q_offset=offset
         )
         ridge = torch.full_like(scores[..., :1], math.log(min(self.ridge, MOST)))
         if not self.relative:
@@ -135,22 +137,30 @@ def slope(
 class _Solve(torch.autograd.Function):
     """y with (C/λ + 1) y = b, and its gradients by one more such system."""
 
-    @staticmethod
-    def forward(ctx: Any, p: Tensor, k: Tensor, b: Tensor, ridge: Tensor, steps: int) -> Tensor:
-        y = _conjugate_gradients(p, k, b, ridge, steps)
-        ctx.save_for_backward(p, k, ridge, y)
-        ctx.steps = steps
-        return y
+    generate_vmap_rule = True
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    def forward(p: Tensor, k: Tensor, b: Tensor, ridge: Tensor, steps: int) -> Tensor:
+        return _conjugate_gradients(p, k, b, ridge, steps)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        p, k, _, ridge, ctx.steps = inputs
+        ctx.save_for_backward(p, k, ridge, output)
+
+    @staticmethod
     def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
         p, k, ridge, y = ctx.saved_tensors
-        d_b = _conjugate_gradients(p, k, d_y, ridge, ctx.steps)
-        given = [x.detach().requires_grad_() for x in (p, k, ridge)]
-        with torch.enable_grad():
-            left = _left_side(given[0], given[1], y, given[2])
-        d_p, d_k, d_ridge = torch.autograd.grad(left, given, -d_b)
+        d_b = _Solve.apply(p, k, d_y, ridge, ctx.steps)  # type: ignore[no-untyped-call]
+        # What −d_b is worth of the left side, through p, k and λ.
+        back = ops.grouped_product(-d_b / ridge, k.transpose(-1, -2))
+        along = ops.grouped_product(y, k.transpose(-1, -2))
+        mean, d_mean = (p * along).sum(-1, keepdim=True), (p * back).sum(-1, keepdim=True)
+        apart = p * (along - mean)
+        d_p = back * (along - mean) - d_mean * along
+        at_keys = apart.mT @ (-d_b / ridge) + (p * (back - d_mean)).mT @ y
+        d_k = at_keys.unflatten(1, (k.shape[1], -1)).sum(2)
+        d_ridge = (d_b * ops.grouped_product(apart, k)).sum(-1, keepdim=True) / ridge.square()
         return d_p, d_k, d_b, d_ridge, None
 
 

@@ -35,6 +35,7 @@ from attlas.bases.packing import at_places, place, ranks
 from attlas.catalog.registry import mechanism
 from attlas.errors import UserError
 from attlas.inputs import Inputs
+from attlas.network import moving
 from attlas.options import option
 
 #: Of the line that log-variances of sums of exponentials lie on.
@@ -78,6 +79,7 @@ class LinearLogNormalAttention(ExponentialKeys):
             start = torch.full((self.heads, 1, self.head_dim), 0.5)
             self.register_parameter(f"{name}_share", nn.Parameter(start))
 
+    @moving
     def position(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Queries and keys that know where they stand, by whose deviations the running ones move."""
         q, k = super().position(q, k, inputs)

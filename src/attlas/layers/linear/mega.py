@@ -24,7 +24,7 @@ from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Integer
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
@@ -48,7 +48,8 @@ class Mega(Attention):
     supports = Supports(cross=False, position=False, masks="padding", remembers=True)
     changes = ("position",)  # biases of distances, within score and score_mod
     expected_failures: ClassVar[dict[str, str]] = {
-        "static-cache": "its layers have no room for the state of the moving average"
+        "static-cache": "its layers have no room for the state of the moving average",
+        "told-positions": "the average is over tokens in their order",
     }
 
     heads: int = option("query heads: one", default=1, at_least=1, kw_only=False)
@@ -145,9 +146,13 @@ class Mega(Attention):
         """Queries and keys, longer by the rotated vectors whose product is the bias of a distance."""
         if self.relative == "simple":
             return q, k
-        rows, own = (*k.shape[:2], -1, -1), slice(k.shape[2] - q.shape[2], None)
-        first, second = (_rotated(x, k.shape[2]).to(k.dtype).expand(rows) for x in self.distance)
-        return torch.cat((q, first[:, :, own]), dim=-1), torch.cat((k, second), dim=-1)
+        of = inputs.positions_of(k.shape[2]) if inputs.told else torch.arange(k.shape[2], device=k.device)
+        places = of[..., -q.shape[2] :], of
+        first, second = (
+            _rotated(x, at).to(k.dtype).reshape(-1, 1, at.shape[-1], len(x)).expand(len(k), -1, -1, -1)
+            for x, at in zip(self.distance, places, strict=True)
+        )
+        return torch.cat((q, first), dim=-1), torch.cat((k, second), dim=-1)
 
     def normalize(self, scores: Tensor, inputs: Inputs) -> Tensor:
         """f."""
@@ -160,7 +165,7 @@ class Mega(Attention):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
         """One fused call for a softmax, else all pairs."""
         if self.weights_by == "softmax":
-            return self.fused(*self.features(q, k, inputs), v, inputs.pairs)
+            return self.fused(*self.features(q, k, inputs), v, inputs)
         return self.aggregate(Mega.weigh(self, q, k, inputs), v, inputs)
 
     def output(self, heads: Tensor, inputs: Inputs) -> Tensor:
@@ -171,10 +176,12 @@ class Mega(Attention):
         return y
 
 
-def _rotated(vector: Float[Tensor, " z"], places: int) -> Float[Tensor, "places z"]:
+def _rotated(
+    vector: Float[Tensor, " z"], places: Integer[Tensor, "*batch places"]
+) -> Float[Tensor, "*batch places z"]:
     first, second = vector.chunk(2)
     steps = torch.arange(len(first), device=vector.device) / len(first)
-    angle = torch.arange(places, device=vector.device)[:, None] * 10000.0**-steps
+    angle = places[..., None] * 10000.0**-steps
     sin, cos = angle.sin(), angle.cos()
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
@@ -183,7 +190,7 @@ def _rotated(vector: Float[Tensor, " z"], places: int) -> Float[Tensor, "places 
 class MegaChunk(Mega):
     """Mega whose tokens attend within chunks; the average alone goes on from one to the next."""
 
-    supports = replace(Mega.supports, cache="state")
+    supports = replace(Mega.supports, cache="state", counts=True)
     expected_failures: ClassVar[dict[str, str]] = {}
 
     max_positions: int = option(
@@ -217,7 +224,7 @@ class MegaChunk(Mega):
         used = (torch.arange(slots, device=k.device) < last).view(-1, self.chunk)
         # Behind the last token nothing is visible to a causal query anyway.
         inside = masks.causal if self.causal else masks.padding(used)
-        out = super().attend(q, k, v, replace(inputs, pairs=inside))
+        out = super().attend(q, k, v, replace(inputs, pairs=inside, given=False, mask=None))
         return at_places(out.reshape(len(at), slots, out.shape[-1]), at)[:, None]
 
     def weigh(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:

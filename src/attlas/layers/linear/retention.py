@@ -27,7 +27,7 @@ from attlas.inputs import Inputs
 class Retention(WideValues):
     """Attention whose weights decay by a head's own factor for every token in between."""
 
-    supports = replace(WideValues.supports, cross=False)
+    supports = replace(WideValues.supports, cross=False, counts=True)
     normalized = False
 
     def setup(self) -> None:
@@ -37,11 +37,11 @@ class Retention(WideValues):
         self.gate_proj = nn.Linear(self.dim, self.heads * self.value_dim, bias=self.bias)
         self.norm = nn.RMSNorm(self.value_dim, eps=1e-5, elementwise_affine=False)
         self.log_decay: Tensor
-        self.register_buffer("log_decay", _decays(self.heads), persistent=False)
+        self.hold("log_decay", lambda: _decays(self.heads))
 
     def gates(self, k: Tensor, inputs: Inputs) -> Gates:
         """A decay for each head."""
-        return {"log_decay": self.log_decay}
+        return {"log_decay": self.log_decay.to(k.device)}
 
     def output(self, heads: Tensor, inputs: Inputs) -> Tensor:
         """Every head normalised, then gated."""

@@ -140,7 +140,7 @@ class SoftmaxAsRNN(RecurrentAttention):
         if not self.pairwise:
             return super().attend(q, k, v, inputs)
         if self.divisor == "sum" and self.clamp is None:
-            return self.fused(q, k, v, inputs.pairs)
+            return self.fused(q, k, v, inputs)
         return self.aggregate(self.weigh(q, k, inputs), v, inputs)
 
     def output(self, heads: Tensor, inputs: Inputs) -> Tensor:

@@ -25,15 +25,16 @@ from typing import ClassVar
 
 import torch
 from einops import rearrange
-from jaxtyping import Float, Integer
+from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
-from torch.nn.functional import one_hot, silu
+from torch.nn.functional import silu
 
 from attlas import ops
 from attlas.attention import Attention
 from attlas.bases.packing import heads_at_places, place_heads, ranks
 from attlas.catalog.registry import mechanism
 from attlas.inputs import Inputs
+from attlas.network import moving
 from attlas.options import option
 from attlas.supports import Supports
 
@@ -43,7 +44,7 @@ class TransformerVQ(Attention):
     """Causal gated attention to quantised keys, in linear time."""
 
     supports = Supports(
-        bidirectional=False, cross=False, position=False, masks="padding", cache="state",
+        bidirectional=False, cross=False, position=False, masks="padding", cache="state", counts=True,
         one_length="blocks are as long as the sequence where that is shorter, and cut by its length",
     )  # fmt: skip
     changes = ("position", "aggregate")  # distances within the score; older values summed by code
@@ -123,12 +124,17 @@ class TransformerVQ(Attention):
         normed: Tensor = wide * size * self.head_dim**-0.25
         return normed.to(x.dtype)
 
+    @ops.exact
     def nearest(
         self, k: Float[Tensor, "batch kv_heads keys head_dim"]
     ) -> Integer[Tensor, "batch kv_heads keys"]:
         """Codes of keys."""
         c = self.codebook.to(torch.promote_types(k.dtype, torch.float32))
         return (c.square().sum(-1)[:, None] - 2 * k.detach().to(c.dtype) @ c.mT).argmin(-1)
+
+    def marked(self, codes: Tensor) -> Bool[Tensor, "batch kv_heads keys codes"]:
+        """Codes as rows with a 1; none where a code is −1."""
+        return codes[..., None] == torch.arange(self.codes, device=codes.device)
 
     def quantised(self, k: Tensor, codes: Tensor) -> Tensor:
         """Codewords in the keys' place, through which gradients reach the keys."""
@@ -155,8 +161,9 @@ class TransformerVQ(Attention):
         self.auxiliary_loss = self.commitment * away
         with torch.no_grad():
             dtype = self.code_sums.dtype
-            which = one_hot(codes, self.codes).to(dtype) * valid[:, None, :, None]
-            sums = (which.mT @ k.to(dtype).masked_fill(~valid[:, None, :, None], 0.0)).sum(0)
+            which = self.marked(codes).to(dtype) * valid[:, None, :, None]
+            shown = k.to(dtype).masked_fill(~valid[:, None, :, None], 0.0)
+            sums = ops.product(which.mT, shown).sum(0)
             self.code_sums.lerp_(sums, 1 - self.gamma)
             self.code_counts.lerp_(which.sum((0, 2)), 1 - self.gamma)
 
@@ -176,13 +183,14 @@ class TransformerVQ(Attention):
         scores = ops.grouped_product(q + self.content_bias * self.head_dim**-0.25, k.mT) + biases
         return scores if self.older else scores.masked_fill(apart > self.memory, -torch.inf)
 
+    @moving
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
     ) -> Float[Tensor, "batch heads queries value_dim"]:
         """Block by block, from where the cache has left it."""
         codes, tokens, valid = self.nearest(k), k.shape[2], inputs.valid_now
         k_hat, biases = self.quantised(k, codes), self.distances(q)
-        which = one_hot(codes, self.codes).to(v.dtype)
+        which = self.marked(codes).to(v.dtype)
         self.auxiliary_loss = None
         if self.training:
             self.learn(k, codes, inputs)
@@ -219,7 +227,7 @@ class TransformerVQ(Attention):
         visible = visible if self.older else visible & (apart <= self.memory)
         scores, counts, sums = near.masked_fill(~visible, -torch.inf), before[2], before[3]
         written = which[:, :, :slots].unflatten(2, (-1, size)).to(sums.dtype)
-        added = written.mT @ v[:, :, :slots].unflatten(2, (-1, size)).to(sums.dtype)
+        added = ops.product(written.mT, v[:, :, :slots].unflatten(2, (-1, size)).to(sums.dtype))
         fresh = written.sum(-2)
         counts = counts[:, :, None] + fresh.cumsum(2) - fresh
         sums = sums[:, :, None] + added.cumsum(2) - added
@@ -243,7 +251,7 @@ class TransformerVQ(Attention):
             values = v.new_zeros(*rows, self.memory, self.value_dim)
             counts = torch.zeros(*rows, self.codes, dtype=wide, device=v.device)
             return which, values, counts, counts[..., None].expand(*counts.shape, self.value_dim)
-        which = one_hot(codes.clamp(min=0), self.codes).to(v.dtype) * (codes >= 0)[..., None]
+        which = self.marked(codes).to(v.dtype)
         rest = (inputs.recall(name) for name in ("values", "counts", "sums"))
         return which, *(x for x in rest if x is not None)
 
@@ -257,7 +265,7 @@ class TransformerVQ(Attention):
         left = torch.arange(slots, device=v.device) < new[:, None]
         gone = (which[:, :, :slots] * left[:, None, :, None]).to(before[2].dtype)
         inputs.remember("counts", before[2] + gone.sum(2))
-        inputs.remember("sums", before[3] + gone.mT @ v[:, :, :slots].to(gone.dtype))
+        inputs.remember("sums", before[3] + ops.product(gone.mT, v[:, :, :slots].to(gone.dtype)))
         last = (new[:, None] + torch.arange(self.memory, device=v.device))[:, None, :, None]
         which = which.take_along_dim(last, dim=2)
         inputs.remember("codes", which.argmax(-1).masked_fill(which.sum(-1) == 0, -1))

@@ -18,6 +18,7 @@ gate, SiLU on values too, a LayerNorm, no LRPE; its gate of two linears in a row
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from einops import rearrange
@@ -63,7 +64,7 @@ class LRPE(nn.Module):
 class TransNormer(RecurrentAttention):
     """Gated linear attention with a decay per head, LRPE and a simple RMS norm."""
 
-    supports = replace(RecurrentAttention.supports, cross=False, position=False)
+    supports = replace(RecurrentAttention.supports, cross=False, position=False, counts=True)
     changes = ("score",)  # products without a softmax, of a SiLU's queries and keys
     normalized = False
 
@@ -85,8 +86,8 @@ class TransNormer(RecurrentAttention):
         self.lrpe = LRPE(self.kv_heads, self.head_dim) if self.rotates else None
         self.norm = self.make_norm(self.heads * self.head_dim)
         self.log_decay: Tensor
-        log_decay = log_decays(self.heads, self.layer_idx, self.layers) * self.slope_scale
-        self.register_buffer("log_decay", log_decay, persistent=False)
+        decays = partial(log_decays, self.heads, self.layer_idx, self.layers)
+        self.hold("log_decay", lambda: decays() * self.slope_scale)
 
     def make_norm(self, width: int) -> nn.Module:
         """The norm of all heads together; simple, since nothing in it is trained."""
@@ -101,7 +102,7 @@ class TransNormer(RecurrentAttention):
 
     def gates(self, k: Tensor, inputs: Inputs) -> Gates:
         """A decay for each head."""
-        return {"log_decay": self.log_decay}
+        return {"log_decay": self.log_decay.to(k.device)}
 
     def gate(self, x: Tensor) -> Tensor:
         """What the normalised heads are multiplied by; linear in x."""

@@ -28,8 +28,9 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from jaxtyping import Float, Integer
 from torch import Tensor, nn
-from torch.nn.functional import logsigmoid, normalize, pad, rms_norm, silu
+from torch.nn.functional import logsigmoid, pad, rms_norm, silu
 
+from attlas import ops
 from attlas.attention import Attention
 from attlas.bases.mlp import MemoryMLP, State
 from attlas.bases.packing import heads_at_places, place_heads, ranks, short_convolution
@@ -153,7 +154,7 @@ class NeuralMemory(Attention):
             found = [silu(x) for x in found]
         q, k, v = (self.split_heads(x) for x in found)
         if self.qk_norm == "l2":
-            q, k = normalize(q, dim=-1), normalize(k, dim=-1)
+            q, k = ops.unit(q), ops.unit(k)
         elif self.qk_norm == "rms":
             eps = torch.finfo(torch.float32).eps
             q = rms_norm(q, q.shape[-1:], eps=eps) * (self.q_gain + 1)

@@ -100,13 +100,18 @@ class _Windowed(WithMemory):
         k, v = (torch.cat((own.expand(len(x), -1, -1, -1), x), dim=2) for own, x in pairs)
         return k, v
 
-    def mask(self, q: Tensor, k: Tensor, inputs: Inputs) -> Mask:
+    def mask(self, q: Tensor, k: Tensor, inputs: Inputs) -> Mask | Tensor:
         """The persistent tokens, and valid ones in the window."""
         near = (masks.causal & masks.window(self.window)) | masks.sinks(self.persistent)
         if (valid := inputs.valid) is None:
             return near
-        always = valid.new_ones(len(valid), self.persistent)
-        return near & masks.padding(torch.cat((always, valid), dim=1))
+        shown = torch.cat((valid.new_ones(len(valid), self.persistent), valid), dim=1)
+        if not inputs.gaps:
+            return near & masks.padding(shown)
+        of = inputs.key_positions + self.persistent  # padding between tokens is no distance
+        first = torch.arange(self.persistent, device=of.device).expand(len(of), -1)
+        seen = masks.at(near, of[..., -q.shape[2] :], torch.cat((first, of), dim=-1))
+        return seen & shown[:, None, None, :]
 
 
 _EXAMPLE = {"persistent": 2, "memory": {"chunk": 2}}

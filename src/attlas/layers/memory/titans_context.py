@@ -144,7 +144,7 @@ class MemoryAsContext(WithMemory):
         sides = [self.keys_of(self.tokens.expand(len(q), -1, -1)), self.keys_of(recalled), (k, v)]
         keys, values = (torch.cat(side, dim=2) for side in zip(*sides, strict=True))
         visible = _visible(self.persistent, q.shape[2], q.device)
-        return super().output(self.fused(q, keys, values, visible), inputs)
+        return super().output(self.fused(q, keys, values, replace(inputs, pairs=visible)), inputs)
 
     def weigh(
         self, q: Tensor, k: Tensor, inputs: Inputs

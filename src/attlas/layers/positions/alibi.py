@@ -9,7 +9,7 @@ Source: "Train Short, Test Long: Attention with Linear Biases Enables Input Leng
 
 from __future__ import annotations
 
-import torch
+from typing import Any
 
 from attlas.attention import Attention
 from attlas.catalog.registry import Reduction, mechanism
@@ -17,8 +17,8 @@ from attlas.positions import ALiBi
 from attlas.supports import Supports
 
 
-def _flatten_slopes(layer: Attention, plain: Attention) -> None:
-    torch.nn.init.zeros_(layer.position_encoding.get_buffer("slopes"))
+def _flatten_slopes(layer: Any, plain: Attention) -> None:
+    layer.position_encoding.slopes.zero_()
     plain.load_state_dict(layer.state_dict())
 
 

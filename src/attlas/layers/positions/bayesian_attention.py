@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,8 @@ from attlas.catalog.registry import Reduction, mechanism
 from attlas.inputs import Inputs
 from attlas.kinds.claim import Claim
 from attlas.options import option
-from attlas.positions import ALiBi, Position, additive
+from attlas.positions import Position, additive
+from attlas.positions.bias import slopes
 from attlas.supports import Supports
 
 
@@ -41,7 +43,7 @@ class GaussianPrior(Position):
     def setup(self) -> None:
         """Scale, shape and location of each head's prior."""
         self.table: Tensor | None = None
-        self.scale = nn.Parameter(ALiBi(self.heads).slopes.log())
+        self.scale = nn.Parameter(torch.tensor(slopes(self.heads)).log())
         self.shape = nn.Parameter(torch.ones(self.heads))
         self.loc = nn.Parameter(torch.zeros(self.heads), requires_grad=self.train_loc)
 
@@ -75,9 +77,9 @@ class GaussianPrior(Position):
             self.table = None
 
 
-def _start_from_slopes(layer: Attention, alibi: Attention) -> None:
+def _start_from_slopes(layer: Attention, alibi: Any) -> None:
     prior = layer.position_encoding
-    prior.get_parameter("scale").copy_(alibi.position_encoding.get_buffer("slopes").double().log())
+    prior.get_parameter("scale").copy_(alibi.position_encoding.slopes.double().log())
     alibi.load_state_dict(layer.state_dict(), strict=False)
 
 
@@ -113,9 +115,10 @@ class Bayesian(Attention):
         assert isinstance(prior, GaussianPrior)
         if not q.is_cuda or (self.training and self.dropout > 0):
             return super().attend(q, k, v, inputs)
-        if torch.is_grad_enabled():
+        change = inputs.by_positions(self.score_mod, k.shape[2])
+        if torch.is_grad_enabled() or getattr(change, "of_call", False):
             return ops.attend(
-                q, k, v, mask=inputs.pairs, score_mod=self.score_mod, scale=self.scale,
+                q, k, v, mask=inputs.pairs, score_mod=change, scale=self.scale,
                 route="chunked",
             )  # fmt: skip
         with prior.tabled(k.shape[2]):

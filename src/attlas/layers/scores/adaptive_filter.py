@@ -113,6 +113,7 @@ class AdaptiveFilter(Attention):
         """q̃ and k̃, rotated back to time 0."""
         return self.rotated(q, -inputs.positions), self.rotated(k, -inputs.token_positions)
 
+    @ops.exact
     def score(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
         """Logarithms of the residuals' likelihoods, in float32 at least."""
         dtype = torch.promote_types(q.dtype, torch.float32)

@@ -45,7 +45,8 @@ EPS = 1e-5
 class _Walk(Attention):
     """One head of weights over places, from queries alone; values are the inputs themselves."""
 
-    supports = Supports(causal=False, position=False, memory="quadratic", single_queries=False)
+    supports = Supports(causal=False, position=False, memory="quadratic", single_queries=False,
+                        counts=True)  # fmt: skip
     changes = ("position",)
     beyond = ("project: values are the inputs themselves, and nothing is projected to be compared",)
 
@@ -143,8 +144,9 @@ class DCA(_Walk):
     """Energies from convolutions of the alignment before, over a prior that walks on."""
 
     supports = replace(
-        _Walk.supports, one_length="every step waits for the alignment before, so a length is steps"
-    )
+        _Walk.supports, gaps=False,
+        one_length="every step waits for the alignment before, so a length is steps",
+    )  # fmt: skip
 
     hidden: int = option("width of the two tanh", default=128, at_least=1)
     static_sizes: Sequence[int] = option(

@@ -117,7 +117,9 @@ class Luong(Attention):
 
     def distance(self, inputs: Inputs) -> Tensor:
         """s − p [batch, 1, queries, keys]; padding is no place."""
-        places: Tensor = torch.atleast_2d(inputs.key_positions)[:, None, None, :]
+        places: Tensor = torch.atleast_2d(
+            inputs.positions_of(inputs.key_positions.shape[-1])
+        )[:, None, None, :]
         if self.alignment == "monotonic":
             steps: Tensor = torch.atleast_2d(inputs.positions)[:, None, :, None]
             return places - steps

@@ -47,9 +47,12 @@ class MultiToken(Attention):
         ),
     )  # fmt: skip
 
-    supports = Supports(memory="quadratic", remembers=True)
+    supports = Supports(memory="quadratic", gaps=False, remembers=True)
     changes = ("score",)
-    expected_failures: ClassVar[dict[str, str]] = {"static-cache": "no room for rows of scores"}
+    expected_failures: ClassVar[dict[str, str]] = {
+        "static-cache": "no room for rows of scores",
+        "told-positions": "the convolutions are over pairs of tokens in their order",
+    }
 
     kernel_size: Sequence[int] = option(
         "(c_q, c_k), queries and keys that a score depends on", default=(6, 11), at_least=1,

@@ -19,8 +19,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from torch.utils.checkpoint import checkpoint
 
+from attlas import ops
 from attlas.attention import Attention
 from attlas.catalog.registry import mechanism
 from attlas.inputs import Inputs
@@ -72,11 +72,8 @@ class Neural(Attention):
     def score(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
         """Scores of all pairs, a block of queries at a time."""
         parts = [q[:, :, rows] for rows in stretches(q.shape[2], BLOCK)]
-        again = len(parts) > 1 and torch.is_grad_enabled()
-        return torch.cat([
-            checkpoint(self.pairs, part, k, use_reentrant=False) if again else self.pairs(part, k)
-            for part in parts
-        ], dim=2)  # fmt: skip
+        many = len(parts) > 1
+        return torch.cat([ops.recomputed(self.pairs, part, k, when=many) for part in parts], dim=2)
 
     def pairs(self, q: Tensor, k: Tensor) -> Tensor:
         """The network's answers for q with k, all that it makes on the way in memory."""

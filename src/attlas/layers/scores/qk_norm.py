@@ -14,8 +14,8 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 
+from attlas import ops
 from attlas.attention import Attention
 from attlas.catalog.registry import mechanism
 from attlas.inputs import Inputs
@@ -38,4 +38,4 @@ class QKNorm(Attention):
 
     def features(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Unit queries times g, and unit keys."""
-        return self.g * normalize(q, dim=-1), normalize(k, dim=-1)
+        return self.g * ops.unit(q), ops.unit(k)

@@ -26,6 +26,7 @@ from attlas.attention import Attention
 from attlas.catalog.registry import Reduction, mechanism
 from attlas.inputs import Inputs
 from attlas.kinds.claim import Claim
+from attlas.network import moving
 from attlas.options import option
 
 
@@ -86,12 +87,13 @@ class AffineScaled(Attention):
         count = visible.sum(-1, keepdim=True).clamp(min=1)
         return alpha * weights + visible * self.shift(alpha) / count
 
+    @moving
     def attend(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
         """Plain attention in one fused call, scaled, and a share of the visible values' mean."""
         alpha = self.alpha(inputs.x)
         if self.training:
             self._follow(alpha.detach(), inputs)
-        out = self.fused(q, k, v, inputs.pairs)
+        out = self.fused(q, k, v, inputs)
         mean = ops.repeated(self._mean(q, k, v, inputs), out.shape[1])
         return alpha * out + self.shift(alpha) * mean
 

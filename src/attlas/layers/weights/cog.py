@@ -24,6 +24,7 @@ from attlas.catalog.registry import mechanism
 from attlas.inputs import Inputs
 from attlas.kinds.claim import Claim
 from attlas.masks import Mask
+from attlas.positions.base import placeless
 
 
 @mechanism("cog-attention", aliases=("cog",))
@@ -47,14 +48,16 @@ class Cog(Attention):
         """Positive and negative logits as heads 2h and 2h + 1 of one fused call, then merged."""
         if q.shape[2] == 1:  # for a lone query the weights are little to hold
             return self.aggregate(self.weigh(q, k, inputs), v, inputs)
-        mask = inputs.pairs
+        mask, plain = inputs.pairs, self.position_encoding.score_mod is None
+        change = self._by_sign if plain else self._signed
         if isinstance(mask, Mask) and mask.heads:
             mask = masks.by_groups(mask, 2)
         elif isinstance(mask, Tensor) and mask.shape[1] > 1:
             mask = mask.repeat_interleave(2, dim=1)
         out, lse = ops.attend(
-            q.repeat_interleave(2, dim=1), k, v, mask=mask, score_mod=self._signed,
-            scale=self.scale, dropout=self.dropout if self.training else 0.0, return_lse=True,
+            q.repeat_interleave(2, dim=1), k, v, mask=mask, scale=self.scale,
+            score_mod=inputs.by_positions(change, k.shape[2]),
+            dropout=self.dropout if self.training else 0.0, return_lse=True,
         )  # fmt: skip
         positive, negative = (out[:, 0::2], lse[:, 0::2]), (-out[:, 1::2], lse[:, 1::2])
         return ops.merge([positive, negative])[0]
@@ -63,5 +66,9 @@ class Cog(Attention):
         """|p| where p has the sub-head's sign; a half of exp(0) each, which cancel, where it has none."""
         inner = self.position_encoding.score_mod
         p = score if inner is None else inner(score, b, h // 2, q_idx, kv_idx)
+        return self._by_sign(p, b, h, q_idx, kv_idx)
+
+    @placeless
+    def _by_sign(self, p: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         p = p * (1 - 2 * (h % 2))
         return p.masked_fill(p < 0, -torch.inf).masked_fill(p == 0, -math.log(2))

@@ -99,12 +99,12 @@ class LongShort(Attention):
             parts, long = (mask, None), self.heads
         if long % group:  # a key head of both kinds
             k, v, group = ops.repeated(k, q.shape[1]), ops.repeated(v, q.shape[1]), 1
-        kinds = (slice(0, long), slice(long, self.heads))
+        keys, kinds = k.shape[2], (slice(0, long), slice(long, self.heads))
         outs = [
             ops.attend(
                 q[:, kind], k[:, kind.start // group : kind.stop // group],
                 v[:, kind.start // group : kind.stop // group], mask=part, scale=self.scale,
-                score_mod=_from_head(self.score_mod, kind.start),
+                score_mod=inputs.by_positions(_from_head(self.score_mod, kind.start), keys),
                 dropout=self.dropout if self.training else 0.0,
             )
             for kind, part in zip(kinds, parts, strict=True) if kind.start < kind.stop
@@ -117,8 +117,8 @@ def largest_logits(layer: Attention, x: Tensor, **given: Any) -> Tensor:
     """Largest visible logit before the softmax, one a head [heads]; all pairs are held."""
     q, k, _, inputs = layer.prepare(x, **given)
     scores, visible = layer.score(q, k, inputs), inputs.visible(q, k)
-    if layer.score_mod is not None:
-        scores = layer.score_mod(scores, *ops.indices(scores, k.shape[2] - q.shape[2]))
+    if (change := inputs.by_positions(layer.score_mod, k.shape[2])) is not None:
+        scores = change(scores, *ops.indices(scores, k.shape[2] - q.shape[2]))
     if visible is not None:
         scores = scores.masked_fill(~visible, -torch.inf)
     return scores.amax((0, 2, 3))

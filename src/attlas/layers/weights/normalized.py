@@ -67,8 +67,12 @@ class Normalized(Attention):
         alike = inputs.pairs is None or (self.pattern is None and inputs.valid is not None)
         if not alike or self.score_mod is not None or (self.training and self.dropout):
             return super().attend(q, k, v, inputs)
-        exact = torch.promote_types(q.dtype, torch.float32)
-        queries, keys, values = (x.to(exact) for x in (self.scale * q, k, v))
+        return self.by_sums(q, k, v, inputs)
+
+    @ops.exact
+    def by_sums(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
+        """All queries' outputs from the keys' covariance and their product with the values."""
+        queries, keys, values = (ops.wide(x) for x in (self.scale * q, k, v))
         valid = values.new_ones(1, 1, k.shape[2], 1)
         if inputs.valid is not None:
             valid = valid * inputs.valid[:, None, -k.shape[2] :, None]

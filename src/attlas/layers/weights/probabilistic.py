@@ -138,8 +138,8 @@ class Probabilistic(Attention):
     def joint(self, q: Tensor, zeta: Tensor, mu: Tensor, inputs: Inputs) -> Tensor:
         """log w of these means with positions, −∞ where hidden."""
         scores, visible = self.log_weights(q, zeta, mu, inputs), inputs.visible(q, zeta)
-        if self.score_mod is not None:
-            scores = self.score_mod(scores, *ops.indices(scores, zeta.shape[2] - q.shape[2]))
+        if (change := inputs.by_positions(self.score_mod, zeta.shape[2])) is not None:
+            scores = change(scores, *ops.indices(scores, zeta.shape[2] - q.shape[2]))
         return scores if visible is None else scores.masked_fill(~visible, -torch.inf)
 
     def aggregate(self, weights: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
@@ -150,7 +150,7 @@ class Probabilistic(Attention):
         """Fused where nothing adapts and no pair has a prior of its own."""
         if self.key_steps or not {"fixed", "log_prior"}.isdisjoint(inputs.extras):
             return self.aggregate(self.weigh(q, k, inputs), v, inputs)
-        return self.fused(*self.features(q, k, inputs), v, inputs.pairs)
+        return self.fused(*self.features(q, k, inputs), v, inputs)
 
 
 def _drawn(

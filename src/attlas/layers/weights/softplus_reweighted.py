@@ -19,14 +19,16 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize, softplus
+from torch.nn.functional import softplus
 
+from attlas import ops
 from attlas.attention import Attention
 from attlas.catalog.registry import Reduction, mechanism
 from attlas.inputs import Inputs
 from attlas.kinds.claim import Claim
 from attlas.options import option
 from attlas.positions import ScoreMod
+from attlas.positions.base import placeless
 from attlas.supports import Supports
 
 
@@ -59,8 +61,8 @@ class Softplus(Attention):
         if not self.scaled:
             return q, k
         count = self.count(q, k, inputs).clamp(min=1).to(torch.float64)
-        q = normalize(q, dim=-1, eps=1e-6) * count.log().to(q.dtype)
-        return q, normalize(k, dim=-1, eps=1e-6)
+        q = ops.unit(q, 1e-6) * count.log().to(q.dtype)
+        return q, ops.unit(k, 1e-6)
 
     def count(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
         """Keys that each query sees [batch or 1, heads or 1, queries or 1, 1]."""
@@ -79,13 +81,21 @@ class Softplus(Attention):
     def score_mod(self) -> ScoreMod | None:
         """The logarithm of softplus, after the position encoding's change."""
         inner = self.position_encoding.score_mod
-        return inner if self.activation == "exp" else self._log_softplus
+        if self.activation == "exp":
+            return inner
+        return self._log_softplus if inner is None else self._changed
 
-    def _log_softplus(
+    def _changed(
         self, score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor
     ) -> Tensor:
         inner = self.position_encoding.score_mod
         score = score if inner is None else inner(score, b, h, q_idx, kv_idx)
+        return self._log_softplus(score, b, h, q_idx, kv_idx)
+
+    @placeless
+    def _log_softplus(
+        self, score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor
+    ) -> Tensor:
         # Far below 0 it is the score itself, where softplus or its inverse leaves the range.
         low = -10.0 if score.dtype == torch.float16 else -40.0
         return torch.where(score < low, score, softplus(score.clamp(min=low)).log())
