@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-from einops import rearrange
 from jaxtyping import Bool, Float, Integer, Shaped
 from torch import Tensor
 from torch.nn.functional import pad
 
 from attlas import masks, ops
 from attlas.errors import UserError
+from attlas.folding import folded, unfolded
 from attlas.masks import Mask
 from attlas.positions import Position, ScoreMod, positioned
 from attlas.supports import Form
@@ -272,16 +272,16 @@ class Inputs:
         # every cache of Transformers can hold it.
         counts = k.shape[1], v.shape[1]
         heads, sides = min(counts), dict(self.carried)
-        packed = [_folded(v, heads), *(_folded(x, heads).to(v.dtype) for x in sides.values())]
+        packed = [folded(v, heads), *(folded(x, heads).to(v.dtype) for x in sides.values())]
         widths = [x.shape[-1] for x in packed]
         values = torch.cat(packed, dim=-1) if sides else packed[0]
-        k, v = self.cache.update(_folded(k, heads), values, self.layer_idx)
+        k, v = self.cache.update(folded(k, heads), values, self.layer_idx)
         length = int(self.cache.get_seq_length(self.layer_idx))
         k, v = k[:, :, :length], v[:, :, :length]  # a static cache gives its empty slots too
         v, *behind = v.split(widths, dim=-1) if sides else (v,)
         for (name, x), each in zip(sides.items(), behind, strict=True):
-            self.carried[name] = _unfolded(each, x.shape[1]).to(x.dtype)
-        k, v = (_unfolded(x, count) for x, count in zip((k, v), counts, strict=True))
+            self.carried[name] = unfolded(each, x.shape[1]).to(x.dtype)
+        k, v = (unfolded(x, count) for x, count in zip((k, v), counts, strict=True))
         return k, v
 
     def recall(self, name: str) -> Tensor | None:
@@ -343,19 +343,3 @@ def _positions(seen: int, tokens: Tensor, valid: Tensor | None) -> Tensor:
 def _agree(some: Tensor, others: Tensor) -> bool:
     """Whether positions are the same in every row."""
     return bool((some == others).all())
-
-
-def _folded(x: Tensor, heads: int) -> Tensor:
-    """Data of one or of n · heads heads, as that of `heads`."""
-    if x.shape[1] == heads:
-        return x
-    if x.shape[1] < heads:
-        return x.expand(-1, heads, -1, -1)
-    return rearrange(x, "b (h n) t w -> b h t (n w)", h=heads)
-
-
-def _unfolded(x: Tensor, heads: int) -> Tensor:
-    """What `_folded` was given."""
-    if heads <= x.shape[1]:
-        return x if heads == x.shape[1] else x[:, :heads]
-    return rearrange(x, "b h t (n w) -> b (h n) t w", n=heads // x.shape[1])
