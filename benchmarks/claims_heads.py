@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from cache_quality import batches, rows
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -37,6 +36,7 @@ from attlas.parts.select.adaptive_long_context import AdaptiveLongContext, gauss
 from attlas.tasks.continuation import continuation
 from attlas.tasks.haystack import correct
 from attlas.tasks.text import passage
+from cache_quality import batches, rows
 
 #: Tokens of a context, of an answer, and that are predicted of a text; rows that are read together.
 LENGTH, ANSWER, PREDICTED, AT_ONCE = 4096, 6, 64, 32
@@ -56,7 +56,13 @@ def duo(cell: str, seed: int, quick: bool) -> Iterator[Row]:
     """Needles and perplexity by gates and share of streaming heads; 100 needles a seed."""
     model, tokenizer, device = loaded()
     length, steps = (256, 2) if quick else (LENGTH, 400)
-    texts = windows(tokenizer, None, tokens=64 * (128 if quick else 1024), length=128 if quick else 1024, seed=seed)
+    texts = windows(
+        tokenizer,
+        None,
+        tokens=64 * (128 if quick else 1024),
+        length=128 if quick else 1024,
+        seed=seed,
+    )
 
     def tick(done: int, total: int) -> None:
         if done % 50 == 0:
@@ -67,7 +73,11 @@ def duo(cell: str, seed: int, quick: bool) -> Iterator[Row]:
     yield Row("gates below 0.1", 100 * float((fitted < 0.1).float().mean()), " %", "higher")
     yield Row("gates above 0.5", 100 * float((fitted > 0.5).float().mean()), " %", "higher")
     torch.manual_seed(seed)
-    gates = {"fitted": fitted, "random": torch.rand_like(fitted), "inverted": 1 - fitted.clamp(0, 1)}
+    gates = {
+        "fitted": fitted,
+        "random": torch.rand_like(fitted),
+        "inverted": 1 - fitted.clamp(0, 1),
+    }
     sizes = {"sinks": 16, "recent": 32} if quick else {}
     parts: dict[str, CachePart | None] = {"full": None}
     for share in (0.5, 0.75):
@@ -81,7 +91,12 @@ def duo(cell: str, seed: int, quick: bool) -> Iterator[Row]:
 
 
 def needles(
-    model: Any, tokenizer: Any, parts: dict[str, CachePart | None], length: int, seed: int, count: int
+    model: Any,
+    tokenizer: Any,
+    parts: dict[str, CachePart | None],
+    length: int,
+    seed: int,
+    count: int,
 ) -> Iterator[tuple[str, float]]:
     """(part and when it is asked, share of numbers that are said rightly)."""
     single = [row for row in rows(tokenizer, length, seed) if row.task == "single"][:count]
@@ -102,7 +117,9 @@ def needles(
                         said.append(logits.argmax(-1, keepdim=True))
                         logits = model(said[-1], **with_cache(model, cache)).logits[:, -1]
                 answers = [tokenizer.decode(each) for each in torch.cat(said, 1).tolist()]
-                right[f"{name}: {when}"] += sum(_right(r.number, a) for r, a in zip(batch, answers, strict=True))
+                right[f"{name}: {when}"] += sum(
+                    _right(r.number, a) for r, a in zip(batch, answers, strict=True)
+                )
         print(f"duo-attention seed {seed}: batch {number}, {dict(right)}", flush=True)
     yield from ((name, n / len(single)) for name, n in right.items())
 
@@ -120,7 +137,12 @@ class _Number:
 
 @torch.no_grad()
 def perplexities(
-    model: Any, tokenizer: Any, parts: dict[str, CachePart | None], length: int, seed: int, count: int
+    model: Any,
+    tokenizer: Any,
+    parts: dict[str, CachePart | None],
+    length: int,
+    seed: int,
+    count: int,
 ) -> Iterator[tuple[str, float]]:
     """(part, perplexity of what follows over the full cache's)."""
     texts = [continuation(tokenizer, length, PREDICTED, f"heads {seed} {i}") for i in range(count)]
@@ -151,7 +173,11 @@ class Watched(AdaptiveLongContext):
         near = self.near_mass(call.cache_layer, body, call)
         keys, q = keys_of(body, self.sinks).float(), call.q[:, :, 0].float() * call.scaling
         true = scores_over(body, call.q, call.scaling)[..., self.sinks :].logsumexp(-1)
-        far = [true, self.far_mass(state, call.q, call.scaling), *(mixed_mass(q, keys, n) for n in CHUNKS)]
+        far = [
+            true,
+            self.far_mass(state, call.q, call.scaling),
+            *(mixed_mass(q, keys, n) for n in CHUNKS),
+        ]
         self.found[call.layer].append((near - torch.stack(far)).sigmoid().cpu())
 
     def setup(self) -> None:
@@ -177,7 +203,8 @@ def adaptive(cell: str, seed: int, quick: bool) -> Iterator[Row]:
     for i in range(count):
         rng = random.Random(f"adaptive {seed} {i}")
         again, filler = (
-            tokenizer(passage(rng, 8 * n), add_special_tokens=False)["input_ids"][:n] for n in (repeat, between)
+            tokenizer(passage(rng, 8 * n), add_special_tokens=False)["input_ids"][:n]
+            for n in (repeat, between)
         )
         texts.append(again + filler + again)
     ids = torch.tensor(texts, device=device)
@@ -189,7 +216,9 @@ def adaptive(cell: str, seed: int, quick: bool) -> Iterator[Row]:
             for at in range(start, ids.shape[1]):
                 model(ids[:, at : at + 1], **with_cache(model, cache))
         shares = torch.stack([torch.stack(part.found[i]) for i in sorted(part.found)])
-        yield from judged(shares, part.threshold, f"{recent} recent")  # [layers, steps, estimates, batch, heads]
+        yield from judged(
+            shares, part.threshold, f"{recent} recent"
+        )  # [layers, steps, estimates, batch, heads]
         if recent == 128:
             for threshold in (0.3, 0.9):
                 yield from judged(shares, threshold, f"{recent} recent, τ {threshold}")
@@ -207,14 +236,33 @@ def judged(shares: Tensor, threshold: float, told: str) -> Iterator[Row]:
         yield Row(f"{told}: {name}, agree", 100 * float(same.mean()), " %", "higher")
         if i == 1:
             third = len(same) // 3
-            for depth, some in (("lower", same[:third]), ("middle", same[third : 2 * third]), ("upper", same[2 * third :])):
-                yield Row(f"{told}: {name}, agree in the {depth} third", 100 * float(some.mean()), " %", "higher")
+            for depth, some in (
+                ("lower", same[:third]),
+                ("middle", same[third : 2 * third]),
+                ("upper", same[2 * third :]),
+            ):
+                yield Row(
+                    f"{told}: {name}, agree in the {depth} third",
+                    100 * float(some.mean()),
+                    " %",
+                    "higher",
+                )
         missed = float((true & ~looks[:, :, i]).float().mean())
         yield Row(f"{told}: {name}, missed", 100 * missed, " %", "lower")
         lost = (1 - shares[:, :, 0])[true & ~looks[:, :, i]]
-        yield Row(f"{told}: {name}, mass far away where it is missed", 100 * float(lost.mean()) if len(lost) else 0.0, " %", "lower")
+        yield Row(
+            f"{told}: {name}, mass far away where it is missed",
+            100 * float(lost.mean()) if len(lost) else 0.0,
+            " %",
+            "lower",
+        )
         clear = (shares[:, :, 0] - threshold).abs() > 0.1
-        yield Row(f"{told}: {name}, agree where it is clear by 0.1", 100 * float(same[clear].mean()), " %", "higher")
+        yield Row(
+            f"{told}: {name}, agree where it is clear by 0.1",
+            100 * float(same[clear].mean()),
+            " %",
+            "higher",
+        )
 
 
 @dataclass(frozen=True)
@@ -226,6 +274,7 @@ class Claimed:
     measure: Callable[[str, int, bool], Iterator[Row]]
     expects: tuple[Expectation, ...]
     cells: tuple[str, ...] = ("all",)
+    derived: Callable[[list[Row]], list[Row]] = lambda rows: []
 
     def rows(self, cell: str, seed: int, quick: bool) -> Iterator[Row]:
         return self.measure(cell, seed, quick)

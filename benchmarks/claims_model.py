@@ -19,11 +19,11 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
-from claims_conversion import CONVERSIONS
-from claims_heads import HEADS
 
 from attlas.kinds.expect import Row, verdict
 from attlas.study.record import packed, save
+from claims_conversion import CONVERSIONS
+from claims_heads import HEADS
 
 CLAIMS = {**HEADS, **CONVERSIONS}
 #: The last line of a cell that is finished.
@@ -51,7 +51,10 @@ def measure(name: str, cell: str, seed: int, quick: bool, path: Path) -> None:
             file.write(json.dumps(row._asdict()) + "\n")
             file.flush()
             spent = time.perf_counter() - start
-            print(f"{name} {cell} seed {seed} {spent:5.0f} s  {row.name}: {row.value:.4g} {row.unit}", flush=True)
+            print(
+                f"{name} {cell} seed {seed} {spent:5.0f} s  {row.name}: {row.value:.4g} {row.unit}",
+                flush=True,
+            )
         file.write(json.dumps(END) + "\n")
 
 
@@ -74,6 +77,7 @@ def recorded(name: str, cells: list[tuple[str, int]], folder: Path, out: Path) -
             print(f"{name}: {cell} of seed {seed} is not finished")
             return
         rows += found
+    rows += claim.derived(rows)
     numbers = defaultdict(list)
     for row in rows:
         numbers[row.name].append(row.value)
@@ -111,9 +115,21 @@ def main() -> None:
         measure(name, given.cell, given.seed, given.quick, path)
         return
     names = given.names or list(CLAIMS)
-    cells = {name: [(cell, seed) for seed in range(given.seeds) for cell in CLAIMS[name].cells] for name in names}
+    cells = {
+        name: [(cell, seed) for seed in range(given.seeds) for cell in CLAIMS[name].cells]
+        for name in names
+    }
     waiting = [
-        [name, "--cell", cell, "--seed", str(seed), "--lines", str(lines), *["--quick"] * given.quick]
+        [
+            name,
+            "--cell",
+            cell,
+            "--seed",
+            str(seed),
+            "--lines",
+            str(lines),
+            *["--quick"] * given.quick,
+        ]
         for name, each in cells.items()
         for cell, seed in each
         if found_in(lines_of(lines, name, cell, seed)) is None
