@@ -4,7 +4,7 @@
                    Hedgehog's feature maps alone, by the cross-entropy of its weights from the softmax's;
                    gated attention whole, by the squared error of its output over the output's square
     2. tuned       what stage 1 trained, and low-rank differences of W_Q, W_K, W_V and W_O, on the loss
-                   of the language model; the model itself is tuned likewise, by the differences alone
+                   of the language model; the model itself is tuned likewise, by these alone
 
 Texts are Shakespeare's plays, the loss that of held-out pieces. Features of `linear-attention` are elu + 1,
 which have nothing to distil. Gated linear attention gets keys as wide as the model's, to take them over.
@@ -239,8 +239,8 @@ class Claimed:
     def set_up(self) -> str:
         s = Sizes()
         return (
-            f"SmolLM2-135M, {s.distil} steps a layer by itself and {s.tune} on the plays, {s.batch} pieces of "
-            f"{s.length} tokens, differences of rank {s.rank}; nats of {s.tested} held-out pieces"
+            f"SmolLM2-135M, {s.distil} steps a layer by itself and {s.tune} on the plays, {s.batch} pieces "
+            f"of {s.length} tokens, differences of rank {s.rank}; nats of {s.tested} held-out pieces"
         )
 
     def rows(self, cell: str, seed: int, quick: bool) -> Iterator[Row]:
@@ -264,8 +264,8 @@ def recovered(rows: list[Row]) -> list[Row]:
 
 CONVERSIONS = {
     "hedgehog": Claimed(
-        "distilled features come nearer to the softmax than elu features do, and tuning then recovers most of "
-        "what conversion loses",
+        "distilled features come nearer to the softmax than elu features do, and tuning then recovers "
+        "most of what conversion loses",
         (MODEL, "linear-attention", "hedgehog"),
         (
             Beats("hedgehog, KL of weights distilled", "linear-attention, KL of weights distilled"),
@@ -275,7 +275,8 @@ CONVERSIONS = {
         recovered,
     ),
     "regla": Claimed(
-        "converted from a pretrained model it is better than plain gated linear attention after equal tuning",
+        "converted from a pretrained model it is better than plain gated linear attention after equal "
+        "tuning",
         ("gated-linear-attention", "regla"),
         (Beats("regla, tuned", "gated-linear-attention, tuned"),),
     ),

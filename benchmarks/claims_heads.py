@@ -1,4 +1,4 @@
-"""Claims of DuoAttention and of adaptive long-context heads, on SmolLM2: which heads must look far?
+"""Claims of DuoAttention and adaptive long-context heads, on SmolLM2: which heads must look far?
 
 DuoAttention: gates that were fitted, random ones, and the fitted ones inverted, with half and a quarter of
 the heads retrieving. A needle that is asked for in the prompt (`asked`) is found by the prompt's own
@@ -81,8 +81,9 @@ def duo(cell: str, seed: int, quick: bool) -> Iterator[Row]:
     sizes = {"sinks": 16, "recent": 32} if quick else {}
     parts: dict[str, CachePart | None] = {"full": None}
     for share in (0.5, 0.75):
-        parts |= {f"{name}, {share:.0%} stream": attlas.make("duo-attention", sparsity=share, pattern=each, **sizes)
-                  for name, each in gates.items()}  # fmt: skip
+        for name, each in gates.items():
+            part = attlas.make("duo-attention", sparsity=share, pattern=each, **sizes)
+            parts[f"{name}, {share:.0%} stream"] = part
     parts["all stream"] = attlas.make("duo-attention", sparsity=1.0, pattern=fitted, **sizes)
     for name, ratio in perplexities(model, tokenizer, parts, length, seed, 2 if quick else 32):
         yield Row(f"{name}: perplexity over the full cache's", ratio, "", "lower")
@@ -282,10 +283,10 @@ class Claimed:
 
 HEADS = {
     "duo-attention": Claimed(
-        "with half of the heads streaming, passkeys are still found by the gates that were fitted, not by random "
-        "ones",
-        f"SmolLM2-135M, bfloat16, 100 needles a seed in {LENGTH} tokens, 64 sinks and 256 recent tokens; gates "
-        "of 400 steps a seed",
+        "with half of the heads streaming, passkeys are still found by the gates that were fitted, not "
+        "by random ones",
+        f"SmolLM2-135M, bfloat16, 100 needles a seed in {LENGTH} tokens, 64 sinks and 256 recent tokens; "
+        "gates of 400 steps a seed",
         duo,
         (
             Beats("fitted, 50% stream: blind", "random, 50% stream: blind"),
@@ -293,9 +294,10 @@ HEADS = {
         ),
     ),
     "adaptive-long-context-heads": Claimed(
-        "what is near, and a Gaussian for what is far, tell in nine of ten cases whether a head looks far",
-        "SmolLM2-135M, bfloat16, 34 texts a seed of 2048 tokens whose first 256 come again at the end; 64 tokens of "
-        "these, 270 heads",
+        "what is near, and a Gaussian for what is far, tell in nine of ten cases whether a head looks "
+        "far",
+        "SmolLM2-135M, bfloat16, 34 texts a seed of 2048 tokens whose first 256 come again at the end; 64 "
+        "tokens of these, 270 heads",
         adaptive,
         (Within("128 recent: one Gaussian, agree", least=90.0),),
     ),
