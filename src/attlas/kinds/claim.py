@@ -43,6 +43,8 @@ class Claim(Study):
     also: str = option("tells several claims of one mechanism apart", default="")
     steps: int = option("of the optimiser", default=1000, at_least=1)
     batch: int = option("rows of a step", default=32, at_least=1)
+    rate: float = option("highest learning rate", default=3e-3, above=0)
+    exact: bool = option("train in float32 on a GPU too, where it is bfloat16 else", default=False)
     dim: int = option("width of the model", default=64, at_least=1)
     layers: int = option("of the model", default=2, at_least=1)
     heads: int = option("of each layer", default=4, at_least=1)
@@ -120,7 +122,7 @@ class Claim(Study):
         kind = self.device.partition(":")[0]
         return Plan(
             task=parse_task(self.task)[0], mechanisms=parse_mechanisms([*self.against, self.ours]),
-            seeds=self.seeds, steps=self.steps, batch=self.batch, accumulate=1, rate=3e-3,
+            seeds=self.seeds, steps=self.steps, batch=self.batch, accumulate=1, rate=self.rate,
             dim=self.dim, layers=self.layers, heads=self.heads, tested=512, save=self.steps,
-            device=kind, dtype="float32" if kind == "cpu" else "bfloat16",
+            device=kind, dtype="float32" if kind == "cpu" or self.exact else "bfloat16",
         )  # fmt: skip

@@ -49,7 +49,8 @@ def operations(net: Net, task: Task) -> int:
     fused kernel; a causal half that a kernel leaves out is counted as well.
     """
     row = drawn(task, 1, task.splits[0], 0)
-    own = copy.deepcopy(net).cpu().float().eval()
+    # The counter hooks into whatever asks for gradients, and fails at views of parameters.
+    own = copy.deepcopy(net).cpu().float().eval().requires_grad_(False)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         own(row)
     return int(counter.get_total_flops())

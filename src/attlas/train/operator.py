@@ -2,7 +2,8 @@
 
     h = W_in [field, coordinates];   h += attention(norm(h));   h += MLP(norm(h));   out = W_out norm(h)
 
-Attention runs over the points, without positions of its own: the coordinates say where a point is.
+Attention runs over the points, without positions of its own: the coordinates say where a point is. A
+mechanism that has room for them in its heads (`coordinates=1` for a line, 2 for a square) is given them too.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ class Operator(nn.Module):
     """A field's operator.
 
     Args:
-        inputs: numbers at every point.
+        inputs: numbers at every point, the field's and then its coordinates.
         outputs: numbers at every point.
         dim: width.
         layers: of attention and MLP.
@@ -45,7 +46,7 @@ class Operator(nn.Module):
         """The field that the operator makes of a field."""
         h = self.read(values)
         for layer in self.layers:
-            h = layer(h)
+            h = layer(h, values)
         said: Tensor = self.say(self.norm(h))
         return said
 
@@ -54,10 +55,12 @@ class _Block(nn.Module):
     def __init__(self, dim: int, heads: int, attention: str, options: Mapping[str, Any]) -> None:
         super().__init__()
         self.before_attention, self.before_mlp = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.attention = registry.make(attention, dim=dim, heads=heads, **options)
+        self.attention: Any = registry.make(attention, dim=dim, heads=heads, **options)
+        self.coordinates: int = getattr(self.attention, "coordinates", 0)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
-    def forward(self, h: Tensor) -> Tensor:
-        h = h + self.attention(self.before_attention(h))
+    def forward(self, h: Tensor, values: Tensor) -> Tensor:
+        places = {"coordinates": values[..., -self.coordinates :]} if self.coordinates else {}
+        h = h + self.attention(self.before_attention(h), **places)
         changed: Tensor = h + self.mlp(self.before_mlp(h))
         return changed

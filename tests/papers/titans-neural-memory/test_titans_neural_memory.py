@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import gelu, layer_norm
+from torch.utils.flop_counter import FlopCounterMode
 
 import attlas
 from attlas import ops
@@ -167,3 +168,11 @@ def test_bad_options_are_named(options: dict[str, object]) -> None:
 def test_a_map_of_weights_is_refused() -> None:
     with pytest.raises(ValueError, match="weights"):
         _layer().weights(_x())
+
+
+def test_operations_are_counted_while_it_learns_from_gradients() -> None:
+    """The counter hooks into calls of modules, of which there must be none while a gradient is taken."""
+    layer = attlas.make(NAME, dim=8, heads=2, chunk=3, kernel=1, expansion=1.0)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        layer(_x(6).float())
+    assert counter.get_total_flops() > 0

@@ -28,6 +28,7 @@ from attlas.attention import Attention
 from attlas.catalog.registry import mechanism
 from attlas.errors import UserError
 from attlas.inputs import Inputs
+from attlas.kinds.claim import Claim
 from attlas.layers.memory.titans import NeuralMemory
 from attlas.masks import Mask
 from attlas.options import option
@@ -114,6 +115,12 @@ class _Windowed(WithMemory):
         return seen & shown[:, None, None, :]
 
 
+def _gate(step: str) -> str:
+    """The layer of the claim, with a linear memory."""
+    memory = f"{{'chunk': 2, 'depth': 1, 'residual': False, {step}}}"
+    return f"titans-memory-as-gate(window=4, memory={memory})"
+
+
 _EXAMPLE = {"persistent": 2, "memory": {"chunk": 2}}
 
 
@@ -123,6 +130,17 @@ _EXAMPLE = {"persistent": 2, "memory": {"chunk": 2}}
 )  # fmt: skip
 class MemoryAsGate(_Windowed):
     """What attention finds near, gated by what the memory recalls."""
+
+    #: The rivals: the same layer whose memory learns nothing, which leaves a window, and the default memory.
+    #: Ours takes the paper's step, as θ multiplies a mean over the 16 channels of a head.
+    claims = (
+        Claim(
+            "with a window far shorter than the text, it finds needles at eight times the trained length",
+            task="extrapolation", split="128 tokens", ours=_gate("'max_step': 16.0"),
+            against=(_gate("'max_step': 1e-9"), "titans-memory-as-gate(window=4)"), steps=600, dim=32,
+            heads=2, rate=5e-3,
+        ),
+    )  # fmt: skip
 
     def output(
         self, heads: Float[Tensor, "batch heads queries width"], inputs: Inputs
