@@ -142,7 +142,7 @@ class GuiKV(SnapKV):
         if count < 1:
             return
         width = min(self.rank, len(last), keys.shape[-1])
-        basis = torch.linalg.qr(keys[:, last].float().transpose(1, 2)).Q[..., :width]
+        basis = torch.linalg.qr(keys[:, last[:width]].float().transpose(1, 2)).Q
         old = keys[:, earlier].float()
         residual = (old - old @ basis @ basis.transpose(1, 2)).norm(dim=-1)
         redundant = residual.topk(count, dim=-1, largest=False).indices
