@@ -1,7 +1,7 @@
 """GUI-KV on several screens in words, read by the real language model: gui-kv.json.
 
-    python benchmarks/claims_screens.py [--out FOLDER] [--device cuda] [--texts 34] [--seeds 3] [--keep 0.2]
-        [--shown 5]
+    python benchmarks/claims_screens.py [--out FOLDER] [--device cuda] [--texts 34] [--seeds 3]
+        [--keep 0.2] [--shown 5]
 
     Screen 3
     row Save shows 481        stands on every screen
@@ -47,7 +47,7 @@ NAMES = (
     "Battery Light Signal Temperature Pressure Distance Amount Balance Credit Rate Time Date Year Month "
     "Rating Version Section Unit Block Floor Gate Route Track Line Memory Storage Cache Port Queue "
     "Photos Music Video Mail News Maps Weather Health Sports Games Books"
-).split()
+)
 OPENING = "These are the screens of an app, one after each step. Remember their numbers.\n"
 SCREEN = "\nScreen {step}\n"
 ROW = "row {name} shows {number}\n"
@@ -72,7 +72,7 @@ class Screens:
 def screens(tokenizer: Any, seed: str, shown: int = 5, standing: int = 20, own: int = 2) -> Screens:
     """Screens of an app whose rows stay, but for one changed and `own` new ones each step."""
     rng = random.Random(seed)
-    names = rng.sample(NAMES, standing + shown * own)
+    names = rng.sample(NAMES.split(), standing + shown * own)
     rest = names[:standing]
     numbers = {
         name: str(number) for name, number in zip(names, _numbers(rng, len(names)), strict=True)
@@ -214,8 +214,8 @@ def main() -> None:
         made = packed(
             "gui-kv",
             "of several screens it keeps what is asked for better than window attention alone does",
-            f"SmolLM2-135M, {given.shown} screens in words, {given.texts} texts a seed and kind of question, "
-            f"{given.keep:g} of the cache, window {WINDOW}, {str(dtype).removeprefix('torch.')}",
+            f"SmolLM2-135M, {given.shown} screens in words, {given.texts} texts a seed and kind "
+            f"of question, {given.keep:g} of the cache, window {WINDOW}, {str(dtype)[6:]}",
             f"python benchmarks/claims_screens.py --texts {given.texts} --keep {given.keep:g} "
             f"--shown {given.shown}",
             numbers, verdict([one.answer(rows) for one in expects]),

@@ -35,8 +35,8 @@ VARIANTS = {
 
 @mechanism(
     "softmax-as-rnn-ablations", paper="softmax-as-rnn",
-    example={"task": "shakespeare-bytes(length=4)", "steps": 1, "dim": 8, "heads": 2, "layers": 1,
-             "batch": 2},
+    example={"task": "shakespeare-bytes(length=4)", "steps": 1, "batch": 64,
+             "dim": 8, "heads": 2, "layers": 1},
 )  # fmt: skip
 class SoftmaxAsRNNAblations(Study):
     """Bits a byte with exp and another divisor, with some powers of exp, and with linear kernels."""

@@ -138,7 +138,9 @@ class SoftmaxAsRNN(RecurrentAttention):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
         """The recurrences together; of all powers, softmax attention or all pairs."""
         if not self.pairwise:
-            return super().attend(q, k, v, inputs)
+            # Terms of both signs cancel in a row: features that are rounded once more leave noise.
+            with torch.autocast(q.device.type, enabled=False):
+                return super().attend(q, k, v, inputs)
         if self.divisor == "sum" and self.clamp is None:
             return self.fused(q, k, v, inputs)
         return self.aggregate(self.weigh(q, k, inputs), v, inputs)
