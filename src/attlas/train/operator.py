@@ -3,7 +3,7 @@
     h = W_in [field, coordinates];   h += attention(norm(h));   h += MLP(norm(h));   out = W_out norm(h)
 
 Attention runs over the points, without positions of its own: the coordinates say where a point is. A
-mechanism that has room for them in its heads (`coordinates=1` for a line, 2 for a square) is given them too.
+mechanism that has room for them in its heads (`coordinates=1` for a line, 2 for a square) gets them too.
 """
 
 from __future__ import annotations
