@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import attlas
+from attlas.train.operator import Operator
 
 TYPES = ("galerkin-attention", "fourier-attention", "galerkin-linear-attention")
 
@@ -62,3 +63,18 @@ def test_galerkin_attention_refuses_coordinates_that_do_not_fit() -> None:
         _layer("galerkin-attention", coordinates=-1)
     with pytest.raises(ValueError, match="position"):
         _layer("fourier-attention", position="alibi")
+
+
+def test_operator_learners_give_heads_the_places_of_points() -> None:
+    """The place tells points apart where the field is the same everywhere and the reading ignores it."""
+    torch.manual_seed(0)
+    learner = Operator(2, 1, 16, 1, 2, "galerkin-attention", {"coordinates": 1})
+    with torch.no_grad():
+        learner.read.weight[:, 1] = 0
+        for weight in learner.layers[0].attention.parameters():
+            weight += 0.3 * torch.randn_like(weight)
+    values = torch.ones(1, 5, 2)
+    values[..., 1] = torch.arange(5) / 5
+    assert learner(values).std(dim=1) > 1e-3
+    with pytest.raises(ValueError, match="coordinates must be 0 or 1"):
+        Operator(2, 1, 16, 1, 2, "galerkin-attention", {"coordinates": 2})
