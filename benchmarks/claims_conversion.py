@@ -6,8 +6,9 @@
     2. tuned       what stage 1 trained, and low-rank differences of W_Q, W_K, W_V and W_O, on the loss
                    of the language model; the model itself is tuned likewise, by these alone
 
-Texts are Shakespeare's plays, the loss that of held-out pieces. Features of `linear-attention` are elu + 1,
-which have nothing to distil. Gated linear attention gets keys as wide as the model's, to take them over.
+Texts are Shakespeare's plays, the loss that of held-out pieces. Features of `linear-attention` are elu
++ 1, which have nothing to distil. Gated linear attention gets keys as wide as the model's, to take them
+over.
 """
 
 from __future__ import annotations
@@ -239,8 +240,9 @@ class Claimed:
     def set_up(self) -> str:
         s = Sizes()
         return (
-            f"SmolLM2-135M, {s.distil} steps a layer by itself and {s.tune} on the plays, {s.batch} pieces "
-            f"of {s.length} tokens, differences of rank {s.rank}; nats of {s.tested} held-out pieces"
+            f"SmolLM2-135M, {s.distil} steps a layer by itself and {s.tune} on the plays, {s.batch} "
+            f"pieces of {s.length} tokens, differences of rank {s.rank}; nats of {s.tested} held-out "
+            "pieces"
         )
 
     def rows(self, cell: str, seed: int, quick: bool) -> Iterator[Row]:

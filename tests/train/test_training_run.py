@@ -19,6 +19,9 @@ from attlas.catalog import registry
 from attlas.cli import main
 from attlas.supports import Supports
 from attlas.train import run as running
+from attlas.train.build import build
+from attlas.train.measure import operations
+from attlas.train.plan import Plan, parse_mechanisms, parse_task
 
 TINY = ["--dim", "16", "--layers", "1", "--heads", "2", "--batch", "8", "--tested", "16",
         "--steps", "12", "--save", "4", "--seeds", "1", "--device", "cpu"]  # fmt: skip
@@ -302,3 +305,19 @@ def test_modules_are_trained_in_the_same_network_as_none(tmp_path):
     assert [line["status"] for line in (bare, ela)] == ["ok", "ok"]
     assert ela["parameters"] - bare["parameters"] == 7 * 16 + 2 * 16
     assert bare["cache_bytes_per_token"] is None
+
+
+@pytest.mark.parametrize(
+    ("task", "label"),
+    [("extrapolation", "titans-memory-as-gate(window=4, memory={'chunk': 4})"),
+     ("extrapolation", "titans-memory-as-context(segment=4, memory={'chunk': 4, 'kernel': 1})"),
+     ("burgers(points=4)", "galerkin-attention(coordinates=1)")],
+)  # fmt: skip
+def test_operations_of_any_layer_are_counted(task: str, label: str) -> None:
+    plan = Plan(
+        task=parse_task(task)[0], mechanisms=parse_mechanisms([label]), seeds=1, steps=1, batch=1,
+        accumulate=1, rate=1e-3, dim=8, layers=1, heads=2, tested=1, save=1, device="cpu",
+        dtype="float32",
+    )  # fmt: skip
+    made = plan.made_task()
+    assert operations(build(made, plan.mechanisms[0], plan, 0), made) > 0

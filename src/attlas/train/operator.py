@@ -3,7 +3,7 @@
     h = W_in [field, coordinates];   h += attention(norm(h));   h += MLP(norm(h));   out = W_out norm(h)
 
 Attention runs over the points, without positions of its own: the coordinates say where a point is. A
-mechanism that has room for them in its heads (`coordinates=1` for a line, 2 for a square) is given them too.
+mechanism that has room for them in its heads (`coordinates=1` for a line, 2 for a square) gets them too.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ class Operator(nn.Module):
         heads: of each attention.
         attention: the registered mechanism.
         options: of its constructor.
+
+    Raises:
+        ValueError: room for other coordinates than a point has.
     """
 
     def __init__(
@@ -37,6 +40,9 @@ class Operator(nn.Module):
         super().__init__()
         self.read = nn.Linear(inputs, dim)
         self.layers = nn.ModuleList(_Block(dim, heads, attention, options) for _ in range(layers))
+        given = getattr(self.layers[0].attention, "coordinates", 0)
+        if given not in (0, inputs - 1):
+            raise ValueError(f"coordinates must be 0 or {inputs - 1} for this task, got {given}")
         self.norm = nn.LayerNorm(dim)
         self.say = nn.Linear(dim, outputs)
 

@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import attlas
+from attlas.train.operator import Operator
 
 TYPES = ("galerkin-attention", "fourier-attention", "galerkin-linear-attention")
 
@@ -73,3 +74,18 @@ def test_without_norms_galerkin_attention_has_none_to_train_and_is_linear_in_val
     twice = layer.attend(q, k, 2 * v, inputs)
     torch.testing.assert_close(twice, 2 * layer.attend(q, k, v, inputs))
     torch.testing.assert_close(layer(x), layer.output(layer.weights(x) @ v, inputs))
+
+
+def test_operator_learners_give_heads_the_places_of_points() -> None:
+    """The place tells points apart where the field is the same everywhere and the reading ignores it."""
+    torch.manual_seed(0)
+    learner = Operator(2, 1, 16, 1, 2, "galerkin-attention", {"coordinates": 1})
+    with torch.no_grad():
+        learner.read.weight[:, 1] = 0
+        for weight in learner.layers[0].attention.parameters():
+            weight += 0.3 * torch.randn_like(weight)
+    values = torch.ones(1, 5, 2)
+    values[..., 1] = torch.arange(5) / 5
+    assert learner(values).std(dim=1) > 1e-3
+    with pytest.raises(ValueError, match="coordinates must be 0 or 1"):
+        Operator(2, 1, 16, 1, 2, "galerkin-attention", {"coordinates": 2})

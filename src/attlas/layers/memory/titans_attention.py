@@ -131,8 +131,8 @@ _EXAMPLE = {"persistent": 2, "memory": {"chunk": 2}}
 class MemoryAsGate(_Windowed):
     """What attention finds near, gated by what the memory recalls."""
 
-    #: The rivals: the same layer whose memory learns nothing, which leaves a window, and the default memory.
-    #: Ours takes the paper's step, as θ multiplies a mean over the 16 channels of a head.
+    #: The rivals: the same layer whose memory learns nothing, which leaves a window, and the default
+    #: memory. Ours takes the paper's step, as θ multiplies a mean over the 16 channels of a head.
     claims = (
         Claim(
             "with a window far shorter than the text, it finds needles at eight times the trained length",
