@@ -108,9 +108,10 @@ def _fresh(model: Any) -> DynamicCache:
 def _candidates(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, bool]]:
     """(module, buffer of frequencies, attribute of the scale, whether they vary) there are."""
     for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if name == "frequencies" and buffer.ndim == 1 and hasattr(module, "magnitude"):
-                yield module, name, "magnitude", False  # our own
+        own = getattr(module, "frequencies", None)
+        if isinstance(own, Tensor) and own.ndim == 1 and hasattr(module, "magnitude"):
+            yield module, "frequencies", "magnitude", False
+        for name, _ in module.named_buffers(recurse=False):
             if not name.endswith("inv_freq") or name.endswith("original_inv_freq"):
                 continue
             kind = name.removesuffix("inv_freq")

@@ -96,7 +96,8 @@ def caching(model: nn.Module, layers: Iterable[int]) -> dict[int, tuple[Cached, 
     found: dict[int, tuple[Cached, nn.Module]] = {}
     for number in layers:
         for module in known.get(number, ()):
-            if (kind := cached_by(type(module))) != "keys":
+            other = "cross" in type(module).__name__.lower()  # attends to no tokens of the model's
+            if not other and (kind := cached_by(type(module))) != "keys":
                 found[number] = (kind, module)
     return found
 

@@ -17,8 +17,15 @@ from attlas.errors import at_least_one
 from attlas.masks.algebra import Coarse, HeadGroups, Mask, PerHead, Reach
 
 
+class _ByValue(Mask):
+    """A mask that its numbers tell from others: it rests on no tensor."""
+
+    tensors = ()  # said outright, as compilers do not look through a frozen dataclass
+    leaves = ()
+
+
 @dataclass(frozen=True)
-class _Full(Mask):
+class _Full(_ByValue):
     relative = True
 
     def visible(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -33,7 +40,7 @@ class _Full(Mask):
 
 
 @dataclass(frozen=True)
-class _Causal(Mask):
+class _Causal(_ByValue):
     relative = True
 
     def visible(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -47,7 +54,7 @@ class _Causal(Mask):
 
 
 @dataclass(frozen=True, repr=False)
-class _Window(Mask):
+class _Window(_ByValue):
     size: int
     relative = True
 
@@ -64,7 +71,7 @@ class _Window(Mask):
 
 
 @dataclass(frozen=True, repr=False)
-class _First(Mask):
+class _First(_ByValue):
     count: int
     name: str
 
@@ -81,7 +88,7 @@ class _First(Mask):
 
 
 @dataclass(frozen=True, repr=False)
-class _Strided(Mask):
+class _Strided(_ByValue):
     stride: int
     relative = True
 

@@ -126,13 +126,14 @@ class StoredLayer(DenseSlots):
         for state in self.learned.values():
             state.tensors.clear()
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Take back the last tokens (a negative number), of those that came after the prompt.
 
         Raises:
             ValueError: a positive number, so many that what was dropped or encoded would be touched,
                 or a layer whose mechanism remembers more than keys and values.
         """
+        tokens_to_remove = int(tokens_to_remove)  # assisted decoding of 5.17 gives a tensor
         if tokens_to_remove > 0 or (tokens_to_remove and not self.is_croppable):
             most = "a negative number" if self.is_croppable else "0 here"
             raise UserError(f"tokens_to_remove must be {most}, got {tokens_to_remove}")

@@ -39,17 +39,22 @@ def forked_layer(layer: Any) -> Any:
 
 def tensors(held: Any) -> Iterator[Tensor]:
     """The tensors that a cache layer holds, in whatever attribute, list or dict; counters aside."""
-    if isinstance(held, Tensor):
-        if held.ndim > 1:
-            yield held
-    elif isinstance(held, dict):
-        for each in held.values():
-            yield from tensors(each)
-    elif isinstance(held, (list, tuple)):
-        for each in held:
-            yield from tensors(each)
-    elif hasattr(held, "__dict__") and not isinstance(held, (nn.Module, type)):
-        yield from tensors({n: x for n, x in vars(held).items() if not n.startswith("_")})
+    waiting: list[Any] = [held]
+    known: dict[int, Any] = {}  # kept, so that no number of theirs is given to another
+    while waiting:
+        each = waiting.pop()
+        if id(each) in known:
+            continue
+        known[id(each)] = each
+        if isinstance(each, Tensor):
+            if each.ndim > 1:
+                yield each
+        elif isinstance(each, dict):
+            waiting += each.values()
+        elif isinstance(each, (list, tuple)):
+            waiting += each
+        elif hasattr(each, "__dict__") and not isinstance(each, (nn.Module, type)):
+            waiting += [x for n, x in vars(each).items() if not n.startswith("_")]
 
 
 def memory(held: Iterable[Tensor]) -> int:

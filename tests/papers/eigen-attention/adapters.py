@@ -13,7 +13,7 @@ from attlas.contract.cases import Case, Check, adapter, compare
 from attlas.ops.decode import decode
 from attlas.parts.quantize.eigen_attention import Subspaces
 from attlas.storage.low_rank import Bases, LowRankBody
-from attlas.storage.rotary import Rotary
+from attlas.storage.rotary import Rotary, Rotation
 from reference.policies import prompt_call
 
 
@@ -42,7 +42,11 @@ def eigen_attention(case: Case) -> Iterator[Check]:
         return [q, k, v]
 
     subspaces = Subspaces()
-    subspaces.layers, subspaces.rotary = (0,), rotary
+    subspaces.layers, subspaces.rotations = (0,), {0: None}
+    if rotary is not None:
+        model = torch.nn.Module()
+        model.register_buffer("frequencies", rotary.inverse)
+        subspaces.rotations[0] = Rotation(model, "frequencies", "scale")
     subspaces.observe(prompt_call(*projected(case.inputs["calibration"][None]), dim**-0.5))
     found = subspaces.tensors()
     ours = [found["0.kq.basis"].float(), found["0.v.basis"].float()]

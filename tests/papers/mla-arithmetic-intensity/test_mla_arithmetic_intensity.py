@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import attlas
-from attlas import masks
 
 X = torch.randn(2, 11, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 FORMS = ({}, {"query_latent": 12}, {"value_dim": 5}, {"latent": 7, "rotary": 6, "bias": True})
@@ -25,7 +24,7 @@ def test_mla_arithmetic_intensity_absorbed_is_expanded(
     layer = _layer(**options)
     q, k, v, inputs = layer.prepare(X)
     q = q[:, :, -queries:]
-    expanded = layer.expanded(q, k, v, masks.causal)
+    expanded = layer.expanded(q, k, v, inputs)
     absorbed = layer.aggregate(layer.weigh(q, k, inputs), v, inputs)
     assert absorbed.shape == (2, 4, queries, layer.value_dim)
     torch.testing.assert_close(absorbed, expanded, atol=1e-5, rtol=0)

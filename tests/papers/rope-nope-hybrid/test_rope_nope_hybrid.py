@@ -61,7 +61,7 @@ def test_rope_nope_hybrid_cache_of_windowed_layers_is_bounded_by_the_window() ->
 def test_rope_nope_hybrid_masks_fit_a_cache_that_let_go_of_keys(given: str) -> None:
     layer, x = _layer(0), torch.randn(1, 12, 32, dtype=torch.float64)
     pairs = torch.rand(1, 4, 12, 12) < 0.7
-    valid = torch.tensor([[False, True, True, False] * 3])
+    valid = torch.tensor([[False] * 3 + [True] * 9])
     pattern = masks.strided(2) | masks.keys({1, 7, 10}, 12)
     whole = {"pattern": pattern, "pairs": pairs, "padding": valid}[given]
     cache, steps = layer.init_cache(), []

@@ -166,27 +166,15 @@ def test_question_of_several_tokens(llama, name):
     """A question reads everything, and what follows it goes on selecting."""
     ids = prompt(40, 2)
     part = PARTS[name]()
+    with torch.no_grad():
+        alone = llama(torch.cat([ids, ids[:, :5]], 1)).logits[:, 40:]
     with torch.no_grad(), attach(llama, part) as session:
         cache = cache_of(llama(ids, use_cache=True))
         question = llama(ids[:, :5], **with_cache(llama, cache)).logits
-        torch.testing.assert_close(
-            question, llama_alone(llama, torch.cat([ids, ids[:, :5]], 1))[:, 40:]
-        )
+        torch.testing.assert_close(question, alone)
         llama(ids[:, :1], **with_cache(llama, cache))
         assert session.read_bytes > 0
 
-
-def llama_alone(model, ids):
-    from attlas.attach.state import ATTACHED
-
-    held = dict(ATTACHED)
-    model.set_attn_implementation("sdpa")
-    ATTACHED.clear()
-    try:
-        return model(ids).logits
-    finally:
-        ATTACHED.update(held)
-        model.set_attn_implementation("attlas")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -55,7 +55,7 @@ class RopeNopeHybrid(Attention):
         ),
     )  # fmt: skip
 
-    supports = Supports(cross=False, position=False)
+    supports = Supports(cross=False, position=False, gaps=False)
     expected_failures: ClassVar[dict[str, str]] = {
         "told-positions": "the window is over tokens in their order"
     }
