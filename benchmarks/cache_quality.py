@@ -50,8 +50,10 @@ ROOM = 1 << 17
 METHODS = (
     FULL,
     *(f"streaming-llm(keep={keep})" for keep in (0.5, 0.25)),
-    *(f"{name}(keep={keep})" for name in ("snapkv", "tova", "expected-attention", "observed-attention",
-                                          "ada-kv", "pyramid-kv") for keep in (0.5, 0.25, 0.125)),
+    *(f"{name}(keep={keep})" for name in ("snapkv", "tova", "ada-kv") for keep in (0.5, 0.25, 0.125)),
+    *(f"{name}(keep={keep})" for name in ("expected-attention", "observed-attention")
+      for keep in (0.5, 0.25)),
+    "pyramid-kv(keep=0.25)",
     *(f"snapkv(keep={keep}, window={w}, kernel={k}, pooling='{p}')"
       for keep in (0.25, 0.125) for w, k, p in ((16, 7, "max"), (32, 7, "max"), (32, 5, "avg"))),
     "key-norm-eviction(keep=0.5)",
