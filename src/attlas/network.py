@@ -104,12 +104,13 @@ def moving(method: F) -> F:
         if not self.training:
             return method(self, *args)
         x: Tensor = getattr(args[-1], "x", args[-1])
-        return _passed(self, x, lambda: method(self, *args))
+        # Asked for here, since the decorator alone would bring the compiler with every import of attlas.
+        passed = torch.compiler.disable(_passed) if torch.compiler.is_compiling() else _passed
+        return passed(self, x, lambda: method(self, *args))
 
     return run  # type: ignore[return-value]
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _passed(network: Network, x: Tensor, run: Callable[[], Any]) -> Any:
     held: dict[tuple[nn.Module, str], Tensor] = {
         (module, name): buffer

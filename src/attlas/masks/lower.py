@@ -6,6 +6,7 @@ query with the last key, as decoding with a cache needs.
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -138,6 +139,8 @@ def block_mask(
     whole[:, -1] &= k_len % block == 0
     every = every & whole
 
+    mask = _beside(mask, device)
+
     def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return mask.visible(b, h, q_idx + offset, kv_idx)
 
@@ -145,6 +148,20 @@ def block_mask(
         *_ordered(some & ~every), *_ordered(some & every),
         BLOCK_SIZE=block, mask_mod=mask_mod, seq_lengths=(q_len, k_len),
     )  # fmt: skip
+
+
+def _beside(mask: Mask, device: torch.device | str) -> Mask:
+    """The mask with its tensors where the indices are: a kernel cannot move them."""
+    from attlas.masks.patterns import ByTensor
+
+    leaves = [leaf for leaf in mask.leaves if isinstance(leaf, ByTensor)]
+    if all(leaf.held.device == torch.device(device) for leaf in leaves):
+        return mask
+    copied = deepcopy(mask)
+    for leaf in copied.leaves:
+        if isinstance(leaf, ByTensor):
+            leaf.held = leaf.held.to(device)
+    return copied
 
 
 def _ordered(chosen: Tensor) -> tuple[Tensor, Tensor]:

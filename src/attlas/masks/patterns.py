@@ -104,7 +104,7 @@ class _Strided(_ByValue):
         return f"strided({self.stride})"
 
 
-class _ByTensor(Mask):
+class ByTensor(Mask):
     """A mask over a tensor: compared by identity, read where the indices are.
 
     Args:
@@ -127,7 +127,7 @@ class _ByTensor(Mask):
         return self.held.to(like.device)
 
 
-class _Document(_ByTensor):
+class _Document(ByTensor):
     def __init__(self, ids: Tensor) -> None:
         super().__init__(ids if ids.ndim == 2 else ids[None])
         self.batch = ids.shape[0] if ids.ndim == 2 else None
@@ -160,7 +160,7 @@ class _Document(_ByTensor):
         return f"document({tuple(self.held.shape)} ids)"
 
 
-class _Padding(_ByTensor):
+class _Padding(ByTensor):
     def __init__(self, valid: Tensor) -> None:
         super().__init__(valid)
         self.batch = valid.shape[0]
@@ -180,7 +180,7 @@ class _Padding(_ByTensor):
         return f"padding({tuple(self.held.shape)})"
 
 
-class _Table(_ByTensor):
+class _Table(ByTensor):
     def __init__(self, pairs: Tensor, fixed: bool = False) -> None:
         super().__init__(pairs if pairs.ndim == 3 else pairs[None], fixed)
         self.heads = pairs.shape[0] if pairs.ndim == 3 else None
