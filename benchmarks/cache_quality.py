@@ -47,15 +47,18 @@ DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 NEEDLES, TEXTS, PREDICTED = 20, 32, 128
 #: Tokens of context that are read at once.
 ROOM = 1 << 17
+#: The options of SnapKV with which other libraries begin.
+OTHERS = {"window": 64, "kernel": 5, "pooling": "avg"}
 METHODS = (
     FULL,
     *(f"streaming-llm(keep={keep})" for keep in (0.5, 0.25)),
     *(f"{name}(keep={keep})" for name in ("snapkv", "tova", "ada-kv") for keep in (0.5, 0.25, 0.125)),
+    *(f"ada-kv(keep={keep}, scorer_options={OTHERS})" for keep in (0.5, 0.25, 0.125)),
     *(f"{name}(keep={keep})" for name in ("expected-attention", "observed-attention")
       for keep in (0.5, 0.25)),
     "pyramid-kv(keep=0.25)",
     *(f"snapkv(keep={keep}, window={w}, kernel={k}, pooling='{p}')"
-      for keep in (0.25, 0.125) for w, k, p in ((16, 7, "max"), (32, 7, "max"), (32, 5, "avg"))),
+      for keep in (0.25, 0.125) for w, k, p in ((16, 7, "max"), (64, 5, "avg"), (32, 5, "avg"))),
     "key-norm-eviction(keep=0.5)",
     *(f"balancekv(keep={keep})" for keep in (0.5, 0.25)),
     *(f"quantized-cache(bits={bits})" for bits in (8, 4, 3, 2)),

@@ -143,7 +143,7 @@ def test_budgets(model):
     for budget in ({}, {"keep": 0.5, "tokens": 3}, {"keep": 0.0}, {"keep": 1.5}, {"tokens": 0}):
         with pytest.raises(UserError, match=r"keep|tokens|bytes"):
             KeyNorm(**budget)
-    refused(model, "window=64 of SnapKV", SnapKV(tokens=10), call=lambda m: m(IDS))
+    refused(model, "window=32 of SnapKV", SnapKV(tokens=10), call=lambda m: m(IDS))
     refused(model, "sinks=12", StreamingLLM(0.25, sinks=12), call=lambda m: m(IDS))
     refused(model, "2 layers kept whole", KeyNorm(0.4), call=lambda m: m(IDS))
     refused(model, "skip_layers", KeyNorm(0.4, skip_layers=(7,)), call=lambda m: m(IDS))

@@ -175,7 +175,7 @@ def test_refusals():
     with pytest.raises(UserError, match="beta"):
         PyramidKV(0.5, beta=0.5)
     model, ids = tiny_models.decoder("llama"), tiny_models.prompt(1, 20)
-    with pytest.raises(UserError, match="window=64"), attach(model, PyramidKV(tokens=10)):
+    with pytest.raises(UserError, match="window=32"), attach(model, PyramidKV(tokens=10)):
         model(ids)
 
 
