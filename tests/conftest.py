@@ -14,6 +14,9 @@ hook = install_import_hook("attlas", checked)
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+#: Transformers' own tests on our models, which are fetched first: `make test-hf`.
+collect_ignore = ["hf_suite"]
+
 torch.set_num_threads(int(os.environ.get("ATTLAS_TEST_THREADS", "1")))
 
 
