@@ -15,7 +15,7 @@ from attlas import masks, ops
 from attlas.errors import UserError
 from attlas.folding import folded, unfolded
 from attlas.masks import Mask
-from attlas.positions import Position, ScoreMod, positioned
+from attlas.positions import Position, Positioned, ScoreMod
 from attlas.supports import Form
 from attlas.tracing import traced
 
@@ -153,7 +153,7 @@ class Inputs:
         checked = at.shape[-1] > 1 and not traced()  # a lone query's is never compiled for
         if checked and _agree(at, slots[keys - at.shape[-1] :]) and _agree(of, slots):
             return change
-        return positioned(change, at, of)
+        return Positioned(change, at, of)
 
     def positions_of(self, keys: int) -> Tensor:
         """Where the last `keys` keys stand: cached ones and `tokens` as they were told."""

@@ -274,6 +274,7 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 def captured(score_mod: ScoreMod | None) -> list[Tensor]:
     """The tensors that a score_mod reads: its module's parameters, or what its closure holds."""
+    score_mod = getattr(score_mod, "changed", score_mod)
     owner = getattr(score_mod, "__self__", score_mod)
     if isinstance(owner, nn.Module):
         return list(owner.parameters())

@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 
 from attlas.errors import UnknownName
 from attlas.positions.absolute import Learned, Sinusoidal
-from attlas.positions.base import Position, ScoreMod, additive, by_groups, positioned
+from attlas.positions.base import Position, Positioned, ScoreMod, additive, by_groups
 from attlas.positions.bias import ALiBi, T5Bias
 from attlas.positions.rope import RoPE
 
@@ -15,6 +15,7 @@ __all__ = [
     "ALiBi",
     "Learned",
     "Position",
+    "Positioned",
     "RoPE",
     "ScoreMod",
     "Sinusoidal",
@@ -22,7 +23,6 @@ __all__ = [
     "additive",
     "by_groups",
     "encoding_of",
-    "positioned",
 ]
 
 

@@ -45,22 +45,28 @@ def by_groups(score_mod: ScoreMod, size: int) -> ScoreMod:
     return additive(grouped) if getattr(score_mod, "additive", False) else grouped
 
 
-def positioned(score_mod: ScoreMod, at: Tensor, of: Tensor) -> ScoreMod:
+class Positioned:
     """A score_mod made for positions, on the slots of queries and keys that stand at `at` and `of`.
 
     The last query lies in the last slot. It is of one call, so that nothing may be compiled for it.
     """
-    first = of.shape[-1] - at.shape[-1]
 
-    def told(places: Tensor, b: Tensor, slot: Tensor) -> Tensor:
-        rows = places.reshape(-1, places.shape[-1])
-        return rows[b if len(rows) > 1 else 0, slot]
+    of_call = True
 
-    def moved(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return score_mod(score, b, h, told(at, b, q_idx - first), told(of, b, kv_idx))
+    def __init__(self, changed: ScoreMod, at: Tensor, of: Tensor) -> None:
+        self.changed, self.at, self.of = changed, at, of
+        self.first = of.shape[-1] - at.shape[-1]
+        self.additive = getattr(changed, "additive", False)
 
-    moved.of_call = True  # type: ignore[attr-defined]
-    return additive(moved) if getattr(score_mod, "additive", False) else moved
+    def __call__(self, score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        """The change, by where the slots stand."""
+        at, of = _told(self.at, b, q_idx - self.first), _told(self.of, b, kv_idx)
+        return self.changed(score, b, h, at, of)
+
+
+def _told(places: Tensor, b: Tensor, slot: Tensor) -> Tensor:
+    rows = places.reshape(-1, places.shape[-1])
+    return rows[b if len(rows) > 1 else 0, slot]
 
 
 class Position(Configured, Network):
