@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from inspect import isclass, isfunction
 from typing import Any
 
+import jaxtyping
+
 
 @contextmanager
 def unchecked() -> Iterator[None]:
@@ -19,11 +21,22 @@ def unchecked() -> Iterator[None]:
     held = list(_wrapped())
     for owner, name, wrapper in held:
         setattr(owner, name, _inside(wrapper))
+    decorator = jaxtyping.jaxtyped
+    jaxtyping.jaxtyped = _nothing  # type: ignore[assignment]  # what functions within functions are wrapped with, as they are made
     try:
         yield
     finally:
+        jaxtyping.jaxtyped = decorator
         for owner, name, wrapper in held:
             setattr(owner, name, wrapper)
+
+
+def _nothing(**_: Any) -> Any:
+    return _same
+
+
+def _same(function: Any) -> Any:
+    return function
 
 
 def _wrapped() -> Iterator[tuple[Any, str, Any]]:
