@@ -142,7 +142,7 @@ def test_a_part_of_a_test_is_compared(tiny_preset, folder, tmp_path):
         (["--lengths", "1000"], "ask for at most 928"),
         (["--lengths", "60"], "too short for 4 needles"),
         (["--methods", "streaming-llm(tokens=500)"], "larger than a context of 320"),
-        (["--methods", "snapkv(keep=0.1)"], "keeps 32 tokens, fewer than window=64"),
+        (["--methods", "snapkv(keep=0.05)"], "keeps 16 tokens, fewer than window=32"),
         (["--model", "no-such-model"], "unknown model 'no-such-model'"),
         (["--out", "/proc/nowhere"], "cannot write to"),
     ],

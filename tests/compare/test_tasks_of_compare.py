@@ -123,15 +123,6 @@ def test_the_order_of_tasks_is_quality_first():
     assert parse_tasks(["speed,needle"]) == ("needle", "speed")
 
 
-def test_lines_of_earlier_runs_are_cells_of_todays_plan(make_grid):
-    """Results that were committed before tasks were registered are read as before."""
-    grid = make_grid(methods=parse_methods(["full"]))
-    named = {(cell.task, cell.metric) for cell in grid.all_cells()}
-    path = ROOT / "benchmarks" / "cache" / "smollm2-h100.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert {(line["task"], line["metric"]) for line in lines} <= named
-
-
 #: What `--preset cache` compared while the plan still named the methods.
 FAMILY = {
     "full", "zipcache", "qaq-quality-adaptive-quantization", "akvq-vl", "adaptive-long-context-heads",
@@ -141,7 +132,7 @@ FAMILY = {
                      "pyramid-kv", "ada-kv", "q-filters")
         for keep in (0.5, 0.25, 0.125)
     ),
-    *(f"snapkv(keep={keep}, window=16, kernel=7, pooling='max')" for keep in (0.25, 0.125)),
+    *(f"snapkv(keep={keep}, window=64, kernel=5, pooling='avg')" for keep in (0.25, 0.125)),
     *(f"balancekv(keep={keep})" for keep in (0.5, 0.25)),
     "key-norm-eviction(keep=0.5)",
     *(f"quantized-cache(bits={bits})" for bits in (8, 4, 3, 2)),
