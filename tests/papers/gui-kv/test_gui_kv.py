@@ -92,7 +92,8 @@ def test_both_terms_change_what_is_kept():
     model = tiny_models.decoder("llama")
     embeds = screens(model)
     whole = columns_after(model, make(alpha=4.0), inputs_embeds=embeds)
-    plain = columns_after(model, SnapKV(0.4, window=4), inputs_embeds=embeds)
+    same = {"kernel": 5, "pooling": "avg"}
+    plain = columns_after(model, SnapKV(0.4, window=4, **same), inputs_embeds=embeds)
     unshown = columns_after(model, make(images=()), inputs_embeds=embeds)
     one = columns_after(model, make(images=IMAGES[-1:], alpha=4.0), inputs_embeds=embeds)
     assert all(torch.equal(a, b) for a, b in zip(plain, unshown, strict=True))

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -55,6 +56,8 @@ class GuiKV(SnapKV):
     )
     alpha: float = option("weight of the spatial score", default=2.0)
     temperature: float = option("temperature of the spatial score's softmax", default=3.5, above=0)
+    kernel: int = option("width of the pooling along positions, odd", default=5, at_least=1)
+    pooling: Literal["avg", "max"] = option("how neighbours are pooled", default="avg")
     window: int = option("how many of the last queries are asked", default=8, at_least=1)
     rank: int = option("most columns of the basis", default=32, at_least=1)
 
