@@ -38,7 +38,7 @@ from attlas.hf.caches import cache_of
 from attlas.models.load import load_tokenizer
 from attlas.tasks.compare.fidelity import divergence
 from attlas.tasks.continuation import continuation
-from attlas.tasks.haystack import ANSWER_TOKENS, finished, several, single
+from attlas.tasks.haystack import ANSWER_TOKENS, correct, finished, several, single
 from attlas.tasks.record import Measure, mean, share
 
 LENGTHS = (1024, 4096)
@@ -143,11 +143,6 @@ def answers(model: Any, tokenizer: Any, cache: Any, logits: Tensor) -> list[str]
     return [tokenizer.decode(each) for each in said]
 
 
-def right(row: Row, answer: str) -> bool:
-    found = re.search(r"\d+", answer)
-    return found is not None and found.group() == row.number
-
-
 @torch.no_grad()
 def cell(model: Any, tokenizer: Any, label: str, length: int, seed: int) -> dict[str, Measure]:
     """All numbers of a method at a length."""
@@ -167,7 +162,7 @@ def cell(model: Any, tokenizer: Any, label: str, length: int, seed: int) -> dict
                 told.append(("blind", cache, forward(model, question, cache).logits[:, -1]))
             for task, cache, logits in told:
                 found = answers(model, tokenizer, cache, logits)
-                hits[task] += map(right, batch, found)
+                hits[task] += map(correct, batch, found)
     found = {task: share(sum(each), len(each)) for task, each in hits.items()}
     return found | _continued(model, tokenizer, parts, length)
 

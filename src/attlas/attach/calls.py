@@ -24,6 +24,7 @@ from attlas.hf.caches import (
     cache_in,
     cache_of,
     fresh_layers,
+    own_tokens,
 )
 from attlas.storage.layer import StoredLayer
 from attlas.storage.plain import release
@@ -171,7 +172,7 @@ def _end(held: Attachment, cache: Any) -> None:
         if isinstance(layer, StoredLayer):
             layer.attached = False
     if cache is not None:
-        held.cache = forward_pass.cache = _own(cache)
+        held.cache = forward_pass.cache = own_tokens(cache)
         release(getattr(held.cache, "layers", ()), spare=0 if forward_pass.length > 1 else 1)
     if forward_pass.cache is not None and forward_pass.length and not held.plain:
         own = forward_pass.positions
@@ -182,7 +183,7 @@ def _end(held: Attachment, cache: Any) -> None:
 
 def _step(held: Attachment, cache: Cache | None, arguments: dict[str, Any]) -> ForwardPass:
     """The call, as its arguments and those of the models around the tower tell."""
-    forward_pass = ForwardPass(cache=_own(cache))
+    forward_pass = ForwardPass(cache=own_tokens(cache))
     if held.plain:
         return forward_pass
     tokens = next((t for n in TOKENS[False] if (t := arguments.get(n)) is not None), None)
@@ -240,11 +241,6 @@ def _mask(held: Attachment, arguments: dict[str, Any], seen: int) -> Any:
     return next(flat, mask if around else None)
 
 
-def _own(cache: Any) -> Any:
-    """Of a decoder behind an encoder the cache of its own tokens."""
-    return getattr(cache, "self_attention_cache", cache)
-
-
 def _owned(held: Attachment, cache: Any, arguments: dict[str, Any]) -> Any:
     """The cache to use: a new one, or the given one with its empty layers replaced in place.
 
@@ -254,7 +250,7 @@ def _owned(held: Attachment, cache: Any, arguments: dict[str, Any]) -> Any:
     config = model.config.get_text_config(decoder=True)
     keeper = held.keepers[0]
     whole = cache
-    cache = _own(cache)
+    cache = own_tokens(cache)
     if cache is None:
         use = arguments.get("use_cache")
         if not (getattr(config, "use_cache", False) if use is None else use):

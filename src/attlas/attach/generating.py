@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from attlas.attach import hooks
 from attlas.attach.state import Attachment
 from attlas.errors import UserError
-from attlas.hf.caches import cache_in, cache_of
+from attlas.hf.caches import cache_in, cache_of, own_tokens
 
 #: Arguments of a model that hold something for each token of a call, along this axis.
 BY_TOKEN = {"input_ids": 1, "inputs_embeds": 1, "position_ids": -1, "cache_position": -1}
@@ -39,7 +39,7 @@ def watch(held: Attachment) -> list[Any]:
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         arguments = dict(zip(names, args, strict=False)) | kwargs
-        cache = _own(cache_in(arguments, type(base))[1])
+        cache = own_tokens(cache_in(arguments, type(base))[1])
         ahead.clear()
         settle(held, cache)
         count = _candidates(held, arguments, cache)
@@ -50,7 +50,7 @@ def watch(held: Attachment) -> list[Any]:
         return (), rest
 
     def after(_: nn.Module, __: Any, output: Any) -> Any:
-        cache = _own(cache_of(output))
+        cache = own_tokens(cache_of(output))
         if cache is not None:
             held.read = cache, int(cache.get_seq_length())
         return _joined(ahead.pop(), output) if ahead else None
@@ -176,7 +176,7 @@ def _prompt(held: Attachment, model: Any, asked: dict[str, Any]) -> int | None:
     if tokens is None:
         return None
     cache = cache_in(asked, type(model))[1]
-    past = 0 if cache is None else int(_own(cache).get_seq_length())
+    past = 0 if cache is None else int(own_tokens(cache).get_seq_length())
     # Behind a cache the whole text is given, or what is new alone.
     mask = asked.get("attention_mask")
     whole = max(tokens.shape[1], mask.shape[1] if isinstance(mask, Tensor) else 0)
@@ -231,8 +231,3 @@ def _both(a: Any, b: Any) -> Any:
     if isinstance(a, tuple) and isinstance(b, tuple):
         return tuple(_both(x, y) for x, y in zip(a, b, strict=True))
     return b
-
-
-def _own(cache: Any) -> Any:
-    """Of a decoder behind an encoder the cache of its own tokens."""
-    return getattr(cache, "self_attention_cache", cache)

@@ -100,6 +100,11 @@ def refuse_other(name: str, given: Any) -> None:
         )
 
 
+def own_tokens(cache: Any) -> Any:
+    """Of a decoder behind an encoder the cache of its own tokens; any other as it is."""
+    return getattr(cache, "self_attention_cache", cache)
+
+
 def cache_of(output: Any) -> Cache | None:
     """The cache in what a model gave, a `ModelOutput` or a tuple; None where there is none."""
     values: Iterable[Any] = ()

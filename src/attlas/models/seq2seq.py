@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from attlas.hf.caches import NAME, Cache, DynamicCache, EncoderDecoderCache, the_cache
+from attlas.hf.caches import NAME, Cache, DynamicCache, EncoderDecoderCache, own_tokens, the_cache
 from attlas.hf.models import (
     AutoConfig,
     AutoModelForSeq2SeqLM,
@@ -201,7 +201,7 @@ class Seq2Seq(AttlasModel, AttlasGenerationMixin):
             self, cache, use_cache and self.keeps,
             lambda: EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache()),
         )  # fmt: skip
-        own, context = getattr(cache, "self_attention_cache", cache), encoder_outputs[0]
+        own, context = own_tokens(cache), encoder_outputs[0]
         check_mask(decoder_attention_mask, h, own)
         check_mask(attention_mask, context)
         mask = only_padding(decoder_attention_mask, "decoder_attention_mask")
