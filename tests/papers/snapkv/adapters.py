@@ -24,6 +24,7 @@ def snapkv(config: dict[str, Any]) -> SnapKV:
         1.0 - config["compression_ratio"],
         window=config["window_size"],
         kernel=config["kernel_size"],
+        pooling="avg",
     )
 
 
@@ -42,14 +43,14 @@ class UnevenPyramid(PyramidKV):
 
 
 def pyramid_kv(config: dict[str, Any]) -> PyramidKV:
-    options = {"window": config["window_size"], "kernel": config["kernel_size"]}
+    options = {"window": config["window_size"], "kernel": config["kernel_size"], "pooling": "avg"}
     return UnevenPyramid(
         1.0 - config["compression_ratio"], scorer_options=options, beta=float(config["beta"])
     )
 
 
 def ada_kv(config: dict[str, Any]) -> AdaKV:
-    options = {"window": config["window_size"], "kernel": config["kernel_size"]}
+    options = {"window": config["window_size"], "kernel": config["kernel_size"], "pooling": "avg"}
     return AdaKV(
         1.0 - config["compression_ratio"],
         scorer_options=options,
