@@ -14,12 +14,12 @@ import statistics
 import time
 
 import torch
-from attlas.tasks.perplexity import surprise
 
 import attlas
 from attlas.adapt.gate_norm import GateNorm
 from attlas.adapting.texts import held_out
 from attlas.models.load import load_tokenizer
+from attlas.tasks.compare.perplexity import surprise
 
 RANDOM = 5
 LENGTH = 256

@@ -19,11 +19,13 @@ from typing import Any
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from attlas.attach import Call, Step
+from attlas.attach import Call
+from attlas.attach.call import ForwardPass
 from attlas.attach.session import bytes_read, cache_bytes
 from attlas.compare.methods import parse_method
 from attlas.compare.shared import attached
-from attlas.hf.caches import with_cache
+from attlas.hf.caches import DynamicLayer, with_cache
+from attlas.storage.layer import StoredLayer
 from common import save, show
 
 WINDOW = 64
@@ -70,9 +72,9 @@ def filled(model: Any, parts: tuple[Any, ...], batch: int, tokens: int) -> Dynam
         k, v = (torch.randn(held, dtype=torch.bfloat16, device=model.device) for _ in range(2))
         layer.update(k, v)
         queries = torch.randn(asked, dtype=torch.bfloat16, device=model.device)
-        step = Step(cache=cache, offset=tokens - WINDOW, length=WINDOW)
+        seen = ForwardPass(cache=cache, offset=tokens - WINDOW, length=WINDOW)
         module = model.model.layers[number].self_attn
-        call = Call(number, module, queries, k, v, width**-0.5, None, step, cache_layer=layer)
+        call = Call(number, module, queries, k, v, width**-0.5, None, seen, cache_layer=layer)
         del k, v
         for part in parts:
             state = layer.learned[part.name]
@@ -135,7 +137,7 @@ def measured(
     found |= {"step_ms": 1e3 * seconds, "tokens_per_s": batch / seconds}
     if cuda:
         found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    if hasattr(cache.layers[0], "columns") or type(cache.layers[0]).__name__ == "DynamicLayer":
+    if isinstance(cache.layers[0], StoredLayer) or type(cache.layers[0]) is DynamicLayer:
         found |= {"promised_gib": cache_bytes(cache) / 2**30, "read_gib": bytes_read(cache) / 2**30}
     return found
 

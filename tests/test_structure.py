@@ -158,3 +158,16 @@ def test_list_waits_for_neither_torch_nor_transformers() -> None:
     )  # fmt: skip
     assert done.stderr.strip() == "set()"
     assert len(done.stdout.splitlines()) > 317
+
+
+def test_every_benchmark_still_finds_what_it_imports() -> None:
+    folder = SOURCE.parent / "benchmarks"
+    needs = {"beside_kvpress": "kvpress"}  # not among what the tests install
+    names = [p.stem for p in sorted(folder.glob("*.py")) if p.stem not in needs]
+    program = "\n".join(
+        f"try: import {name}\nexcept Exception as error: print('{name}:', error)" for name in names
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, check=True
+    )
+    assert run.stdout == ""
