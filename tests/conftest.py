@@ -3,13 +3,26 @@
 import logging
 import os
 import sys
+from collections.abc import Callable
+from typing import Any
 
+import jaxtyping
 from jaxtyping import install_import_hook
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for a network
 # An int is a float to beartype too, as it is to mypy.
 checked = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 hook = install_import_hook("attlas", checked)
+_jaxtyped = jaxtyping.jaxtyped
+
+
+def _once(**options: Any) -> Callable[[Any], Any]:
+    """What the hook puts around functions; around those within functions nothing, whose checks would be
+    compiled anew whenever they are made: that took most of this suite's time."""
+    return lambda of: of if "<locals>" in of.__qualname__ else _jaxtyped(**options)(of)
+
+
+jaxtyping.jaxtyped = _once  # type: ignore[assignment]
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
