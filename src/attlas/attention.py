@@ -32,6 +32,7 @@ from attlas.masks import Mask
 from attlas.network import Network
 from attlas.options import Configured, option
 from attlas.positions import Position, ScoreMod, encoding_of
+from attlas.queries import in_blocks
 from attlas.supports import Supports, share_of_dim
 
 if TYPE_CHECKING:
@@ -214,7 +215,7 @@ class Attention(Configured, Network):
         """score → mask → normalize → aggregate: one fused call unless a subclass changes them."""
         middle = ("score", "normalize", "aggregate", "weigh")
         if any(getattr(type(self), s) is not getattr(Attention, s) for s in middle):
-            return self.aggregate(self.weigh(q, k, inputs), v, inputs)
+            return in_blocks(self, q, k, v, inputs)
         return self.fused(*self.features(q, k, inputs), v, inputs)
 
     def fused(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,7 +11,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from attlas import queries
+from attlas.attention import Attention
 from attlas.contract.measure import Measure, Subject, check, distance, finite, holds, same
+from attlas.contract.networks.state import padded
 
 
 def staged(layer: Any, x: Tensor) -> Tensor:
@@ -85,6 +89,42 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
+@contextmanager
+def pairs_at_once(count: int) -> Iterator[None]:
+    """Inside, layers hold so many pairs at once where they attend in blocks, differentiated or not."""
+    before = queries.BLOCK, queries.KEPT
+    queries.BLOCK, queries.KEPT = count, 0
+    try:
+        yield
+    finally:
+        queries.BLOCK, queries.KEPT = before
+
+
+def blocked(subject: Subject) -> bool:
+    """Whether the subject attends in blocks of queries where there are many."""
+    stages = ("score", "normalize", "aggregate", "weigh")
+    own = any(getattr(subject.object, s) is not getattr(Attention, s) for s in stages)
+    rows = subject.object.supports.memory == "linear"
+    return own and rows and subject.object.attend is Attention.attend
+
+
+@check("layer", when=blocked)
+def in_blocks(subject: Subject) -> Iterator[Measure]:
+    """A few queries at a time give what all give at once, with padding too; so do their gradients."""
+    for case, options in subject.forms():
+        layer = subject.layer(**options)
+        valid = padded(9)
+        for way, mask in {"": None, " padding": valid, " pairs": valid[:, None, None, :]}.items():
+            x = subject.inputs(layer)[0].requires_grad_()
+            found = []
+            for pairs in (2**20, 4 * layer.heads * 9):
+                with pairs_at_once(pairs):
+                    y = layer(x, mask=mask)
+                    found.append((y, *torch.autograd.grad(y.square().sum(), x)))
+            for what, few, all_of_them in zip(("", " gradient"), *reversed(found), strict=True):
+                yield same(f"{case}{way}{what}", few, all_of_them)
+
+
 @check("layer", poisoned=False)
 def memory_law(subject: Subject) -> Iterator[Measure]:
     """Twice the length makes the largest tensor twice as large where memory is linear, 4 × at most."""
@@ -95,7 +135,7 @@ def memory_law(subject: Subject) -> Iterator[Measure]:
         layer = subject.layer(dtype=torch.float32, **options)
         sizes = []
         for tokens in (length, 2 * length):
-            with torch.no_grad(), LargestTensor() as seen:
+            with torch.no_grad(), pairs_at_once(2**14), LargestTensor() as seen:
                 layer(torch.zeros(1, tokens, layer.dim))
             sizes.append(seen.elements)
         yield Measure(f"{case} {law}", sizes[1] / sizes[0], 2.1 if law == "linear" else 4.1)

@@ -5,7 +5,7 @@
     z_i[n] = q_i·e[n],  z_i(p) linear between ⌊p⌋ and ⌈p⌉
     weights = softmax((q_i·k_j + z_i(p_ij)) / √d)
 
-Cost: the scores twice more, and memory quadratic in length (the gates' sums need whole rows).
+Cost: the scores twice more, and some dozen operations on each. The gates' sums need whole rows.
 Reduces to learned relative positions when every gate is 1, to none when e is 0, as it starts.
 Source: "Contextual Position Encoding: Learning to Count What's Important". The paper writes the
 scores and gates without the 1/√d, which the authors' code puts on both, as here.
@@ -41,7 +41,7 @@ class ContextualPosition(Attention):
         ),
     )  # fmt: skip
 
-    supports = Supports(memory="quadratic")
+    supports = Supports()
     changes = ("position",)  # counted by the score
     expected_failures: ClassVar[dict[str, str]] = {
         "told-positions": "positions are sums of gates over the tokens between, in their order"

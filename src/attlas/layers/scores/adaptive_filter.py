@@ -9,7 +9,7 @@
 Halves of a head's vector are the real and imaginary parts of d numbers. μ ≤ 0, ω in conjugate pairs, and
 the noises are trained for each head, μ and ω in units of the `length` trained for.
 
-Cost: the scores of plain attention and some dozen operations on each; memory quadratic in length.
+Cost: the scores of plain attention and some dozen operations on each.
 Reduces to QK-norm attention without dynamics and process noise (μ = ω = σ = 0), with normalised queries
 and keys and weights that are not robust.
 Source: "Attention as an Adaptive Filter", its isotropic form as in the authors' code, whose floors
@@ -49,7 +49,7 @@ def _stop_dynamics(layer: Any, plain: Any) -> None:
 class AdaptiveFilter(Attention):
     """Attention as filtering; times are the tokens' positions, in steps."""
 
-    supports = Supports(position=False, memory="quadratic")
+    supports = Supports(position=False)
     changes = ("aggregate",)
     beyond = (
         "project: matrices begin as complex ones; values, too, go back to time 0, and may be normed",

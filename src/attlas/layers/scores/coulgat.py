@@ -37,8 +37,9 @@ class CoulGAT(Attention):
     """Graph attention with learnt powers of a weighted adjacency."""
 
     supports = Supports(
-        causal=False, cross=False, position=False, memory="quadratic", extras=("adjacency",)
-    )
+        causal=False, cross=False, position=False, memory="quadratic", extras=("adjacency",),
+        single_queries=False,
+    )  # fmt: skip
     changes = ("normalize",)
     beyond = (
         "project: one projection makes keys and values, and queries are parameters of the nodes",

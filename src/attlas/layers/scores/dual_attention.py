@@ -7,7 +7,7 @@
 The symbol s_j says who sends: it is looked up by softmax attention of x_j over a learned library
 ("symbolic"), by position, or by j − i ("relative", s_ij).
 
-Cost: R more score products, and their sums for each relational head; memory quadratic in length. A
+Cost: R more score products, and their sums for each relational head. A
 cache holds the relations' keys too, all heads side by side as one.
 Reduces to softmax attention without relational heads.
 Source: "Disentangling and Integrating Relational and Sensory Information in Transformer
@@ -43,7 +43,7 @@ ACTIVATIONS = {
 class DualAttention(Attention):
     """Relational and sensory heads side by side, the relational ones first."""
 
-    supports = Supports(memory="quadratic")
+    supports = Supports()
     changes = ("score",)
     beyond = (
         "project: relations have queries and keys of their own, and symbols take values' place",
@@ -112,14 +112,13 @@ class DualAttention(Attention):
     def project(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys; values side by side as one head, the symbols' before the tokens'.
 
-        Keys carry those of the relations, whose queries are left for the sum.
+        Keys carry those of the relations, whose queries the sum makes.
         """
         x, tokens = inputs.x, inputs.tokens
         if inputs.context is not None and self.symbols == "relative":
             raise ValueError("context cannot be given with symbols='relative': there is no j − i")
         v = self.v_proj(tokens)
         if self.relational_heads:
-            inputs.notes["relation queries"] = self.relation_q(x)[:, None]
             inputs.carry("relation keys", (self.relation_k or self.relation_q)(tokens)[:, None])
             if self.symbols != "relative":
                 v = torch.cat((self.symbol_proj(self.symbols_of(inputs)), v), dim=-1)
@@ -144,7 +143,7 @@ class DualAttention(Attention):
         """r of all pairs, [batch, relations, queries, keys]."""
         q, k = (
             rearrange(x, "b 1 t (r p) -> b r t p", r=self.relations)
-            for x in (inputs.notes["relation queries"], inputs.carried["relation keys"])
+            for x in (self.relation_q(inputs.x)[:, None], inputs.carried["relation keys"])
         )
         relations: Tensor = ACTIVATIONS[self.activation]((q * q.shape[-1] ** -0.5) @ k.mT)
         return relations

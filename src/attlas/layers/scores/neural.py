@@ -7,8 +7,7 @@ The network is the same for all heads. W₁ is the sum of a part for queries and
 applied token by token. What is made for every pair, p numbers and then p/2, lives for one block of
 queries at a time and is made again for the backward pass.
 
-Cost: p²/2 + 3p/2 multiply-adds for each score and head; the scores are held, memory quadratic in
-length. A cache holds p numbers for a key instead of d.
+Cost: p²/2 + 3p/2 multiply-adds for each score and head. A cache holds p numbers for a key instead of d.
 Reduces to the mean of the visible values at w₃ = 0.
 Source: "Neural Attention: A Novel Mechanism for Enhanced Expressive Power in Transformer Models". Its
 program adds a bias to every score, which the softmax does not feel.
@@ -44,7 +43,7 @@ class Neural(Attention):
         ),
     )  # fmt: skip
 
-    supports = Supports(memory="quadratic")
+    supports = Supports()
     beyond = (
         "position: queries and keys pass their shares of the first layer, which a cache keeps",
     )

@@ -8,7 +8,7 @@
 Where all queries see the same keys (no mask, or padding alone) no n² is needed: with centred keys k̃,
 Σ_j s̃_ij v_j = q_i Σ_j k̃_j v_jᵀ and var s = qᵀ (Σ k̃ k̃ᵀ / n) q.
 
-Cost: there n·dim·head_dim multiply-adds, else plain attention's with all pairs in memory.
+Cost: there n·dim·head_dim multiply-adds, else plain attention's, a block of queries at a time.
 Reduces to nothing simpler: weights may be negative, and sum to n b.
 Source: "Normalized Attention Without Probability Cage", with its program's undivided s and tanh GELU.
 """
@@ -35,7 +35,7 @@ from attlas.tracing import any_length
 class Normalized(Attention):
     """Attention with standardised logits as weights."""
 
-    supports = Supports(memory="quadratic")
+    supports = Supports()
     beyond = ("output: the published layer has a norm and GELU between heads and projection",)
 
     eps: float = option("ε, added to the standard deviation", default=1e-3, above=0)
@@ -98,7 +98,7 @@ class Normalized(Attention):
 class SumPooling(Attention):
     """Every query gets the sum of the tokens that it sees; nothing is trained."""
 
-    supports = Supports(position=False, memory="quadratic")
+    supports = Supports(position=False)
     beyond: ClassVar[tuple[str, ...]] = (
         "project: heads are slices of the tokens",
         "output: slices are joined without a projection",

@@ -6,7 +6,7 @@
 n_i counts the keys that query i sees. LSSA is softmax attention with log softplus(s) for its scores.
 Where all weights of a row are equal, none is above average: LSSAR keeps them.
 
-Cost: LSSA that of plain attention, memory linear; LSSAR a pass more over the n² weights, in memory.
+Cost: LSSA that of plain attention; LSSAR a pass more over the n² weights. Memory is linear.
 Reduces to softmax attention with exp for softplus and q·k/√d for s.
 Source: "Softplus Attention with Re-weighting Boosts Length Extrapolation in Large Language Models", in
 others' retellings of its revised text; o_i for the first three rows in a third party's program alone.
@@ -112,7 +112,7 @@ class SoftplusReweighted(Softplus):
         ),
     )  # fmt: skip
 
-    supports = Supports(memory="quadratic")
+    supports = Supports()
 
     power: int = option("p", default=15, at_least=1)
     spared: int = option("rows that see at most so many keys are not cut", default=3, at_least=1)

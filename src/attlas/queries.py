@@ -1,0 +1,83 @@
+"""Attention of some queries at a time, where the pairs of all of them would fill the memory.
+
+    y[a:b] = aggregate(weigh(q[a:b], k[:e]), v[:e])      e: the keys that query b − 1 may see, if causal
+
+A block is computed by the layer's own stages, on inputs cut to its queries: to a causal layer that is a
+step of decoding, to any other a second sequence. So memory grows with the length for every mechanism a
+query's weights of which rest on that query alone. A backward pass computes each block again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from attlas import masks, ops
+from attlas.masks import Mask
+from attlas.tracing import stretches, traced
+
+if TYPE_CHECKING:
+    from attlas.attention import Attention
+    from attlas.inputs import Inputs
+
+#: Pairs of a block, over all rows and heads: 64 MiB of scores in float32.
+BLOCK = 2**24
+#: Pairs up to which a pass that is differentiated holds all, rather than compute them twice: 512 MiB.
+KEPT = 2**27
+
+
+def in_blocks(layer: Attention, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
+    """weigh → aggregate of a layer, in as many blocks of queries as its pairs need."""
+    size = _rows(layer, q, k, inputs)
+    if size >= q.shape[2]:
+        return layer.aggregate(layer.weigh(q, k, inputs), v, inputs)
+    if inputs.told:
+        told = inputs.positions_of(inputs.key_positions.shape[-1])
+        inputs = replace(inputs, key_positions=told)
+    return torch.cat([_block(layer, q, k, v, inputs, at) for at in stretches(q.shape[2], size)], dim=2)
+
+
+def _rows(layer: Attention, q: Tensor, k: Tensor, inputs: Inputs) -> int:
+    """Queries of a block; all where that is no more than may be held, or where they hang together."""
+    supports, queries, each = layer.supports, q.shape[2], q.shape[0] * q.shape[1] * k.shape[2]
+    apart = supports.single_queries and not supports.remembers
+    if traced() or not apart or inputs.extras or inputs.notes:
+        return queries
+    if torch.is_grad_enabled() and queries * each <= KEPT:
+        return queries
+    return max(1, BLOCK // max(1, each))
+
+
+def _block(layer: Attention, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs, at: slice) -> Tensor:
+    later = q.shape[2] - at.stop
+    unseen = later if layer.causal else 0
+    keys = slice(0, k.shape[2] - unseen)
+    some = _cut(inputs, at, later, unseen, k.shape[2], not layer.causal)
+
+    def attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return layer.aggregate(layer.weigh(q, k, some), v, some)
+
+    return ops.recomputed(attended, q[:, :, at], k[:, :, keys], v[:, :, keys])
+
+
+def _cut(inputs: Inputs, at: slice, later: int, unseen: int, keys: int, alone: bool) -> Inputs:
+    """The inputs of the queries `at`, behind which `later` ones and `unseen` keys are left out; `alone`
+    they are a sequence beside that of the keys."""
+    pairs, mask = inputs.pairs, inputs.mask
+    if isinstance(pairs, Tensor):
+        pairs = pairs if pairs.shape[2] == 1 else pairs[:, :, at]
+        pairs = pairs if pairs.shape[3] == 1 else pairs[..., : keys - unseen]
+    elif isinstance(pairs, Mask) and later > unseen:
+        pairs = masks.Shifted(pairs, unseen - later)
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        mask = mask[:, : mask.shape[1] - unseen]
+    seen = inputs.key_positions.shape[-1] - unseen
+    return replace(
+        inputs, x=inputs.x[:, at], positions=inputs.positions[..., at], mask=mask, pairs=pairs,
+        key_positions=inputs.key_positions[..., :seen], cache=None, notes={},
+        context=inputs.tokens if alone else inputs.context, given=inputs.given or alone,
+        carried={name: x[:, :, : keys - unseen] for name, x in inputs.carried.items()},
+    )  # fmt: skip
