@@ -9,7 +9,7 @@ There is one head, which reads states as they are. The Gaussian of the predictiv
 the softmax, which runs over the window, and is not normalised again. Input feeding is the caller's:
 y goes into the decoder's next input.
 
-Cost: n·dim multiply-adds for a query (concat: as many tanh).
+Cost: n·dim multiply-adds for a query (concat: as many tanh); windows around p hold all pairs.
 Reduces to global attention when the window covers the source and σ is infinite.
 Source: "Effective Approaches to Attention-based Neural Machine Translation". The concat score has
 OpenNMT's two matrices, which side by side are the paper's one; the paper has no bias anywhere.
@@ -35,7 +35,7 @@ from attlas.supports import Supports
 class Luong(Attention):
     """One-headed attention of a decoder's states to a source."""
 
-    supports = Supports(causal=False, position=False)
+    supports = Supports(causal=False, position=False, memory="quadratic")
     beyond = ("project: a score has what projections it needs, and values are the source itself",)
 
     heads: int = option("query heads: one", default=1, at_least=1, kw_only=False)
