@@ -219,6 +219,12 @@ CLAIMS: dict[str, Claim] = {
 }  # fmt: skip
 
 
+def claimed(name: str) -> tuple[str, tuple[Expectation, ...]]:
+    """What is claimed of a mechanism, and when it holds."""
+    claim, _, expects = CLAIMS[name]
+    return claim, expects
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(CLAIMS)}")
@@ -234,7 +240,8 @@ def main() -> None:
     bench = Bench(model, tokenizer, given.texts, given.length, given.seeds, given.device)
     given.out.mkdir(parents=True, exist_ok=True)
     for name in given.names or CLAIMS:
-        claim, rows_of, expects = CLAIMS[name]
+        claim, expects = claimed(name)
+        rows_of = CLAIMS[name][1]
         rows, numbers = list(rows_of(bench)), defaultdict(list)
         for row in rows:
             numbers[row.name].append(row.value)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from attlas.kinds.expect import Row, verdict
+from attlas.kinds.expect import Expectation, Row, verdict
 from attlas.study.record import packed, save
 from claims_conversion import CONVERSIONS
 from claims_heads import HEADS
@@ -84,7 +84,7 @@ def recorded(name: str, cells: list[tuple[str, int]], folder: Path, out: Path) -
     cuda = torch.cuda.is_available()
     made = packed(
         name, claim.says, claim.set_up, f"python benchmarks/claims_model.py {name}", numbers,
-        verdict([one.answer(rows) for one in claim.expects]),
+        verdict([one.answer(rows) for one in claimed(name)[1]]),
         {row.name: (row.unit, row.better) for row in rows},
         machine=torch.cuda.get_device_name() if cuda else None,
     )  # fmt: skip
@@ -92,6 +92,11 @@ def recorded(name: str, cells: list[tuple[str, int]], folder: Path, out: Path) -
     print(f"{name}: {made['verdict']}")
     for number in made["numbers"]:
         print(f"  {number['of']}: {number['mean']:.4g} ± {number['spread']:.2g}")
+
+
+def claimed(name: str) -> tuple[str, tuple[Expectation, ...]]:
+    """What is claimed of a mechanism, and when it holds."""
+    return CLAIMS[name].says, CLAIMS[name].expects
 
 
 def main() -> None:

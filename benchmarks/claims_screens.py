@@ -35,7 +35,7 @@ from attlas import prefill
 from attlas.attach import attach
 from attlas.cache.part import CachePart
 from attlas.hf.caches import with_cache
-from attlas.kinds.expect import Beats, Row, verdict
+from attlas.kinds.expect import Beats, Expectation, Row, verdict
 from attlas.models.load import load_tokenizer
 from attlas.study.record import packed, save
 from attlas.tasks.chat import template, tokens
@@ -193,6 +193,15 @@ def _kept(cache: Any, made: list[Screens]) -> tuple[float, float]:
     return shares[0], shares[1]
 
 
+def claimed(name: str) -> tuple[str, tuple[Expectation, ...]]:
+    """What is claimed of `gui-kv`, and when it holds."""
+    beats = (Beats(f"{name}, {when}", f"snapkv, {when}") for when in ("asked", "later"))
+    return (
+        "of several screens it keeps what is asked for better than window attention alone does",
+        tuple(beats),
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "claims")
@@ -204,7 +213,7 @@ def main() -> None:
     dtype = torch.float32 if given.device == "cpu" else torch.bfloat16
     model, tokenizer = attlas.load("smollm2").to(given.device, dtype), load_tokenizer("smollm2")
     given.out.mkdir(parents=True, exist_ok=True)
-    expects = tuple(Beats(f"gui-kv, {when}", f"snapkv, {when}") for when in ("asked", "later"))
+    claim, expects = claimed("gui-kv")
     rows: list[Row] = []
     for seed in range(given.seeds):
         rows += rows_of(model, tokenizer, given.texts, given.shown, given.keep, seed)
@@ -212,8 +221,7 @@ def main() -> None:
         for row in rows:
             numbers[row.name].append(row.value)
         made = packed(
-            "gui-kv",
-            "of several screens it keeps what is asked for better than window attention alone does",
+            "gui-kv", claim,
             f"SmolLM2-135M, {given.shown} screens in words, {given.texts} texts a seed and kind "
             f"of question, {given.keep:g} of the cache, window {WINDOW}, {str(dtype)[6:]}",
             f"python benchmarks/claims_screens.py --texts {given.texts} --keep {given.keep:g} "

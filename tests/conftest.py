@@ -1,9 +1,10 @@
-"""Shapes in signatures are checked while tests run; one model load serves the whole session."""
+"""Shapes in signatures are checked in the rooms whose tests say so; one model load serves a session."""
 
 import logging
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jaxtyping
@@ -42,6 +43,21 @@ class _Deprecated(logging.Handler):
 
 
 logging.getLogger("transformers").addHandler(_Deprecated())
+
+
+#: Rooms in which shapes are checked, at two to three times the cost. The contract calls every mechanism's
+#: functions so; what trains or generates in other rooms calls the same ones again.
+SHAPED = ("contract", "layers", "masks", "models", "ops", "positions", "storage")
+
+
+@pytest.fixture(autouse=True)
+def shapes(request: pytest.FixtureRequest):
+    """Shapes in signatures are checked, or not."""
+    before = jaxtyping.config.jaxtyping_disable
+    room = request.path.relative_to(Path(__file__).parent).parts[0]
+    jaxtyping.config.update("jaxtyping_disable", before or room not in SHAPED)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 @pytest.fixture(autouse=True)

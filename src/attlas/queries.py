@@ -10,18 +10,16 @@ query's weights of which rest on that query alone. A backward pass computes each
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from attlas import masks, ops
+from attlas.inputs import Inputs
 from attlas.masks import Mask
+from attlas.supports import Supports
 from attlas.tracing import stretches, traced
-
-if TYPE_CHECKING:
-    from attlas.attention import Attention
-    from attlas.inputs import Inputs
 
 #: Pairs of a block, over all rows and heads: 64 MiB of scores in float32.
 BLOCK = 2**24
@@ -29,7 +27,23 @@ BLOCK = 2**24
 KEPT = 2**27
 
 
-def in_blocks(layer: Attention, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
+@runtime_checkable
+class Weighing(Protocol):
+    """A layer that makes weights of its own."""
+
+    causal: bool
+    supports: ClassVar[Supports]
+
+    def weigh(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
+        """Weights of all pairs of these queries and keys."""
+        ...
+
+    def aggregate(self, weights: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
+        """What the queries get of the values."""
+        ...
+
+
+def in_blocks(layer: Weighing, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
     """weigh → aggregate of a layer, in as many blocks of queries as its pairs need."""
     size = _rows(layer, q, k, inputs)
     if size >= q.shape[2]:
@@ -40,7 +54,7 @@ def in_blocks(layer: Attention, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs)
     return torch.cat([_block(layer, q, k, v, inputs, at) for at in stretches(q.shape[2], size)], dim=2)
 
 
-def _rows(layer: Attention, q: Tensor, k: Tensor, inputs: Inputs) -> int:
+def _rows(layer: Weighing, q: Tensor, k: Tensor, inputs: Inputs) -> int:
     """Queries of a block; all where that is no more than may be held, or where they hang together."""
     supports, queries, each = layer.supports, q.shape[2], q.shape[0] * q.shape[1] * k.shape[2]
     apart = supports.single_queries and not supports.remembers
@@ -51,7 +65,7 @@ def _rows(layer: Attention, q: Tensor, k: Tensor, inputs: Inputs) -> int:
     return max(1, BLOCK // max(1, each))
 
 
-def _block(layer: Attention, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs, at: slice) -> Tensor:
+def _block(layer: Weighing, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs, at: slice) -> Tensor:
     later = q.shape[2] - at.stop
     unseen = later if layer.causal else 0
     keys = slice(0, k.shape[2] - unseen)

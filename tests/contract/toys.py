@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from attlas import Attention
 from attlas.inputs import Inputs
-from attlas.ops import softmax
 from attlas.supports import Supports
 
 
@@ -64,8 +63,8 @@ class HasADeadParameter(Attention):
 class HoldsAllPairs(Attention):
     """Declares linear memory, and makes all weights."""
 
-    def normalize(self, scores, inputs):
-        return softmax(scores)
+    def attend(self, q, k, v, inputs):
+        return self.aggregate(self.weigh(q, k, inputs), v, inputs)
 
 
 class ReadsUnwrittenMemory(Attention):
