@@ -16,11 +16,9 @@ Source: "Attention Is All You Need".
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from einops import rearrange
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 
@@ -75,6 +73,9 @@ class Attention(Configured, Network):
         self.pattern = masks.both(masks.causal if self.causal else None, self.own_mask)
         self.scale = self.head_dim**-0.5
         self.position_encoding = encoding_of(self.own_position, self)
+        middle = ("score", "normalize", "aggregate", "weigh")
+        #: Whether score, normalize and aggregate are these here, and so one call.
+        self.fuses = all(getattr(type(self), s) is getattr(Attention, s) for s in middle)
         #: Takes the attention of this layer while its model is attached to, see `attlas.attach.own`.
         self.door: Any = None
         self.make_projections()
@@ -122,8 +123,8 @@ class Attention(Configured, Network):
         q, k = self.position(q, k, inputs)
         k, v = self.restore(*inputs.extend(k, v, self.keeps_keys), inputs)
         # A cache that lets go of tokens is masked where it is read.
-        pairs = None if self.door is not None else self.mask(q, k, inputs)
-        return q, k, v, replace(inputs, pairs=pairs)
+        inputs.pairs = None if self.door is not None else self.mask(q, k, inputs)
+        return q, k, v, inputs
 
     @property
     def keeps_keys(self) -> bool:
@@ -146,15 +147,15 @@ class Attention(Configured, Network):
 
     def project(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each [batch, heads, tokens, head_dim]."""
-        q, tokens = self.q_proj(inputs.x), inputs.tokens
-        k, v = self.k_proj(tokens), self.v_proj(tokens)
+        q, k, v = self.q_proj(inputs.x), self.k_proj(inputs.tokens), self.v_proj(inputs.tokens)
         return self.split_heads(q), self.split_heads(k), self.split_heads(v)
 
     def split_heads(
         self, x: Float[Tensor, "batch tokens joined"]
     ) -> Float[Tensor, "batch heads tokens head_dim"]:
         """What stands side by side in each token, as heads of `head_dim` channels."""
-        return rearrange(x, "b t (h d) -> b h t d", d=self.head_dim)
+        batch, tokens, _ = x.shape
+        return x.reshape(batch, tokens, -1, self.head_dim).transpose(1, 2)
 
     def position(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Queries and keys that know where they stand; k holds this pass's own keys."""
@@ -206,15 +207,14 @@ class Attention(Configured, Network):
         self, heads: Float[Tensor, "batch heads queries width"], inputs: Inputs
     ) -> Float[Tensor, "batch queries dim"]:
         """Heads joined and projected."""
-        y: Tensor = self.o_proj(rearrange(heads, "b h t d -> b t (h d)"))
+        y: Tensor = self.o_proj(heads.transpose(1, 2).flatten(2))
         return y
 
     # Between them ---------------------------------------------------------------------------------
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
         """score → mask → normalize → aggregate: one fused call unless a subclass changes them."""
-        middle = ("score", "normalize", "aggregate", "weigh")
-        if any(getattr(type(self), s) is not getattr(Attention, s) for s in middle):
+        if not self.fuses:
             return in_blocks(self, q, k, v, inputs)
         return self.fused(*self.features(q, k, inputs), v, inputs)
 

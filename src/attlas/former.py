@@ -16,7 +16,7 @@ MEMBERS: Mapping[str, Mapping[str, str]] = {
         "has_two_sided_form": "supports = Supports(bidirectional=...)",
         "has_cross_form": "supports = Supports(cross=...)",
         "has_own_position": "supports = Supports(position=...)",
-        "needs_earlier_queries": "supports = Supports(single_queries=...)",
+        "needs_earlier_queries": "supports = Supports(queries='earlier')",
         "takes_masks": "supports = Supports(masks=...)",
         "memory_law": "supports = Supports(memory=...)",
         "extras": "supports = Supports(extras=...)",

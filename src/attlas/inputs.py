@@ -17,7 +17,7 @@ from attlas.folding import folded, unfolded
 from attlas.masks import Mask
 from attlas.positions import Position, Positioned, ScoreMod
 from attlas.supports import Form
-from attlas.tracing import traced
+from attlas.tracing import kept, traced
 
 if TYPE_CHECKING:
     from attlas.hf.caches import Cache
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 MaskLike = Mask | Shaped[Tensor, "batch keys"] | Shaped[Tensor, "b h #queries keys"]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Inputs:
     """What every stage of one forward pass may read besides what the stage before it gave.
 
@@ -337,7 +337,12 @@ def _positions(seen: int, tokens: Tensor, valid: Tensor | None) -> Tensor:
     """Positions of the cached and the new tokens; padding does not count."""
     if valid is not None:
         return (valid.long().cumsum(-1) - 1).clamp(min=0)
-    return torch.arange(seen + tokens.shape[1], device=tokens.device)
+    return _counted(seen + tokens.shape[1], tokens.device)
+
+
+@kept(8)
+def _counted(tokens: int, device: torch.device) -> Tensor:
+    return torch.arange(tokens, device=device)
 
 
 def _agree(some: Tensor, others: Tensor) -> bool:

@@ -57,7 +57,7 @@ def in_blocks(layer: Weighing, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) 
 def _rows(layer: Weighing, q: Tensor, k: Tensor, inputs: Inputs) -> int:
     """Queries of a block; all where that is no more than may be held, or where they hang together."""
     supports, queries, each = layer.supports, q.shape[2], q.shape[0] * q.shape[1] * k.shape[2]
-    apart = supports.single_queries and not supports.remembers
+    apart = supports.queries == "alone" and not supports.remembers
     if traced() or not apart or inputs.extras or inputs.notes:
         return queries
     if torch.is_grad_enabled() and queries * each <= KEPT:

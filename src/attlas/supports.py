@@ -42,7 +42,9 @@ class Supports:
         remembers: a cache keeps more of it than keys and values, so that tokens cannot be taken back.
         maps: `weights` tells the map that its output is summed with.
         memory: how a forward pass's extra memory grows with the length, "linear" or "quadratic".
-        single_queries: a query's weights rest on that query alone, so that it can cross-attend alone.
+        queries: on which queries of a call the output of one rests: "alone", itself; "earlier", those
+            before it too, so that a decoder's cross-attention has the whole target at every step; "all",
+            so that it is no cross-attention of a decoder, whose tokens would see those to come.
         graph_breaks: why `torch.compile` takes it in more than one graph, so that `fullgraph=True` is
             refused; empty where it is one.
         one_length: why `torch.export` makes a program of it for one length alone; empty where for any.
@@ -61,7 +63,7 @@ class Supports:
     remembers: bool = False
     maps: bool = True
     memory: Literal["linear", "quadratic"] = "linear"
-    single_queries: bool = True
+    queries: Literal["alone", "earlier", "all"] = "alone"
     graph_breaks: str = ""
     one_length: str = ""
     counts: bool = False

@@ -71,3 +71,11 @@ def test_cross_attention_that_needs_earlier_queries_is_causal_in_the_target(name
     whole = model(SOURCE, decoder_input_ids=target).logits
     part = model(SOURCE, decoder_input_ids=target[:, :3]).logits
     torch.testing.assert_close(whole[:, :3], part)
+
+
+@pytest.mark.parametrize(
+    "name", ["dint-transformer", "flowformer", "perturbed-gqa", "hyper-attention", "kdeformer"]
+)
+def test_cross_attention_whose_queries_all_hang_together_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}.*see those to come"):
+        _model(name=name, heads=4)

@@ -39,7 +39,7 @@ class SampledAttention(Attention):
     """Softmax attention that computes blocks of alike queries and keys, and samples the rest."""
 
     supports = Supports(
-        masks="padding",
+        masks="padding", queries="all",
         graph_breaks="draws come from a generator of its own, and padded rows are taken one by one",
         one_length="blocks are joined as the number of tokens asks, and padded rows by their own",
     )

@@ -186,6 +186,11 @@ class AttlasConfig(TypedConfig):
             raise ValueError(f"attention: {name!r} has no causal form, which a decoder needs")
         if cross and not cls.supports.cross:
             raise ValueError(f"attention: {name!r} has no cross form, which cross-attention needs")
+        if cross and cls.supports.queries == "all":
+            raise ValueError(
+                f"attention: {name!r} cannot be a decoder's cross-attention: what a query gets rests on "
+                "all queries, so that a token of the target would see those to come"
+            )
         taken = _takes(name, mask)
         common = {k: v for k, v in (self.attention_options or {}).items() if k in taken}
         options = {**common, **options}

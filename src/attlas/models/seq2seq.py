@@ -3,7 +3,7 @@
     context = norm(encoder(E[source]));   logits = W norm(decoder(E[target], context))
 
 Cross-attention computes its keys anew at every step, since mechanisms differ in what could be kept. One
-whose weights rest on earlier queries (not `supports.single_queries`) has the whole target at every step,
+whose weights rest on earlier queries (`supports.queries`, "earlier") has the whole target at every step,
 and the model then keeps nothing.
 Importing this module registers the types with AutoConfig and AutoModelForSeq2SeqLM.
 """
@@ -129,7 +129,7 @@ class Seq2Seq(AttlasModel, AttlasGenerationMixin):
         self.lm_head = nn.Linear(width, config.vocab_size, bias=False)
         #: Whether keys and values of the target can be kept from step to step.
         layers: Any = self.layers
-        self.keeps = all(layer.cross_attention.supports.single_queries for layer in layers)
+        self.keeps = all(layer.cross_attention.supports.queries == "alone" for layer in layers)
         self._is_stateful = is_stateful(layer.attention for layer in layers)
         self.gradient_checkpointing = False
         self.post_init()

@@ -59,6 +59,25 @@ def strides(subject: Subject) -> Iterator[Measure]:
         yield same(case, layer(view), layer(dense))
 
 
+def apart(subject: Subject) -> bool:
+    """Whether queries of another sequence do not all hang together."""
+    supports = subject.object.supports
+    return supports.cross and supports.bidirectional and supports.queries != "all"
+
+
+@check("layer", when=apart)
+def which_queries(subject: Subject) -> Iterator[Measure]:
+    """To another sequence a query attends alone as among others, or as with those before it alone."""
+    layer, at = subject.layer(causal=False), torch.arange(6)
+    x, context = (torch.randn(2, n, layer.dim, dtype=torch.float64) for n in (6, 9))
+    whole = layer(x, context)
+    if subject.object.supports.queries == "alone":
+        some = [layer(x[:, i : i + 1], context, positions=at[i : i + 1]) for i in at.tolist()]
+        yield same("alone", torch.cat(some, dim=1), whole)
+    for count in (1, 4):
+        yield same(f"the first {count}", layer(x[:, :count], context), whole[:, :count])
+
+
 @check("layer", when=lambda subject: subject.object.supports.cross)
 def cross_attention(subject: Subject) -> Iterator[Measure]:
     """Queries from one sequence, keys from another; keys out of sight change nothing."""

@@ -25,6 +25,7 @@ code on what they give, as here.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -174,6 +175,7 @@ def _centre_values(layer: Any, plain: Any) -> None:
 class Perturbed(_Grouped):
     """Grouped attention with noise on what each head gives, of that head's mean and deviation."""
 
+    supports = replace(_Grouped.supports, queries="all")
     beyond = ("output: the perturbed form's noise falls on what the heads give",)
 
     def output(self, heads: Tensor, inputs: Inputs) -> Tensor:

@@ -39,7 +39,7 @@ from attlas.options import option
 class Flowformer(RecurrentAttention):
     """Linear attention with competition among sources and an allocation to sinks."""
 
-    supports = replace(RecurrentAttention.supports, masks="padding")
+    supports = replace(RecurrentAttention.supports, masks="padding", queries="all")
     normalized = False
     bias: bool = option("whether the projections have one", default=True)
     eps: float = option("added to both factors of every product of flows", default=1e-6, above=0)

@@ -38,7 +38,7 @@ class CoulGAT(Attention):
 
     supports = Supports(
         causal=False, cross=False, position=False, memory="quadratic", extras=("adjacency",),
-        single_queries=False,
+        queries="all",
     )  # fmt: skip
     changes = ("normalize",)
     beyond = (

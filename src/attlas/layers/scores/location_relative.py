@@ -45,7 +45,7 @@ EPS = 1e-5
 class _Walk(Attention):
     """One head of weights over places, from queries alone; values are the inputs themselves."""
 
-    supports = Supports(causal=False, position=False, memory="quadratic", single_queries=False,
+    supports = Supports(causal=False, position=False, memory="quadratic", queries="earlier",
                         counts=True)  # fmt: skip
     changes = ("position",)
     beyond = ("project: values are the inputs themselves, and nothing is projected to be compared",)

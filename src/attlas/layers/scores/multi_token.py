@@ -47,7 +47,7 @@ class MultiToken(Attention):
         ),
     )  # fmt: skip
 
-    supports = Supports(memory="quadratic", gaps=False, remembers=True, single_queries=False)
+    supports = Supports(memory="quadratic", gaps=False, remembers=True, queries="earlier")
     changes = ("score",)
     expected_failures: ClassVar[dict[str, str]] = {
         "static-cache": "no room for rows of scores",

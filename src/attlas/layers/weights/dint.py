@@ -43,7 +43,7 @@ class Dint(Differential):
         ),
     )  # fmt: skip
 
-    supports = replace(Differential.supports, remembers=True)
+    supports = replace(Differential.supports, remembers=True, queries="all")
     beyond = ("output: heads are normed and scaled as in differential attention",)
     expected_failures: ClassVar[dict[str, str]] = {"static-cache": "no room for G's running sum"}
 

@@ -42,8 +42,9 @@ class Probabilistic(Attention):
     """
 
     supports = Supports(
-        causal=False, memory="quadratic", extras=("alpha", "beta", "log_prior", "initial", "fixed")
-    )
+        causal=False, memory="quadratic", queries="all",
+        extras=("alpha", "beta", "log_prior", "initial", "fixed"),
+    )  # fmt: skip
     changes = ("normalize",)
     beyond = ("project: the score weighs values too, which are left for it",)
 

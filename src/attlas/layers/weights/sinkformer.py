@@ -30,7 +30,7 @@ from attlas.supports import Supports
 class Sinkformer(Attention):
     """Attention with doubly stochastic weights."""
 
-    supports = Supports(causal=False, cross=False, memory="quadratic", single_queries=False)
+    supports = Supports(causal=False, cross=False, memory="quadratic", queries="all")
 
     half_steps: int = option(
         "normalisations, rows first and last when odd (the authors' `max_iter`)", default=3,
