@@ -8,6 +8,7 @@ import torch
 
 from attlas import masks
 from attlas.contract.measure import Measure, Subject, check, finite, holds, same
+from attlas.supports import Supports
 
 #: One token, an even few, and lengths that no block divides.
 LENGTHS = (1, 2, 7, 33)
@@ -61,7 +62,7 @@ def strides(subject: Subject) -> Iterator[Measure]:
 
 def apart(subject: Subject) -> bool:
     """Whether queries of another sequence do not all hang together."""
-    supports = subject.object.supports
+    supports: Supports = subject.object.supports
     return supports.cross and supports.bidirectional and supports.queries != "all"
 
 
