@@ -70,7 +70,7 @@ PRESETS = {
                 for keep in (0.75, 0.5, 0.25)
             ),
             "streaming-llm(keep=0.25, rerotate=True)",
-            "snapkv(keep=0.25, kernel=7)",
+            "snapkv(keep=0.25, window=64, kernel=5, pooling='avg')",
         ),
     ),
     "cache": Preset(
