@@ -17,8 +17,9 @@ and batches of one token; to no registered mechanism.
 Source: "Titans: Learning to Memorize at Test Time", by the widely used program of a third party, as the
 authors published none. There a chunk has one η and one α, θ multiplies the mean of |M(k) − v|² over its d
 channels, where the paper has the sum, and one head's output is neither gated nor projected, which here it
-is. The paper is the case of `chunk=1`. SiLU, ℓ2-norms and short convolutions of q, k and v are the
-paper's; the width of the convolutions is our choice.
+is. The paper is the case of `chunk=1` and a `max_step` of the width of a head, which recalls far better
+than 1 where texts are longer than those that were trained on (docs/claims.md). SiLU, ℓ2-norms and short
+convolutions of q, k and v are the paper's; the width of the convolutions is our choice.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ class NeuralMemory(Attention):
         "whether the memory adds its normalised output to its input", default=True
     )
     momentum: bool = option("whether S remembers; without, S_t = u_t", default=True)
-    max_step: float = option("greatest θ", default=1.0, above=0)
+    max_step: float = option("greatest θ; the paper's is the width of a head", default=1.0, above=0)
     activation: bool = option("whether q, k and v go through a SiLU", default=True)
     qk_norm: Literal["none", "l2", "rms"] = option(
         "of queries and keys; 'rms' has a trained gain", default="l2"
