@@ -11,7 +11,7 @@ from attlas import masks, queries
 
 def few_pairs(monkeypatch: pytest.MonkeyPatch, block: int, kept: int = 0) -> list[int]:
     """The queries of each block, as they come, of blocks of so many pairs."""
-    monkeypatch.setattr(queries, "BLOCK", block)
+    monkeypatch.setattr(queries, "CPU_BLOCK", block)
     monkeypatch.setattr(queries, "KEPT", kept)
     seen: list[int] = []
     block_of = queries._block

@@ -92,12 +92,12 @@ class LargestTensor(TorchDispatchMode):
 @contextmanager
 def pairs_at_once(count: int) -> Iterator[None]:
     """Inside, layers hold so many pairs at once where they attend in blocks, differentiated or not."""
-    before = queries.BLOCK, queries.KEPT
-    queries.BLOCK, queries.KEPT = count, 0
+    before = queries.BLOCK, queries.CPU_BLOCK, queries.KEPT
+    queries.BLOCK, queries.CPU_BLOCK, queries.KEPT = count, count, 0
     try:
         yield
     finally:
-        queries.BLOCK, queries.KEPT = before
+        queries.BLOCK, queries.CPU_BLOCK, queries.KEPT = before
 
 
 def blocked(subject: Subject) -> bool:
