@@ -154,8 +154,8 @@ class Attention(Configured, Network):
         self, x: Float[Tensor, "batch tokens joined"]
     ) -> Float[Tensor, "batch heads tokens head_dim"]:
         """What stands side by side in each token, as heads of `head_dim` channels."""
-        batch, tokens, _ = x.shape
-        return x.reshape(batch, tokens, -1, self.head_dim).transpose(1, 2)
+        batch, tokens, joined = x.shape
+        return x.reshape(batch, tokens, joined // self.head_dim, self.head_dim).transpose(1, 2)
 
     def position(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Queries and keys that know where they stand; k holds this pass's own keys."""
