@@ -21,8 +21,8 @@ from attlas.masks import Mask
 from attlas.supports import Supports
 from attlas.tracing import stretches, traced
 
-#: Pairs of a block, over all rows and heads: 64 MiB of scores in float32; on a CPU, whose caches then hold
-#: more of them, 16 MiB take two thirds of the time.
+#: Pairs of a block, over all rows and heads: 64 MiB of scores in float32; on a CPU 16 MiB, which its
+#: caches hold more of, take two thirds of the time.
 BLOCK, CPU_BLOCK = 2**24, 2**22
 #: Pairs up to which a pass that is differentiated holds all, rather than compute them twice: 512 MiB.
 KEPT = 2**27

@@ -204,6 +204,7 @@ def test_blocks_that_are_used_several_times():
     assert told.attended == {2, 5}
 
 
+@pytest.mark.filterwarnings("ignore:`hidden_state` is deprecated:FutureWarning")  # by 5.17 itself
 def test_layers_that_attend_to_pictures_alone():
     model, given = made.mllama()
     expected = generate(model, given)

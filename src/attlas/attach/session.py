@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import nn
 
 from attlas.attach import generating, wiring
@@ -160,6 +161,13 @@ def _checked_model(model: Any) -> PreTrainedModel:
         raise UserError(
             "attach cannot work in a model compiled with fullgraph=True, which leaves nothing to listen "
             "to; compile without it, or attach to and call the model that was compiled"
+        )
+    compiled = "dynamo_ctx" in vars(model) or any(m._compiled_call_impl for m in found.modules())
+    if compiled and torch.__version__ < "2.13":
+        raise UserError(
+            f"attach cannot work in a compiled model with PyTorch {torch.__version__}, whose compiler "
+            "stops at an attached model's configuration; attach to and call the model that was compiled, "
+            "or take 2.13"
         )
     return found
 

@@ -91,7 +91,7 @@ def attend(
     if keys == 0:
         out, lse = reference(q, k, v, scale=scale)
         return (out, lse) if return_lse else out
-    flag = mask is not None and offset == 0 and queries == keys and mask == causal
+    flag = isinstance(mask, Mask) and offset == 0 and queries == keys and mask == causal
     if route == "auto" and score_mod is None and not return_lse and (mask is None or flag):
         k, v = _alike(k, v, q.shape[1])
         # The common call, kept short: on a GPU a few microseconds of Python can be seen.
