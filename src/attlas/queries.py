@@ -3,8 +3,8 @@
     y[a:b] = aggregate(weigh(q[a:b], k[:e]), v[:e])      e: the keys that query b − 1 may see, if causal
 
 A block is computed by the layer's own stages, on inputs cut to its queries: to a causal layer that is a
-step of decoding, to any other a second sequence. So memory grows with the length for every mechanism a
-query's weights of which rest on that query alone. A backward pass computes each block again.
+step of decoding, to any other a second sequence. So memory grows with the length, not with its square,
+wherever a query's weights rest on that query alone. A backward pass computes each block again.
 """
 
 from __future__ import annotations
