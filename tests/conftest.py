@@ -17,13 +17,14 @@ hook = install_import_hook("attlas", checked)
 _jaxtyped = jaxtyping.jaxtyped
 
 
-def _once(**options: Any) -> Callable[[Any], Any]:
+def _outermost(*, typechecker: Any) -> Callable[[Any], Any]:
     """What the hook puts around functions; around those within functions nothing, whose checks would be
     compiled anew whenever they are made: that took most of this suite's time."""
-    return lambda of: of if "<locals>" in of.__qualname__ else _jaxtyped(**options)(of)
+    checks = _jaxtyped(typechecker=typechecker)
+    return lambda of: of if "<locals>" in of.__qualname__ else checks(of)
 
 
-jaxtyping.jaxtyped = _once  # type: ignore[assignment]
+jaxtyping.jaxtyped = _outermost  # type: ignore[assignment]
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

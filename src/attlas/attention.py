@@ -46,6 +46,7 @@ class Attention(Configured, Network):
     #: Stages changed that no overridden method tells; "stage: why", of stages that the paper leaves.
     changes: ClassVar[tuple[str, ...]] = ()
     beyond: ClassVar[tuple[str, ...]] = ()
+    MIDDLE: ClassVar[tuple[str, ...]] = ("score", "normalize", "aggregate", "weigh")
     dim: int = option("width of the inputs and outputs", at_least=1, kw_only=False)
     heads: int = option("query heads", default=8, at_least=1, kw_only=False)
     kv_heads: int = option(
@@ -73,9 +74,8 @@ class Attention(Configured, Network):
         self.pattern = masks.both(masks.causal if self.causal else None, self.own_mask)
         self.scale = self.head_dim**-0.5
         self.position_encoding = encoding_of(self.own_position, self)
-        middle = ("score", "normalize", "aggregate", "weigh")
         #: Whether score, normalize and aggregate are these here, and so one call.
-        self.fuses = all(getattr(type(self), s) is getattr(Attention, s) for s in middle)
+        self.fuses = all(getattr(type(self), s) is getattr(Attention, s) for s in self.MIDDLE)
         #: Takes the attention of this layer while its model is attached to, see `attlas.attach.own`.
         self.door: Any = None
         self.make_projections()

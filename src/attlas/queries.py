@@ -69,31 +69,30 @@ def _rows(layer: Weighing, q: Tensor, k: Tensor, inputs: Inputs) -> int:
 
 def _block(layer: Weighing, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs, at: slice) -> Tensor:
     later = q.shape[2] - at.stop
-    unseen = later if layer.causal else 0
-    keys = slice(0, k.shape[2] - unseen)
-    some = _cut(inputs, at, later, unseen, k.shape[2], not layer.causal)
+    keys = k.shape[2] - (later if layer.causal else 0)
+    some = _cut(inputs, at, later, keys, layer.causal)
 
     def attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return layer.aggregate(layer.weigh(q, k, some), v, some)
 
-    return ops.recomputed(attended, q[:, :, at], k[:, :, keys], v[:, :, keys])
+    return ops.recomputed(attended, q[:, :, at], k[:, :, :keys], v[:, :, :keys])
 
 
-def _cut(inputs: Inputs, at: slice, later: int, unseen: int, keys: int, alone: bool) -> Inputs:
-    """The inputs of the queries `at`, behind which `later` ones and `unseen` keys are left out; `alone`
-    they are a sequence beside that of the keys."""
-    pairs, mask = inputs.pairs, inputs.mask
+def _cut(inputs: Inputs, at: slice, later: int, keys: int, causal: bool) -> Inputs:
+    """The inputs of the queries `at` and the first `keys` keys, `later` queries being left out; unless
+    `causal` they are a sequence beside that of the keys."""
+    pairs, mask, unseen = inputs.pairs, inputs.mask, later if causal else 0
     if isinstance(pairs, Tensor):
         pairs = pairs if pairs.shape[2] == 1 else pairs[:, :, at]
-        pairs = pairs if pairs.shape[3] == 1 else pairs[..., : keys - unseen]
-    elif isinstance(pairs, Mask) and later > unseen:
-        pairs = masks.Shifted(pairs, unseen - later)
+        pairs = pairs if pairs.shape[3] == 1 else pairs[..., :keys]
+    elif isinstance(pairs, Mask) and not causal:
+        pairs = masks.Shifted(pairs, -later)
     if isinstance(mask, Tensor) and mask.ndim == 2:
         mask = mask[:, : mask.shape[1] - unseen]
     seen = inputs.key_positions.shape[-1] - unseen
     return replace(
         inputs, x=inputs.x[:, at], positions=inputs.positions[..., at], mask=mask, pairs=pairs,
         key_positions=inputs.key_positions[..., :seen], cache=None, notes={},
-        context=inputs.tokens if alone else inputs.context, given=inputs.given or alone,
-        carried={name: x[:, :, : keys - unseen] for name, x in inputs.carried.items()},
+        context=inputs.context if causal else inputs.tokens, given=inputs.given or not causal,
+        carried={name: x[:, :, :keys] for name, x in inputs.carried.items()},
     )  # fmt: skip

@@ -117,8 +117,8 @@ def test_a_part_goes_along_with_candidates_as_decoded_tokens() -> None:
 
 def test_a_second_turn_with_candidates() -> None:
     model, ids, question = tiny_models.decoder("llama"), repetitive(), tiny_models.prompt(1, 7, 5)
-    if transformers.__version__ < "5.18":
-        pytest.skip("Transformers before 5.18 gives other tokens with candidates behind a cache")
+    if transformers.__version__ == "5.17.0":
+        pytest.skip("Transformers 5.17 itself gives other tokens with candidates behind a cache")
     found = []
     for way in ({}, LOOKUP):
         part = attlas.make("snapkv", keep=0.5, window=4)

@@ -37,7 +37,8 @@ CASES: dict[str, dict[str, Any]] = {
     for name, case in {
         "one token": {"tokens": 1},
         "one stretch": {"units": 1, "tokens": 65},
-        "several stretches": {"tokens": 300 if update or decay == "channel" else 500, "units": 12},
+        "several stretches": {"tokens": 300 if decay == "channel" else 1100 - 800 * bool(update),
+                              "units": 12},
         "a batch, no state": {"batch": 2, "dim": 32, "width": 16, "state": False},
         "widths between powers of two": {"dim": 20, "width": 72},
         "packed": {"offsets": (0, 70, 70, 71, 200), "tokens": 200},

@@ -57,7 +57,7 @@ def test_blocks_know_where_they_stand(
         options = {"positions": torch.stack([torch.arange(20) + 7, torch.arange(20) * 3])}
     whole = layer(x, **options)
     seen = few_pairs(monkeypatch, block=2 * 4 * 20 * 6)
-    assert torch.allclose(layer(x, **options), whole, atol=1e-12)
+    torch.testing.assert_close(layer(x, **options), whole, atol=1e-12, rtol=0)
     assert len(seen) == 4
 
 
@@ -69,7 +69,7 @@ def test_a_second_sequence_is_attended_to_in_blocks(monkeypatch: pytest.MonkeyPa
     valid[0, 5:] = False
     whole = layer(x, context, mask=valid)
     seen = few_pairs(monkeypatch, block=2 * 4 * 7 * 6)
-    assert torch.allclose(layer(x, context, mask=valid), whole, atol=1e-12)
+    torch.testing.assert_close(layer(x, context, mask=valid), whole, atol=1e-12, rtol=0)
     assert len(seen) == 4
 
 
@@ -84,7 +84,7 @@ def test_a_question_behind_a_cache_is_read_in_blocks(monkeypatch: pytest.MonkeyP
     cache = layer.init_cache()
     layer(x[:, :10], cache=cache)
     seen = few_pairs(monkeypatch, block=2 * 4 * 30 * 6)
-    assert torch.allclose(layer(x[:, 10:], cache=cache), whole[:, 10:], atol=1e-12)
+    torch.testing.assert_close(layer(x[:, 10:], cache=cache), whole[:, 10:], atol=1e-12, rtol=0)
     assert len(seen) == 4
 
 

@@ -48,7 +48,7 @@ def watch(held: Attachment) -> list[Any]:
         prompt, rest = _cut(arguments, count)
         ahead.append(base(**prompt))
         for layer in cache.layers if cache is not None else ():
-            # Until they are cropped they keep more than their masks tell, and before 5.18 give it too.
+            # Until they are cropped they keep more than their masks tell, and in 5.17 give it too.
             if getattr(layer, "is_sliding", False) and getattr(layer, "record_past", False):
                 layer.crop(0)
         return (), rest

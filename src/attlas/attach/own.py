@@ -61,7 +61,7 @@ def own_layers(model: nn.Module) -> list[Attention]:
 def is_softmax(layer: Attention) -> bool:
     """Whether a layer attends as `Attention` does, so that its keys and scores may be worked on."""
     cls, base = type(layer), Attention
-    kept = ("score", "normalize", "aggregate", "weigh", "attend", "fused", "restore")
+    kept = (*base.MIDDLE, "attend", "fused", "restore")
     return layer.keeps_keys and all(getattr(cls, n) is getattr(base, n) for n in kept)
 
 

@@ -162,8 +162,9 @@ def _checked_model(model: Any) -> PreTrainedModel:
             "attach cannot work in a model compiled with fullgraph=True, which leaves nothing to listen "
             "to; compile without it, or attach to and call the model that was compiled"
         )
-    compiled = "dynamo_ctx" in vars(model) or any(m._compiled_call_impl for m in found.modules())
-    if compiled and torch.__version__ < "2.13":
+    if torch.__version__ < "2.13" and (
+        "dynamo_ctx" in vars(model) or any(m._compiled_call_impl for m in found.modules())
+    ):
         raise UserError(
             f"attach cannot work in a compiled model with PyTorch {torch.__version__}, whose compiler "
             "stops at an attached model's configuration; attach to and call the model that was compiled, "

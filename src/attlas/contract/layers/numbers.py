@@ -102,8 +102,7 @@ def pairs_at_once(count: int) -> Iterator[None]:
 
 def blocked(subject: Subject) -> bool:
     """Whether the subject attends in blocks of queries where there are many."""
-    stages = ("score", "normalize", "aggregate", "weigh")
-    own = any(getattr(subject.object, s) is not getattr(Attention, s) for s in stages)
+    own = any(getattr(subject.object, s) is not getattr(Attention, s) for s in Attention.MIDDLE)
     rows = subject.object.supports.memory == "linear"
     return own and rows and subject.object.attend is Attention.attend
 
