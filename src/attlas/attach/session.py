@@ -162,13 +162,13 @@ def _checked_model(model: Any) -> PreTrainedModel:
             "attach cannot work in a model compiled with fullgraph=True, which leaves nothing to listen "
             "to; compile without it, or attach to and call the model that was compiled"
         )
-    if torch.__version__ < "2.13" and (
+    if torch.__version__ < "2.12" and (
         "dynamo_ctx" in vars(model) or any(m._compiled_call_impl for m in found.modules())
     ):
         raise UserError(
             f"attach cannot work in a compiled model with PyTorch {torch.__version__}, whose compiler "
             "stops at an attached model's configuration; attach to and call the model that was compiled, "
-            "or take 2.13"
+            "or take 2.12"
         )
     return found
 
