@@ -4,6 +4,7 @@ import re
 import shlex
 import sys
 import types
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -106,3 +107,13 @@ def test_which_cache_is_generated_from_the_results(monkeypatch):
     from which_cache import page
 
     assert (ROOT / "docs" / "which-cache.md").read_text() == page(ROOT / "benchmarks" / "cache")
+
+
+def test_the_readme_counts_what_there_is():
+    counts = Counter(entry.kind.name for entry in registry.entries())
+    text = (ROOT / "README.md").read_text()
+    told = {"layer": "layers", "select": "selections", "record": "recorders", "study": "studies",
+            "task": "tasks"}  # fmt: skip
+    for kind, word in told.items():
+        assert f"{counts[kind]} {word}" in text
+    assert re.search(rf"{counts['cache']} cache\s+policies and quantisers", text)
