@@ -34,6 +34,7 @@ import attlas
 from attlas import prefill
 from attlas.attach import attach
 from attlas.cache.part import CachePart
+from attlas.compare.machine import machine
 from attlas.hf.caches import with_cache
 from attlas.kinds.expect import Beats, Expectation, Row, verdict
 from attlas.models.load import load_tokenizer
@@ -227,7 +228,8 @@ def main() -> None:
             f"python benchmarks/claims_screens.py --texts {given.texts} --keep {given.keep:g} "
             f"--shown {given.shown}",
             numbers, verdict([one.answer(rows) for one in expects]),
-            {row.name: (row.unit, row.better) for row in rows}, machine=given.device,
+            {row.name: (row.unit, row.better) for row in rows},
+            machine=machine(torch.device(given.device)),
         )  # fmt: skip
         save(made, given.out / "gui-kv.json")
         print(f"seed {seed}: {made['verdict']}", flush=True)

@@ -48,7 +48,7 @@ def chat(model: Any, part: Part, turns: list[torch.Tensor], mask: torch.Tensor |
 
 
 def turns(batch: int = 2) -> list[torch.Tensor]:
-    return [tiny_models.prompt(batch, count, seed=count) for count in (20, 9, 1)]
+    return list(tiny_models.prompt(batch, 30).split([20, 9, 1], dim=1))
 
 
 @pytest.mark.parametrize("name", POLICIES)

@@ -219,17 +219,14 @@ def best_slots(
     """(slots of the best scores in their order, whether filled), by row and head.
 
     Equal scores are common: repeated tokens have keys of one norm in the first layer, max pooling
-    repeats the largest. Which of them top-k takes depends on where they stand, so padded rows are
-    ranked without their padding, and choose as they would alone.
+    repeats the largest. The earlier slot goes first, so that a row chooses the same on every device
+    and beside any other rows.
     """
     width = int(budget.max())
-    if bool(valid.all()) and int(budget.min()) == width:
-        chosen = scores.topk(width, dim=-1).indices.sort(dim=-1).values
-        return chosen, torch.ones_like(chosen, dtype=torch.bool)
-    chosen = torch.zeros(*scores.shape[:2], width, dtype=torch.long, device=scores.device)
-    for row, count in enumerate(budget.tolist()):
-        there = valid[row, 0].nonzero()[:, 0]  # padding is the same for all heads
-        top = scores[row, :, there].topk(count, dim=-1).indices.sort(dim=-1).values
-        chosen[row, :, :count] = there[top]
-    place = torch.arange(width, device=scores.device)
-    return chosen, (place < budget[:, None, None]).expand_as(chosen)
+    ranked = scores.argsort(dim=-1, descending=True, stable=True)
+    padding = ~valid.gather(-1, ranked)
+    ranked = ranked.gather(-1, padding.to(torch.uint8).argsort(dim=-1, stable=True))[..., :width]
+    filled = torch.arange(width, device=scores.device) < budget[:, None, None]
+    past = torch.iinfo(ranked.dtype).max
+    chosen = ranked.where(filled, past).sort(dim=-1).values
+    return chosen.where(filled, 0), filled.expand_as(chosen)

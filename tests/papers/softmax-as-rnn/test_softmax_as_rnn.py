@@ -65,6 +65,16 @@ def test_recurrences_give_what_all_pairs_give_and_decode_with_a_constant_state(
     assert set(cache.layers[0].states) == {"state"}
 
 
+def test_the_recurrence_takes_over_where_pairs_are_more() -> None:
+    layer = attlas.make(NAME, dim=8, heads=2, causal=True, order=2).double()
+    assert layer.monomials == 15
+    x = torch.randn(2, 40, 8).double()
+    q, k, v, inputs = layer.prepare(x)
+    direct = layer.output(layer.weigh(q, k, inputs) @ v, inputs)
+    torch.testing.assert_close(layer(x), direct)
+    torch.testing.assert_close(layer(x[:, :30]), direct[:, :30])
+
+
 def test_autocast_does_not_round_the_powers() -> None:
     """Rounded to bfloat16, the powers of scores near -10 no longer cancel: errors of 8 %."""
     torch.manual_seed(0)

@@ -14,7 +14,8 @@ to N, `order=None` all of them, as e^{q·k} of all pairs. G is what the paper va
 
 with `gate`, y_t times σ(w·x_t + b), one number a head, and with `norm` an RMSNorm of each head.
 
-Cost: Σ_{n≤N} C(d+n−1, n) features, so many × d numbers in a state; `order=None` n² weights.
+Cost: Σ_{n≤N} C(d+n−1, n) features, so many × d numbers in a state; `order=None`, and no more than
+twice as many tokens without a cache, n² weights.
 Reduces to softmax attention with `order=None`, no clamp and the sum.
 Source: "On the Expressiveness of Softmax Attention: A Recurrent Neural Network Perspective" and its
 authors' program, which clamps scores at 5 before it exponentiates them, wherever nothing divides.
@@ -23,7 +24,7 @@ authors' program, which clamps scores at 5 before it exponentiates them, whereve
 from __future__ import annotations
 
 from dataclasses import replace
-from math import factorial
+from math import comb, factorial
 from typing import Literal
 
 import torch
@@ -74,7 +75,7 @@ class SoftmaxAsRNN(RecurrentAttention):
             raise UserError(f"order must be even for a positive sum, got {self.order}")
         if self.clamp is not None and not self.pairwise:
             raise UserError(f"clamp is for order=None and kernel='exp', got {self.clamp}")
-        self.scale = self.head_dim**-0.5 if self.pairwise else 1.0
+        self.scale = self.head_dim**-0.5 if self.pairwise else 1.0  # powers carry it
         self.normalized = self.divisor == "sum"
         if self.gated:
             self.gate_proj = nn.Linear(self.dim, self.heads)
@@ -85,6 +86,12 @@ class SoftmaxAsRNN(RecurrentAttention):
     def pairwise(self) -> bool:
         """Whether all powers are kept, so that the exponential of every pair is needed."""
         return self.kernel == "exp" and self.order is None
+
+    @property
+    def monomials(self) -> int:
+        """Features of the powers that are kept."""
+        assert self.order is not None
+        return comb(self.head_dim + self.order, self.order)
 
     @property
     def keeps_keys(self) -> bool:
@@ -119,31 +126,37 @@ class SoftmaxAsRNN(RecurrentAttention):
 
     def score(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
         """Scores of all pairs, of which none is larger than the clamp."""
-        scores = super().score(q, k, inputs)
+        dtype = q.dtype if self.order is None else torch.promote_types(q.dtype, torch.float32)
+        scores = ops.grouped_product(q.to(dtype) * self.head_dim**-0.5, k.to(dtype).mT)
         return scores if self.clamp is None else scores.clamp(max=self.clamp)
 
     def normalize(self, scores: Tensor, inputs: Inputs) -> Tensor:
-        """Exponentials over the divisor."""
-        if self.divisor == "sum":
+        """Exponentials, or their first terms, over the divisor."""
+        if self.order is None and self.divisor == "sum":
             return ops.softmax(scores)
-        weights = scores.exp()
+        weights = scores.exp() if self.order is None else series(scores, self.order)
+        if self.divisor == "sum":
+            return ops.divided(weights, weights.sum(-1, keepdim=True))
         return weights / self.counts(inputs) if self.divisor == "length" else weights
 
     def weigh(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
-        """The recurrences' map; of all powers, by the stages."""
-        if self.pairwise:
-            return Attention.weigh(self, q, k, inputs)
-        return super().weigh(q, k, inputs)
+        """Of `exp`, by the stages; of other kernels the recurrence's map."""
+        if self.kernel != "exp":
+            return super().weigh(q, k, inputs)
+        inputs.refuse_weights(inputs.recall("state") is not None)
+        return Attention.weigh(self, q, k, inputs).to(q.dtype)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
-        """The recurrences together; of all powers, softmax attention or all pairs."""
-        if not self.pairwise:
-            # Terms of both signs cancel in a row: features that are rounded once more leave noise.
-            with torch.autocast(q.device.type, enabled=False):
-                return super().attend(q, k, v, inputs)
-        if self.divisor == "sum" and self.clamp is None:
-            return self.fused(q, k, v, inputs)
-        return self.aggregate(self.weigh(q, k, inputs), v, inputs)
+        """The recurrences together, or all pairs where these are fewer numbers."""
+        if self.pairwise:
+            if self.divisor == "sum" and self.clamp is None:
+                return self.fused(q, k, v, inputs)
+            return self.aggregate(self.weigh(q, k, inputs), v, inputs)
+        # Terms of both signs cancel in a row: what is rounded once more leaves noise.
+        with torch.autocast(q.device.type, enabled=False):
+            if self.kernel == "exp" and inputs.cache is None and k.shape[2] <= 2 * self.monomials:
+                return self.aggregate(self.weigh(q, k, inputs), v, inputs)
+            return super().attend(q, k, v, inputs)
 
     def output(self, heads: Tensor, inputs: Inputs) -> Tensor:
         """Heads normalised and gated, where they are, and projected."""
@@ -154,13 +167,25 @@ class SoftmaxAsRNN(RecurrentAttention):
         return super().output(heads, inputs)
 
 
+def series(scores: Float[Tensor, "*pairs"], order: int) -> Float[Tensor, "*pairs"]:
+    """Σ_{n ≤ order} sⁿ / n!; 0 where a pair is hidden."""
+    hidden = scores == -torch.inf
+    scores, total = scores.masked_fill(hidden, 0.0), torch.ones_like(scores)
+    for n in range(order, 0, -1):
+        total = total * scores / n + 1
+    return total.masked_fill(hidden, 0.0)
+
+
 def powers(x: Float[Tensor, "*rows width"], order: int) -> Float[Tensor, "*rows features"]:
     """Features whose product is Σ_{n ≤ order} (x·y)ⁿ / n!, every monomial once."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     found = [torch.ones_like(wide[..., :1])]
     for n in range(1, order + 1):
         channels, share = _monomials(x.shape[-1], n, x.device)
-        found.append(wide[..., channels].prod(-1) * share.to(wide.dtype))
+        term = share.to(wide.dtype)
+        for factor in channels.unbind(-1):
+            term = term * wide.index_select(-1, factor)
+        found.append(term)
     return torch.cat(found, dim=-1)
 
 

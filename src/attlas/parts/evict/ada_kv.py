@@ -73,16 +73,16 @@ def shared(
 ) -> Bool[Tensor, "batch kv_heads slots"]:
     """Which slots stay: of every row as many as its heads' budgets together.
 
-    Rows are ranked without their padding, so that equal scores are chosen from as they would be alone.
+    Of equal scores the earlier slot stays, in the first of the heads.
     """
     keep = torch.zeros_like(valid)
     heads = scores.shape[1]
     for row, count in enumerate(budget.tolist()):
         there = valid[row, 0].nonzero()[:, 0]  # padding is the same for all heads
         ranked = scores[row, :, there]
-        safe = ranked.topk(int(alpha * count), dim=-1).indices
+        safe = ranked.argsort(dim=-1, descending=True, stable=True)[:, : int(alpha * count)]
         ranked = ranked.scatter(-1, safe, torch.inf).flatten()
         chosen = torch.zeros_like(ranked, dtype=torch.bool)
-        chosen[ranked.topk(heads * count).indices] = True
+        chosen[ranked.argsort(descending=True, stable=True)[: heads * count]] = True
         keep[row, :, there] = chosen.view(heads, -1)
     return keep

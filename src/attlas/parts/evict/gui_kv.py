@@ -148,7 +148,7 @@ class GuiKV(SnapKV):
         basis = torch.linalg.qr(keys[:, last[:width]].float().transpose(1, 2)).Q
         old = keys[:, earlier].float()
         residual = (old - old @ basis @ basis.transpose(1, 2)).norm(dim=-1)
-        redundant = residual.topk(count, dim=-1, largest=False).indices
+        redundant = residual.argsort(dim=-1, stable=True)[:, :count]
         scores.scatter_(1, earlier[redundant], 0.0)
 
 
