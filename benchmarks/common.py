@@ -7,35 +7,16 @@ import os
 import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from attlas.bench.timing import QUEUED, interleaved, timed
+
+__all__ = ["interleaved", "paired_ratio", "save", "show"]
+
 RESULTS = Path(os.environ.get("ATTLAS_BENCH_OUT", Path(__file__).parent / "results"))
-
-QUEUED = 8
-
-
-def interleaved(
-    candidates: dict[str, Callable[[], object]],
-    *,
-    rounds: int = 15,
-    device: str = "cpu",
-    warm: int = 2,
-) -> dict[str, float]:
-    """Median milliseconds of each candidate; every round runs them all, each time in another order."""
-    for run in candidates.values():
-        for _ in range(warm):
-            run()
-    names = list(candidates)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(rounds):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            times[name].append(_timed(candidates[name], device))
-    return {name: statistics.median(t) for name, t in times.items()}
-
 
 def paired_ratio(
     ours: Callable[[], object], theirs: Callable[[], object], *, rounds: int, device: str = "cpu",
@@ -50,33 +31,17 @@ def paired_ratio(
     pairs = []
     for turn in range(rounds):
         if turn % 2:
-            a = _timed(ours, device, queued)
-            b = _timed(theirs, device, queued)
+            a = timed(ours, device, queued)
+            b = timed(theirs, device, queued)
         else:
-            b = _timed(theirs, device, queued)
-            a = _timed(ours, device, queued)
+            b = timed(theirs, device, queued)
+            a = timed(ours, device, queued)
         pairs.append((a, b))
     return {
         "ours_ms": statistics.median(a for a, _ in pairs),
         "theirs_ms": statistics.median(b for _, b in pairs),
         "ratio": statistics.median(a / b for a, b in pairs),
     }
-
-
-def _timed(run: Callable[[], object], device: str, queued: int = QUEUED) -> float:
-    """Milliseconds of one run; on a GPU the mean of several queued at once, as a model queues them."""
-    if device == "cuda":
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        start.record()
-        for _ in range(queued):
-            run()
-        stop.record()
-        stop.synchronize()
-        return float(start.elapsed_time(stop)) / queued
-    began = time.perf_counter()
-    run()
-    return (time.perf_counter() - began) * 1e3
 
 
 def save(name: str, device: str, rows: list[dict[str, object]]) -> None:

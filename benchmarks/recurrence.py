@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import normalize, scaled_dot_product_attention
 
 from attlas import ops
+from attlas.bench import rivals
 from common import paired_ratio, save, show
 
 HEADS, DIM = 16, 128
@@ -55,31 +56,11 @@ def given(kind: str, batch: int, tokens: int) -> dict[str, Any]:
 
 
 def theirs(kind: str, call: dict[str, Any]) -> Callable[[], Tensor]:
-    """flash-linear-attention's op for it, tokens first as it takes them."""
-    first = {n: x.transpose(1, 2) for n, x in call.items() if isinstance(x, Tensor) and x.ndim > 1}
-    q, k, v, g, beta = (first.get(n) for n in ("q", "k", "v", "log_decay", "beta"))
-    if kind in ("none", "head", "token"):
-        from fla.ops.simple_gla import chunk_simple_gla
-
-        rate = {"g_gamma": call["log_decay"]} if kind == "head" else {"g": g}
-        return lambda: chunk_simple_gla(q, k, v, **rate)[0]
-    if kind == "channel":
-        from fla.ops.gla import chunk_gla
-
-        return lambda: chunk_gla(q, k, v, g)[0]
-    if kind == "delta":
-        from fla.ops.delta_rule import chunk_delta_rule
-
-        return lambda: chunk_delta_rule(q, k, v, beta)[0]
-    if kind == "gated delta":
-        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-
-        return lambda: chunk_gated_delta_rule(q, k, v, g, beta)[0]
-    from fla.ops.generalized_delta_rule import chunk_dplr_delta_rule
-
-    a, b = (x.transpose(1, 2) for x in call["low_rank"])
-    # Its update reads S ← S (diag + b aᵀ): the two change places.
-    return lambda: chunk_dplr_delta_rule(q, k, v, b, a, g)[0]
+    """flash-linear-attention's op for it."""
+    run = rivals.linear_attention(kind, call)
+    if run is None:
+        raise SystemExit("flash-linear-attention is not installed; it is what this is held against")
+    return run
 
 
 def floors(kind: str, batch: int, tokens: int) -> dict[str, float]:
@@ -122,7 +103,7 @@ def compared(kind: str, shape: tuple[int, int], rounds: int, library: bool) -> l
             with torch.set_grad_enabled(wants):
                 out = op()
             if wants:
-                torch.autograd.grad(out, leaves, up if out.shape == up.shape else up.transpose(1, 2))
+                torch.autograd.grad(out, leaves, up)
 
         def ours(run: Any = run) -> None:
             run(lambda: ops.recurrence(**call, scale=DIM**-0.5)[0])

@@ -27,6 +27,7 @@ COMMANDS = {
     "adapt": ("attlas.adapting.command", "adapt"),
     "train": ("attlas.train.command", "train"),
     "run": ("attlas.running.command", "run_command"),
+    "bench": ("attlas.bench.command", "bench"),
     "roofline": ("attlas.compare.roofline", "roofline"),
     "study": ("attlas.study.command", "study"),
 }

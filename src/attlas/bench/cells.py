@@ -1,0 +1,259 @@
+"""What is timed: groups of cells, each one operation at one size with all that could do it.
+
+| group | what | beside |
+|---|---|---|
+| `machine` | a copy, a product of matrices | |
+| `attention` | a causal prompt, forward, and with its backward | SDPA by every route, flash-attn |
+| `window` | a sliding window over a prompt | SDPA with the window as a mask |
+| `decode` | one token over a cache: dense, in 4 and 2 bits, an eighth of its pages | SDPA, FlashInfer |
+| `recurrence` | a chunked recurrence by kind of decay, forward, and with its backward | fla; SDPA |
+
+A cell's first candidate decides what is right: `difference` is how far another one's numbers are from
+its, over its largest. Bytes and operations are those that any program must move and do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize, scaled_dot_product_attention
+
+from attlas import masks, ops
+from attlas.bench import rivals
+from attlas.bench.rivals import Run
+from attlas.ops.decode import decode
+from attlas.ops.pages import best_pages, page_bounds, page_scores
+from attlas.ops.quantize import encode
+from attlas.ops.segments import Coded, Dense, Listed
+
+#: Kinds of decay, as `ops.recurrence` has them.
+KINDS = ("none", "head", "token", "channel", "delta", "gated delta", "low rank")
+#: Tokens beside the pages that a query chooses, tokens of a page, and 1/SHARE of them is chosen.
+RECENT, PAGE, SHARE = 64, 32, 8
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What cells are measured at on a kind of device."""
+
+    heads: int
+    kv_heads: int
+    width: int
+    prompts: tuple[int, ...]
+    caches: tuple[tuple[int, int], ...]  # (batch, keys)
+    recurrences: tuple[int, ...]
+    window: int
+    copied: int
+    matrix: int
+
+
+CPU = Sizes(8, 4, 64, (512, 2048), ((1, 8192), (1, 32768)), (2048,), 256, 2**26, 1024)
+CUDA = Sizes(32, 8, 128, (1024, 4096, 16384), ((1, 8192), (1, 32768), (1, 131072), (8, 32768)),
+             (4096, 16384), 1024, 2**30, 8192)  # fmt: skip
+
+
+@dataclass
+class Made:
+    """A cell with its numbers in memory.
+
+    Attributes:
+        runs: candidates by name.
+        nbytes: bytes that each must read and write at least.
+        flops: operations that each must do at least.
+        exact: candidates that compute the very same as the first.
+    """
+
+    runs: dict[str, Run]
+    nbytes: Mapping[str, float]
+    flops: float
+    exact: frozenset[str] = field(default_factory=frozenset)
+
+    def alike(self) -> Made:
+        """All candidates compute the same."""
+        self.exact = frozenset(self.runs)
+        return self
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One operation at one size."""
+
+    group: str
+    name: str
+    make: Callable[[], Made]
+
+
+def cells(device: torch.device, dtype: torch.dtype) -> Iterator[Cell]:
+    """All cells of a device, the machine's own first."""
+    sizes = CUDA if device.type == "cuda" else CPU
+    random = partial(_random, device=device, dtype=dtype)
+    yield Cell("machine", f"copy {sizes.copied / 2**20:.0f} MiB", lambda: _copy(sizes, device))
+    yield Cell("machine", f"product of {sizes.matrix}²", lambda: _product(sizes, random))
+    for tokens in sizes.prompts:
+        for trained in (False, True):
+            name = f"{tokens} tokens{', with backward' if trained else ''}"
+            yield Cell("attention", name, partial(_prompt, sizes, tokens, trained, random))
+    longest = sizes.prompts[-1]
+    name = f"{sizes.window} of {longest} tokens"
+    yield Cell("window", name, partial(_window, sizes, longest, random))
+    for batch, keys in sizes.caches:
+        yield Cell("decode", f"batch {batch}, {keys} keys", partial(_decode, sizes, batch, keys, random))
+    for kind in KINDS:
+        for tokens in sizes.recurrences:
+            for trained in (False, True):
+                name = f"decay {kind}, {tokens} tokens{', with backward' if trained else ''}"
+                make = partial(_recurrence, sizes, kind, tokens, trained, random)
+                yield Cell("recurrence", name, make)
+
+
+def _random(*shape: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape, device=device, dtype=dtype)
+
+
+def _copy(sizes: Sizes, device: torch.device) -> Made:
+    source = torch.ones(sizes.copied // 4, device=device)
+    target = torch.empty_like(source)
+    return Made({"copy": lambda: target.copy_(source)}, {"copy": 2 * source.nbytes}, 0.0)
+
+
+def _product(sizes: Sizes, random: Callable[..., Tensor]) -> Made:
+    matrix = random(sizes.matrix, sizes.matrix)
+    return Made({"product": lambda: matrix @ matrix}, {"product": 0.0}, 2.0 * sizes.matrix**3)
+
+
+def _prompt(sizes: Sizes, tokens: int, trained: bool, random: Callable[..., Tensor]) -> Made:
+    q, k, v = _qkv(sizes, 1, tokens, tokens, random)
+    runs: dict[str, Run] = {"attlas": lambda: ops.attend(q, k, v, mask=masks.causal)}
+    runs |= rivals.sdpa(q, k, v, causal=True)
+    if other := rivals.flash_attention(q, k, v, causal=True):
+        runs["flash-attn"] = other
+    flops = 2.0 * sizes.heads * tokens**2 * sizes.width  # half of the pairs, two products
+    moved = 2.0 * (q.nbytes + k.nbytes)
+    if not trained:
+        return Made(runs, dict.fromkeys(runs, moved), flops).alike()
+    trained_runs = _with_backward(runs, [q, k, v])
+    return Made(trained_runs, dict.fromkeys(runs, 2 * moved), 3.5 * flops).alike()
+
+
+def _window(sizes: Sizes, tokens: int, random: Callable[..., Tensor]) -> Made:
+    q, k, v = _qkv(sizes, 1, tokens, tokens, random)
+    pattern = masks.causal & masks.window(sizes.window)
+    dense = masks.dense(pattern, tokens, tokens, device=q.device)
+    runs: dict[str, Run] = {
+        "attlas": lambda: ops.attend(q, k, v, mask=pattern),
+        "SDPA, dense mask": lambda: scaled_dot_product_attention(
+            q, k, v, attn_mask=dense, enable_gqa=True
+        ),
+    }
+    flops = 4.0 * sizes.heads * tokens * sizes.window * sizes.width
+    return Made(runs, dict.fromkeys(runs, 2.0 * (q.nbytes + k.nbytes)), flops).alike()
+
+
+def _decode(sizes: Sizes, batch: int, keys: int, random: Callable[..., Tensor]) -> Made:
+    """One query: over all keys, over codes of them, and over an eighth of their pages."""
+    q, k, v = _qkv(sizes, batch, 1, keys, random)
+    whole = Dense(k, v)
+    segments: dict[str, list[Any]] = {"attlas": [whole]}
+    for bits in (4, 2):
+        segments[f"attlas, {bits} bits"] = [Coded(encode(k, bits), encode(v, bits))]
+    runs: dict[str, Run] = {name: partial(_decoded, q, each) for name, each in segments.items()}
+    nbytes = {name: float(each[0].nbytes) for name, each in segments.items()}
+    pages = "attlas, 1/8 of pages"
+    runs[pages], nbytes[pages] = _pages(q, k, v)
+    exact = {"attlas"}
+    for name, run in rivals.sdpa(q, k, v, causal=False):
+        runs[name], nbytes[name] = run, float(whole.nbytes)
+        exact.add(name)
+    if other := rivals.flashinfer_decode(q, k, v):
+        runs["FlashInfer"], nbytes["FlashInfer"] = other, float(whole.nbytes)
+        exact.add("FlashInfer")
+    return Made(runs, nbytes, 4.0 * batch * sizes.heads * keys * sizes.width, frozenset(exact))
+
+
+def _decoded(q: Tensor, segments: list[Any]) -> Tensor:
+    return decode(q, segments)[0]
+
+
+def _pages(q: Tensor, k: Tensor, v: Tensor) -> tuple[Run, float]:
+    """Scores of all pages, the choice, and attention over those and the latest tokens."""
+    old, recent = (Dense(k[:, :, s], v[:, :, s]) for s in (slice(-RECENT), slice(-RECENT, None)))
+    low, high = (x.contiguous() for x in page_bounds(old.k, PAGE))
+    count = max(1, k.shape[2] // SHARE // PAGE)
+
+    def run() -> Tensor:
+        index = best_pages(page_scores(q, low, high), count)
+        return decode(q, [Listed(old.k, old.v, index, PAGE), recent])[0]
+
+    listed = k.shape[0] * k.shape[1] * count * PAGE * (k.shape[3] + v.shape[3]) * k.element_size()
+    return run, float(low.nbytes + high.nbytes + listed + recent.nbytes)
+
+
+def _recurrence(
+    sizes: Sizes, kind: str, tokens: int, trained: bool, random: Callable[..., Tensor]
+) -> Made:
+    heads, width = sizes.heads // 2, sizes.width
+    call = _recurrent_call(kind, heads, tokens, width, random)
+    runs: dict[str, Run] = {"attlas": lambda: ops.recurrence(**call, scale=width**-0.5)[0]}
+    exact = {"attlas"}
+    if other := rivals.linear_attention(kind, call):
+        runs["fla"] = other
+        exact.add("fla")
+    q, k, v = (call[name] for name in ("q", "k", "v"))
+    runs["SDPA, causal"] = lambda: scaled_dot_product_attention(q, k, v, is_causal=True)
+    rows = heads * tokens
+    flops = 2.0 * rows * width * (2 * 64 + 2 * width)  # chunks of 64 and their states
+    nbytes = dict.fromkeys(runs, 4.0 * q.nbytes)
+    if trained:
+        runs = _with_backward(runs, [q, k, v])
+        nbytes, flops = dict.fromkeys(runs, 12.0 * q.nbytes), 3 * flops
+    return Made(runs, nbytes, flops, frozenset(exact))
+
+
+def _recurrent_call(
+    kind: str, heads: int, tokens: int, width: int, random: Callable[..., Tensor]
+) -> dict[str, Any]:
+    """Arguments of `ops.recurrence`, as views [batch, heads, tokens, …] of token-first tensors."""
+
+    def first(*shape: int) -> Tensor:
+        return random(1, tokens, heads, *shape).transpose(1, 2)
+
+    k = normalize(first(width), dim=-1)
+    call: dict[str, Any] = {"q": 0.1 * first(width), "k": k, "v": 0.1 * first(width)}
+    if kind == "head":
+        call["log_decay"] = -torch.linspace(0.001, 0.1, heads, device=k.device)
+    if kind in ("token", "gated delta"):
+        call["log_decay"] = -0.1 * first().float().sigmoid()
+    if kind in ("channel", "low rank"):
+        call["log_decay"] = -0.1 * first(width).float().sigmoid()
+    if "delta" in kind:
+        call["beta"] = first().sigmoid()
+    if kind == "low rank":
+        call["low_rank"] = (-k, k * first(width).sigmoid())
+    return call
+
+
+def _qkv(
+    sizes: Sizes, batch: int, queries: int, keys: int, random: Callable[..., Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    q = random(batch, sizes.heads, queries, sizes.width)
+    k, v = (random(batch, sizes.kv_heads, keys, sizes.width) for _ in range(2))
+    return q, k, v
+
+
+def _with_backward(runs: dict[str, Run], leaves: list[Tensor]) -> dict[str, Run]:
+    """Each run with the gradients of `leaves`, which come behind its result."""
+    for leaf in leaves:
+        leaf.requires_grad_()
+
+    def whole(run: Run) -> tuple[Tensor, ...]:
+        out = run()
+        assert isinstance(out, Tensor)
+        found = torch.autograd.grad(out, leaves, torch.ones_like(out))
+        return out.detach(), *found
+
+    return {name: partial(whole, run) for name, run in runs.items()}
