@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from attlas import masks, ops
 from attlas.contract.layers.numbers import LargestTensor
+from attlas.ops.backends import loses_gradients
 from attlas.positions import ALiBi, T5Bias
 
 # It is beartype, which looks at a random item of each list, that uses it.
@@ -213,3 +214,19 @@ def test_a_shard_without_keys_merges() -> None:
     both, lse = ops.merge([none, none])
     assert not both.any()
     assert (lse == -torch.inf).all()
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "masked", "trained", "lost"),
+    [
+        (192, 192, True, True, True), (192, 192, False, True, False), (192, 192, True, False, False),
+        (128, 128, True, True, False), (160, 160, True, True, False), (5, 64, True, True, True),
+        (1, 100, False, True, True), (1, 100, True, False, False),
+    ],
+)  # fmt: skip
+def test_where_cudnn_may_lose_gradients(
+    queries: int, keys: int, masked: bool, trained: bool, lost: bool
+) -> None:
+    q, k = torch.randn(1, 1, queries, 8), torch.randn(1, 1, keys, 8, requires_grad=trained)
+    arguments = {"attn_mask": torch.ones(queries, keys, dtype=torch.bool) if masked else None}
+    assert loses_gradients(q, k, k, arguments) == lost

@@ -90,3 +90,44 @@ def test_lse_and_merge(route):
         ]
         merged, _ = ops.merge(parts)
         torch.testing.assert_close(merged, ops.attend(q, k, v), atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("width", [16, 32, 64, 128])
+@pytest.mark.parametrize("length", [64, 128, 192, 320])
+@pytest.mark.parametrize("masked", [False, True])
+def test_short_texts_through_auto(width, length, masked):
+    """As a small model trains: heads that are views of token-first projections, in bfloat16."""
+    make = {"device": "cuda", "dtype": torch.bfloat16}
+    tensors = [
+        torch.randn(8, length, 4, width, **make).transpose(1, 2).requires_grad_() for _ in range(3)
+    ]
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    mask = masks.causal
+    if masked:
+        mask = masks.dense(mask, length, length, device="cuda")
+        starts = torch.arange(8, device="cuda")[:, None, None, None]  # padding on the left
+        mask = mask & (torch.arange(length, device="cuda") >= starts)
+    judged(
+        with_gradients(ops.attend(*tensors, mask=mask), tensors),
+        with_gradients(ops.attend(*tensors, mask=mask, route="reference"), tensors),
+        with_gradients(ops.attend(*exact, mask=mask, route="reference"), exact),
+    )
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(704, 704), (1, 128)])
+def test_gradients_of_rows_whose_scores_are_all_low(queries, keys):
+    """Every score near -120, as massive activations make them: cuDNN's gradients are NaN here."""
+    torch.manual_seed(0)
+    make = {"device": "cuda", "dtype": torch.bfloat16}
+    q, k, v = (0.1 * torch.randn(1, 2, n, 64, **make) for n in (queries, keys, keys))
+    q[..., 0], k[..., 0] = 1.0, -960.0
+    tensors = [x.requires_grad_() for x in (q, k, v)]
+    mask = torch.ones(queries, keys, dtype=torch.bool, device="cuda").tril(keys - queries)
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    ours = with_gradients(ops.attend(*tensors, mask=mask), tensors)
+    assert all(x.isfinite().all() for x in ours)
+    judged(
+        ours,
+        with_gradients(ops.attend(*tensors, mask=mask, route="reference"), tensors),
+        with_gradients(ops.attend(*exact, mask=mask, route="reference"), exact),
+    )

@@ -26,6 +26,8 @@ _CANDIDATES = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
+#: Backends in the order that they are tried in where cuDNN's gradients cannot be relied on.
+_SOUND = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 #: A backend must beat SDPA's own choice by this much, or noise would decide.
 MARGIN = 0.97
 
@@ -41,10 +43,24 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> Tensor:
         return _as_wide(q, k, v, arguments)
     if q.is_cuda and not torch.compiler.is_compiling():
         name = _choice(q, k, v, arguments)
+        if name in (DEFAULT, "cudnn") and loses_gradients(q, k, v, arguments):
+            with sdpa_kernel(_SOUND):
+                return scaled_dot_product_attention(q, k, v, **arguments)
     if name == DEFAULT:
         return scaled_dot_product_attention(q, k, v, **arguments)
     with sdpa_kernel(_CANDIDATES[name]):
         return scaled_dot_product_attention(q, k, v, **arguments)
+
+
+def loses_gradients(q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any]) -> bool:
+    """Whether cuDNN, SDPA's own choice on Hopper, may give gradients that are NaN.
+
+    With a mask, and half a tile of 128 keys left over, it scores what is not there as 0: its exponential
+    overflows where all scores of a row lie below -88 (PyTorch 2.11 to 2.13; massive activations give
+    such rows). With one query, likewise (cuDNN 9.26).
+    """
+    partial = arguments.get("attn_mask") is not None and k.shape[2] % 128 == 64
+    return _trains(q, k, v) and (partial or q.shape[2] == 1)
 
 
 def _as_wide(q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any]) -> Tensor:
