@@ -60,7 +60,7 @@ def shaped(layers: int, device: str, small: bool) -> Any:
 
 
 def filled(model: Any, parts: tuple[Any, ...], batch: int, tokens: int) -> DynamicCache:
-    """A cache of random keys and values, compressed by the parts as at the end of a prompt."""
+    """A cache of random keys and values, in the type of the model, compressed as at a prompt's end."""
     config = model.config
     cache = DynamicCache(config=config)
     for part in parts:
@@ -69,9 +69,9 @@ def filled(model: Any, parts: tuple[Any, ...], batch: int, tokens: int) -> Dynam
     held = (batch, config.num_key_value_heads, tokens, width)
     asked = (batch, config.num_attention_heads, WINDOW, width)
     for number, layer in enumerate(cache.layers):
-        k, v = (torch.randn(held, dtype=torch.bfloat16, device=model.device) for _ in range(2))
+        k, v = (torch.randn(held, dtype=model.dtype, device=model.device) for _ in range(2))
         layer.update(k, v)
-        queries = torch.randn(asked, dtype=torch.bfloat16, device=model.device)
+        queries = torch.randn(asked, dtype=model.dtype, device=model.device)
         seen = ForwardPass(cache=cache, offset=tokens - WINDOW, length=WINDOW)
         module = model.model.layers[number].self_attn
         call = Call(number, module, queries, k, v, width**-0.5, None, seen, cache_layer=layer)

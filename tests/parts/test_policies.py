@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import DynamicCache
 
 import tiny_models
 from attlas.attach import Part, attach
-from attlas.cache.policy import CachePolicy
+from attlas.cache.policy import CachePolicy, best_slots
 from attlas.cache.prompt import prefill
 from attlas.contract.families import distinct, find
 from attlas.hf.caches import cache_of, with_cache
@@ -372,3 +374,26 @@ def test_a_policy_in_three_lines():
     with attach(model, Last(keep=0.25)):
         layer = cache_of(model(ids)).layers[0]
     assert torch.equal(layer.original_positions(), torch.arange(18, 24).expand(2, 2, -1).int())
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    slots=st.integers(1, 12), kinds=st.integers(1, 4), seed=st.integers(0, 1000),
+    pads=st.tuples(st.integers(0, 4), st.integers(0, 4)),
+)  # fmt: skip
+def test_of_equal_scores_the_earlier_slot_stays_beside_any_other_row(
+    slots: int, kinds: int, seed: int, pads: tuple[int, int]
+) -> None:
+    torch.manual_seed(seed)
+    width = slots + max(pads)
+    scores = torch.randint(0, kinds, (2, 3, width)).float()
+    valid = torch.stack([torch.arange(width) >= pad for pad in pads])[:, None].expand(2, 3, width)
+    budget = torch.tensor([max(1, slots // 2), slots])
+    chosen, filled = best_slots(scores, valid, budget)
+    for row, pad in enumerate(pads):
+        for head in range(3):
+            there = range(pad, width)
+            order = sorted(there, key=lambda slot: (-float(scores[row, head, slot]), slot))
+            best = sorted(order[: int(budget[row])])
+            assert chosen[row, head][filled[row, head]].tolist() == best
+            assert filled[row, head].sum() == len(best)

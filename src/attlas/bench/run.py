@@ -91,6 +91,8 @@ def measured(cell: Cell, device: str, wrong: float) -> list[dict[str, Any]]:
         try:
             began = time.perf_counter()
             found = _joined(each())
+            if found.is_cuda:
+                torch.cuda.synchronize()
             rows[name]["first_s"] = time.perf_counter() - began
         except Exception as error:  # whatever another package raises is its own
             rows[name]["error"] = _said(error)

@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from attlas.ops.quantize import Codes
+from attlas.tracing import traced
 
 #: (keys, values, what may be seen, bias) of some slots. The heads of keys divide the query heads; what
 #: may be seen is [batch, one head or those of keys or queries, queries or one, slots], None for all;
@@ -158,7 +159,7 @@ class Listed:
         """Runs of listed slots, gathered."""
         for index in self.index.split(max(1, size // self.page), dim=-1):
             at, seen = listed(index, self.page, self.k.shape[2], self.lengths)
-            yield taken(self.k, at), taken(self.v, at), seen, None
+            yield taken(self.k, at), taken(self.v, at), unless_all(seen), None
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,7 @@ class Coded:
         if self.index is not None:
             for index in self.index.split(max(1, size // self.page), dim=-1):
                 at, seen = listed(index, self.page, self.k.tokens, self.lengths)
-                yield self.k.gather(at), self.v.gather(at), seen, None
+                yield self.k.gather(at), self.v.gather(at), unless_all(seen), None
             return
         for start in range(0, self.k.tokens, size):
             stop = min(start + size, self.k.tokens)
@@ -229,10 +230,13 @@ def listed(
     return torch.where(there, at, 0), there[:, :, None]
 
 
+def unless_all(seen: Tensor) -> Tensor | None:
+    """The mask; None where a CPU finds that it hides nothing, as its fused kernel takes no mask."""
+    return None if seen.device.type == "cpu" and not traced() and bool(seen.all()) else seen
+
+
 def taken(x: Tensor, at: Int[Tensor, "batch list_heads n"]) -> Tensor:
     """Rows `at` of x, whose heads are repeated where a list is one of query heads."""
-    if at.shape[1] != x.shape[1]:  # never the whole of x once for every query head
-        row = torch.arange(x.shape[0], device=x.device)[:, None, None]
-        head = torch.arange(at.shape[1], device=x.device) // (at.shape[1] // x.shape[1])
-        return x[row, head[:, None], at.long()]
-    return x.gather(2, at.long()[..., None].expand(-1, -1, -1, x.shape[-1]))
+    row = torch.arange(x.shape[0], device=x.device)[:, None, None]
+    head = torch.arange(at.shape[1], device=x.device) // (at.shape[1] // x.shape[1])
+    return x[row, head[:, None], at.long()]
