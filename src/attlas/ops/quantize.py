@@ -24,6 +24,7 @@ from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
 from attlas.errors import UserError
+from attlas.ops.reference import taken
 
 #: Widths of a code that there are, as the widths of the planes that they are packed in.
 PLANES = {8: (8,), 4: (4,), 3: (2, 1), 2: (2,), 1: (1,)}
@@ -87,12 +88,6 @@ class Codes:
     def gather(self, slots: Int[Tensor, "b h n"]) -> Float[Tensor, "b h n dim"]:
         """The tokens at `slots`, by row and head; more heads than are held repeat them."""
         repeats = slots.shape[1] // self.data.shape[1]
-        row = torch.arange(slots.shape[0], device=slots.device)[:, None, None]
-        head = torch.arange(slots.shape[1], device=slots.device)[:, None] // repeats
-
-        def taken(x: Tensor, at: Tensor) -> Tensor:
-            return x[row, head, at]
-
         slots = slots.long()
         return self._numbers(
             taken(self.data, slots), lambda x: taken(x, slots // self.token_group), repeats

@@ -9,7 +9,7 @@ A row that sees nothing gives 0 and lse = −∞, and its gradient is 0.
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from attlas.masks import Mask, dense
@@ -118,3 +118,10 @@ def grouped_product(
 def repeated(x: Float[Tensor, "batch kv_heads keys *dim"], heads: int) -> Tensor:
     """Keys or values, or one number for each, repeated so that each query head of a group has its own."""
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
+def taken(x: Shaped[Tensor, "batch heads tokens width"], at: Int[Tensor, "batch list_heads n"]) -> Tensor:
+    """Rows `at` of x, whose heads are repeated where a list is one of query heads."""
+    row = torch.arange(x.shape[0], device=x.device)[:, None, None]
+    head = torch.arange(at.shape[1], device=x.device) // (at.shape[1] // x.shape[1])
+    return x[row, head[:, None], at.long()]

@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from attlas.ops.quantize import Codes
+from attlas.ops.reference import taken
 from attlas.tracing import traced
 
 #: (keys, values, what may be seen, bias) of some slots. The heads of keys divide the query heads; what
@@ -233,10 +234,3 @@ def listed(
 def unless_all(seen: Tensor) -> Tensor | None:
     """The mask; None where a CPU finds that it hides nothing, as its fused kernel takes no mask."""
     return None if seen.device.type == "cpu" and not traced() and bool(seen.all()) else seen
-
-
-def taken(x: Tensor, at: Int[Tensor, "batch list_heads n"]) -> Tensor:
-    """Rows `at` of x, whose heads are repeated where a list is one of query heads."""
-    row = torch.arange(x.shape[0], device=x.device)[:, None, None]
-    head = torch.arange(at.shape[1], device=x.device) // (at.shape[1] // x.shape[1])
-    return x[row, head[:, None], at.long()]

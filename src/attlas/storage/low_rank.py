@@ -20,7 +20,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from attlas.errors import UserError
-from attlas.ops.segments import Block, listed, taken, within
+from attlas.ops.reference import taken
+from attlas.ops.segments import Block, listed, within
 from attlas.storage.body import Body, GrownBody
 from attlas.storage.rotary import Rotary
 

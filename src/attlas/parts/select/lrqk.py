@@ -42,8 +42,8 @@ from attlas.cache.summaries import best_portion, extend
 from attlas.catalog.registry import mechanism
 from attlas.errors import UserError
 from attlas.hf.sources import layouts
-from attlas.ops.reference import grouped_product, repeated
-from attlas.ops.segments import Coded, Listed, Segment, listed, taken
+from attlas.ops.reference import grouped_product, repeated, taken
+from attlas.ops.segments import Coded, Listed, Segment, listed
 from attlas.options import option
 from attlas.storage.body import Body
 from attlas.storage.layer import Chosen, LayerState, StoredLayer
