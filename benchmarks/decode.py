@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 import common
+from attlas.bench.steps import SHARE, Step, pages
 from attlas.ops.decode import decode
 from attlas.ops.pages import (
     best_pages,
@@ -35,13 +36,10 @@ from decode_cells import (
     DEVICE,
     HEADS,
     KV_HEADS,
-    SHARE,
     WIDTH,
     Cell,
-    Step,
     coded,
     dense,
-    pages,
     ragged,
     random,
     tokens,

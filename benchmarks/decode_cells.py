@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from attlas.bench.steps import SHARE, Step, still
 from attlas.ops.decode import decode
 from attlas.ops.pages import best_pages, page_bounds, page_scores
 from attlas.ops.quantize import Codes, encode
@@ -21,7 +21,7 @@ from common import interleaved, show
 
 HEADS, KV_HEADS, WIDTH = 32, 8, 128
 DEVICE, DTYPE = "cuda", torch.bfloat16
-RECENT, SHARE, GROUP = 64, 8, 128  # tokens beside pages, 1/SHARE kept, tokens of a key's step
+GROUP = 128  # tokens of a key's step
 FRESH, MOST = 200e6, 64  # bytes and copies after which a level-2 cache holds nothing of the first
 BACKENDS = {
     "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -31,14 +31,6 @@ BACKENDS = {
 EAGER = ("sdpa cudnn", "sdpa flash", "dense", "pages of 32", "coded 4")
 
 
-@dataclass
-class Step:
-    """A candidate over one cache: what it reads, and the bytes of that."""
-
-    segments: Callable[[Tensor], list[Any]]
-    nbytes: int
-
-
 def copies_of(nbytes: int) -> int:
     """How many caches of so many bytes are taken in turn."""
     return max(1, min(MOST, -int(-FRESH // nbytes)))
@@ -46,11 +38,6 @@ def copies_of(nbytes: int) -> int:
 
 def random(*shape: int) -> Tensor:
     return torch.randn(shape, device=DEVICE, dtype=DTYPE)
-
-
-def still(*segments: Any) -> Step:
-    """A step that reads the same segments for every query."""
-    return Step(lambda q: list(segments), sum(s.nbytes for s in segments))
 
 
 def dense(k: Tensor, v: Tensor) -> Step:
@@ -75,20 +62,6 @@ def tokens(k: Tensor, v: Tensor) -> Step:
     """Any 1/SHARE of the tokens, ascending, by key head."""
     order = torch.rand(k.shape[:3], device=DEVICE).argsort(-1)
     return still(Listed(k, v, order[..., : k.shape[2] // SHARE].sort(-1).values.int()))
-
-
-def pages(k: Tensor, v: Tensor, page: int) -> Step:
-    """Score all pages, choose 1/SHARE of them, attend to those and to the latest tokens."""
-    old, recent = (Dense(k[:, :, s], v[:, :, s]) for s in (slice(-RECENT), slice(-RECENT, None)))
-    low, high = (x.contiguous() for x in page_bounds(old.k, page))
-    count = k.shape[2] // SHARE // page
-
-    def segments(q: Tensor) -> list[Any]:
-        index = best_pages(page_scores(q, low, high), count)
-        return [Listed(old.k, old.v, index, page), recent]
-
-    listed = k.shape[0] * KV_HEADS * count * page * 2 * WIDTH * k.element_size()
-    return Step(segments, 2 * low.numel() * low.element_size() + listed + recent.nbytes)
 
 
 def in_bits(x: Tensor, bits: int, **options: Any) -> Codes:

@@ -11,15 +11,17 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import normalize, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 
 from attlas import ops
 from attlas.bench import rivals
+from attlas.bench.cells import KINDS, recurrent_call
 from common import paired_ratio, save, show
 
 HEADS, DIM = 16, 128
@@ -27,32 +29,14 @@ SHAPES = ((4, 8192), (1, 32768), (1, 131072))
 #: Bytes and bfloat16 operations a second of the device, for floors; Hopper's data sheets.
 BANDWIDTH = {"NVIDIA H100": 3.35e12, "NVIDIA H200": 4.8e12}
 PEAK = 9.9e14
-KINDS = ("none", "head", "token", "channel", "delta", "gated delta", "low rank")
 #: Tokens at which softmax attention is timed, for the crossover.
 LENGTHS = (512, 1024, 2048, 4096, 8192)
 
 
 def given(kind: str, batch: int, tokens: int) -> dict[str, Any]:
     """Arguments of `ops.recurrence`, as views [batch, heads, tokens, …] of token-first tensors."""
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(batch, tokens, HEADS, *shape, device="cuda").transpose(1, 2)
-
-    k = normalize(random(DIM), dim=-1)
-    made = {"q": 0.1 * random(DIM), "k": k, "v": 0.1 * random(DIM)}
-    made = {name: x.bfloat16() for name, x in made.items()}
-    if kind == "head":
-        made["log_decay"] = -torch.rand(HEADS, device="cuda") * 0.1
-    if kind in ("token", "gated delta"):
-        made["log_decay"] = -0.1 * random().sigmoid()
-    if kind in ("channel", "low rank"):
-        made["log_decay"] = -0.1 * random(DIM).sigmoid()
-    if "delta" in kind:
-        made["beta"] = random().sigmoid().bfloat16()
-    call: dict[str, Any] = made
-    if kind == "low rank":
-        call["low_rank"] = (-made["k"], made["k"] * random(DIM).sigmoid().bfloat16())
-    return call
+    random = partial(torch.randn, device="cuda", dtype=torch.bfloat16)
+    return recurrent_call(kind, batch, HEADS, tokens, DIM, random)
 
 
 def theirs(kind: str, call: dict[str, Any]) -> Callable[[], Tensor]:

@@ -17,7 +17,7 @@ from attlas.bench.command import GROUPS
 from attlas.bench.timing import interleaved
 from attlas.cli import app
 
-TINY = Sizes(4, 2, 16, (64,), ((1, 4096),), (128,), 16, 2**12, 16)
+TINY = Sizes(4, 2, 16, (64,), ((1, 4096),), (128,), 16)
 CPU, FLOAT = torch.device("cpu"), torch.float32
 
 

@@ -15,7 +15,7 @@ its, over its largest. Bytes and operations are those that any program must move
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -26,15 +26,16 @@ from torch.nn.functional import normalize, scaled_dot_product_attention
 from attlas import masks, ops
 from attlas.bench import rivals
 from attlas.bench.rivals import Run
+from attlas.bench.steps import SHARE, Step, pages, still
 from attlas.ops.decode import decode
-from attlas.ops.pages import best_pages, page_bounds, page_scores
 from attlas.ops.quantize import encode
-from attlas.ops.segments import Coded, Dense, Listed
+from attlas.ops.segments import Coded, Dense
+from attlas.tasks.roof import copying, multiplying
 
 #: Kinds of decay, as `ops.recurrence` has them.
 KINDS = ("none", "head", "token", "channel", "delta", "gated delta", "low rank")
-#: Tokens beside the pages that a query chooses, tokens of a page, and 1/SHARE of them is chosen.
-RECENT, PAGE, SHARE = 64, 32, 8
+#: Tokens of a page.
+PAGE = 32
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,11 @@ class Sizes:
     caches: tuple[tuple[int, int], ...]  # (batch, keys)
     recurrences: tuple[int, ...]
     window: int
-    copied: int
-    matrix: int
 
 
-CPU = Sizes(8, 4, 64, (512, 2048), ((1, 8192), (1, 32768)), (2048,), 256, 2**26, 1024)
+CPU = Sizes(8, 4, 64, (512, 2048), ((1, 8192), (1, 32768)), (2048,), 256)
 CUDA = Sizes(32, 8, 128, (1024, 4096, 16384), ((1, 8192), (1, 32768), (1, 131072), (8, 32768)),
-             (4096, 16384), 1024, 2**30, 8192)  # fmt: skip
+             (4096, 16384), 1024)  # fmt: skip
 
 
 @dataclass
@@ -71,12 +70,7 @@ class Made:
     runs: dict[str, Run]
     nbytes: Mapping[str, float]
     flops: float
-    exact: frozenset[str] = field(default_factory=frozenset)
-
-    def alike(self) -> Made:
-        """All candidates compute the same."""
-        self.exact = frozenset(self.runs)
-        return self
+    exact: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -92,8 +86,8 @@ def cells(device: torch.device, dtype: torch.dtype) -> Iterator[Cell]:
     """All cells of a device, the machine's own first."""
     sizes = CUDA if device.type == "cuda" else CPU
     random = partial(_random, device=device, dtype=dtype)
-    yield Cell("machine", f"copy {sizes.copied / 2**20:.0f} MiB", lambda: _copy(sizes, device))
-    yield Cell("machine", f"product of {sizes.matrix}²", lambda: _product(sizes, random))
+    yield Cell("machine", "copy", lambda: _copy(device))
+    yield Cell("machine", "product", lambda: _product(device, dtype))
     for tokens in sizes.prompts:
         for trained in (False, True):
             name = f"{tokens} tokens{', with backward' if trained else ''}"
@@ -115,15 +109,14 @@ def _random(*shape: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     return torch.randn(shape, device=device, dtype=dtype)
 
 
-def _copy(sizes: Sizes, device: torch.device) -> Made:
-    source = torch.ones(sizes.copied // 4, device=device)
-    target = torch.empty_like(source)
-    return Made({"copy": lambda: target.copy_(source)}, {"copy": 2 * source.nbytes}, 0.0)
+def _copy(device: torch.device) -> Made:
+    run, nbytes = copying(device)
+    return Made({"copy": run}, {"copy": nbytes}, 0.0)
 
 
-def _product(sizes: Sizes, random: Callable[..., Tensor]) -> Made:
-    matrix = random(sizes.matrix, sizes.matrix)
-    return Made({"product": lambda: matrix @ matrix}, {"product": 0.0}, 2.0 * sizes.matrix**3)
+def _product(device: torch.device, dtype: torch.dtype) -> Made:
+    run, flops = multiplying(device, dtype)
+    return Made({"product": run}, {"product": 0.0}, flops)
 
 
 def _prompt(sizes: Sizes, tokens: int, trained: bool, random: Callable[..., Tensor]) -> Made:
@@ -134,10 +127,9 @@ def _prompt(sizes: Sizes, tokens: int, trained: bool, random: Callable[..., Tens
         runs["flash-attn"] = other
     flops = 2.0 * sizes.heads * tokens**2 * sizes.width  # half of the pairs, two products
     moved = 2.0 * (q.nbytes + k.nbytes)
-    if not trained:
-        return Made(runs, dict.fromkeys(runs, moved), flops).alike()
-    trained_runs = _with_backward(runs, [q, k, v])
-    return Made(trained_runs, dict.fromkeys(runs, 2 * moved), 3.5 * flops).alike()
+    if trained:
+        runs, moved, flops = _with_backward(runs, [q, k, v]), 2 * moved, 3.5 * flops
+    return Made(runs, dict.fromkeys(runs, moved), flops, frozenset(runs))
 
 
 def _window(sizes: Sizes, tokens: int, random: Callable[..., Tensor]) -> Made:
@@ -151,53 +143,35 @@ def _window(sizes: Sizes, tokens: int, random: Callable[..., Tensor]) -> Made:
         ),
     }
     flops = 4.0 * sizes.heads * tokens * sizes.window * sizes.width
-    return Made(runs, dict.fromkeys(runs, 2.0 * (q.nbytes + k.nbytes)), flops).alike()
+    return Made(runs, dict.fromkeys(runs, 2.0 * (q.nbytes + k.nbytes)), flops, frozenset(runs))
 
 
 def _decode(sizes: Sizes, batch: int, keys: int, random: Callable[..., Tensor]) -> Made:
     """One query: over all keys, over codes of them, and over an eighth of their pages."""
     q, k, v = _qkv(sizes, batch, 1, keys, random)
-    whole = Dense(k, v)
-    segments: dict[str, list[Any]] = {"attlas": [whole]}
+    steps = {"attlas": still(Dense(k, v))}
     for bits in (4, 2):
-        segments[f"attlas, {bits} bits"] = [Coded(encode(k, bits), encode(v, bits))]
-    runs: dict[str, Run] = {name: partial(_decoded, q, each) for name, each in segments.items()}
-    nbytes = {name: float(each[0].nbytes) for name, each in segments.items()}
-    pages = "attlas, 1/8 of pages"
-    runs[pages], nbytes[pages] = _pages(q, k, v)
-    exact = {"attlas"}
-    for name, run in rivals.sdpa(q, k, v, causal=False):
-        runs[name], nbytes[name] = run, float(whole.nbytes)
-        exact.add(name)
+        steps[f"attlas, {bits} bits"] = still(Coded(encode(k, bits), encode(v, bits)))
+    steps[f"attlas, 1/{SHARE} of pages"] = pages(k, v, PAGE)
+    runs: dict[str, Run] = {name: partial(_decoded, q, step) for name, step in steps.items()}
+    others: dict[str, Run] = dict(rivals.sdpa(q, k, v, causal=False))
     if other := rivals.flashinfer_decode(q, k, v):
-        runs["FlashInfer"], nbytes["FlashInfer"] = other, float(whole.nbytes)
-        exact.add("FlashInfer")
-    return Made(runs, nbytes, 4.0 * batch * sizes.heads * keys * sizes.width, frozenset(exact))
+        others["FlashInfer"] = other
+    nbytes = {name: step.nbytes for name, step in steps.items()}
+    nbytes |= dict.fromkeys(others, steps["attlas"].nbytes)
+    flops = 4.0 * batch * sizes.heads * keys * sizes.width
+    return Made(runs | others, nbytes, flops, frozenset({"attlas", *others}))
 
 
-def _decoded(q: Tensor, segments: list[Any]) -> Tensor:
-    return decode(q, segments)[0]
-
-
-def _pages(q: Tensor, k: Tensor, v: Tensor) -> tuple[Run, float]:
-    """Scores of all pages, the choice, and attention over those and the latest tokens."""
-    old, recent = (Dense(k[:, :, s], v[:, :, s]) for s in (slice(-RECENT), slice(-RECENT, None)))
-    low, high = (x.contiguous() for x in page_bounds(old.k, PAGE))
-    count = max(1, k.shape[2] // SHARE // PAGE)
-
-    def run() -> Tensor:
-        index = best_pages(page_scores(q, low, high), count)
-        return decode(q, [Listed(old.k, old.v, index, PAGE), recent])[0]
-
-    listed = k.shape[0] * k.shape[1] * count * PAGE * (k.shape[3] + v.shape[3]) * k.element_size()
-    return run, float(low.nbytes + high.nbytes + listed + recent.nbytes)
+def _decoded(q: Tensor, step: Step) -> Tensor:
+    return decode(q, step.segments(q))[0]
 
 
 def _recurrence(
     sizes: Sizes, kind: str, tokens: int, trained: bool, random: Callable[..., Tensor]
 ) -> Made:
     heads, width = sizes.heads // 2, sizes.width
-    call = _recurrent_call(kind, heads, tokens, width, random)
+    call = recurrent_call(kind, 1, heads, tokens, width, random)
     runs: dict[str, Run] = {"attlas": lambda: ops.recurrence(**call, scale=width**-0.5)[0]}
     exact = {"attlas"}
     if other := rivals.linear_attention(kind, call):
@@ -214,13 +188,13 @@ def _recurrence(
     return Made(runs, nbytes, flops, frozenset(exact))
 
 
-def _recurrent_call(
-    kind: str, heads: int, tokens: int, width: int, random: Callable[..., Tensor]
+def recurrent_call(
+    kind: str, batch: int, heads: int, tokens: int, width: int, random: Callable[..., Tensor]
 ) -> dict[str, Any]:
     """Arguments of `ops.recurrence`, as views [batch, heads, tokens, …] of token-first tensors."""
 
     def first(*shape: int) -> Tensor:
-        return random(1, tokens, heads, *shape).transpose(1, 2)
+        return random(batch, tokens, heads, *shape).transpose(1, 2)
 
     k = normalize(first(width), dim=-1)
     call: dict[str, Any] = {"q": 0.1 * first(width), "k": k, "v": 0.1 * first(width)}

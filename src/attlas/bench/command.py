@@ -133,18 +133,14 @@ def _device(device: str | None) -> torch.device:
     Raises:
         UserError: it is not, or no such word.
     """
-    import torch
-
+    from attlas.devices import device_here
     from attlas.errors import UserError
 
-    there = torch.cuda.is_available()
     if device not in (None, "cpu", "cuda"):
         raise UserError(
             f"device takes cpu or cuda, got {device!r}; CUDA_VISIBLE_DEVICES chooses among GPUs"
         )
-    if device == "cuda" and not there:
-        raise UserError("device 'cuda' is not here: PyTorch sees no GPU; use cpu")
-    return torch.device(device or ("cuda" if there else "cpu"))
+    return device_here(device or "auto")
 
 
 def _dtype(dtype: str | None, device: torch.device) -> torch.dtype:

@@ -17,15 +17,14 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from attlas.ops.backends import CANDIDATES
+
 #: Package as it is imported -> as it is installed.
 PACKAGES = {
     "flash_attn": "flash-attn", "flashinfer": "flashinfer-python", "fla": "flash-linear-attention",
 }  # fmt: skip
-#: SDPA's own choice, and each of its routes.
-ROUTES = {
-    "SDPA": None, "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION, "SDPA flash": SDPBackend.FLASH_ATTENTION,
-    "SDPA efficient": SDPBackend.EFFICIENT_ATTENTION,
-}  # fmt: skip
+#: SDPA's own choice, and each of its routes; of these a CPU has flash alone.
+ROUTES = {"SDPA": None, **{f"SDPA {name}": route for name, route in CANDIDATES.items()}}
 
 #: One run: its result, and gradients behind it where they are asked for.
 Run = Callable[[], Tensor | tuple[Tensor, ...]]
@@ -48,7 +47,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Iterator[tuple[str
     """PyTorch's attention by every route of this device."""
     grouped = q.shape[1] != k.shape[1]
     for name, route in ROUTES.items():
-        if name in ("SDPA cuDNN", "SDPA efficient") and not q.is_cuda:
+        if name not in ("SDPA", "SDPA flash") and not q.is_cuda:
             continue
 
         def run(route: SDPBackend | None = route) -> Tensor:

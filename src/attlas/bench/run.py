@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,6 +17,7 @@ from attlas.bench.timing import QUEUED, interleaved
 from attlas.compare.machine import machine, versions
 from attlas.errors import UserError
 from attlas.journal import Journal, Line, unwritable
+from attlas.tasks.roof import clock
 
 #: Rounds a cell, and seconds after which it has no more of them.
 ROUNDS, PATIENCE = 15, 20.0
@@ -89,11 +89,9 @@ def measured(cell: Cell, device: str, wrong: float) -> list[dict[str, Any]]:
     for name, each in made.runs.items():
         rows[name] = {"candidate": name}
         try:
-            began = time.perf_counter()
+            began = clock(torch.device(device))
             found = _joined(each())
-            if found.is_cuda:
-                torch.cuda.synchronize()
-            rows[name]["first_s"] = time.perf_counter() - began
+            rows[name]["first_s"] = clock(torch.device(device)) - began
         except Exception as error:  # whatever another package raises is its own
             rows[name]["error"] = _said(error)
             continue

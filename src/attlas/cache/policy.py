@@ -20,6 +20,7 @@ from attlas.errors import UserError
 from attlas.options import option
 from attlas.storage.layer import INDEX_BYTES, LayerState, StoredLayer
 from attlas.storage.rows import Rows
+from attlas.storage.slots import first_ones
 
 
 @dataclass(frozen=True)
@@ -222,11 +223,7 @@ def best_slots(
     repeats the largest. The earlier slot goes first, so that a row chooses the same on every device
     and beside any other rows.
     """
-    width = int(budget.max())
     ranked = scores.argsort(dim=-1, descending=True, stable=True)
-    padding = ~valid.gather(-1, ranked)
-    ranked = ranked.gather(-1, padding.to(torch.uint8).argsort(dim=-1, stable=True))[..., :width]
-    filled = torch.arange(width, device=scores.device) < budget[:, None, None]
-    past = torch.iinfo(ranked.dtype).max
-    chosen = ranked.where(filled, past).sort(dim=-1).values
-    return chosen.where(filled, 0), filled.expand_as(chosen)
+    there = valid.gather(-1, ranked)
+    best = there & (there.cumsum(-1) <= budget[:, None, None])
+    return first_ones(torch.zeros_like(valid).scatter(-1, ranked, best))

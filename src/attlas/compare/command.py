@@ -16,6 +16,7 @@ from attlas.compare.grid import PRESETS, Grid, fitting_lengths, parse_lengths, p
 from attlas.compare.methods import comparable, parse_methods
 from attlas.compare.results import Results, unwritable
 from attlas.compare.run import run
+from attlas.devices import device_here
 from attlas.errors import UnknownName, UserError
 from attlas.models.load import load, load_config, load_tokenizer
 
@@ -53,7 +54,7 @@ def compare(
     planned_methods = parse_methods(methods or chosen.methods or comparable())
     planned_tasks = parse_tasks(tasks or [])
     asked = parse_lengths(lengths or [])
-    where = _device(device)
+    where = device_here(device)
     kind = _dtype(dtype, where)
     folder = out or Path("attlas-compare") / f"{Path(model).name}-{preset}"
     with warnings.catch_warnings(record=True) as said:
@@ -104,21 +105,6 @@ def _show(results: Results, grid: Grid, console: Console) -> None:
     except OSError as error:
         raise unwritable(results.folder, error) from error
     console.print(f"report: {results.folder / 'report.html'}", highlight=False)
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"device takes cpu, cuda, cuda:N or auto, got {name!r}") from None
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"device takes cpu, cuda, cuda:N or auto, got {name!r}")
-    count = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise UserError(f"device {name!r} is not here: PyTorch sees {count} GPUs; use cpu")
-    return device
 
 
 def _dtype(name: str, device: torch.device) -> str:

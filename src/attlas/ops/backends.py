@@ -21,7 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 DEFAULT = "default"
-_CANDIDATES = {
+#: Routes of SDPA on a GPU, by the names that are kept.
+CANDIDATES = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
@@ -48,7 +49,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> Tensor:
                 return scaled_dot_product_attention(q, k, v, **arguments)
     if name == DEFAULT:
         return scaled_dot_product_attention(q, k, v, **arguments)
-    with sdpa_kernel(_CANDIDATES[name]):
+    with sdpa_kernel(CANDIDATES[name]):
         return scaled_dot_product_attention(q, k, v, **arguments)
 
 
@@ -117,7 +118,7 @@ def _measure(q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any]) -> str:
             torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
 
     best, best_time = DEFAULT, _time(lambda: run(None)) * MARGIN
-    for name, backend in _CANDIDATES.items():
+    for name, backend in CANDIDATES.items():
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # why a backend does not take the call is no news
@@ -157,7 +158,7 @@ def _load() -> dict[str, str]:
     if _kept is None:
         try:
             found = json.loads(_file().read_text())
-            _kept = {k: n for k, n in found.items() if n == DEFAULT or n in _CANDIDATES}
+            _kept = {k: n for k, n in found.items() if n == DEFAULT or n in CANDIDATES}
         except (OSError, ValueError, AttributeError):  # none yet, or not ours: measure again
             _kept = {}
     return _kept

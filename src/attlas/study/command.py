@@ -35,10 +35,11 @@ def study(
     if listed:
         console.print(_list())
         return
+    from attlas.devices import device_here
     from attlas.study.find import chosen
     from attlas.study.run import Results, run
 
-    given = {"seeds": seeds, "device": _checked(device)}
+    given = {"seeds": seeds, "device": str(device_here(device, auto=False))}
     todo = chosen(names or [], **{name: v for name, v in given.items() if v is not None})
     _few_threads(device)
     results = Results(out)
@@ -84,25 +85,6 @@ def _list() -> Table:
     for name, each in {**studies(), **claims()}.items():
         table.add_row(Text(name), Text(each.claim), Text(options_of(each), "dim"))
     return table
-
-
-def _checked(device: str) -> str:
-    """The device, if it is here.
-
-    Raises:
-        UserError: it is not, or no such word.
-    """
-    import torch
-
-    from attlas.errors import UserError
-
-    kind, _, index = device.partition(":")
-    count = torch.cuda.device_count()
-    if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
-        raise UserError(f"device takes cpu, cuda or cuda:N, got {device!r}")
-    if kind == "cuda" and int(index or 0) >= count:
-        raise UserError(f"device {device!r} is not here: PyTorch sees {count} GPUs; use cpu")
-    return device
 
 
 def _few_threads(device: str) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 REPEATS = 5
 
@@ -27,16 +28,25 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
+def copying(device: torch.device) -> tuple[Callable[[], Tensor], int]:
+    """(a copy, bytes that it reads and writes)."""
+    source = torch.ones(2**28 if device.type == "cuda" else 2**24, device=device)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source), 2 * source.nbytes
+
+
+def multiplying(device: torch.device, dtype: torch.dtype) -> tuple[Callable[[], Tensor], int]:
+    """(a product of matrices, its operations)."""
+    size = 8192 if device.type == "cuda" else 1024
+    matrix = torch.randn(size, size, device=device).to(dtype)
+    return lambda: matrix @ matrix, 2 * size**3
+
+
 def measure_roof(device: torch.device, dtype: torch.dtype) -> Roof:
     """Measures copy and matmul rates of `device` (well under two seconds)."""
-    cuda = device.type == "cuda"
-    source = torch.ones(2**28 if cuda else 2**24, device=device)
-    target = torch.empty_like(source)
-    size = 8192 if cuda else 1024
-    matrix = torch.randn(size, size, device=device).to(dtype)
-    copying = _median_time(lambda: target.copy_(source), device)
-    product = _median_time(lambda: matrix @ matrix, device)
-    return Roof(2 * source.nbytes / copying, 2 * size**3 / product)
+    copy, nbytes = copying(device)
+    product, flops = multiplying(device, dtype)
+    return Roof(nbytes / _median_time(copy, device), flops / _median_time(product, device))
 
 
 def _median_time(work: Callable[[], object], device: torch.device) -> float:

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from attlas.catalog.kinds import LAYER, MODULE
+from attlas.devices import device_here
 from attlas.errors import UnknownName, UserError
 from attlas.journal import unwritable
 from attlas.tasks.train import Task
@@ -54,7 +55,9 @@ def train(
     Every finished run is written at once, and checkpoints between: the same command goes on from
     there. `accelerate launch -m attlas train ...` spreads the rows over GPUs and machines.
     """
-    kind, number = _device(device)
+    where = device_here(device)
+    kind = where.type
+    number = str(where) if kind == "cuda" and where.index is not None else ""
     label, made = parse_task(task)
     if not 0 < rate < float("inf"):
         raise UserError(f"rate must be a positive number, got {rate}")
@@ -121,19 +124,6 @@ def _show(plan: Plan, task: Task, results: Results, console: Console) -> None:
     except OSError as error:
         raise unwritable(results.folder, error, Results.piece) from error
     console.print(f"report: {results.folder / 'report.html'}", highlight=False)
-
-
-def _device(name: str) -> tuple[str, str]:
-    """The kind of device, and which one where that is asked for."""
-    count = torch.cuda.device_count()
-    if name == "auto":
-        return ("cuda" if count else "cpu"), ""
-    kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
-        raise UserError(f"device takes cpu, cuda, cuda:N or auto, got {name!r}")
-    if kind == "cuda" and int(index or 0) >= count:
-        raise UserError(f"device {name!r} is not here: PyTorch sees {count} GPUs; use cpu")
-    return kind, name if index and kind == "cuda" else ""
 
 
 def _dtype(name: str, device: str) -> str:
