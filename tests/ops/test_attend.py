@@ -230,3 +230,4 @@ def test_where_cudnn_may_lose_gradients(
     q, k = torch.randn(1, 1, queries, 8), torch.randn(1, 1, keys, 8, requires_grad=trained)
     arguments = {"attn_mask": torch.ones(queries, keys, dtype=torch.bool) if masked else None}
     assert loses_gradients(q, k, k, arguments) == lost
+    assert loses_gradients(q, k, k, {**arguments, "dropout_p": 0.1}) == trained

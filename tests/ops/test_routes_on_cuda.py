@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from attlas import masks, ops
+from attlas.ops import backends
 from attlas.positions import ALiBi, T5Bias
 
 pytestmark = [
@@ -122,7 +123,7 @@ def test_gradients_of_rows_whose_scores_are_all_low(queries, keys):
     q, k, v = (0.1 * torch.randn(1, 2, n, 64, **make) for n in (queries, keys, keys))
     q[..., 0], k[..., 0] = 1.0, -960.0
     tensors = [x.requires_grad_() for x in (q, k, v)]
-    mask = torch.ones(queries, keys, dtype=torch.bool, device="cuda").tril(keys - queries)
+    mask = torch.ones(1, 1, queries, keys, dtype=torch.bool, device="cuda").tril(keys - queries)
     exact = [t.detach().double().requires_grad_() for t in tensors]
     ours = with_gradients(ops.attend(*tensors, mask=mask), tensors)
     assert all(x.isfinite().all() for x in ours)
@@ -131,3 +132,25 @@ def test_gradients_of_rows_whose_scores_are_all_low(queries, keys):
         with_gradients(ops.attend(*tensors, mask=mask, route="reference"), tensors),
         with_gradients(ops.attend(*exact, mask=mask, route="reference"), exact),
     )
+
+
+def test_gradients_in_any_layout_after_any_other():
+    """What SDPA was asked before, and in which layout, changes no gradient: cuDNN's plans are kept."""
+    make = {"device": "cuda", "dtype": torch.bfloat16}
+    tensors = [torch.randn(4, 4, 168, 64, **make).requires_grad_() for _ in range(3)]
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    head_first = torch.randn(4, 4, 168, 64, **make)
+    token_first = head_first.transpose(1, 2).contiguous().transpose(1, 2)
+
+    def gradients(out, tensors, direction):
+        return torch.autograd.grad(out, tensors, direction.to(out.dtype))
+
+    plain = torch.nn.functional.scaled_dot_product_attention
+    gradients(plain(*tensors, is_causal=True), tensors, head_first)  # what keeps a plan of its layout
+    truth = gradients(ops.attend(*exact, mask=masks.causal, route="reference"), exact, head_first)
+    near = gradients(ops.attend(*tensors, mask=masks.causal, route="reference"), tensors, head_first)
+    for direction in (token_first, head_first, token_first):
+        for name in (backends.DEFAULT, "cudnn"):
+            out = backends._called(name, *tensors, {"is_causal": True})
+            judged(gradients(out, tensors, direction), near, truth)
+    judged(gradients(ops.attend(*tensors, mask=masks.causal), tensors, token_first), near, truth)

@@ -39,29 +39,49 @@ _kept: dict[str, str] | None = None
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> Tensor:
     """`scaled_dot_product_attention` on the backend that is fastest for this class of shapes."""
-    name = DEFAULT
     if not q.is_cuda and q.shape[-1] != v.shape[-1]:
         return _as_wide(q, k, v, arguments)
     if q.is_cuda and not torch.compiler.is_compiling():
-        name = _choice(q, k, v, arguments)
-        if name in (DEFAULT, "cudnn") and loses_gradients(q, k, v, arguments):
+        return _called(_choice(q, k, v, arguments), q, k, v, arguments)
+    return scaled_dot_product_attention(q, k, v, **arguments)
+
+
+def _called(name: str, q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any]) -> Tensor:
+    """SDPA by the backend of this name; where cuDNN may give the gradients, only if they are right."""
+    if _trains(q, k, v) and name in (DEFAULT, "cudnn"):
+        if loses_gradients(q, k, v, arguments):
             with sdpa_kernel(_SOUND):
                 return scaled_dot_product_attention(q, k, v, **arguments)
-    if name == DEFAULT:
+        # PyTorch keeps cuDNN's backward by the layouts of q, k and v, and goes on with it when the
+        # gradient comes in another layout than the first one did: 140 % off (PyTorch 2.11). So all of
+        # ours come in one layout, and no dropout at all, written as another zero, is a key of its own.
+        arguments = {**arguments, "dropout_p": -0.0}
+        out = _by(name, q, k, v, arguments)
+        out.register_hook(_token_first)
+        return out
+    return _by(name, q, k, v, arguments)
+
+
+def _by(name: str, q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any]) -> Tensor:
+    with nullcontext() if name == DEFAULT else sdpa_kernel(CANDIDATES[name]):
         return scaled_dot_product_attention(q, k, v, **arguments)
-    with sdpa_kernel(CANDIDATES[name]):
-        return scaled_dot_product_attention(q, k, v, **arguments)
+
+
+def _token_first(gradient: Tensor) -> Tensor:
+    """As [batch, tokens, heads, dim] lies in memory, which is how a merge of heads hands it back."""
+    return gradient.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def loses_gradients(q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any]) -> bool:
-    """Whether cuDNN, SDPA's own choice on Hopper, may give gradients that are NaN.
+    """Whether cuDNN, SDPA's own choice on Hopper, may give gradients that are wrong.
 
     With a mask, and half a tile of 128 keys left over, it scores what is not there as 0: its exponential
     overflows where all scores of a row lie below -88 (PyTorch 2.11 to 2.13; massive activations give
-    such rows). With one query, likewise (cuDNN 9.26).
+    such rows). With one query, likewise (cuDNN 9.26). With dropout no call has a plan of its own.
     """
     partial = arguments.get("attn_mask") is not None and k.shape[2] % 128 == 64
-    return _trains(q, k, v) and (partial or q.shape[2] == 1)
+    drops = arguments.get("dropout_p", 0.0) > 0
+    return _trains(q, k, v) and (partial or drops or q.shape[2] == 1)
 
 
 def _as_wide(q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any]) -> Tensor:
@@ -111,18 +131,17 @@ def _measure(q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any]) -> str:
     trains = _trains(q, k, v)
     q, k, v = (t.detach().clone().requires_grad_(trains) for t in (q, k, v))
 
-    def run(backend: SDPBackend | None) -> None:
-        with nullcontext() if backend is None else sdpa_kernel(backend):
-            out = scaled_dot_product_attention(q, k, v, **arguments)
+    def run(name: str) -> None:
+        out = _called(name, q, k, v, arguments)
         if trains:
             torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
 
-    best, best_time = DEFAULT, _time(lambda: run(None)) * MARGIN
-    for name, backend in CANDIDATES.items():
+    best, best_time = DEFAULT, _time(lambda: run(DEFAULT)) * MARGIN
+    for name in CANDIDATES:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # why a backend does not take the call is no news
-                taken = _time(lambda backend=backend: run(backend))  # type: ignore[misc]
+                taken = _time(lambda name=name: run(name))  # type: ignore[misc]
         except RuntimeError:  # this backend does not take this call
             continue
         if taken < best_time:
