@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Integer, Shaped
@@ -76,7 +76,8 @@ class Inputs:
         layer.supports.check_call(layer, encoding, x, context, mask, cache, extras)
         mask = masks.seen(mask) if isinstance(mask, Tensor) else mask
         layer_idx, embed = layer.layer_idx, encoding.embed
-        seen = 0 if cache is None else int(cache.get_seq_length(layer_idx))
+        recorded = getattr(cache, "recorded", False)
+        seen = 0 if cache is None or recorded else int(cache.get_seq_length(layer_idx))
         valid = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
         tokens = x if context is None else context
         if valid is not None and valid.shape != (x.shape[0], seen + tokens.shape[1]):
@@ -84,7 +85,7 @@ class Inputs:
                 f"mask must be [batch, keys] = {[x.shape[0], seen + tokens.shape[1]]}, "
                 f"got {list(valid.shape)}"
             )
-        key_positions = _positions(seen, tokens, valid)
+        key_positions: Any = _Unasked() if recorded else _positions(seen, tokens, valid)
         given = positions is not None
         if positions is None:
             positions = key_positions[..., seen:] if context is None else _positions(0, x, None)
@@ -276,6 +277,8 @@ class Inputs:
         widths = [x.shape[-1] for x in packed]
         values = torch.cat(packed, dim=-1) if sides else packed[0]
         k, v = self.cache.update(folded(k, heads), values, self.layer_idx)
+        if getattr(self.cache, "recorded", False):
+            return _alone(k, v, sides)
         length = int(self.cache.get_seq_length(self.layer_idx))
         k, v = k[:, :, :length], v[:, :, :length]  # a static cache gives its empty slots too
         v, *behind = v.split(widths, dim=-1) if sides else (v,)
@@ -307,6 +310,24 @@ class Inputs:
         """
         if self.cache is not None:
             with_states(self.cache, self.layer_idx).seen += self.x.shape[1]
+
+
+class _Unasked:
+    """Positions of keys in a recorded step (`attlas.attach.captured`), whatever their number."""
+
+    def __getattr__(self, name: str) -> object:
+        raise UserError("a layer looks at where all keys stand")
+
+
+def _alone(k: Tensor, v: Tensor, sides: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """A recorded step's own key and value: those before it are read where they lie.
+
+    Raises:
+        ValueError: the layer carries more than these.
+    """
+    if sides:
+        raise UserError(f"a layer carries {', '.join(sides)} beside its keys")
+    return k, v
 
 
 def with_states(cache: Cache, layer_idx: int) -> StoredLayer:

@@ -17,8 +17,9 @@ from interpreted import MARKS, verdicts
 from plain import plain
 from torch import Tensor
 
+from attlas.cache.summaries import first_best
 from attlas.ops.decode import decode
-from attlas.ops.decode_kernels import choose_pages, launch, refuses, score_pages
+from attlas.ops.decode_kernels import choose_first, choose_pages, launch, refuses, score_pages
 from attlas.ops.pages import page_bounds, reference_best_pages, reference_page_scores
 from attlas.ops.quantize import encode
 from attlas.ops.segments import Coded, Dense, Listed, Ragged
@@ -239,7 +240,16 @@ def judge_choice(name: str, device: str = "cpu") -> tuple[float, float]:
     found, right = choose_pages(scores, count), reference_best_pages(scores, count)
     assert found.dtype == right.dtype
     assert found.shape == right.shape
-    return float((found != right).sum()), 0.0
+    if not count:
+        return float((found != right).sum()), 0.0
+    # Of a number of pages, and as many of them, as the device knows alone.
+    there = torch.randint(1, scores.shape[-1] + 1, scores.shape[:2], dtype=torch.int32)
+    wanted = torch.randint(1, count + 1, there.shape).minimum(there)
+    some = choose_first(scores, there.to(device), wanted.to(device), count)
+    finite = scores.cpu().clamp(min=torch.finfo(torch.float32).min)  # the sort takes what lies behind
+    least = first_best(finite, there, wanted, count)
+    least = torch.where(scores.cpu().gather(-1, least.clamp(min=0).long()) == -torch.inf, -1, least)
+    return float((found != right).sum() + (some.cpu() != least).sum()), 0.0
 
 
 def judge_scores(name: str, device: str = "cpu") -> tuple[float, float]:
@@ -288,6 +298,7 @@ def compiled(
 
     pointers = dict.fromkeys(("q", "k", "v", "low", "high"), f"*{dtype}")
     pointers |= dict.fromkeys(("sums", "lses", "lse", "bias", "scores"), "*fp32")
+    pointers |= {"there": "*i32", "wanted": "*i64"}
     pointers |= {"lengths": "*i64", "offsets": "*i64", "index": "*i32", "visible": "*u8"}
     pointers |= {"factor": "fp32", "out": {"_choice": "*i32", "_bounds": "*fp32"}.get(
         kernel.__name__, f"*{dtype}")}  # fmt: skip
@@ -339,7 +350,8 @@ def test_merging_scoring_and_choosing_compile_for_a_gpu_that_is_not_there() -> N
         fixed = {"DIM": 128, "DIM_ROOM": 128, "ROWS": 16, "PAGES": pages.PAGES, "SHARED": shared}
         made = compiled(pages._bounds, fixed, set(), "bf16", num_warps=4, num_stages=3)
         assert made.metadata.shared <= 227 * 1024
-    compiled(pages._choice, {"BLOCK": 1024}, set(), "bf16", num_warps=4)
+    compiled(pages._choice, {"BLOCK": 1024, "WIDTH": 1}, {"there", "wanted"}, "bf16", num_warps=4)
+    compiled(pages._choice, {"BLOCK": 1024, "WIDTH": 128}, set(), "bf16", num_warps=4)
 
 
 @pytest.mark.parametrize(

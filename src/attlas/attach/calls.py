@@ -184,7 +184,7 @@ def _end(held: Attachment, cache: Any) -> None:
 def _step(held: Attachment, cache: Cache | None, arguments: dict[str, Any]) -> ForwardPass:
     """The call, as its arguments and those of the models around the tower tell."""
     forward_pass = ForwardPass(cache=own_tokens(cache))
-    if held.plain:
+    if held.plain and not held.captures:
         return forward_pass
     tokens = next((t for n in TOKENS[False] if (t := arguments.get(n)) is not None), None)
     forward_pass.length = 0 if tokens is None else tokens.shape[1]

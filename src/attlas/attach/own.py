@@ -13,6 +13,7 @@ from attlas.attach.call import Call
 from attlas.attach.forward import attended, show
 from attlas.attach.part import Part, Recorder
 from attlas.attach.state import ATTACHED, Attachment
+from attlas.attach.under import RECORDING
 from attlas.attention import Attention
 from attlas.errors import UserError
 from attlas.inputs import Inputs
@@ -39,12 +40,33 @@ class Door:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
         """The layer's heads [batch, heads, queries, width]."""
         layer, held = self.layer, ATTACHED[self.layer]
+        if RECORDING.get():
+            return _recorded(held, layer, q, k, v, inputs)
         inputs = replace(inputs, pairs=layer.mask(q, _all_keys(k, inputs), inputs))
         if held.direct:
             return layer.attend(q, k, v, inputs)
         if is_softmax(layer):
             return _softmax(held, layer, q, k, v, inputs)
         return _other(held, layer, q, k, v, inputs)
+
+
+def _recorded(
+    held: Attachment, layer: Attention, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
+) -> Tensor:  # fmt: skip
+    """The heads of a step's one token in a recorded step: over the keys that lie there, or by a state."""
+    if not layer.keeps_keys:
+        return layer.attend(q, k, v, inputs)
+    if layer.pattern not in (None, masks.causal):
+        raise UserError(f"{type(layer).__name__} sees a pattern of the keys")
+    return _softmax(held, layer, q, k, v, inputs)
+
+
+def unrecordable(layers: list[Attention]) -> str | None:
+    """Which of these layers cannot be part of a recorded step, and why; None where all can."""
+    for layer in layers:
+        if not layer.causal or (layer.keeps_keys and not is_softmax(layer)):
+            return f"{type(layer).__name__} in layer {layer.layer_idx} reads its keys in a way of its own"
+    return None
 
 
 def _copied() -> None:
@@ -98,7 +120,8 @@ def _all_keys(k: Tensor, inputs: Inputs) -> Tensor:
 def _softmax(
     held: Attachment, layer: Attention, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
 ) -> Tensor:  # fmt: skip
-    mask, keys = inputs.pairs, _all_keys(k, inputs).shape[2]
+    mask = inputs.pairs
+    keys = k.shape[2] if RECORDING.get() else _all_keys(k, inputs).shape[2]
     square, one = keys == q.shape[2], q.shape[2] == 1
     causal = mask == masks.causal if isinstance(mask, Mask) else False
     pairs: Tensor | None = None

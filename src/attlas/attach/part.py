@@ -74,6 +74,14 @@ class Part(Configured):
         """Whether the part is right where tokens are taken back, and several are decoded in one call."""
         return type(self).attend is Part.attend and type(self).select is Part.select
 
+    @property
+    def captures(self) -> bool:
+        """Whether a step of one token with this part may be recorded once and run again as it was.
+
+        Its hooks then hang on tensors alone; what it counts in Python it counts behind the step.
+        """
+        return False
+
     def continued(self) -> Part:
         """The part as it goes on when the prompt is over, where `attach(while_decoding=True)` asks."""
         return self

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from attlas.attach import generating, wiring
+from attlas.attach.capturing import Capturing
 from attlas.attach.part import Part, Recorder
 from attlas.attach.state import Attachment
 from attlas.attach.towers import choose, unwrapped
@@ -26,6 +27,7 @@ def attach(
     record: Iterable[str | Recorder] = (),
     chunked: bool = False,
     while_decoding: bool = False,
+    compile: bool | Literal["auto"] = "auto",
 ) -> Session:
     """Attach parts to a model for the length of a `with` block.
 
@@ -47,13 +49,16 @@ def attach(
             `generate(prefill_chunk_size=...)`, which tells where its prompt ends.
         while_decoding: parts keep what they promise of the cache after every call and not only behind
             the first prompt: through long generation, and over the turns of a chat.
+        compile: capture the step of one token as a CUDA graph, which waits for no Python: "auto" where it
+            can be, `session.why_not_captured` says why where not; True refuses where it cannot; False
+            never does. What a hook or part of yours does in Python on every step needs False.
 
     Raises:
         ValueError: the model cannot be intercepted, is attached already or has several towers, a part
             cannot work on it, or two parts cannot work on one cache.
         TypeError: something that is no model or no part.
     """
-    return Session(model, parts, record, chunked, while_decoding)
+    return Session(model, parts, record, chunked, while_decoding, compile)
 
 
 class Session(Attachment):
@@ -71,7 +76,10 @@ class Session(Attachment):
         record: Iterable[str | Recorder],
         chunked: bool,
         while_decoding: bool = False,
+        compile: bool | Literal["auto"] = "auto",
     ) -> None:
+        if compile not in (True, False, "auto"):
+            raise UserError(f"compile is True, False or 'auto', got {compile!r}")
         self.records = _recorders(record)
         given = tuple(_checked_part(part) for part in parts)
         if while_decoding:
@@ -87,11 +95,12 @@ class Session(Attachment):
             )
         for keeper in self.keepers:
             keeper.check_beside(self.keepers)
+        self._capturing = Capturing(self, compile)
 
     def __enter__(self) -> Session:
         for part in self.parts:
             part.check(self.model)
-        wiring.connect(self)
+        wiring.connect(self, self._capturing)
         return self
 
     def __exit__(
@@ -125,6 +134,11 @@ class Session(Attachment):
                 )
             )
         return recorder.result()
+
+    @property
+    def why_not_captured(self) -> str | None:
+        """Why the last step of one token was not captured as a CUDA graph; None where it was."""
+        return self._capturing.why_not
 
     @property
     def kv_bytes(self) -> int:

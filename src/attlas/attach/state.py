@@ -45,6 +45,7 @@ class Attachment:
         prompt: tokens of the prompt of a `generate` under way, where that is known.
         assisted: it drafts candidates and takes back those that are wrong.
         read: the cache of the last call that ended, and how many tokens it had seen then.
+        captures: steps of one token may be captured.
         undo: what takes the attachment back, last first; empty unless the model is attached.
     """
 
@@ -62,6 +63,7 @@ class Attachment:
         self.prompt: int | None = None
         self.assisted = False
         self.read: tuple[Any, int] | None = None
+        self.captures = False
         self.undo: list[Callable[[], Any]] = []
         self._here = threading.local()
         self.keepers = self.overriding("cache_layers")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from attlas.attach import calls, generating, hooks, own, stream, under
+from attlas.attach.capturing import Capturing
 from attlas.attach.forward import attention
 from attlas.attach.state import ATTACHED, Attachment
 from attlas.errors import UserError
@@ -18,7 +19,7 @@ from attlas.hf import interface
 NAME = "attlas"
 
 
-def connect(held: Attachment) -> None:
+def connect(held: Attachment, capturing: Capturing) -> None:
     """Intercept the model.
 
     Raises:
@@ -33,13 +34,17 @@ def connect(held: Attachment) -> None:
     held.own = bool(ours)
     _resolve(held)
     own.check(ours, held.parts)
+    capturing.check()
     held.undo = [lambda: _forget(held)]
     try:
-        interface.register(NAME, torch.compiler.disable(attention, reason=hooks.REASON))
+        function = torch.compiler.disable(attention, reason=hooks.REASON)
+        interface.register(NAME, function, no_mask=under.RECORDING.get)
         for module in tower.layers:
             ATTACHED[module] = held
         held.undo += _open(ours) if ours else _switch(held)
         held.undo += [] if ours or held.plain else under.watch(held)
+        held.undo += capturing.hook()
+        held.captures = capturing.why_not is None
         held.undo += generating.watch(held)
         held.undo += calls.hook(held)
         held.undo += stream.watch(held)

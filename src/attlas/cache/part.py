@@ -25,6 +25,11 @@ from attlas.storage.body import Body
 from attlas.storage.layer import LayerState, StoredLayer, Taken
 from attlas.storage.rows import Rows
 
+#: Hooks that work in Python on every call.
+_EVERY_CALL = (
+    "position", "score_mod", "mask", "normalize", "output", "attend", "select", "stream", "project",
+)  # fmt: skip
+
 #: What a part does with a cache; at most one part of each role works on one, in this order.
 Role = Literal["evict", "quantize", "select"]
 ROLES: tuple[Role, ...] = ("evict", "quantize", "select")
@@ -96,6 +101,17 @@ class CachePart(Part):
     def rewinds(self) -> bool:
         """Whether nothing is done after the prompt that could not be taken back."""
         return super().rewinds and type(self).later is CachePart.later
+
+    @property
+    def captures(self) -> bool:
+        """Parts that do nothing after the prompt."""
+        return type(self).later is CachePart.later and self._silent()
+
+    def _silent(self, *but: str) -> bool:
+        """Whether it defines no hook of every call but these."""
+        names = [name for name in _EVERY_CALL if name not in but]
+        changed = any(getattr(type(self), name) is not getattr(Part, name) for name in names)
+        return not changed and type(self).observe is CachePart.observe and not self.points
 
     # How attach uses it.
 

@@ -145,6 +145,11 @@ class CachePolicy(CachePart):
             self.learn(state, call)
             self.compress(layer, state, call.rows)
 
+    @property
+    def captures(self) -> bool:
+        """A budget for the prompt alone leaves later steps as they are."""
+        return type(self).later is CachePolicy.later and not self.while_decoding and self._silent()
+
     def _keep_best(self, layer: StoredLayer, state: LayerState, rows: Rows) -> None:
         slots = self.slots(layer, state, rows)
         held = slots.valid[:, 0].sum(dim=-1).tolist()  # as many in every head

@@ -56,6 +56,12 @@ class Quantizer(CachePart):
         """Encode all but the newest tokens."""
         absorb(layer, rows, partial(self.encode, state), recent=self.recent, block=self.block)
 
+    @property
+    def captures(self) -> bool:
+        """What is no longer new is encoded behind the step."""
+        counts = type(self).later is Quantizer.later and type(self).learn is CachePart.learn
+        return counts and self._silent()
+
     def later(self, layer: StoredLayer, state: LayerState, call: Call) -> None:
         """Learn from the call, and encode what is no longer new, a block at a time."""
         self.learn(state, call)

@@ -47,7 +47,7 @@ def mass_behind(
     """log Σ exp(q·k) over all that a layer holds behind its first body; −∞ when that is nothing."""
     valid = rows.valid
     visible = None if valid is None else valid[:, None, None].to(q.device)
-    behind = layer.segments(1, visible)[1:]
+    behind = layer.segments(visible)[1:]
     if not behind:
         return torch.full(q.shape[:2], -torch.inf, device=q.device)
     return ops.decode(q, behind, scale=scaling)[1][:, :, 0].float()

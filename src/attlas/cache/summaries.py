@@ -100,6 +100,10 @@ def first_best(
         wanted: how many of them it takes.
         width: the most that any takes.
     """
+    from attlas.ops.decode_kernels import choice_refused, choose_first
+
+    if scores.ndim == 3 and choice_refused(scores) is None:
+        return choose_first(scores, there, wanted, width)
     longest = scores.shape[-1]
     place = torch.arange(longest, device=scores.device)
     scores = scores.masked_fill(place >= there[..., None], -torch.inf)
@@ -122,6 +126,7 @@ def extend(state: LayerState, body: Body, page: int, names: tuple[str, ...], mak
         names: of the tensors.
         make: gives them for the tokens of some rows from one slot, the first of a page, to another.
     """
+    state.growing = names
     held = state.tensors[names[0]].shape[2] if names[0] in state.tensors else 0
     lengths, covered = body.lengths if isinstance(body, GrownBody) else None, None
     if (known := state.tensors.get("covered")) is not None:

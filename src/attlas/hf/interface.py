@@ -51,14 +51,18 @@ class Attached(str):
         return _same, (self.before,)
 
 
-def register(name: str, function: Callable[..., Any]) -> None:
-    """An attention function under a name, with SDPA's masks.
+def register(
+    name: str, function: Callable[..., Any], no_mask: Callable[[], bool] = lambda: False
+) -> None:
+    """An attention function under a name, with SDPA's masks; none where `no_mask` says so.
 
     Both are registered together: with the function alone Transformers would give no mask at all, and
     padding and causality would be lost silently.
     """
     AttentionInterface.register(name, function)
-    AttentionMaskInterface.register(name, sdpa_mask)
+    AttentionMaskInterface.register(
+        name, lambda *args, **kwargs: None if no_mask() else sdpa_mask(*args, **kwargs)
+    )
 
 
 def forget(name: str) -> None:

@@ -69,11 +69,19 @@ def _bounds(
 
 @triton.jit(do_not_specialize=["pages", "count"])
 @no_type_check
-def _choice(scores, out, pages, count, BLOCK: tl.constexpr):
-    """Numbers of the `count` highest of one row, ascending."""
+def _choice(scores, out, there, wanted, pages, count, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    """Numbers of the `count` highest of one row, ascending; of the first `there`, as many as `wanted`."""
     row = tl.program_id(0).to(tl.int64)
     page = tl.arange(0, BLOCK)
-    score = tl.load(scores + row * pages + page, mask=page < pages, other=float("-inf"))
+    scores += row * pages
+    out += row * count
+    if there is not None:
+        place = tl.arange(0, WIDTH)
+        last = count
+        pages = tl.minimum(pages, tl.load(there + row).to(tl.int32))
+        count = tl.minimum(tl.minimum(last, tl.load(wanted + row).to(tl.int32)), pages)
+        tl.store(out + place, -1, mask=(place >= count) & (place < last))
+    score = tl.load(scores + page, mask=page < pages, other=float("-inf"))
     score = tl.where(score == 0.0, 0.0, score)  # −0 is no less than 0
     bits = score.to(tl.int32, bitcast=True)
     order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
@@ -94,7 +102,8 @@ def _choice(scores, out, pages, count, BLOCK: tl.constexpr):
     spare = count - tl.sum(higher.to(tl.int32), 0)
     above, level = steps & 0xFFFF, steps >> 16
     chosen = higher | (equal & (level <= spare))
-    at = out + row * count + above + tl.minimum(level, spare) - 1
+    chosen = chosen & (page < pages)
+    at = out + above + tl.minimum(level, spare) - 1
     tl.store(at, tl.where(score > float("-inf"), page, -1), mask=chosen)
 
 
@@ -121,13 +130,26 @@ def score(q: Tensor, low: Tensor, high: Tensor, *, shared: bool) -> Tensor:
     return out
 
 
-def choose(scores: Tensor, count: int) -> Tensor:
-    """Numbers of the `count` highest of each row, ascending, int32; −1 where the score is −∞."""
+def choose(
+    scores: Tensor, count: int, there: Tensor | None = None, wanted: Tensor | None = None
+) -> Tensor:
+    """Numbers of the `count` highest of each row, ascending, int32; −1 where the score is −∞.
+
+    Args:
+        scores: of all pages, [batch, heads, pages].
+        count: how many at most.
+        there: of how many of the first pages, [batch, heads] on the device; all unless given.
+        wanted: how many, likewise; −1 stands behind them.
+    """
     scores = scores.contiguous()
     batch, heads, pages = scores.shape
     out = scores.new_empty((batch, heads, count), dtype=torch.int32)
     block = triton.next_power_of_2(pages)
     if count:
         warps = 4 if block <= 1024 else 8 if block <= 4096 else 16
-        _choice[batch * heads,](scores, out, pages, count, BLOCK=block, num_warps=warps)
+        some = [t if t is None else t.contiguous() for t in (there, wanted)]
+        width = 1 if there is None else triton.next_power_of_2(count)
+        _choice[batch * heads,](
+            scores, out, *some, pages, count, BLOCK=block, WIDTH=width, num_warps=warps
+        )  # fmt: skip
     return out

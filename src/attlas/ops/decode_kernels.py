@@ -113,6 +113,14 @@ def choose_pages(scores: Tensor, count: int) -> Tensor:
         return choose(scores, count)
 
 
+def choose_first(scores: Tensor, there: Tensor, wanted: Tensor, width: int) -> Tensor:
+    """`first_best` by a kernel, which reads on the device how many pages there are and are wanted."""
+    from attlas.kernels.pages import choose
+
+    with torch.cuda.device_of(scores):
+        return choose(scores, width, there, wanted)
+
+
 def _refuses(q: Tensor) -> str | None:
     if torch.compiler.is_compiling():
         return "torch.compile traces it"

@@ -161,6 +161,22 @@ class GrownBody(Body):
         self.columns_held.tensor[:, :, width:][self.columns_held.tensor[:, :, width:] == 0] = -1
         self.lengths = (at + counts).to(torch.int32)
 
+    def reserve(self, tokens: int) -> None:
+        """Have room for so many tokens, so that what is appended until then moves nothing."""
+        for name, growing in self.held.items():
+            if group := self.group(name):
+                growing.reserve(-(-tokens // group))
+
+    def widened(self, lengths: Int[Tensor, "batch kv_heads"]) -> GrownBody:
+        """The body with all its room, of which the first `lengths` slots are filled."""
+        tensors = {
+            name: growing.room if self.group(name) else growing.tensor
+            for name, growing in self.held.items()
+        }
+        body: Any = self.restored(tensors, self.constants)
+        body.lengths = lengths
+        return body  # type: ignore[no-any-return]
+
     @property
     def nbytes(self) -> int:
         """Bytes of memory taken, room to grow included."""

@@ -35,6 +35,32 @@ class Growing:
         """Bytes of memory taken, room included."""
         return self._room.nbytes
 
+    @property
+    def room(self) -> Shaped[Tensor, "batch heads room width"]:
+        """What is filled, and the room for tokens to come."""
+        return self._room
+
+    @property
+    def owned(self) -> bool:
+        """Whether the room may be written to: nothing else is known to look at it."""
+        return self._own
+
+    def reserve(self, tokens: int) -> None:
+        """Have room of one's own for so many tokens, of which more than are filled lie there as zeros."""
+        if not self._own or tokens > self._room.shape[2]:
+            self._make_room(self._count, max(0, tokens - self._count))
+            self._room[:, :, self._count :].zero_()
+
+    def advance(self) -> None:
+        """One token more is filled: it was written into the room from elsewhere."""
+        self._count += 1
+
+    def move(self, room: Shaped[Tensor, "batch heads room width"]) -> None:
+        """Lie in this room from now on, which nothing else looks at."""
+        if self._room is not room:
+            room[:, :, : self._count] = self.tensor
+            self._room, self._own = room, True
+
     def append(self, more: Shaped[Tensor, "batch heads new width"], beside: int = 0) -> None:
         """Put tokens behind those that are there; `beside` tokens are held elsewhere."""
         count = self._count + more.shape[2]

@@ -36,6 +36,7 @@ class StoredLayer(DenseSlots):
         learned: what each part knows of this layer, by the part's name.
         attached: the forward call under way goes through attlas's attention.
         read_bytes: bytes of the cache that the last step read.
+        seated: a captured step writes to the states in place, so that a fork has to copy them.
     """
 
     def __init__(self, learned: dict[str, LayerState] | None = None) -> None:
@@ -47,6 +48,7 @@ class StoredLayer(DenseSlots):
         self.compressed = False
         self.attached = False
         self.read_bytes = 0
+        self.seated = False
 
     @property
     def context_slots(self) -> int:
@@ -186,7 +188,7 @@ class StoredLayer(DenseSlots):
         other.__dict__.update(self.__dict__)
         other._keys, other._values = (h and h.fork() for h in (self._keys, self._values))
         other.bodies = {name: body.fork() for name, body in self.bodies.items()}
-        other.states = dict(self.states)
+        other.states = {n: x.clone() if self.seated else x for n, x in self.states.items()}
         other.learned = {name: state.fork() for name, state in self.learned.items()}
         return other
 
@@ -262,21 +264,18 @@ class StoredLayer(DenseSlots):
             sinks: logits that take part without a value.
             chosen: the slots to be read; None for all.
         """
-        found = self.segments(q.shape[2], visible, chosen)
+        found = self.segments(visible, chosen)
         self.read_bytes = sum(s.nbytes for s in found) + (chosen.scored if chosen else 0)
         return ops.decode(q, found, scale=scale, sinks=sinks)[0]
 
     def segments(
-        self, queries: int, visible: Tensor | None = None, chosen: Chosen | None = None
+        self, visible: Tensor | None = None, chosen: Chosen | None = None
     ) -> list[Segment]:
         """What `ops.decode` reads: the bodies, then the dense slots.
 
         Raises:
             ValueError: a choice among other slots than those of the first body.
         """
-        keys, values = self.keys, self.values
-        assert keys is not None
-        assert values is not None
         found: list[Segment] = []
         for number, body in enumerate(self.bodies.values()):
             if chosen is None or number:
@@ -287,6 +286,14 @@ class StoredLayer(DenseSlots):
                 raise UserError(
                     f"a selection among {chosen.slots} slots cannot be read from {body.slots}"
                 )
+        return [*found, *self._dense_segments(visible)]
+
+    def _dense_segments(self, visible: Tensor | None) -> list[Segment]:
+        """The dense slots: those that were kept of more, and the newest."""
+        keys, values = self.keys, self.values
+        assert keys is not None
+        assert values is not None
+        found: list[Segment] = []
         start = 0
         if self.index is not None and (self.ragged or visible is not None):
             # What was kept is no padding and no later than any query, and its holes come last.

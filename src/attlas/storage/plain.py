@@ -34,7 +34,9 @@ def forked_layer(layer: Any) -> Any:
     """A layer that goes on alone; it shares tensors where growing replaces them, else has its own."""
     if isinstance(layer, StoredLayer):
         return layer.fork()
-    return copy(layer) if type(layer) in REPLACING else deepcopy(layer)
+    # What captured steps write to in place is marked.
+    replaces = type(layer) in REPLACING and not getattr(layer, "_seated", False)
+    return copy(layer) if replaces else deepcopy(layer)
 
 
 def tensors(held: Any) -> Iterator[Tensor]:

@@ -25,6 +25,7 @@ class LayerState:
         latent: the layer caches something of which the model makes keys and values.
         tensors: what was gathered from the calls, batch first. It is held with the cache: what is not
             needed once the prompt is over is taken out when the part compresses.
+        growing: names of those that grow along their third axis as the layer's first body does.
     """
 
     layer: int
@@ -35,6 +36,7 @@ class LayerState:
     latent: bool = False
     tensors: dict[str, Tensor] = field(default_factory=dict)
     rotation: Rotation | None = None
+    growing: tuple[str, ...] = ()
 
     def fork(self) -> LayerState:
         """A copy that shares the tensors, which are never written to."""

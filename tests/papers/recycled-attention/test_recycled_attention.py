@@ -34,7 +34,7 @@ def tokens_read(part, model, ids, steps):
     found, attend = [], StoredLayer.attend
 
     def spy(self, q, **options):
-        read = self.segments(1, None, options.get("chosen"))
+        read = self.segments(None, options.get("chosen"))
         found.append([s.index.shape[-1] if hasattr(s, "index") else s.k.shape[2] for s in read])
         return attend(self, q, **options)
 

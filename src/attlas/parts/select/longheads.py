@@ -144,7 +144,7 @@ class LongHeads(Selection):
         scores = scores.masked_fill(index[..., None] < 0, -torch.inf).flatten(2)[:, :, None]
         lse = scores.logsumexp(-1)
         weights = (scores - lse.clamp(min=torch.finfo(lse.dtype).min)[..., None]).exp()
-        near = layer.segments(1, self._seen(layer, call))[1:]
+        near = layer.segments(self._seen(layer, call))[1:]
         parts = [(weights @ v.flatten(2, 3), lse), ops.decode(call.q, near, scale=call.scaling)]
         layer.read_bytes = sum(s.nbytes for s in near) + state.tensors["chunks"].nbytes
         layer.read_bytes += (

@@ -62,6 +62,11 @@ class Quest(PortionSelection):
             return Portion(pages=max(LEAST_PAGES, self.tokens // self.page))
         return Portion(self.keep, self.pages)
 
+    @property
+    def captures(self) -> bool:
+        """Pages are scored and chosen on the device, however many there are."""
+        return not self.offload and self._silent("select")
+
     def summarize(self, state: LayerState, body: Body) -> None:
         """Minimum and maximum of the keys of each new page."""
 

@@ -1,0 +1,199 @@
+"""A token's time in a model of Llama-8B's shape: captured, eager, by Transformers, and what bounds it.
+
+    python benchmarks/captured_decode.py [--cells 1:8192 1:131072 8:32768] [--small]
+
+Caches are filled with random numbers, as in `model_decode.py`. Each method decodes in turns; a row is
+the median of its turns' medians. Beside them: all linear layers alone in a CUDA graph; the bytes of weights and
+of what a step reads at the bandwidth of a copy; Transformers' static cache with its compiled decoding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import StaticCache
+
+from attlas.attach import attach
+from attlas.compare.methods import parse_method
+from attlas.hf.caches import with_cache
+from attlas.tasks.roof import measure_roof
+from common import save, show
+from model_decode import filled, shaped
+
+METHODS = (
+    "full", "snapkv(keep=0.125)", "quest-page-selection(keep=0.125, page=32)",
+    "quantized-cache(bits=4)", "quantized-cache(bits=2)",
+)  # fmt: skip
+
+
+def timed(run: Callable[[], Any], steps: int, cuda: bool) -> list[float]:
+    """Milliseconds of each step."""
+    found = []
+    for _ in range(steps):
+        if cuda:
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        run()
+        if cuda:
+            torch.cuda.synchronize()
+        found.append(1e3 * (time.perf_counter() - began))
+    return found
+
+
+def linears(model: Any, batch: int) -> Callable[[], Any]:
+    """All linear layers on one token each, as a graph."""
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    given = [torch.randn(batch, m.in_features, dtype=model.dtype, device=model.device) for m in layers]
+
+    def run() -> None:
+        for layer, x in zip(layers, given, strict=True):
+            layer(x)
+
+    run()
+    if model.device.type != "cuda":
+        return run
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return lambda: (graph.replay(), given)  # what the graph reads must live as long as it
+
+
+class Decoding:
+    """One method that decodes, greedily, from a cache of its own."""
+
+    def __init__(self, model: Any, method: str, batch: int, tokens: int, compile: Any) -> None:
+        self.model, self.compile = model, compile
+        self.parts = parse_method(method).parts()
+        self.cache = filled(model, self.parts, batch, tokens)
+        self.ids = torch.ones(batch, 1, dtype=torch.long, device=model.device)
+        self.why: str | None = None
+        self.first = 0.0
+
+    def turn(self, steps: int, cuda: bool) -> float:
+        """Median milliseconds; the first steps, in which a graph is made, are not counted."""
+        with torch.no_grad(), attach(self.model, *self.parts, compile=self.compile) as session:
+            warm = timed(self.step, 6, cuda)
+            found = timed(self.step, steps, cuda)
+            self.first = max(self.first, max(warm))
+            self.why, self.read = session.why_not_captured, session.read_bytes
+        return statistics.median(found)
+
+    def step(self) -> None:
+        """A token."""
+        out = self.model(self.ids, **with_cache(self.model, self.cache), use_cache=True)
+        self.ids = out.logits[:, -1:].argmax(-1)
+
+
+class Static:
+    """Transformers' static cache, decoded by the model compiled as `generate` compiles it."""
+
+    def __init__(self, model: Any, batch: int, tokens: int, room: int) -> None:
+        self.model, self.ids = model, torch.ones(batch, 1, dtype=torch.long, device=model.device)
+        self.at = torch.full((1,), tokens, device=model.device)
+        self.cache = StaticCache(config=model.config, max_cache_len=tokens + room)
+        config = model.config
+        width = config.hidden_size // config.num_attention_heads
+        shape = (batch, config.num_key_value_heads, 1, width)
+        one = torch.zeros(shape, dtype=model.dtype, device=model.device)
+        for number, layer in enumerate(self.cache.layers):
+            self.cache.update(one, one, number, {"cache_position": self.at})
+            layer.keys.normal_()
+            layer.values.normal_()
+            if hasattr(layer, "cumulative_length"):
+                layer.cumulative_length.fill_(tokens)
+        self.call = model.get_compiled_call(None) if hasattr(model, "get_compiled_call") else None
+        self.why, self.first, self.read = None, 0.0, 0
+
+    def turn(self, steps: int, cuda: bool) -> float:
+        """As `Decoding.turn`."""
+        with torch.no_grad():
+            warm = timed(self.step, 6, cuda)
+            self.first = max(self.first, max(warm))
+            return statistics.median(timed(self.step, steps, cuda))
+
+    def step(self) -> None:
+        """A token."""
+        out = self.call(
+            input_ids=self.ids, position_ids=self.at[None], cache_position=self.at,
+            **with_cache(self.model, self.cache), use_cache=True, return_dict=True,
+        )  # fmt: skip
+        self.ids = out.logits[:, -1:].argmax(-1)
+        self.at = self.at + 1
+
+
+def cell(model: Any, batch: int, tokens: int, methods: list[str], steps: int, rounds: int,
+         static: bool, rate: float) -> list[dict[str, Any]]:  # fmt: skip
+    """All rows of a batch and a length."""
+    cuda = model.device.type == "cuda"
+    weights = sum(p.nbytes for p in model.parameters()) - model.model.embed_tokens.weight.nbytes
+    made: dict[str, Any] = {}
+    for method in methods:
+        made[method] = Decoding(model, method, batch, tokens, "auto")
+    made["full, eager"] = Decoding(model, "full", batch, tokens, False)
+    if static:
+        try:
+            made["Transformers, static, compiled"] = Static(model, batch, tokens, steps * rounds * 2 + 64)
+        except Exception as error:
+            print(f"static: {type(error).__name__}: {str(error)[:300]}", flush=True)
+    alone = linears(model, batch)
+    times: dict[str, list[float]] = {name: [] for name in (*made, "linears")}
+    for _ in range(rounds):
+        times["linears"].append(statistics.median(timed(alone, steps, cuda)))
+        for name in list(made):
+            try:
+                times[name].append(made[name].turn(steps, cuda))
+            except Exception as error:
+                print(f"{name}: {type(error).__name__}: {str(error)[:300]}", flush=True)
+                del made[name]
+    rows = []
+    for name, found in times.items():
+        if not found:
+            continue
+        row: dict[str, Any] = {"method": name, "batch": batch, "tokens": tokens,
+                               "step_ms": round(statistics.median(found), 3)}  # fmt: skip
+        if name in made:
+            one = made[name]
+            floor = 1e3 * (weights + one.read) / rate
+            row |= {"why_not_captured": one.why, "longest_first_step_s": round(one.first / 1e3, 2)}
+            if one.read:
+                row |= {"floor_ms": round(floor, 3), "over_floor": round(row["step_ms"] / floor, 2)}
+        rows.append(show(row))
+    if cuda:
+        print("peak GiB", torch.cuda.max_memory_allocated() / 2**30, flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--cells", nargs="+", default=["1:8192", "1:131072", "8:32768"],
+                        help="batch:tokens")  # fmt: skip
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--no-static", action="store_true")
+    parser.add_argument("--small", action="store_true", help="tiny widths, to try the script")
+    given = parser.parse_args()
+    model = shaped(given.layers, given.device, given.small)
+    rate = measure_roof(torch.device(given.device), model.dtype).bytes_per_second
+    rows = [show({"copy_gb_s": rate / 1e9})]
+    for each in given.cells:
+        batch, tokens = map(int, each.split(":"))
+        rows += cell(model, batch, tokens, given.methods, given.steps, given.rounds,
+                     not given.no_static, rate)  # fmt: skip
+        gc.collect()
+        if given.device == "cuda":
+            torch.cuda.empty_cache()
+    save("captured-decode", given.device, rows)
+
+
+if __name__ == "__main__":
+    main()

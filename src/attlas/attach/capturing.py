@@ -1,0 +1,222 @@
+"""When a session captures a model's step, and why it does not: see `attlas.attach.captured`."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable
+from functools import wraps
+from types import MethodType
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from attlas.attach import hooks
+from attlas.attach.captured import VARYING, Step, reason_of
+from attlas.attach.own import own_layers, unrecordable
+from attlas.attach.state import Attachment
+from attlas.attach.under import RECORDING
+from attlas.errors import UserError
+from attlas.hf.caches import (
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+    cache_in,
+    own_tokens,
+)
+from attlas.storage.layer import StoredLayer
+from attlas.storage.plain import tensors
+from attlas.storage.still import is_full
+
+log = logging.getLogger("attlas")
+
+#: Steps of one token that are run as ever before one is captured, which takes as long as some of them.
+AFTER = 2
+#: Arguments that change nothing of a step but what is given beside hidden states.
+FORMS = {
+    "output_attentions": False, "output_hidden_states": False, "return_dict": True, "use_cache": True,
+}  # fmt: skip
+
+
+def device_refuses(device: torch.device) -> str | None:
+    """Why steps on a device cannot be captured; None where they can."""
+    return None if device.type == "cuda" else f"the model is on {device}, and graphs are CUDA's"
+
+
+class Capturing:
+    """What a session knows of captured steps.
+
+    Attributes:
+        asked: what `attach` was given as `compile`.
+        why_not: why the last step was not captured; None while nothing stands against it.
+    """
+
+    def __init__(self, held: Attachment, asked: bool | Literal["auto"]) -> None:
+        self.held, self.asked = held, asked
+        self.why_not: str | None = None
+        self._steps: WeakKeyDictionary[Any, Step] = WeakKeyDictionary()
+        self._failed: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+        self._before: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+
+    def check(self) -> None:
+        """Refuse what was asked for and can never be.
+
+        Raises:
+            ValueError: `compile=True`, and the session cannot capture any step.
+        """
+        if self.asked is True and (reason := self._never()) is not None:
+            raise UserError(f"compile=True cannot be honoured: {reason}")
+
+    def hook(self) -> list[Callable[[], Any]]:
+        """Stand in the place of the tower's `forward` until it is undone."""
+        if self.asked is False or (self.asked == "auto" and self._never() is not None):
+            self.why_not = "compile=False" if self.asked is False else self._never()
+            return []
+        base: Any = self.held.tower.module
+        own, original, kind = vars(base).get("forward"), base.forward, type(base)
+        names = list(inspect.signature(original).parameters)
+
+        @wraps(original)
+        def forward(module: Any, *args: Any, **kwargs: Any) -> Any:
+            if module is not base:  # a copy that was made meanwhile
+                return kind.forward(module, *args, **kwargs)
+            arguments = dict(zip(names, args, strict=False)) | kwargs
+            return self._run(original, names, arguments)
+
+        base.forward = MethodType(torch.compiler.disable(forward, reason=hooks.REASON), base)
+
+        def undo() -> None:
+            if own is None:
+                del base.forward
+            else:
+                base.forward = own
+
+        return [undo]
+
+    def _run(self, original: Callable[..., Any], names: list[str], arguments: dict[str, Any]) -> Any:
+        held = self.held
+        name, given = cache_in(arguments, type(held.tower.module))
+        cache = own_tokens(given)
+        if held.under is None or RECORDING.get() or not _one_token(arguments, cache):
+            return original(**arguments)
+        forward_pass = held.forward_pass
+        assert forward_pass is not None
+        step, valid = self._steps.get(cache), forward_pass.valid
+        self.why_not = self._failed.get(cache) or self._not_now(
+            names, arguments, cache, valid is not None
+        )
+        if self.why_not is None and step is not None and step.fits(arguments, valid):
+            return step(cache, arguments, valid)
+        self._steps.pop(cache, None)
+        if self.why_not is not None:
+            return self._refused(original, arguments)
+        self._before[cache] = self._before.get(cache, 0) + 1
+        if self._before[cache] <= AFTER and self.asked is not True:
+            return original(**arguments)
+        try:
+            step = Step(held, original, cache, name, arguments, valid)
+        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+            self.why_not = self._failed[cache] = reason_of(error)
+            return self._refused(original, arguments)
+        if step.why_not is None:
+            self._steps[cache] = step
+        else:
+            self.why_not = self._failed[cache] = step.why_not
+            self._tell()
+        return step.first
+
+    def _refused(self, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        self._tell()
+        return original(**arguments)
+
+    def _tell(self) -> None:
+        if self.asked is True:
+            raise UserError(f"compile=True cannot be honoured: {self.why_not}")
+        log.info("a step is not captured: %s", self.why_not)
+
+    def _never(self) -> str | None:
+        """What stands against it as long as the session lasts."""
+        held, base = self.held, self.held.tower.module
+        if held.own and (reason := unrecordable(own_layers(base))) is not None:
+            return reason
+        if held.sources:
+            return "layers read the keys of others"
+        for part in held.parts:
+            if not part.captures:
+                return f"{type(part).__name__} works in Python on every step"
+        if (kind := _rotations(base)) is not None:
+            return f"rotations of type {kind!r} look at how long the text is"
+        devices = {p.device for p in base.parameters()}
+        if len(devices) != 1:
+            return f"the model lies on {len(devices)} devices"
+        for module in base.modules():
+            if hasattr(module, "_hf_hook"):
+                return "the model's weights are moved between devices"
+            if hasattr(module, "_active_adapter"):
+                return f"{type(module).__name__} can switch its adapters"
+        return device_refuses(devices.pop())
+
+    def _not_now(
+        self, names: list[str], arguments: dict[str, Any], cache: Any, padded: bool
+    ) -> str | None:
+        """What stands against it in this call."""
+        base = self.held.tower.module
+        if torch.is_grad_enabled():
+            return "gradients are wanted"
+        if base.training:
+            return "the model is in training mode"
+        if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
+            return "autocast is on"
+        if "position_ids" not in names:
+            return f"{type(base).__name__} counts positions itself"
+        for name, value in arguments.items():
+            if name in FORMS and value not in (None, FORMS[name]):
+                return f"{name}={value} asks for more than hidden states"
+            if isinstance(value, Tensor) and name not in (*VARYING, "attention_mask"):
+                return f"{name} is given"
+        if type(cache) is not DynamicCache or cache.offloading:
+            return f"the cache is a {type(cache).__name__}"
+        for number, layer in enumerate(cache.layers):
+            if (reason := _layer_refused(layer, padded)) is not None:
+                return f"layer {number} of the cache {reason}"
+        return _watched(base)
+
+
+def _layer_refused(layer: Any, padded: bool) -> str | None:
+    """Why a step cannot be recorded over a layer of the cache; None where it can."""
+    if type(layer) in (DynamicLayer, StoredLayer):
+        return None
+    if type(layer) is DynamicSlidingWindowLayer:
+        if padded:
+            return "is a sliding window over padded rows"
+        return None if is_full(layer) else "is a sliding window that is not full yet"
+    if type(layer) is LinearAttentionLayer:
+        return None if any(True for _ in tensors(layer)) else "holds no states yet"
+    return f"is a {type(layer).__name__}"
+
+
+def _rotations(base: nn.Module) -> str | None:
+    """The kind of rotations that change with the length of a text; None where there are none."""
+    told = [getattr(module, "rope_type", None) for module in base.modules()]
+    kinds = [kind for each in told for kind in (each.values() if isinstance(each, dict) else (each,))]
+    return next((kind for kind in kinds if kind in ("dynamic", "longrope")), None)
+
+
+def _one_token(arguments: dict[str, Any], cache: Any) -> bool:
+    ids = arguments.get("input_ids")
+    one = isinstance(ids, Tensor) and ids.ndim == 2 and ids.shape[1] == 1 and ids.shape[0] > 0
+    return one and cache is not None and int(cache.get_seq_length()) > 0
+
+
+def _watched(base: nn.Module) -> str | None:
+    """The module inside the tower that somebody else's hooks are on; None for none."""
+    for module in base.modules():
+        if module is base:
+            continue
+        for found in (module._forward_hooks, module._forward_pre_hooks):
+            if any(not isinstance(hook, hooks.Hook) for hook in found.values()):
+                return f"hooks are on {type(module).__name__}"
+    return None

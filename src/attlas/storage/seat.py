@@ -1,0 +1,336 @@
+"""Seats: a layer whose tensors stay where they are, so that a captured step may write and read them.
+
+A CUDA graph runs what it recorded over the same addresses, whatever numbers Python had then. So the keys
+and values of a layer are given room to grow in place, and the recorded step works on a twin of the layer:
+it sees all of the room, and reads from the device how much of it is filled. The layer itself counts on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attlas.errors import UserError
+from attlas.ops.segments import Dense, Segment
+from attlas.storage.body import Body, GrownBody, filled
+from attlas.storage.coded import CodedBody
+from attlas.storage.growing import Growing
+from attlas.storage.layer import Chosen, StoredLayer
+from attlas.storage.packed import PackedBody
+from attlas.storage.tiered import TieredBody
+
+#: Room for tokens to come: a share of those held, at least so many, at most so many.
+SHARE, LEAST, MOST = 16, 128, 8192
+#: Bodies that grow while tokens are decoded, and can be read with their lengths on the device.
+GROWING = (PackedBody, CodedBody)
+#: Room is a whole number of these, so that groups of codes and pages fill it.
+WHOLE = 256
+
+
+class Twin(StoredLayer):
+    """The layer as the recorded step sees it; nothing that Python counts changes in it.
+
+    Attributes:
+        slot: where the step's token is written, [1] int64 on the device.
+        count: slots that are filled with it, of those behind what was kept, [batch, kv_heads] int32.
+        visible: which of these slots hold no padding; None where there is none.
+    """
+
+    slot: Tensor
+    count: Tensor
+    visible: Tensor | None = None
+    #: Segments that the step was given of the bodies, and bytes that it chose by.
+    told: tuple[Segment, ...] = ()
+    scored = 0
+    _kept: Segment | None = None
+    _start = 0
+
+    @property
+    def managed(self) -> bool:
+        """It is read through attlas."""
+        return True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write the token where `slot` says; gives it alone."""
+        assert self._keys is not None
+        assert self._values is not None
+        self._keys.room.index_copy_(2, self.slot, key_states)
+        self._values.room.index_copy_(2, self.slot, value_states)
+        return key_states, value_states
+
+    def read(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Refused: how many keys there are is known to the device alone.
+
+        Raises:
+            ValueError: always.
+        """
+        raise UserError("keys are looked at one by one")
+
+    def segments(
+        self, visible: Tensor | None = None, chosen: Chosen | None = None
+    ) -> list[Segment]:
+        """The bodies with all their room, and the dense slots."""
+        found = super().segments(visible, chosen)
+        self.told = tuple(found[: len(self.bodies)])
+        self.scored = 0 if chosen is None else chosen.scored
+        return found
+
+    def _dense_segments(self, visible: Tensor | None) -> list[Segment]:
+        assert self._keys is not None
+        assert self._values is not None
+        k, v = (held.room[:, :, self._start :] for held in (self._keys, self._values))
+        newest = Dense(k, v, self.count, self.visible)
+        return [newest] if self._kept is None else [self._kept, newest]
+
+
+class MemorySeat:
+    """A layer that holds named states and no keys, and its twin, which writes them where they lie."""
+
+    def __init__(self, layer: StoredLayer) -> None:
+        self.layer = layer
+        self._held = layer.states = {name: state.clone() for name, state in layer.states.items()}
+        self._before = {name: state.clone() for name, state in layer.states.items()}
+        layer.seated = True
+        self.twin: StoredLayer = object.__new__(StoredLayer)
+        self.twin.__dict__.update(layer.__dict__)
+        self.twin.states = dict(self._held)
+
+    @property
+    def ready(self) -> bool:
+        """Whether the states lie where the recorded step looks for them."""
+        now = self.layer.states
+        return now.keys() == self._held.keys() and all(now[n] is t for n, t in self._held.items())
+
+    def keep(self) -> None:
+        """At the end of the step: what the twin remembers goes where the layer's states lie.
+
+        Raises:
+            ValueError: a state that is new or has grown.
+        """
+        for name, state in self.twin.states.items():
+            held = self._held.get(name)
+            if held is None or held.shape != state.shape:
+                raise UserError(f"the state {name!r} grows with every token")
+            if state is not held:
+                held.copy_(state)
+        self.twin.states = dict(self._held)
+
+    def advance(self) -> None:
+        """The recorded step has run: a token more was seen."""
+        self.layer.seen += 1
+        self._before = {}
+
+    def undo(self) -> None:
+        """The states as they were before the first step."""
+        for name, before in self._before.items():
+            self._held[name].copy_(before)
+
+
+class Seat:
+    """A layer in its place, and its twin.
+
+    Args:
+        layer: that is held; its tensors are moved where there is room.
+        slot: of the twin.
+        lengths: of the twin, [batch, kv_heads].
+        visible: of the twin, [batch, 1, 1, room]; None where no token is padding.
+
+    Raises:
+        ValueError: the layer holds something that a recorded step cannot read.
+    """
+
+    def __init__(
+        self, layer: StoredLayer, slot: Tensor, lengths: Tensor, visible: Tensor | None
+    ) -> None:
+        self.layer, self.slot, self.lengths = layer, slot, lengths
+        keys, values = _checked(layer)
+        kept = layer.index is not None and (layer.ragged or visible is not None)
+        self.start = layer.index.shape[-1] if kept and layer.index is not None else 0
+        self.index = layer.index
+        spare = min(MOST, max(LEAST, layer.seen // SHARE))
+        keys.reserve(_whole(layer.dense_slots + spare))
+        values.reserve(_whole(layer.dense_slots + spare))
+        self.bodies: dict[str, tuple[Body, Tensor | None]] = {}
+        for name, body in layer.bodies.items():
+            grows = type(body) in GROWING
+            if grows and isinstance(body, GrownBody):
+                body.reserve(_whole(body.slots + spare))
+            filled_slots = torch.zeros_like(lengths) if grows else None
+            self.bodies[name] = body, filled_slots
+        self._rooms = {path: held.room for path, held in self._held().items()}
+        self._states = [
+            (state, {name: _roomy(t, self) for name, t in state.tensors.items() if name in state.growing})
+            for state in layer.learned.values()
+        ]  # fmt: skip
+        self._fixed = [
+            {name: t for name, t in state.tensors.items() if name not in rooms}
+            for state, rooms in self._states
+        ]
+        self._memory = MemorySeat(layer)
+        self.twin = self._twin(visible)
+        self._memory.twin = self.twin
+        self._token = keys.tensor[:, :, :1].nbytes + values.tensor[:, :, :1].nbytes
+        self._told: tuple[int, ...] = ()
+        self._bodies_read: int | None = None
+        self.settle()
+        self.tell()
+
+    # Before and after a step.
+
+    @property
+    def tail(self) -> int:
+        """Slots behind what was kept."""
+        return self.layer.dense_slots - self.start
+
+    @property
+    def first(self) -> int:
+        """Column of the first of them."""
+        return self.layer.seen - self.tail
+
+    @property
+    def ready(self) -> bool:
+        """Whether all lies where the recorded step looks for it, and there is room for a token."""
+        layer = self.layer
+        if not self._memory.ready or layer.index is not self.index:
+            return False
+        if layer.dense_slots >= self._rooms["keys"].shape[2]:
+            return False
+        bodies = [body for body, _ in self.bodies.values()]
+        if len(bodies) != len(layer.bodies) or any(
+            body is not held for body, held in zip(bodies, layer.bodies.values(), strict=True)
+        ):
+            return False
+        for (state, rooms), fixed in zip(self._states, self._fixed, strict=True):
+            there = {name: room for name, room in state.tensors.items() if name not in rooms}
+            if there.keys() != fixed.keys() or any(there[n] is not t for n, t in fixed.items()):
+                return False
+            if any(state.tensors[n].data_ptr() != room.data_ptr() for n, room in rooms.items()):
+                return False
+        return all(
+            held.owned and held.room is self._rooms[path] for path, held in self._held().items()
+        )
+
+    def tell(self) -> None:
+        """Write to the device what Python counts."""
+        counts = self._counts()
+        if counts == self._told:
+            return
+        self._told = counts
+        self.slot.fill_(self.layer.dense_slots)
+        self.lengths.fill_(self.tail)
+        for body, there in self.bodies.values():
+            if there is not None and isinstance(body, GrownBody):
+                _ = there.fill_(body.slots) if body.lengths is None else there.copy_(body.lengths)
+        self._bodies_read = None
+
+    def advance(self) -> None:
+        """The recorded step has run: a token more is held."""
+        layer = self.layer
+        assert layer._keys is not None
+        assert layer._values is not None
+        layer._keys.advance()
+        layer._values.advance()
+        self._memory.advance()
+        self._told = (layer.dense_slots, *self._told[1:])
+        if self._bodies_read is None:
+            self._bodies_read = self._read_of_bodies()
+        layer.read_bytes = self._bodies_read + self.tail * self._token
+
+    def keep(self) -> None:
+        """At the end of the step: its states, where they lie."""
+        self._memory.keep()
+
+    def undo(self) -> None:
+        """States as they were; keys that a step which failed has written are not counted."""
+        self._memory.undo()
+
+    def settle(self) -> None:
+        """Move back what a part has put elsewhere; where there is no room for it `ready` says so."""
+        for path, held in self._held().items():
+            room = self._rooms.get(path)
+            fits = room is not None and held.room.shape[:2] == room.shape[:2]
+            if fits and room is not None and held.tensor.shape[2] <= room.shape[2]:
+                held.move(room)
+        for state, rooms in self._states:
+            for name, room in rooms.items():
+                now = state.tensors[name]
+                if now.data_ptr() != room.data_ptr() and now.shape[2] <= room.shape[2]:
+                    room[:, :, : now.shape[2]] = now
+                    state.tensors[name] = room[:, :, : now.shape[2]]
+
+    # What it is made of.
+
+    def _held(self) -> dict[str, Growing]:
+        layer = self.layer
+        assert layer._keys is not None
+        assert layer._values is not None
+        found = {"keys": layer._keys, "values": layer._values}
+        for name, body in layer.bodies.items():
+            if type(body) in GROWING and isinstance(body, GrownBody):
+                found |= {f"{name}.{n}": held for n, held in body.held.items() if body.group(n)}
+        return found
+
+    def _read_of_bodies(self) -> int:
+        """Bytes that a step reads of what is not the newest: of room, the share that is filled."""
+        found = 0 if self.twin._kept is None else self.twin._kept.nbytes
+        shares = []
+        for (body, there), twin in zip(self.bodies.values(), self.twin.bodies.values(), strict=True):
+            shares.append(1.0 if there is None else body.slots / max(1, twin.slots))
+        for segment, share in zip(self.twin.told, shares, strict=False):
+            found += round(segment.nbytes * share)
+        return found + round(self.twin.scored * (shares[0] if shares else 1.0))
+
+    def _counts(self) -> tuple[int, ...]:
+        bodies = (body.slots for body, there in self.bodies.values() if there is not None)
+        return (self.layer.dense_slots, self.start, *bodies)
+
+    def _twin(self, visible: Tensor | None) -> Twin:
+        layer, twin = self.layer, object.__new__(Twin)
+        twin.__dict__.update(layer.__dict__)
+        twin.compressed = twin.attached = True
+        twin.states = dict(layer.states)
+        twin.index, twin.slot, twin.count = None, self.slot, self.lengths
+        twin._keys, twin._values = (Growing(self._rooms[name]) for name in ("keys", "values"))
+        twin._start = self.start
+        twin.visible = None if visible is None else visible[..., : twin._keys.room.shape[2] - self.start]
+        if self.start:
+            k, v = (self._rooms[name][:, :, : self.start] for name in ("keys", "values"))
+            twin._kept = Dense(k, v, filled(layer.index) if layer.ragged else None)
+        twin.bodies = {
+            name: body if there is None or not isinstance(body, GrownBody) else body.widened(there)
+            for name, (body, there) in self.bodies.items()
+        }
+        twin.learned = {
+            name: replace(state, tensors={**state.tensors, **rooms})
+            for (name, state), (_, rooms) in zip(layer.learned.items(), self._states, strict=True)
+        }
+        return twin
+
+
+def _checked(layer: StoredLayer) -> tuple[Growing, Growing]:
+    if layer.latent:
+        raise UserError("a layer holds latents, of which the model makes keys")
+    if any(isinstance(body, TieredBody) for body in layer.bodies.values()):
+        raise UserError("a part holds keys in host memory")
+    if layer._keys is None or layer._values is None:
+        raise UserError("a layer holds no keys yet")
+    return layer._keys, layer._values
+
+
+def _whole(tokens: int) -> int:
+    return -(-tokens // WHOLE) * WHOLE
+
+
+def _roomy(summaries: Tensor, seat: Seat) -> Tensor:
+    """Room for the summaries of as many tokens as the first body has room for."""
+    body = next(iter(seat.layer.bodies.values()))
+    assert isinstance(body, GrownBody)
+    room = next(held.room for name, held in body.held.items() if body.group(name) == 1)
+    pages = -(-room.shape[2] * summaries.shape[2] // max(1, body.slots)) + 1
+    batch, heads, _, width = summaries.shape
+    return summaries.new_zeros(batch, heads, pages, width)

@@ -1,0 +1,178 @@
+"""Captured steps give what eager ones give; here what is recorded is Python that counts nothing.
+
+A CPU has no graphs. What stands in for one runs the recorded function again: it sees the twins alone,
+in which nothing that Python counts moves, so that a number that should have come from the device is as
+stale as it would be in a graph.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import tiny_models
+from attlas.attach import attach, captured, capturing
+from attlas.contract.families import FAMILIES, find
+from attlas.errors import UserError
+from attlas.hf.caches import with_cache
+from attlas.storage import seat
+from attlas.storage.plain import forked
+from captured_steps import PARTS, decoded, llama, parts
+
+
+@pytest.fixture(autouse=True)
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(captured, "recorded", lambda step: (step(), step))
+    monkeypatch.setattr(capturing, "device_refuses", lambda device: None)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("name", PARTS)
+def test_the_steps_are_the_eager_ones(name: str, padded: bool) -> None:
+    model = llama()
+    ids, mask = tiny_models.prompt(3, 33), None
+    if padded:
+        mask = torch.ones_like(ids)
+        mask[0, :7] = 0
+        mask[2, :20] = 0
+    eager, expected = decoded(model, name, 40, False, ids, mask)
+    session, found = decoded(model, name, 40, "auto", ids, mask)
+    assert session.why_not_captured is None
+    assert eager.why_not_captured == "compile=False"
+    torch.testing.assert_close(found, expected, atol=1e-9, rtol=1e-9)
+    for ours, theirs in zip(session.cache.layers, eager.cache.layers, strict=True):
+        assert ours.get_seq_length() == theirs.get_seq_length()
+        if name != "none":
+            assert ours.dense_slots == theirs.dense_slots
+            torch.testing.assert_close(ours.read()[0], theirs.read()[0], atol=1e-9, rtol=1e-9)
+    assert session.read_bytes == pytest.approx(eager.read_bytes, rel=0.2)
+
+
+@pytest.mark.parametrize("family", [each.name for each in FAMILIES])
+def test_families_are_captured_or_say_why(family: str) -> None:
+    ids, runs = tiny_models.prompt(2, 21), []
+    for compile in (False, "auto"):  # each by a model of its own: rotations may change with the text
+        runs.append(decoded(find(family).model(), "none", 12, compile, ids))
+    torch.testing.assert_close(runs[1][1], runs[0][1], atol=2e-5, rtol=1e-4)
+    print(family, runs[1][0].why_not_captured)
+
+
+def test_room_that_runs_out_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(seat, "WHOLE", 4)
+    monkeypatch.setattr(seat, "LEAST", 3)
+    made = []
+
+    def recorded(step: Any) -> Any:
+        made.append(step)
+        return step(), step
+
+    monkeypatch.setattr(captured, "recorded", recorded)
+    model = llama()
+    for name in ("none", "4 bits", "quest"):
+        made.clear()
+        expected = decoded(model, name, 30, False, tiny_models.prompt(1, 20))[1]
+        session, found = decoded(model, name, 30, "auto", tiny_models.prompt(1, 20))
+        assert session.why_not_captured is None
+        assert len(made) > 3
+        torch.testing.assert_close(found, expected, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["none", "snapkv", "4 bits", "quest"])
+def test_forks_and_tokens_taken_back(name: str) -> None:
+    model = llama()
+    kept = {}
+
+    def change(step: int, cache: Any) -> Any:
+        if step == 8:
+            kept["fork"], kept["cache"] = forked(cache), cache
+        if step == 14:  # the fork goes on from where it was made
+            return kept["fork"]
+        if step == 20:
+            return kept["cache"]
+        if step == 25 and name in ("none", "snapkv"):
+            cache.crop(-2)
+        return cache
+
+    ids = tiny_models.prompt(2, 30)
+    expected = decoded(model, name, 32, False, ids, change=change)[1]
+    session, found = decoded(model, name, 32, "auto", ids, change=change)
+    assert session.why_not_captured is None
+    torch.testing.assert_close(found, expected, atol=1e-9, rtol=1e-9)
+
+
+def test_generate_and_several_turns() -> None:
+    model = llama()
+    ids = tiny_models.prompt(2, 24)
+    for name in ("none", "snapkv", "4 bits", "quest"):
+        answers = []
+        for compile in (False, "auto"):
+            with attach(model, *parts(name), compile=compile) as session:
+                first = model.generate(ids, max_new_tokens=12, do_sample=False)
+                more = torch.cat([first, tiny_models.prompt(2, 5)], dim=1)
+                cache = session.cache
+                second = model.generate(
+                    more, attention_mask=torch.ones_like(more), max_new_tokens=12, do_sample=False,
+                    **with_cache(model, cache),
+                )  # fmt: skip
+            answers.append(second)
+        assert answers[0].equal(answers[1])
+
+
+def test_what_a_step_does_in_python_is_not_captured() -> None:
+    model = llama()
+    ids = tiny_models.prompt(1, 20)
+    seen = []
+    hook = model.model.layers[1].mlp.register_forward_hook(lambda *given: seen.append(1))
+    session, _ = decoded(model, "none", 6, "auto", ids)
+    hook.remove()
+    assert session.why_not_captured == "hooks are on LlamaMLP"
+    assert len(seen) == 7
+    with torch.no_grad(), attach(model, record=["entropy"]) as session:
+        model.generate(ids, max_new_tokens=5)
+    assert "works in Python" in session.why_not_captured
+    with pytest.raises(UserError, match="compile=True cannot be honoured: Entropy works"):
+        attach(model, record=["entropy"], compile=True).__enter__()
+    with pytest.raises(UserError, match="compile is True, False or 'auto', got 3"):
+        attach(model, compile=3)
+
+
+def test_weights_that_are_replaced_are_seen() -> None:
+    model = llama()
+
+    def change(step: int, cache: Any) -> Any:
+        if step == 9:
+            weight = model.model.layers[0].mlp.up_proj.weight
+            weight.data = weight.data.roll(1, 0).clone()
+        return cache
+
+    before = [p.detach().clone() for p in model.parameters()]
+    found = []
+    for compile in (False, "auto"):
+        for p, old in zip(model.parameters(), before, strict=True):
+            p.data = old.clone()
+        found.append(decoded(model, "none", 14, compile, tiny_models.prompt(1, 20), change=change)[1])
+    torch.testing.assert_close(found[1], found[0], atol=1e-9, rtol=1e-9)
+
+
+def test_a_capture_that_fails_leaves_the_cache_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    why = "operation not permitted when stream is capturing"
+    calls: list[Any] = []
+
+    def fails(step: Any) -> Any:
+        calls.append(step)
+        if len(calls) % 2:  # in the step itself
+            raise RuntimeError(f"{why}\nmore")
+        return step(), why
+
+    monkeypatch.setattr(captured, "recorded", fails)
+    model = llama()
+    ids = tiny_models.prompt(2, 20)
+    for name in ("none", "none", "snapkv", "snapkv", "4 bits", "4 bits"):
+        expected = decoded(model, name, 10, False, ids)[1]
+        session, found = decoded(model, name, 10, "auto", ids)
+        assert session.why_not_captured == why
+        torch.testing.assert_close(found, expected, atol=1e-9, rtol=1e-9)
+    with pytest.raises(UserError, match="compile=True cannot be honoured: operation not permitted"):
+        decoded(model, "none", 10, True, ids)

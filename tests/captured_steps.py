@@ -1,0 +1,58 @@
+"""Decoding step by step under a session, for tests of captured steps on either device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+import attlas
+from attlas.attach import attach
+from attlas.contract.families import find
+from attlas.hf.caches import with_cache
+
+PARTS: dict[str, list[Any]] = {
+    "none": [],
+    "snapkv": [("snapkv", {"tokens": 12, "window": 3})],
+    "ada-kv": [("ada-kv", {"tokens": 12, "scorer_options": {"window": 3}})],
+    "pyramid-kv": [("pyramid-kv", {"tokens": 12, "scorer_options": {"window": 3}, "beta": 2.0})],
+    "streaming-llm": [("streaming-llm", {"tokens": 12, "sinks": 2})],
+    "4 bits": [("quantized-cache", {"bits": 4, "key_group": 4, "recent": 4})],
+    "2 bits": [("quantized-cache", {"bits": 2, "key_group": 8, "recent": 3})],
+    "16 bits": [("quantized-cache", {"bits": 16, "key_group": 4, "recent": 4})],
+    "quest": [("quest-page-selection", {"keep": 0.5, "page": 4, "dense_layers": (0,)})],
+    "quest, number": [("quest-page-selection", {"pages": 3, "page": 2, "dense_layers": ()})],
+    "snapkv, 4 bits": [
+        ("snapkv", {"tokens": 16, "window": 3}), ("quantized-cache", {"key_group": 4, "recent": 2}),
+    ],
+    "4 bits, quest": [
+        ("quantized-cache", {"key_group": 4, "recent": 4}),
+        ("quest-page-selection", {"keep": 0.5, "page": 4, "dense_layers": ()}),
+    ],
+}  # fmt: skip
+
+
+def parts(name: str) -> list[Any]:
+    return [attlas.make(part, **options) for part, options in PARTS[name]]
+
+
+def llama() -> Any:
+    """In float64, where no code of a quantiser is decided by rounding."""
+    return find("llama").model(num_hidden_layers=2).double()
+
+
+def decoded(
+    model: Any, name: str, steps: int, compile: Any, ids: Any, mask: Any = None, change: Any = None
+) -> tuple[Any, list[Any]]:
+    """(session, logits of every step), each greedy; `change` is called with step and cache."""
+    found = []
+    with torch.no_grad(), attach(model, *parts(name), compile=compile) as session:
+        output = model(ids, attention_mask=mask, use_cache=True)
+        for step in range(steps):
+            found.append(output.logits[:, -1])
+            token = output.logits[:, -1:].argmax(-1)
+            if mask is not None:
+                mask = torch.cat([mask, torch.ones_like(token)], dim=1)
+            cache = session.cache if change is None else change(step, session.cache)
+            output = model(token, attention_mask=mask, use_cache=True, **with_cache(model, cache))
+    return session, found
