@@ -3,8 +3,8 @@
     python benchmarks/captured_decode.py [--cells 1:8192 1:131072 8:32768] [--small]
 
 Caches are filled with random numbers, as in `model_decode.py`. Each method decodes in turns; a row is
-the median of its turns' medians. Beside them: all linear layers alone in a CUDA graph; the bytes of weights and
-of what a step reads at the bandwidth of a copy; Transformers' static cache with its compiled decoding.
+the median of its turns' medians. Beside them: all linear layers alone in a CUDA graph; the bytes of
+weights and of what a step reads at the bandwidth of a copy; Transformers' static cache, compiled.
 """
 
 from __future__ import annotations

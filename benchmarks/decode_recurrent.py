@@ -3,7 +3,7 @@
 Both are random decoders of 1.1 billion parameters in bfloat16, one token at a time. The recurrent one has
 read the context; the softmax one's cache is filled with random keys and values of as many tokens, which
 costs a step the same, and has met every length before: cuDNN plans each new one, for 40 ms. Alternately
-in pairs.
+in pairs; both with captured steps, and both as they run without.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from transformers import DynamicCache
 
 import attlas
+from attlas.attach import attach
 from attlas.attach.session import cache_bytes
 from attlas.hf.caches import cache_of, with_cache
 from common import paired_ratio, save, show
@@ -59,6 +60,32 @@ def read(model: Any, tokens: int) -> Any:
     return cache
 
 
+@torch.no_grad()
+def compared(model: Any, softmax: Any, tokens: int, args: Any, compile: Any) -> dict[str, Any]:
+    """A step of both behind so many tokens."""
+    state, keys = read(model, tokens), filled(softmax, tokens)
+    row: dict[str, Any] = {"state_bytes": cache_bytes(state), "softmax_bytes": cache_bytes(keys)}
+    token = torch.zeros(1, 1, dtype=torch.long, device=args.device)
+
+    def steps(net: Any, cache: Any) -> None:
+        for _ in range(args.steps):
+            net(token, **with_cache(net, cache), use_cache=True)
+
+    with attach(model, compile=compile) as ours, attach(softmax, compile=compile) as theirs:
+        if not compile:
+            for _ in range(args.rounds + 1):
+                steps(softmax, keys)
+            keys = filled(softmax, tokens)
+        timed = paired_ratio(
+            lambda: steps(model, state), lambda: steps(softmax, keys),
+            rounds=args.rounds, device=args.device, queued=1,
+        )  # fmt: skip
+    row |= {"why_not_captured": [ours.why_not_captured, theirs.why_not_captured]}
+    for who, ms in (("ours", timed["ours_ms"]), ("softmax", timed["theirs_ms"])):
+        row |= {f"{who}_step_ms": ms / args.steps, f"{who}_tokens_s": 1e3 * args.steps / ms}
+    return row | {"ratio": timed["ratio"]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -74,28 +101,10 @@ def main() -> None:
     for name in args.mechanisms:
         model = decoder(name, args.device, shape)
         for tokens in args.contexts:
-            with torch.no_grad():
-                state, keys = read(model, tokens), filled(softmax, tokens)
-                held = {"state_bytes": cache_bytes(state), "softmax_bytes": cache_bytes(keys)}
-                token = torch.zeros(1, 1, dtype=torch.long, device=args.device)
-
-                def steps(net: Any, cache: Any, token: torch.Tensor = token) -> None:
-                    for _ in range(args.steps):
-                        net(token, **with_cache(net, cache), use_cache=True)
-
-                for _ in range(args.rounds + 1):
-                    steps(softmax, keys)
-                keys = filled(softmax, tokens)
-                timed = paired_ratio(
-                    lambda m=model, c=state: steps(m, c), lambda c=keys: steps(softmax, c),
-                    rounds=args.rounds, device=args.device, queued=1,
-                )  # fmt: skip
-            row = {"mechanism": name, "context": tokens, **held}
-            for who, ms in (("ours", timed["ours_ms"]), ("softmax", timed["theirs_ms"])):
-                row |= {f"{who}_step_ms": ms / args.steps, f"{who}_tokens_s": 1e3 * args.steps / ms}
-            rows.append(show(row | {"ratio": timed["ratio"]}))
-            del state, keys
-            save("decode-recurrent", args.device, rows)
+            for compile in ("auto", False):
+                row = {"mechanism": name, "context": tokens}
+                rows.append(show(row | compared(model, softmax, tokens, args, compile)))
+                save("decode-recurrent", args.device, rows)
         del model
 
 
