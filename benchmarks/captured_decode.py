@@ -72,6 +72,8 @@ class Decoding:
         self.model, self.compile = model, compile
         self.parts = parse_method(method).parts()
         self.cache = filled(model, self.parts, batch, tokens)
+        if model.device.type == "cuda":
+            torch.cuda.synchronize()
         self.ids = torch.ones(batch, 1, dtype=torch.long, device=model.device)
         self.why: str | None = None
         self.first = 0.0
@@ -129,13 +131,15 @@ class Static:
 
 
 def cell(model: Any, batch: int, tokens: int, methods: list[str], steps: int, rounds: int,
-         static: bool, rate: float) -> list[dict[str, Any]]:  # fmt: skip
+         static: bool, fused: list[str], rate: float) -> list[dict[str, Any]]:  # fmt: skip
     """All rows of a batch and a length."""
     cuda = model.device.type == "cuda"
     weights = sum(p.nbytes for p in model.parameters()) - model.model.embed_tokens.weight.nbytes
     made: dict[str, Any] = {}
     for method in methods:
         made[method] = Decoding(model, method, batch, tokens, "auto")
+    for method in fused:
+        made[f"{method}, fused"] = Decoding(model, method, batch, tokens, True)
     made["full, eager"] = Decoding(model, "full", batch, tokens, False)
     if static:
         try:
@@ -177,6 +181,7 @@ def main() -> None:
                         help="batch:tokens")  # fmt: skip
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    parser.add_argument("--fused", nargs="*", default=list(METHODS[:4]))
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--no-static", action="store_true")
@@ -188,7 +193,7 @@ def main() -> None:
     for each in given.cells:
         batch, tokens = map(int, each.split(":"))
         rows += cell(model, batch, tokens, given.methods, given.steps, given.rounds,
-                     not given.no_static, rate)  # fmt: skip
+                     not given.no_static, given.fused, rate)  # fmt: skip
         gc.collect()
         if given.device == "cuda":
             torch.cuda.empty_cache()

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 import tiny_models
 from attlas.attach import attach, captured, capturing
@@ -176,3 +177,18 @@ def test_a_capture_that_fails_leaves_the_cache_as_it_was(monkeypatch: pytest.Mon
         torch.testing.assert_close(found, expected, atol=1e-9, rtol=1e-9)
     with pytest.raises(UserError, match="compile=True cannot be honoured: operation not permitted"):
         decoded(model, "none", 10, True, ids)
+
+
+def test_fused_steps_are_the_eager_ones() -> None:
+    """One program for all layers, by the compiler's own interpreter of graphs."""
+    model = find("llama").model(num_hidden_layers=6)
+    expected = decoded(model, "4 bits", 8, False, tiny_models.prompt(2, 20))[1]
+    counted = CompileCounter()
+    torch._dynamo.reset()
+    with pytest.MonkeyPatch.context() as patch:
+        compile = torch.compile
+        patch.setattr(torch, "compile", lambda f, options, **how: compile(f, backend=counted, **how))
+        session, found = decoded(model, "4 bits", 8, True, tiny_models.prompt(2, 20))
+    assert session.why_not_captured is None
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+    assert 0 < counted.frame_count < 10

@@ -20,6 +20,7 @@ from attlas.attach.state import Attachment
 from attlas.attach.under import RECORDING, Under
 from attlas.errors import UserError
 from attlas.hf.caches import (
+    NAME,
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -29,6 +30,8 @@ from attlas.storage.layer import StoredLayer
 from attlas.storage.seat import MOST, MemorySeat, Seat
 from attlas.storage.still import StateSeat, WindowSeat
 
+#: Programs that one process may compile of one function, for models of several kinds.
+PROGRAMS = 64
 #: Layers that hold no keys that grow, and their seats.
 KINDS: dict[type, Any] = {
     StoredLayer: MemorySeat, DynamicSlidingWindowLayer: WindowSeat, LinearAttentionLayer: StateSeat,
@@ -71,6 +74,23 @@ def reason_of(error: Exception) -> str:
     return str(error).partition("\n")[0] or type(error).__name__
 
 
+def fused(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A model's forward, each stretch between two attentions as few kernels.
+
+    One program serves all layers: their numbers are no constants of it. What rounds in eager PyTorch
+    rounds here too.
+    """
+    compiled = torch.compile(forward, options={"emulate_precision_casts": True})
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch._dynamo.config.patch(
+            allow_unspec_int_on_nn_module=True, recompile_limit=PROGRAMS, suppress_errors=False
+        ):
+            return compiled(*args, **kwargs)
+
+    return run
+
+
 class Step:
     """The step of one token over one cache, captured as it first runs.
 
@@ -81,6 +101,7 @@ class Step:
         name: under which the tower takes the cache.
         arguments: of the first call.
         valid: which of its tokens are no padding; None when all are.
+        fuses: `torch.compile` is to fuse what stands between products and attention.
 
     Attributes:
         first: what the first call gave.
@@ -98,8 +119,10 @@ class Step:
         name: str,
         arguments: dict[str, Any],
         valid: Tensor | None,
+        fuses: bool,
     ) -> None:
-        self.held, self.forward, self.layers, self.name = held, forward, cache.layers, name
+        self.held, self.layers, self.name = held, cache.layers, name
+        self.forward = fused(forward) if fuses else forward
         self._offset = int(cache.get_seq_length())
         ids = arguments["input_ids"]
         self.batch, self.padded = ids.shape[0], valid is not None
@@ -227,7 +250,7 @@ class Step:
                 for part in counting:
                     _count_on(part, number, seat.layer, forward_pass, self.given["input_ids"])
                 seat.settle()
-        return self.kind(last_hidden_state=hidden, **{self.name: cache})
+        return self.kind(last_hidden_state=hidden, **{NAME: cache})
 
 
 def _count_on(part: Any, number: int, layer: StoredLayer, forward_pass: ForwardPass, ids: Tensor) -> None:
@@ -244,6 +267,12 @@ class TwinCache(DynamicCache):  # type: ignore[misc]
     """What a recorded step takes for the cache; how many tokens there are it cannot be asked."""
 
     recorded = True
+
+    # The number of a layer would be a constant of the program.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        """As any cache."""
+        return super().update(*args, **kwargs)
 
     def get_query_offset(self, *args: Any, **kwargs: Any) -> int:
         """Anything, as masks alone ask for it and none is made."""

@@ -117,7 +117,7 @@ class Capturing:
         if self._before[cache] <= AFTER and self.asked is not True:
             return original(**arguments)
         try:
-            step = Step(held, original, cache, name, arguments, valid)
+            step = Step(held, original, cache, name, arguments, valid, fuses=self.asked is True)
         except (RuntimeError, ValueError, TypeError, AttributeError) as error:
             self.why_not = self._failed[cache] = reason_of(error)
             return self._refused(original, arguments)

@@ -50,7 +50,8 @@ def attach(
         while_decoding: parts keep what they promise of the cache after every call and not only behind
             the first prompt: through long generation, and over the turns of a chat.
         compile: capture the step of one token as a CUDA graph, which waits for no Python: "auto" where it
-            can be, `session.why_not_captured` says why where not; True refuses where it cannot; False
+            can be, `session.why_not_captured` says why where not; True fuses its small operations by
+            `torch.compile` first, which takes some ten seconds once, and refuses where it cannot; False
             never does. What a hook or part of yours does in Python on every step needs False.
 
     Raises:

@@ -12,6 +12,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from attlas.attach import hooks
@@ -23,6 +24,12 @@ from attlas.errors import UserError
 RECORDING: ContextVar[bool] = ContextVar("RECORDING", default=False)
 #: Arguments that bring attention something else than its own tokens to attend to.
 CROSS = ("key_value_states", "encoder_hidden_states", "cross_attention_states")
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def recording() -> bool:
+    """Whether a step is recorded now."""
+    return RECORDING.get()
 
 
 @dataclass(slots=True)
