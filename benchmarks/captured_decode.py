@@ -68,24 +68,22 @@ def linears(model: Any, batch: int) -> Callable[[], Any]:
 class Decoding:
     """One method that decodes, greedily, from a cache of its own."""
 
-    def __init__(self, model: Any, method: str, batch: int, tokens: int, compile: Any) -> None:
-        self.model, self.compile = model, compile
+    def __init__(self, model: Any, method: str, batch: int, tokens: int) -> None:
+        self.model = model
         self.parts = parse_method(method).parts()
         self.cache = filled(model, self.parts, batch, tokens)
         if model.device.type == "cuda":
             torch.cuda.synchronize()
         self.ids = torch.ones(batch, 1, dtype=torch.long, device=model.device)
-        self.why: str | None = None
-        self.first = 0.0
 
-    def turn(self, steps: int, cuda: bool) -> float:
-        """Median milliseconds; the first steps, in which a graph is made, are not counted."""
-        with torch.no_grad(), attach(self.model, *self.parts, compile=self.compile) as session:
+    def turn(self, steps: int, cuda: bool, compile: Any) -> tuple[float, float, Any, int]:
+        """Median milliseconds, the longest of the first steps, in which a graph is made and which are not
+        counted, why there was none, and bytes that a step reads."""
+        with torch.no_grad(), attach(self.model, *self.parts, compile=compile) as session:
             warm = timed(self.step, 6, cuda)
             found = timed(self.step, steps, cuda)
-            self.first = max(self.first, max(warm))
-            self.why, self.read = session.why_not_captured, session.read_bytes
-        return statistics.median(found)
+            read = session.read_bytes
+        return statistics.median(found), max(warm), session.why_not_captured, read
 
     def step(self) -> None:
         """A token."""
@@ -110,15 +108,13 @@ class Static:
             layer.values.normal_()
             if hasattr(layer, "cumulative_length"):
                 layer.cumulative_length.fill_(tokens)
-        self.call = model.get_compiled_call(None) if hasattr(model, "get_compiled_call") else None
-        self.why, self.first, self.read = None, 0.0, 0
+        self.call = model.get_compiled_call(None)
 
-    def turn(self, steps: int, cuda: bool) -> float:
+    def turn(self, steps: int, cuda: bool, _: Any) -> tuple[float, float, Any, int]:
         """As `Decoding.turn`."""
         with torch.no_grad():
             warm = timed(self.step, 6, cuda)
-            self.first = max(self.first, max(warm))
-            return statistics.median(timed(self.step, steps, cuda))
+            return statistics.median(timed(self.step, steps, cuda)), max(warm), None, 0
 
     def step(self) -> None:
         """A token."""
@@ -135,42 +131,42 @@ def cell(model: Any, batch: int, tokens: int, methods: list[str], steps: int, ro
     """All rows of a batch and a length."""
     cuda = model.device.type == "cuda"
     weights = sum(p.nbytes for p in model.parameters()) - model.model.embed_tokens.weight.nbytes
-    made: dict[str, Any] = {}
+    made: dict[str, tuple[Any, Any]] = {}
     for method in methods:
-        made[method] = Decoding(model, method, batch, tokens, "auto")
-    for method in fused:
-        made[f"{method}, fused"] = Decoding(model, method, batch, tokens, True)
-    made["full, eager"] = Decoding(model, "full", batch, tokens, False)
+        one = Decoding(model, method, batch, tokens)
+        made[method] = one, "auto"
+        if method in fused:
+            made[f"{method}, fused"] = one, True
+        if method == "full":
+            made["full, eager"] = one, False
     if static:
-        try:
-            made["Transformers, static, compiled"] = Static(model, batch, tokens, steps * rounds * 2 + 64)
-        except Exception as error:
-            print(f"static: {type(error).__name__}: {str(error)[:300]}", flush=True)
+        theirs = Static(model, batch, tokens, 2 * steps * rounds + 64)
+        made["Transformers, static, compiled"] = theirs, None
     alone = linears(model, batch)
-    times: dict[str, list[float]] = {name: [] for name in (*made, "linears")}
+    found: dict[str, list[Any]] = {name: [] for name in ("linears", *made)}
     for _ in range(rounds):
-        times["linears"].append(statistics.median(timed(alone, steps, cuda)))
-        for name in list(made):
+        found["linears"].append((statistics.median(timed(alone, steps, cuda)), 0, None, 0))
+        for name, (one, compile) in list(made.items()):
             try:
-                times[name].append(made[name].turn(steps, cuda))
-            except Exception as error:
+                found[name].append(one.turn(steps, cuda, compile))
+            except (RuntimeError, ValueError) as error:  # one method's failure is a row, not the end
                 print(f"{name}: {type(error).__name__}: {str(error)[:300]}", flush=True)
                 del made[name]
     rows = []
-    for name, found in times.items():
-        if not found:
+    for name, turns in found.items():
+        if not turns:
             continue
-        row: dict[str, Any] = {"method": name, "batch": batch, "tokens": tokens,
-                               "step_ms": round(statistics.median(found), 3)}  # fmt: skip
-        if name in made:
-            one = made[name]
-            floor = 1e3 * (weights + one.read) / rate
-            row |= {"why_not_captured": one.why, "longest_first_step_s": round(one.first / 1e3, 2)}
-            if one.read:
-                row |= {"floor_ms": round(floor, 3), "over_floor": round(row["step_ms"] / floor, 2)}
+        row: dict[str, Any] = {"method": name, "batch": batch, "tokens": tokens}
+        row["step_ms"] = round(statistics.median(turn[0] for turn in turns), 3)
+        if name != "linears":
+            row["longest_first_step_s"] = round(max(turn[1] for turn in turns) / 1e3, 2)
+            row["why_not_captured"] = turns[-1][2]
+        if read := turns[-1][3]:
+            floor = 1e3 * (weights + read) / rate
+            row |= {"floor_ms": round(floor, 3), "over_floor": round(row["step_ms"] / floor, 2)}
         rows.append(show(row))
     if cuda:
-        print("peak GiB", torch.cuda.max_memory_allocated() / 2**30, flush=True)
+        rows.append(show({"peak_gib": torch.cuda.max_memory_allocated() / 2**30}))
     return rows
 
 
@@ -185,6 +181,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--no-static", action="store_true")
+    parser.add_argument("--name", default="captured-decode", help="of the file of results")
     parser.add_argument("--small", action="store_true", help="tiny widths, to try the script")
     given = parser.parse_args()
     model = shaped(given.layers, given.device, given.small)
@@ -197,7 +194,7 @@ def main() -> None:
         gc.collect()
         if given.device == "cuda":
             torch.cuda.empty_cache()
-    save("captured-decode", given.device, rows)
+    save(given.name, given.device, rows)
 
 
 if __name__ == "__main__":

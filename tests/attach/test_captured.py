@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
+import attlas
 import tiny_models
 from attlas.attach import attach, captured, capturing
 from attlas.contract.families import FAMILIES, find
@@ -51,13 +52,66 @@ def test_the_steps_are_the_eager_ones(name: str, padded: bool) -> None:
     assert session.read_bytes == pytest.approx(eager.read_bytes, rel=0.2)
 
 
+#: Of the families the reasons for which steps are not captured.
+LEFT = {
+    "gemma2": "keys are looked at one by one",
+    "phi3-long": "rotations of type 'longrope' look at how long the text is",
+    "olmo-dynamic": "rotations of type 'dynamic' look at how long the text is",
+    "deepseek-v3": "layer 0 (DeepseekV3Attention) caches something else than keys",
+    "gemma3n": "layers read the keys of others",
+    "gemma4": "layers read the keys of others",
+}
+
+
 @pytest.mark.parametrize("family", [each.name for each in FAMILIES])
 def test_families_are_captured_or_say_why(family: str) -> None:
-    ids, runs = tiny_models.prompt(2, 21), []
-    for compile in (False, "auto"):  # each by a model of its own: rotations may change with the text
-        runs.append(decoded(find(family).model(), "none", 12, compile, ids))
-    torch.testing.assert_close(runs[1][1], runs[0][1], atol=2e-5, rtol=1e-4)
-    print(family, runs[1][0].why_not_captured)
+    """The second time with a fork on the way, which has states and windows of its own."""
+    ids = tiny_models.prompt(2, 21)
+    for change in (None, gone_on_by_a_fork({})):
+        runs = []
+        for compile in (False, "auto"):  # each by a model of its own: rotations may change with the text
+            model = find(family).model()
+            runs.append(decoded(model, "none", 18, compile, ids, change=change))
+        torch.testing.assert_close(runs[1][1], runs[0][1], atol=2e-5, rtol=1e-4)
+        assert runs[1][0].why_not_captured == LEFT.get(family)
+
+
+def gone_on_by_a_fork(kept: dict[str, Any]) -> Any:
+    """From step 14 on the fork of step 8, which is behind by six tokens."""
+
+    def change(step: int, cache: Any) -> Any:
+        if step == 8:
+            kept["fork"] = forked(cache)
+        return kept["fork"] if step == 14 else cache
+
+    return change
+
+
+#: Layers of ours, and why a step of a decoder made of them is not captured.
+OURS = {
+    "softmax": None, "grouped-query-attention": None, "selective-self-attention": None,
+    "compressed-convolutional": None, "lightning-attention-2": None, "gated-linear-attention": None,
+    "fast-weight-delta-rule": None, "arwkv-rwkv7": None, "retention": None, "transformer-vq": None,
+    "alibi": "a layer looks at where all keys stand",
+    "titans-neural-memory": "a layer looks at where all keys stand",
+    "qk-norm": "keys are looked at one by one",
+    "rope-nope-hybrid": "RopeNopeHybrid sees a pattern of the keys",
+    "differential-transformer": "Differential in layer 0 reads its keys in a way of its own",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_decoders_of_ours(name: str) -> None:
+    torch.manual_seed(0)
+    config = attlas.DecoderConfig(
+        vocab_size=97, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, attention=name
+    )
+    model = attlas.Decoder(config).eval()
+    ids = tiny_models.prompt(2, 21)
+    expected = decoded(model, "none", 14, False, ids)[1]
+    session, found = decoded(model, "none", 14, "auto", ids)
+    assert session.why_not_captured == OURS[name]
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
 
 
 def test_room_that_runs_out_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,6 +191,28 @@ def test_what_a_step_does_in_python_is_not_captured() -> None:
         attach(model, record=["entropy"], compile=True).__enter__()
     with pytest.raises(UserError, match="compile is True, False or 'auto', got 3"):
         attach(model, compile=3)
+
+
+def test_embeddings_and_masks_pair_by_pair() -> None:
+    model = llama()
+    ids, given = tiny_models.prompt(2, 30), []
+    for compile in (False, "auto"):
+        with torch.no_grad(), attach(model, compile=compile) as session:
+            model(ids[:, :20], use_cache=True)
+            steps = []
+            for at in range(20, 30):
+                cache = with_cache(model, session.cache)
+                if at < 26:
+                    told = {"inputs_embeds": model.get_input_embeddings()(ids[:, at : at + 1])}
+                else:  # a token that sees nothing of the beginning
+                    told = {"input_ids": ids[:, at : at + 1]}
+                    told["attention_mask"] = torch.arange(at + 1).expand(2, 1, 1, -1) > 7
+                steps.append(model(**told, **cache).logits)
+                if compile and at == 25:
+                    assert session.why_not_captured is None
+            given.append(torch.stack(steps))
+    assert session.why_not_captured == "the attention_mask is no 2-D tensor"
+    torch.testing.assert_close(given[1], given[0], atol=1e-9, rtol=1e-9)
 
 
 def test_weights_that_are_replaced_are_seen() -> None:

@@ -10,6 +10,7 @@ first, and a step in which it does is run as ever.
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import is_
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from attlas.attach.call import Call, ForwardPass
 from attlas.attach.state import Attachment
 from attlas.attach.under import RECORDING, Under
 from attlas.errors import UserError
+from attlas.hf import interface
 from attlas.hf.caches import (
     NAME,
     DynamicCache,
@@ -37,7 +39,7 @@ KINDS: dict[type, Any] = {
     StoredLayer: MemorySeat, DynamicSlidingWindowLayer: WindowSeat, LinearAttentionLayer: StateSeat,
 }  # fmt: skip
 #: Arguments of a step that differ from token to token, and are copied to where the graph reads them.
-VARYING = ("input_ids", "position_ids", "cache_position")
+VARYING = ("input_ids", "inputs_embeds", "position_ids", "cache_position")
 
 
 def recorded(step: Callable[[], Any]) -> tuple[Any, Callable[[], Any] | str]:
@@ -69,26 +71,58 @@ def _forget_capture() -> None:
         nothing.add_(1)
 
 
+def token_of(arguments: dict[str, Any]) -> Tensor | None:
+    """The tokens of a call, ids [batch, tokens] or embeddings; None where there are none."""
+    found = [arguments.get(name) for name in ("input_ids", "inputs_embeds")]
+    return next((t for t in found if isinstance(t, Tensor) and t.ndim > 1), None)
+
+
 def reason_of(error: Exception) -> str:
     """An error in one line."""
     return str(error).partition("\n")[0] or type(error).__name__
 
 
-def fused(forward: Callable[..., Any]) -> Callable[..., Any]:
+def fused(model: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
     """A model's forward, each stretch between two attentions as few kernels.
 
     One program serves all layers: their numbers are no constants of it. What rounds in eager PyTorch
     rounds here too.
     """
+    found = (getattr(module, "config", None) for module in model.modules())
+    configs = list({id(config): config for config in found if config is not None}.values())
     compiled = torch.compile(forward, options={"emulate_precision_casts": True})
+    settings: dict[str, Any] = {
+        "suppress_errors": False, "allow_unspec_int_on_nn_module": True, "recompile_limit": PROGRAMS,
+    }  # fmt: skip
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        with torch._dynamo.config.patch(
-            allow_unspec_int_on_nn_module=True, recompile_limit=PROGRAMS, suppress_errors=False
-        ):
+        with torch._dynamo.config.patch(**settings), interface.plainly(configs):
             return compiled(*args, **kwargs)
 
     return run
+
+
+class Snapshot:
+    """The modules of a model and where their weights lie, to be looked at before every step."""
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = list(model.modules())
+        self._children = [(m._modules, tuple(m._modules.values())) for m in modules if m._modules]
+        self._weights = [
+            (held, name, weight.data_ptr())
+            for m in modules for held in (m._parameters, m._buffers) for name, weight in held.items()
+            if weight is not None
+        ]  # fmt: skip
+
+    @property
+    def same(self) -> bool:
+        """Whether all are there, at the same places."""
+        return all(
+            len(now) == len(then) and all(map(is_, now.values(), then)) for now, then in self._children
+        ) and all(
+            (now := held.get(name)) is not None and now.data_ptr() == at
+            for held, name, at in self._weights
+        )
 
 
 class Step:
@@ -122,9 +156,10 @@ class Step:
         fuses: bool,
     ) -> None:
         self.held, self.layers, self.name = held, cache.layers, name
-        self.forward = fused(forward) if fuses else forward
+        self.forward = fused(held.tower.module, forward) if fuses else forward
         self._offset = int(cache.get_seq_length())
-        ids = arguments["input_ids"]
+        ids = token_of(arguments)
+        assert ids is not None
         self.batch, self.padded = ids.shape[0], valid is not None
         self.given = {n: t.clone() for n in VARYING if (t := arguments.get(n)) is not None}
         if "position_ids" not in self.given:
@@ -135,7 +170,7 @@ class Step:
         }  # fmt: skip
         self._seat(cache, ids.device)
         self.twin = twin_of(cache, [seat.twin for seat in self.seats])
-        self._weights = [p.data_ptr() for p in held.tower.module.parameters()]
+        self._model = Snapshot(held.tower.module)
         self._told(cache, arguments, valid)
         try:
             output, found = recorded(self._record)
@@ -151,19 +186,17 @@ class Step:
     def fits(self, arguments: dict[str, Any], valid: Tensor | None) -> bool:
         """Whether a later call is this step with other tokens, and everything lies where it lay."""
         for name, value in arguments.items():
-            if name in ("attention_mask", self.name) or (value is None and name != "input_ids"):
+            if name in ("attention_mask", self.name) or value is None:
                 continue
             if name in VARYING:
-                if name not in self.given or value is None or value.shape != self.given[name].shape:
+                if name not in self.given or value.shape != self.given[name].shape:
                     return False
             elif name not in self.rest or self.rest[name] is not value:
                 return False
-        if (valid is not None) != self.padded:
+        left_out = [n for n in self.given if n != "position_ids" and arguments.get(n) is None]
+        if left_out or (valid is not None) != self.padded:
             return False
-        weights = self.held.tower.module.parameters()
-        return all(seat.ready for seat in self.seats) and all(
-            p.data_ptr() == at for p, at in zip(weights, self._weights, strict=True)
-        )
+        return all(seat.ready for seat in self.seats) and self._model.same
 
     def __call__(self, cache: Any, arguments: dict[str, Any], valid: Tensor | None) -> Any:
         """What the tower gives for the next token."""
@@ -176,7 +209,7 @@ class Step:
     def _record(self) -> Any:
         before, mark = self.held.under, RECORDING.set(True)
         twin_pass = ForwardPass(
-            cache=self.twin, positions=self.given["position_ids"], ids=self.given["input_ids"],
+            cache=self.twin, positions=self.given["position_ids"], ids=self.given.get("input_ids"),
             offset=self._offset, length=1,
         )  # fmt: skip
         self.held.under = Under(twin_pass)
@@ -248,16 +281,16 @@ class Step:
         for number, seat in enumerate(self.seats):
             if isinstance(seat, Seat):
                 for part in counting:
-                    _count_on(part, number, seat.layer, forward_pass, self.given["input_ids"])
+                    _count_on(part, number, seat.layer, forward_pass, self.batch)
                 seat.settle()
         return self.kind(last_hidden_state=hidden, **{NAME: cache})
 
 
-def _count_on(part: Any, number: int, layer: StoredLayer, forward_pass: ForwardPass, ids: Tensor) -> None:
+def _count_on(part: Any, number: int, layer: StoredLayer, forward_pass: ForwardPass, batch: int) -> None:
     """What a part does behind a step; of the call it is told the rows alone."""
     state = layer.learned.get(part.name)
     if state is not None:
-        none = ids[:, None, :, None]
+        none = torch.empty(batch, 1, 1, 0, device=layer.device)
         call = Call(number, nn.Identity(), none, none, none, 1.0, None, forward_pass)
         call.cache_layer = layer
         part.later(layer, state, call)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from attlas.attach import hooks
-from attlas.attach.captured import VARYING, Step, reason_of
+from attlas.attach.captured import VARYING, Step, reason_of, token_of
 from attlas.attach.own import own_layers, unrecordable
 from attlas.attach.state import Attachment
 from attlas.attach.under import RECORDING
@@ -27,6 +27,7 @@ from attlas.hf.caches import (
     cache_in,
     own_tokens,
 )
+from attlas.hf.sources import caching
 from attlas.storage.layer import StoredLayer
 from attlas.storage.plain import tensors
 from attlas.storage.still import is_full
@@ -51,12 +52,14 @@ class Capturing:
 
     Attributes:
         asked: what `attach` was given as `compile`.
-        why_not: why the last step was not captured; None while nothing stands against it.
+        active: steps may be captured in this session.
+        why_not: why the last step was not captured; None where it was.
     """
 
     def __init__(self, held: Attachment, asked: bool | Literal["auto"]) -> None:
         self.held, self.asked = held, asked
-        self.why_not: str | None = None
+        self.active = False
+        self.why_not: str | None = "no step of one token was run"
         self._steps: WeakKeyDictionary[Any, Step] = WeakKeyDictionary()
         self._failed: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
         self._before: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
@@ -75,7 +78,9 @@ class Capturing:
         if self.asked is False or (self.asked == "auto" and self._never() is not None):
             self.why_not = "compile=False" if self.asked is False else self._never()
             return []
+        self.active = True
         base: Any = self.held.tower.module
+        self._watched = Watched(base)
         own, original, kind = vars(base).get("forward"), base.forward, type(base)
         names = list(inspect.signature(original).parameters)
 
@@ -113,8 +118,13 @@ class Capturing:
         self._steps.pop(cache, None)
         if self.why_not is not None:
             return self._refused(original, arguments)
+        self._watched = Watched(held.tower.module)  # of modules that were added since, too
+        if self._watched.why_not is not None:
+            self.why_not = self._watched.why_not
+            return self._refused(original, arguments)
         self._before[cache] = self._before.get(cache, 0) + 1
         if self._before[cache] <= AFTER and self.asked is not True:
+            self.why_not = f"the first {AFTER} steps are run as ever"
             return original(**arguments)
         try:
             step = Step(held, original, cache, name, arguments, valid, fuses=self.asked is True)
@@ -144,6 +154,8 @@ class Capturing:
             return reason
         if held.sources:
             return "layers read the keys of others"
+        for number, (_, module) in caching(base, set(held.tower.layers.values())).items():
+            return f"layer {number} ({type(module).__name__}) caches something else than keys"
         for part in held.parts:
             if not part.captures:
                 return f"{type(part).__name__} works in Python on every step"
@@ -172,6 +184,9 @@ class Capturing:
             return "autocast is on"
         if "position_ids" not in names:
             return f"{type(base).__name__} counts positions itself"
+        mask = arguments.get("attention_mask")
+        if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
+            return "the attention_mask is no 2-D tensor"
         for name, value in arguments.items():
             if name in FORMS and value not in (None, FORMS[name]):
                 return f"{name}={value} asks for more than hidden states"
@@ -182,7 +197,7 @@ class Capturing:
         for number, layer in enumerate(cache.layers):
             if (reason := _layer_refused(layer, padded)) is not None:
                 return f"layer {number} of the cache {reason}"
-        return _watched(base)
+        return self._watched.why_not
 
 
 def _layer_refused(layer: Any, padded: bool) -> str | None:
@@ -206,17 +221,22 @@ def _rotations(base: nn.Module) -> str | None:
 
 
 def _one_token(arguments: dict[str, Any], cache: Any) -> bool:
-    ids = arguments.get("input_ids")
-    one = isinstance(ids, Tensor) and ids.ndim == 2 and ids.shape[1] == 1 and ids.shape[0] > 0
+    tokens = token_of(arguments)
+    one = tokens is not None and tokens.shape[1] == 1 and tokens.shape[0] > 0
     return one and cache is not None and int(cache.get_seq_length()) > 0
 
 
-def _watched(base: nn.Module) -> str | None:
-    """The module inside the tower that somebody else's hooks are on; None for none."""
-    for module in base.modules():
-        if module is base:
-            continue
-        for found in (module._forward_hooks, module._forward_pre_hooks):
-            if any(not isinstance(hook, hooks.Hook) for hook in found.values()):
+class Watched:
+    """The hooks on the modules inside of a tower, to be looked at before every step."""
+
+    def __init__(self, base: nn.Module) -> None:
+        inside = [module for module in base.modules() if module is not base]
+        self._hooks = [(m, found) for m in inside for found in (m._forward_hooks, m._forward_pre_hooks)]
+
+    @property
+    def why_not(self) -> str | None:
+        """The module that somebody else's hooks are on; None for none."""
+        for module, found in self._hooks:
+            if found and any(not isinstance(hook, hooks.Hook) for hook in found.values()):
                 return f"hooks are on {type(module).__name__}"
-    return None
+        return None

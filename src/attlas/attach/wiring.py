@@ -44,7 +44,7 @@ def connect(held: Attachment, capturing: Capturing) -> None:
         held.undo += _open(ours) if ours else _switch(held)
         held.undo += [] if ours or held.plain else under.watch(held)
         held.undo += capturing.hook()
-        held.captures = capturing.why_not is None
+        held.captures = capturing.active
         held.undo += generating.watch(held)
         held.undo += calls.hook(held)
         held.undo += stream.watch(held)

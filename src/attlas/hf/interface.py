@@ -9,7 +9,8 @@ public `register` and nothing to take an entry back. `_gradient_checkpointing_fu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -24,6 +25,7 @@ __all__ = [
     "checkpointing",
     "forget",
     "implementation",
+    "plainly",
     "register",
     "registered",
     "restore",
@@ -89,6 +91,19 @@ def implementation(config: Any) -> Any:
 def restore(config: Any, name: Any) -> None:
     """Set the attention that a configuration names, without those of its parts."""
     config._attn_implementation = {"": name}
+
+
+@contextmanager
+def plainly(configs: list[Any]) -> Iterator[None]:
+    """Name the attention of configurations by a plain string for a while: a constant, to a compiler."""
+    names = [(config, name) for config in configs if isinstance(name := implementation(config), Attached)]
+    for config, name in names:
+        restore(config, str(name))
+    try:
+        yield
+    finally:
+        for config, name in names:
+            restore(config, name)
 
 
 def checkpointing(module: nn.Module) -> Any:

@@ -41,6 +41,11 @@ class Growing:
         return self._room
 
     @property
+    def count(self) -> int:
+        """Tokens that are filled."""
+        return self._count
+
+    @property
     def owned(self) -> bool:
         """Whether the room may be written to: nothing else is known to look at it."""
         return self._own

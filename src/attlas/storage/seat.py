@@ -253,8 +253,9 @@ class Seat:
         """Move back what a part has put elsewhere; where there is no room for it `ready` says so."""
         for path, held in self._held().items():
             room = self._rooms.get(path)
-            fits = room is not None and held.room.shape[:2] == room.shape[:2]
-            if fits and room is not None and held.tensor.shape[2] <= room.shape[2]:
+            if room is None or held.room is room:
+                continue
+            if held.room.shape[:2] == room.shape[:2] and held.count <= room.shape[2]:
                 held.move(room)
         for state, rooms in self._states:
             for name, room in rooms.items():

@@ -72,7 +72,7 @@ class DenseSlots(DynamicLayer):  # type: ignore[misc]
     @property
     def dense_slots(self) -> int:
         """How many slots hold keys and values as they came."""
-        return 0 if self._keys is None else self._keys.tensor.shape[2]
+        return 0 if self._keys is None else self._keys.count
 
     def dense_positions(self) -> Int[Tensor, "batch kv_heads slots"]:
         """Original positions of every dense slot."""
