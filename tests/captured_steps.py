@@ -32,6 +32,19 @@ PARTS: dict[str, list[Any]] = {
 }  # fmt: skip
 
 
+#: Layers of ours, and why a step of a decoder made of them is not captured.
+OURS = {
+    "softmax": None, "grouped-query-attention": None, "selective-self-attention": None,
+    "compressed-convolutional": None, "lightning-attention-2": None, "gated-linear-attention": None,
+    "fast-weight-delta-rule": None, "arwkv-rwkv7": None, "retention": None, "transformer-vq": None,
+    "alibi": "a layer looks at where all keys stand",
+    "titans-neural-memory": "a layer looks at where all keys stand",
+    "qk-norm": "keys are looked at one by one",
+    "rope-nope-hybrid": "RopeNopeHybrid sees a pattern of the keys",
+    "differential-transformer": "Differential in layer 0 reads its keys in a way of its own",
+}  # fmt: skip
+
+
 def parts(name: str) -> list[Any]:
     return [attlas.make(part, **options) for part, options in PARTS[name]]
 

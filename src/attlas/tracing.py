@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from functools import lru_cache, update_wrapper
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
@@ -49,6 +50,18 @@ def once(function: Callable[P, R]) -> Callable[P, R]:
     return made
 
 
+#: Where a recorded step (`attlas.attach.captured`) keeps what it was given of answers that are kept here:
+#: it reads their memory as long as it lives, and they may be let go for others.
+HOLDING: ContextVar[list[Any] | None] = ContextVar("HOLDING", default=None)
+
+
+def held(answer: R) -> R:
+    """The answer, which a step that is recorded now holds too."""
+    if (holding := HOLDING.get()) is not None:
+        holding.append(answer)
+    return answer
+
+
 def kept(maxsize: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Keep the tensors that a function makes of plain arguments, `maxsize` answers at most."""
 
@@ -58,7 +71,7 @@ def kept(maxsize: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
         def call(*args: P.args, **options: P.kwargs) -> R:
             if traced():
                 return function(*args, **options)
-            return remembered(*args, **options)  # type: ignore[arg-type]
+            return held(remembered(*args, **options))  # type: ignore[arg-type]
 
         return update_wrapper(call, function)
 

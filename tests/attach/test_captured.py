@@ -21,7 +21,7 @@ from attlas.errors import UserError
 from attlas.hf.caches import with_cache
 from attlas.storage import seat
 from attlas.storage.plain import forked
-from captured_steps import PARTS, decoded, llama, parts
+from captured_steps import OURS, PARTS, decoded, llama, parts
 
 
 @pytest.fixture(autouse=True)
@@ -85,19 +85,6 @@ def gone_on_by_a_fork(kept: dict[str, Any]) -> Any:
         return kept["fork"] if step == 14 else cache
 
     return change
-
-
-#: Layers of ours, and why a step of a decoder made of them is not captured.
-OURS = {
-    "softmax": None, "grouped-query-attention": None, "selective-self-attention": None,
-    "compressed-convolutional": None, "lightning-attention-2": None, "gated-linear-attention": None,
-    "fast-weight-delta-rule": None, "arwkv-rwkv7": None, "retention": None, "transformer-vq": None,
-    "alibi": "a layer looks at where all keys stand",
-    "titans-neural-memory": "a layer looks at where all keys stand",
-    "qk-norm": "keys are looked at one by one",
-    "rope-nope-hybrid": "RopeNopeHybrid sees a pattern of the keys",
-    "differential-transformer": "Differential in layer 0 reads its keys in a way of its own",
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OURS)

@@ -10,6 +10,7 @@ first, and a step in which it does is run as ever.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from operator import is_
 from typing import Any
 
@@ -31,6 +32,7 @@ from attlas.hf.caches import (
 from attlas.storage.layer import StoredLayer
 from attlas.storage.seat import MOST, MemorySeat, Seat
 from attlas.storage.still import StateSeat, WindowSeat
+from attlas.tracing import HOLDING
 
 #: Programs that one process may compile of one function, for models of several kinds.
 PROGRAMS = 64
@@ -44,7 +46,7 @@ VARYING = ("input_ids", "inputs_embeds", "position_ids", "cache_position")
 
 def recorded(step: Callable[[], Any]) -> tuple[Any, Callable[[], Any] | str]:
     """(what a step gives now; what runs it again and gives the same tensors filled anew, or why not)."""
-    current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    current, side = torch.cuda.current_stream(), _side(torch.cuda.current_device())
     side.wait_stream(current)
     with torch.cuda.stream(side):
         now = step()  # kernels are compiled and workspaces made
@@ -62,6 +64,12 @@ def recorded(step: Callable[[], Any]) -> tuple[Any, Callable[[], Any] | str]:
         return again
 
     return now, run
+
+
+@cache
+def _side(device: int) -> torch.cuda.Stream:
+    """A stream for first steps; with one for all, products need one workspace."""
+    return torch.cuda.Stream(device)
 
 
 def _forget_capture() -> None:
@@ -157,6 +165,7 @@ class Step:
     ) -> None:
         self.held, self.layers, self.name = held, cache.layers, name
         self.forward = fused(held.tower.module, forward) if fuses else forward
+        self._answers: list[Any] = []
         self._offset = int(cache.get_seq_length())
         ids = token_of(arguments)
         assert ids is not None
@@ -207,7 +216,8 @@ class Step:
     # What runs in the graph.
 
     def _record(self) -> Any:
-        before, mark = self.held.under, RECORDING.set(True)
+        before = self.held.under
+        marks = RECORDING.set(True), HOLDING.set(self._answers)
         twin_pass = ForwardPass(
             cache=self.twin, positions=self.given["position_ids"], ids=self.given.get("input_ids"),
             offset=self._offset, length=1,
@@ -221,7 +231,8 @@ class Step:
                 seat.keep()
         finally:
             self.held.under = before
-            RECORDING.reset(mark)
+            RECORDING.reset(marks[0])
+            HOLDING.reset(marks[1])
         hidden = getattr(output, "last_hidden_state", None)
         others = [n for n, x in output.items() if x is not hidden and x is not self.twin]
         if hidden is None or others:

@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary, ref
 import torch
 
 from attlas.masks.algebra import Mask
-from attlas.tracing import once, traced
+from attlas.tracing import held, once, traced
 
 R = TypeVar("R")
 
@@ -40,7 +40,7 @@ def kept_by_mask(maxsize: int) -> Callable[[Callable[..., R]], Callable[..., R]]
                 return function(mask, *args, **given)
             leaves = mask.leaves
             if not leaves:
-                return by_value(mask, *args, **given)
+                return held(by_value(mask, *args, **given))
             answers = by_mask.setdefault(leaves[0], {})
             key = (_structure(mask), args, tuple(given.items()))
             found = answers.pop(key, None)
@@ -51,7 +51,7 @@ def kept_by_mask(maxsize: int) -> Callable[[Callable[..., R]], Callable[..., R]]
             answers[key] = found  # the last one asked for is the last one to go
             if len(answers) > EACH:
                 del answers[next(iter(answers))]
-            return found[1]
+            return held(found[1])
 
         return update_wrapper(call, function)
 
