@@ -64,8 +64,13 @@ def decoded(
         for step in range(steps):
             found.append(output.logits[:, -1])
             token = output.logits[:, -1:].argmax(-1)
+            positions = None
             if mask is not None:
+                positions = mask.sum(1, keepdim=True)
                 mask = torch.cat([mask, torch.ones_like(token)], dim=1)
             cache = session.cache if change is None else change(step, session.cache)
-            output = model(token, attention_mask=mask, use_cache=True, **with_cache(model, cache))
+            output = model(
+                token, attention_mask=mask, position_ids=positions, use_cache=True,
+                **with_cache(model, cache),
+            )  # fmt: skip
     return session, found

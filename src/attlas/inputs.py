@@ -16,12 +16,12 @@ from attlas.errors import UserError
 from attlas.folding import folded, unfolded
 from attlas.masks import Mask
 from attlas.positions import Position, Positioned, ScoreMod
+from attlas.remembering import Unasked, alone, with_states
 from attlas.supports import Form
 from attlas.tracing import kept, traced
 
 if TYPE_CHECKING:
     from attlas.hf.caches import Cache
-    from attlas.storage.layer import StoredLayer
 
 #: What a layer's `mask` argument takes: a pattern; True at valid tokens; or pair by pair. Tensors may be
 #: of integers or of floats too, see `masks.seen`.
@@ -85,7 +85,7 @@ class Inputs:
                 f"mask must be [batch, keys] = {[x.shape[0], seen + tokens.shape[1]]}, "
                 f"got {list(valid.shape)}"
             )
-        key_positions: Any = _Unasked() if recorded else _positions(seen, tokens, valid)
+        key_positions: Any = Unasked() if recorded else _positions(seen, tokens, valid)
         given = positions is not None
         if positions is None:
             positions = key_positions[..., seen:] if context is None else _positions(0, x, None)
@@ -278,7 +278,7 @@ class Inputs:
         values = torch.cat(packed, dim=-1) if sides else packed[0]
         k, v = self.cache.update(folded(k, heads), values, self.layer_idx)
         if getattr(self.cache, "recorded", False):
-            return _alone(k, v, sides)
+            return alone(k, v, sides)
         length = int(self.cache.get_seq_length(self.layer_idx))
         k, v = k[:, :, :length], v[:, :, :length]  # a static cache gives its empty slots too
         v, *behind = v.split(widths, dim=-1) if sides else (v,)
@@ -310,48 +310,6 @@ class Inputs:
         """
         if self.cache is not None:
             with_states(self.cache, self.layer_idx).seen += self.x.shape[1]
-
-
-class _Unasked:
-    """Positions of keys in a recorded step (`attlas.attach.captured`), whatever their number."""
-
-    def __getattr__(self, name: str) -> object:
-        raise UserError("a layer looks at where all keys stand")
-
-
-def _alone(k: Tensor, v: Tensor, sides: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """A recorded step's own key and value: those before it are read where they lie.
-
-    Raises:
-        ValueError: the layer carries more than these.
-    """
-    if sides:
-        raise UserError(f"a layer carries {', '.join(sides)} beside its keys")
-    return k, v
-
-
-def with_states(cache: Cache, layer_idx: int) -> StoredLayer:
-    """The cache's layer, made one that also remembers named tensors.
-
-    Raises:
-        ValueError: a static, sliding or quantised layer, which has no room for them.
-    """
-    from attlas.hf.caches import DynamicCache, DynamicLayer
-    from attlas.storage.layer import StoredLayer
-
-    while len(cache.layers) <= layer_idx:
-        cache.layers.append(DynamicLayer())
-    layer = cache.layers[layer_idx]
-    if not isinstance(layer, StoredLayer):
-        if not isinstance(cache, DynamicCache) or type(layer) is not DynamicLayer:
-            raise ValueError(
-                f"cache must be a DynamicCache, since this mechanism remembers more than keys and "
-                f"values; got a {type(cache).__name__} of {type(layer).__name__}"
-            )
-        fuller = cache.layers[layer_idx] = StoredLayer()
-        fuller.take_over(layer)
-        return fuller
-    return layer
 
 
 def _positions(seen: int, tokens: Tensor, valid: Tensor | None) -> Tensor:

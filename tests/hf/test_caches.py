@@ -10,7 +10,7 @@ import tiny_models
 from attlas.attach import attach
 from attlas.errors import UserError
 from attlas.hf.caches import NAME, NAMES, argument, cache_in, cache_of, the_cache, with_cache
-from attlas.inputs import with_states
+from attlas.remembering import with_states
 from attlas.storage import load_cache, save_cache
 from attlas.storage.layer import StoredLayer
 

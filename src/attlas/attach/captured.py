@@ -10,18 +10,16 @@ first, and a step in which it does is run as ever.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
-from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from attlas.attach.call import Call, ForwardPass
+from attlas.attach.recorded import Snapshot, fused, recorded
 from attlas.attach.state import Attachment
 from attlas.attach.under import RECORDING, Under
 from attlas.errors import UserError
-from attlas.hf import interface
 from attlas.hf.caches import (
     NAME,
     DynamicCache,
@@ -30,12 +28,11 @@ from attlas.hf.caches import (
     LinearAttentionLayer,
 )
 from attlas.storage.layer import StoredLayer
-from attlas.storage.seat import MOST, MemorySeat, Seat
+from attlas.storage.seat import MOST, Seat
 from attlas.storage.still import StateSeat, WindowSeat
+from attlas.storage.twin import MemorySeat
 from attlas.tracing import HOLDING
 
-#: Programs that one process may compile of one function, for models of several kinds.
-PROGRAMS = 64
 #: Layers that hold no keys that grow, and their seats.
 KINDS: dict[type, Any] = {
     StoredLayer: MemorySeat, DynamicSlidingWindowLayer: WindowSeat, LinearAttentionLayer: StateSeat,
@@ -44,93 +41,10 @@ KINDS: dict[type, Any] = {
 VARYING = ("input_ids", "inputs_embeds", "position_ids", "cache_position")
 
 
-def recorded(step: Callable[[], Any]) -> tuple[Any, Callable[[], Any] | str]:
-    """(what a step gives now; what runs it again and gives the same tensors filled anew, or why not)."""
-    current, side = torch.cuda.current_stream(), _side(torch.cuda.current_device())
-    side.wait_stream(current)
-    with torch.cuda.stream(side):
-        now = step()  # kernels are compiled and workspaces made
-    current.wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            again = step()
-    except Exception as error:  # whatever it is, the step itself has run
-        _forget_capture()
-        return now, reason_of(error)
-
-    def run() -> Any:
-        graph.replay()
-        return again
-
-    return now, run
-
-
-@cache
-def _side(device: int) -> torch.cuda.Stream:
-    """A stream for first steps; with one for all, products need one workspace."""
-    return torch.cuda.Stream(device)
-
-
-def _forget_capture() -> None:
-    """Capture something that can be: after a capture that failed PyTorch 2.11 draws no random number."""
-    nothing = torch.zeros(1, device="cuda")
-    with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
-        nothing.add_(1)
-
-
 def token_of(arguments: dict[str, Any]) -> Tensor | None:
     """The tokens of a call, ids [batch, tokens] or embeddings; None where there are none."""
     found = [arguments.get(name) for name in ("input_ids", "inputs_embeds")]
     return next((t for t in found if isinstance(t, Tensor) and t.ndim > 1), None)
-
-
-def reason_of(error: Exception) -> str:
-    """An error in one line."""
-    return str(error).partition("\n")[0] or type(error).__name__
-
-
-def fused(model: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A model's forward, each stretch between two attentions as few kernels.
-
-    One program serves all layers: their numbers are no constants of it. What rounds in eager PyTorch
-    rounds here too.
-    """
-    found = (getattr(module, "config", None) for module in model.modules())
-    configs = list({id(config): config for config in found if config is not None}.values())
-    compiled = torch.compile(forward, options={"emulate_precision_casts": True})
-    settings: dict[str, Any] = {
-        "suppress_errors": False, "allow_unspec_int_on_nn_module": True, "recompile_limit": PROGRAMS,
-    }  # fmt: skip
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with torch._dynamo.config.patch(**settings), interface.plainly(configs):
-            return compiled(*args, **kwargs)
-
-    return run
-
-
-class Snapshot:
-    """The modules of a model and where their weights lie, to be looked at before every step."""
-
-    def __init__(self, model: nn.Module) -> None:
-        modules = list(model.modules())
-        self._children = [(m._modules, tuple(m._modules.values())) for m in modules if m._modules]
-        self._weights = [
-            (held, name, weight.data_ptr())
-            for m in modules for held in (m._parameters, m._buffers) for name, weight in held.items()
-            if weight is not None
-        ]  # fmt: skip
-
-    @property
-    def same(self) -> bool:
-        """Whether all are there, at the same places."""
-        return all(
-            len(now) == len(then) and all(map(is_, now.values(), then)) for now, then in self._children
-        ) and all(
-            (now := held.get(name)) is not None and now.data_ptr() == at
-            for held, name, at in self._weights
-        )
 
 
 class Step:
@@ -148,6 +62,7 @@ class Step:
     Attributes:
         first: what the first call gave.
         why_not: why the step could be run but not recorded; None where it was.
+        runs: how often it has run since.
 
     Raises:
         ValueError: what the step does cannot be recorded.
@@ -166,6 +81,7 @@ class Step:
         self.held, self.layers, self.name = held, cache.layers, name
         self.forward = fused(held.tower.module, forward) if fuses else forward
         self._answers: list[Any] = []
+        self.runs = 0
         self._offset = int(cache.get_seq_length())
         ids = token_of(arguments)
         assert ids is not None
@@ -211,6 +127,7 @@ class Step:
         """What the tower gives for the next token."""
         self._told(cache, arguments, valid)
         assert not isinstance(self.run, str)
+        self.runs += 1
         return self._ended(self.run(), cache)
 
     # What runs in the graph.

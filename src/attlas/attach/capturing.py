@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from attlas.attach import hooks
-from attlas.attach.captured import VARYING, Step, reason_of, token_of
+from attlas.attach.captured import VARYING, Step, token_of
 from attlas.attach.own import own_layers, unrecordable
+from attlas.attach.recorded import reason_of
 from attlas.attach.state import Attachment
 from attlas.attach.under import RECORDING
 from attlas.errors import UserError
@@ -36,6 +37,8 @@ log = logging.getLogger("attlas")
 
 #: Steps of one token that are run as ever before one is captured, which takes as long as some of them.
 AFTER = 2
+#: Runs from which on a captured step was worth its capture, and how many may be worth none.
+WORTH, WASTED = 2, 3
 #: Arguments that change nothing of a step but what is given beside hidden states.
 FORMS = {
     "output_attentions": False, "output_hidden_states": False, "return_dict": True, "use_cache": True,
@@ -63,6 +66,7 @@ class Capturing:
         self._steps: WeakKeyDictionary[Any, Step] = WeakKeyDictionary()
         self._failed: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
         self._before: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+        self._wasted: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 
     def check(self) -> None:
         """Refuse what was asked for and can never be.
@@ -113,9 +117,11 @@ class Capturing:
         self.why_not = self._failed.get(cache) or self._not_now(
             names, arguments, cache, valid is not None
         )
+        if given is not cache:
+            self.why_not = "it is a decoder behind an encoder"
         if self.why_not is None and step is not None and step.fits(arguments, valid):
             return step(cache, arguments, valid)
-        self._steps.pop(cache, None)
+        self._let_go(cache)
         if self.why_not is not None:
             return self._refused(original, arguments)
         self._watched = Watched(held.tower.module)  # of modules that were added since, too
@@ -128,7 +134,7 @@ class Capturing:
             return original(**arguments)
         try:
             step = Step(held, original, cache, name, arguments, valid, fuses=self.asked is True)
-        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        except Exception as error:  # whatever a model does that cannot be recorded
             self.why_not = self._failed[cache] = reason_of(error)
             return self._refused(original, arguments)
         if step.why_not is None:
@@ -137,6 +143,14 @@ class Capturing:
             self.why_not = self._failed[cache] = step.why_not
             self._tell()
         return step.first
+
+    def _let_go(self, cache: Any) -> None:
+        """A step that fits no more; where each is let go at once, none is captured again."""
+        step = self._steps.pop(cache, None)
+        if step is not None and step.runs < WORTH:
+            self._wasted[cache] = self._wasted.get(cache, 0) + 1
+            if self._wasted[cache] > WASTED:
+                self.why_not = self._failed[cache] = "what the cache holds is moved at every step"
 
     def _refused(self, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         self._tell()
@@ -184,6 +198,8 @@ class Capturing:
             return "autocast is on"
         if "position_ids" not in names:
             return f"{type(base).__name__} counts positions itself"
+        if padded and arguments.get("position_ids") is None:
+            return "rows are padded, and position_ids are not given"
         mask = arguments.get("attention_mask")
         if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
             return "the attention_mask is no 2-D tensor"

@@ -1,0 +1,99 @@
+"""What a captured step is made with: recording, fusing, and a look at the model before each run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from operator import is_
+from typing import Any
+
+import torch
+from torch import nn
+
+from attlas.hf import interface
+
+#: Programs that one process may compile of one function, for models of several kinds.
+PROGRAMS = 64
+
+
+def recorded(step: Callable[[], Any]) -> tuple[Any, Callable[[], Any] | str]:
+    """(what a step gives now; what runs it again and gives the same tensors filled anew, or why not)."""
+    current, side = torch.cuda.current_stream(), _side(torch.cuda.current_device())
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        now = step()  # kernels are compiled and workspaces made
+    current.wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            again = step()
+    except Exception as error:  # whatever it is, the step itself has run
+        _forget_capture()
+        return now, reason_of(error)
+
+    def run() -> Any:
+        graph.replay()
+        return again
+
+    return now, run
+
+
+@cache
+def _side(device: int) -> torch.cuda.Stream:
+    """A stream for first steps; with one for all, products need one workspace."""
+    return torch.cuda.Stream(device)
+
+
+def _forget_capture() -> None:
+    """Capture something that can be: after a capture that failed PyTorch 2.11 draws no random number."""
+    nothing = torch.zeros(1, device="cuda")
+    with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
+        nothing.add_(1)
+
+
+def reason_of(error: Exception) -> str:
+    """An error in one line."""
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
+def fused(model: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A model's forward, each stretch between two attentions as few kernels.
+
+    One program serves all layers: their numbers are no constants of it. What rounds in eager PyTorch
+    rounds here too.
+    """
+    found = (getattr(module, "config", None) for module in model.modules())
+    configs = list({id(config): config for config in found if config is not None}.values())
+    compiled = torch.compile(forward, options={"emulate_precision_casts": True})
+    settings: dict[str, Any] = {
+        "suppress_errors": False, "allow_unspec_int_on_nn_module": True, "recompile_limit": PROGRAMS,
+    }  # fmt: skip
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch._dynamo.config.patch(**settings), interface.plainly(configs):
+            return compiled(*args, **kwargs)
+
+    return run
+
+
+class Snapshot:
+    """The modules of a model and where their weights lie, to be looked at before every step."""
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = list(model.modules())
+        self._children = [(m._modules, tuple(m._modules.values())) for m in modules if m._modules]
+        self._weights = [
+            (held, name, weight.data_ptr())
+            for m in modules for held in (m._parameters, m._buffers) for name, weight in held.items()
+            if weight is not None
+        ]  # fmt: skip
+
+    @property
+    def same(self) -> bool:
+        """Whether all are there, at the same places."""
+        return all(
+            len(now) == len(then) and all(map(is_, now.values(), then)) for now, then in self._children
+        ) and all(
+            (now := held.get(name)) is not None and now.data_ptr() == at
+            for held, name, at in self._weights
+        )

@@ -1,0 +1,112 @@
+"""Twins: a layer of a cache as a recorded step sees it, its numbers on the device (`storage.seat`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from attlas.errors import UserError
+from attlas.ops.segments import Dense, Segment
+from attlas.storage.layer import Chosen, StoredLayer
+
+
+class Twin(StoredLayer):
+    """The layer as the recorded step sees it; nothing that Python counts changes in it.
+
+    Attributes:
+        slot: where the step's token is written, [1] int64 on the device.
+        count: slots that are filled with it, of those behind what was kept, [batch, kv_heads] int32.
+        visible: which of these slots hold no padding; None where there is none.
+    """
+
+    slot: Tensor
+    count: Tensor
+    visible: Tensor | None = None
+    #: Segments that the step was given of the bodies, and bytes that it chose by.
+    told: tuple[Segment, ...] = ()
+    scored = 0
+    _kept: Segment | None = None
+    _start = 0
+
+    @property
+    def managed(self) -> bool:
+        """It is read through attlas."""
+        return True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write the token where `slot` says; gives it alone."""
+        assert self._keys is not None
+        assert self._values is not None
+        self._keys.room.index_copy_(2, self.slot, key_states)
+        self._values.room.index_copy_(2, self.slot, value_states)
+        return key_states, value_states
+
+    def read(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Refused: how many keys there are is known to the device alone.
+
+        Raises:
+            ValueError: always.
+        """
+        raise UserError("keys are looked at one by one")
+
+    def segments(
+        self, visible: Tensor | None = None, chosen: Chosen | None = None
+    ) -> list[Segment]:
+        """The bodies with all their room, and the dense slots."""
+        found = super().segments(visible, chosen)
+        self.told = tuple(found[: len(self.bodies)])
+        self.scored = 0 if chosen is None else chosen.scored
+        return found
+
+    def _dense_segments(self, visible: Tensor | None) -> list[Segment]:
+        assert self._keys is not None
+        assert self._values is not None
+        k, v = (held.room[:, :, self._start :] for held in (self._keys, self._values))
+        newest = Dense(k, v, self.count, self.visible)
+        return [newest] if self._kept is None else [self._kept, newest]
+
+
+class MemorySeat:
+    """A layer that holds named states and no keys, and its twin, which writes them where they lie."""
+
+    def __init__(self, layer: StoredLayer) -> None:
+        self.layer = layer
+        self._held = layer.states = {name: state.clone() for name, state in layer.states.items()}
+        self._before = {name: state.clone() for name, state in layer.states.items()}
+        layer.seated = True
+        self.twin: StoredLayer = object.__new__(StoredLayer)
+        self.twin.__dict__.update(layer.__dict__)
+        self.twin.states = dict(self._held)
+
+    @property
+    def ready(self) -> bool:
+        """Whether the states lie where the recorded step looks for them."""
+        now = self.layer.states
+        return now.keys() == self._held.keys() and all(now[n] is t for n, t in self._held.items())
+
+    def keep(self) -> None:
+        """At the end of the step: what the twin remembers goes where the layer's states lie.
+
+        Raises:
+            ValueError: a state that is new or has grown.
+        """
+        for name, state in self.twin.states.items():
+            held = self._held.get(name)
+            if held is None or held.shape != state.shape:
+                raise UserError(f"the state {name!r} grows with every token")
+            if state is not held:
+                held.copy_(state)
+        self.twin.states = dict(self._held)
+
+    def advance(self) -> None:
+        """The recorded step has run: a token more was seen."""
+        self.layer.seen += 1
+        self._before = {}
+
+    def undo(self) -> None:
+        """The states as they were before the first step."""
+        for name, before in self._before.items():
+            self._held[name].copy_(before)
