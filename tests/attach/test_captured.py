@@ -205,6 +205,19 @@ def test_embeddings_and_masks_pair_by_pair() -> None:
     torch.testing.assert_close(given[1], given[0], atol=1e-9, rtol=1e-9)
 
 
+def test_a_prompt_that_ends_in_a_chunk_of_one_token() -> None:
+    model, ids = llama(), tiny_models.prompt(2, 25)
+    for name in ("snapkv", "4 bits", "quest"):
+        found = []
+        for compile in (False, "auto"):
+            with attach(model, *parts(name), compile=compile) as session:
+                found.append(model.generate(
+                    ids, max_new_tokens=12, do_sample=False, prefill_chunk_size=8
+                ))  # fmt: skip
+        assert session.why_not_captured is None
+        assert found[0].equal(found[1])
+
+
 def test_beams_move_what_the_cache_holds() -> None:
     model = find("llama").model(num_hidden_layers=2)
     ids = tiny_models.prompt(2, 24)

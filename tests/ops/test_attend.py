@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from attlas import masks, ops
 from attlas.contract.layers.numbers import LargestTensor
+from attlas.ops import backends
 from attlas.ops.backends import loses_gradients
 from attlas.positions import ALiBi, T5Bias
 
@@ -231,3 +232,20 @@ def test_where_cudnn_may_lose_gradients(
     arguments = {"attn_mask": torch.ones(queries, keys, dtype=torch.bool) if masked else None}
     assert loses_gradients(q, k, k, arguments) == lost
     assert loses_gradients(q, k, k, {**arguments, "dropout_p": 0.1}) == trained
+
+
+def test_gradients_come_in_one_layout() -> None:
+    """Where cuDNN may give them, whose plans PyTorch keeps without the layout of the gradient."""
+    torch.manual_seed(0)
+    tensors = [torch.randn(2, 3, 5, 8, requires_grad=True) for _ in range(3)]
+    direction = torch.randn(2, 3, 5, 8)
+    plain = torch.nn.functional.scaled_dot_product_attention(*tensors, is_causal=True)
+    out = backends._called(backends.DEFAULT, *tensors, {"is_causal": True})
+    torch.testing.assert_close(out, plain)
+    found = torch.autograd.grad(out, tensors, direction)
+    torch.testing.assert_close(found, torch.autograd.grad(plain, tensors, direction))
+    lain = backends._token_first(direction)
+    assert lain.equal(direction)
+    assert lain.transpose(1, 2).is_contiguous()
+    lain = backends._token_first(direction.transpose(1, 2).contiguous().transpose(1, 2))
+    assert lain.transpose(1, 2).is_contiguous()

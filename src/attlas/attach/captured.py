@@ -28,7 +28,7 @@ from attlas.hf.caches import (
     LinearAttentionLayer,
 )
 from attlas.storage.layer import StoredLayer
-from attlas.storage.seat import MOST, Seat
+from attlas.storage.seat import Seat, room_for
 from attlas.storage.still import StateSeat, WindowSeat
 from attlas.storage.twin import MemorySeat
 from attlas.tracing import HOLDING
@@ -99,6 +99,8 @@ class Step:
         self._told(cache, arguments, valid)
         try:
             output, found = recorded(self._record)
+            if fuses and isinstance(found, str):  # it was insisted on
+                raise UserError(found)
         except Exception:
             for seat in self.seats:
                 seat.undo()
@@ -173,7 +175,7 @@ class Step:
         self._slots = torch.zeros(len(sizes), dtype=torch.int64, device=device)
         self._visible: Tensor | None = None
         if self.padded:
-            most = 2 * max(layer.dense_slots for layer in stored) + 2 * MOST
+            most = max(room_for(layer) for layer in stored)
             self._visible = torch.ones(self.batch, 1, 1, most, dtype=torch.bool, device=device)
         parts = zip(self._slots.split(1), self._lengths.split(sizes), shapes, strict=True)
         self.seats: list[Any] = []

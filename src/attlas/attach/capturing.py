@@ -119,14 +119,16 @@ class Capturing:
         )
         if given is not cache:
             self.why_not = "it is a decoder behind an encoder"
+        if forward_pass.chunked:
+            self.why_not = "the prompt goes on"
         if self.why_not is None and step is not None and step.fits(arguments, valid):
             return step(cache, arguments, valid)
         self._let_go(cache)
         if self.why_not is not None:
             return self._refused(original, arguments)
-        self._watched = Watched(held.tower.module)  # of modules that were added since, too
-        if self._watched.why_not is not None:
-            self.why_not = self._watched.why_not
+        self._watched = Watched(held.tower.module)  # modules may have been added since
+        self.why_not = self._never() or self._watched.why_not
+        if self.why_not is not None:
             return self._refused(original, arguments)
         self._before[cache] = self._before.get(cache, 0) + 1
         if self._before[cache] <= AFTER and self.asked is not True:
@@ -219,7 +221,8 @@ class Capturing:
 def _layer_refused(layer: Any, padded: bool) -> str | None:
     """Why a step cannot be recorded over a layer of the cache; None where it can."""
     if type(layer) in (DynamicLayer, StoredLayer):
-        return None
+        waits = getattr(layer, "learned", None) and not layer.compressed
+        return "is not compressed yet" if waits else None
     if type(layer) is DynamicSlidingWindowLayer:
         if padded:
             return "is a sliding window over padded rows"

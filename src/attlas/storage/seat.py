@@ -8,6 +8,7 @@ it sees all of the room, and reads from the device how much of it is filled. The
 from __future__ import annotations
 
 from dataclasses import replace
+from operator import is_
 
 import torch
 from torch import Tensor
@@ -47,18 +48,16 @@ class Seat:
         self, layer: StoredLayer, slot: Tensor, lengths: Tensor, visible: Tensor | None
     ) -> None:
         self.layer, self.slot, self.lengths = layer, slot, lengths
+        room_for(layer)
         keys, values = _checked(layer)
         kept = layer.index is not None and (layer.ragged or visible is not None)
         self.start = layer.index.shape[-1] if kept and layer.index is not None else 0
         self.index = layer.index
-        spare = min(MOST, max(LEAST, layer.seen // SHARE))
-        keys.reserve(_whole(layer.dense_slots + spare))
-        values.reserve(_whole(layer.dense_slots + spare))
         self.bodies: dict[str, tuple[Body, Tensor | None]] = {}
         for name, body in layer.bodies.items():
             grows = type(body) in GROWING
             if grows and isinstance(body, GrownBody):
-                body.reserve(_whole(body.slots + spare))
+                body.reserve(_whole(body.slots + _spare(layer)))
             filled_slots = torch.zeros_like(lengths) if grows else None
             self.bodies[name] = body, filled_slots
         self._rooms = {path: held.room for path, held in self._held().items()}
@@ -75,6 +74,7 @@ class Seat:
         self._memory.twin = self.twin
         self._token = keys.tensor[:, :, :1].nbytes + values.tensor[:, :, :1].nbytes
         self._told: tuple[int, ...] = ()
+        self._told_lengths: list[Tensor | None] = []
         self._bodies_read: int | None = None
         self.settle()
         self.tell()
@@ -117,9 +117,10 @@ class Seat:
     def tell(self) -> None:
         """Write to the device what Python counts."""
         counts = self._counts()
-        if counts == self._told:
+        lengths = [body.lengths for body, _ in self.bodies.values() if isinstance(body, GrownBody)]
+        if counts == self._told and all(map(is_, lengths, self._told_lengths)):
             return
-        self._told = counts
+        self._told, self._told_lengths = counts, lengths
         self.slot.fill_(self.layer.dense_slots)
         self.lengths.fill_(self.tail)
         for body, there in self.bodies.values():
@@ -210,6 +211,18 @@ class Seat:
             for (name, state), (_, rooms) in zip(layer.learned.items(), self._states, strict=True)
         }
         return twin
+
+
+def room_for(layer: StoredLayer) -> int:
+    """Make room for tokens to come in the dense slots of a layer; how many it has room for."""
+    keys, values = _checked(layer)
+    for held in (keys, values):
+        held.reserve(_whole(layer.dense_slots + _spare(layer)))
+    return keys.room.shape[2]
+
+
+def _spare(layer: StoredLayer) -> int:
+    return min(MOST, max(LEAST, layer.seen // SHARE))
 
 
 def _checked(layer: StoredLayer) -> tuple[Growing, Growing]:
