@@ -28,7 +28,7 @@ from attlas.hf.caches import (
     LinearAttentionLayer,
 )
 from attlas.storage.layer import StoredLayer
-from attlas.storage.seat import Seat, room_for
+from attlas.storage.seat import Seat
 from attlas.storage.still import StateSeat, WindowSeat
 from attlas.storage.twin import MemorySeat
 from attlas.tracing import HOLDING
@@ -81,6 +81,7 @@ class Step:
         self.held, self.layers, self.name = held, cache.layers, name
         self.forward = fused(held.tower.module, forward) if fuses else forward
         self._answers: list[Any] = []
+        self._valid: Tensor | None = None
         self.runs = 0
         self._offset = int(cache.get_seq_length())
         ids = token_of(arguments)
@@ -173,32 +174,25 @@ class Step:
         sizes = [batch * heads for batch, heads in shapes]
         self._lengths = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
         self._slots = torch.zeros(len(sizes), dtype=torch.int64, device=device)
-        self._visible: Tensor | None = None
-        if self.padded:
-            most = max(room_for(layer) for layer in stored)
-            self._visible = torch.ones(self.batch, 1, 1, most, dtype=torch.bool, device=device)
         parts = zip(self._slots.split(1), self._lengths.split(sizes), shapes, strict=True)
         self.seats: list[Any] = []
         for layer in self.layers:
             if isinstance(layer, StoredLayer) and layer.keys is not None:
                 slot, lengths, shape = next(parts)
-                self.seats.append(Seat(layer, slot, lengths.view(shape), self._visible))
+                self.seats.append(Seat(layer, slot, lengths.view(shape), self.padded))
             else:
                 self.seats.append(KINDS[type(layer)](layer))
         self._stored = [seat for seat in self.seats if isinstance(seat, Seat)]
-        if self.padded and len({seat.first for seat in self._stored}) > 1:
-            raise UserError("layers hold the newest tokens of padded rows each from another one on")
 
     def _told(self, cache: Any, arguments: dict[str, Any], valid: Tensor | None) -> None:
         """Tokens, positions, padding and lengths, as the step is to read them."""
         for name, there in self.given.items():
             value = arguments.get(name)
             there.fill_(int(cache.get_seq_length())) if value is None else there.copy_(value)
+        before, self._valid = self._valid, None if valid is None else valid.clone()
+        anew = before is None or valid is None or not torch.equal(valid[:, : before.shape[1]], before)
         for seat in self._stored:
-            seat.tell()
-        if valid is not None and self._visible is not None:
-            first, count = self._stored[0].first, self._stored[0].tail + 1
-            self._visible[:, 0, 0, :count] = valid[:, first : first + count]
+            seat.tell(valid, anew=valid is not None and anew)
 
     def _ended(self, output: Any, cache: Any) -> Any:
         """The output for the caller; the layers and the parts have counted on."""

@@ -126,7 +126,7 @@ def extend(state: LayerState, body: Body, page: int, names: tuple[str, ...], mak
         names: of the tensors.
         make: gives them for the tokens of some rows from one slot, the first of a page, to another.
     """
-    state.growing = names
+    state.growing, state.counted = names, ("covered",)
     held = state.tensors[names[0]].shape[2] if names[0] in state.tensors else 0
     lengths, covered = body.lengths if isinstance(body, GrownBody) else None, None
     if (known := state.tensors.get("covered")) is not None:

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from attlas.errors import UserError
-from attlas.ops.segments import Dense
-from attlas.storage.body import Body, GrownBody, filled
+from attlas.storage.body import Body, GrownBody
 from attlas.storage.coded import CodedBody
 from attlas.storage.growing import Growing
 from attlas.storage.layer import StoredLayer
@@ -38,21 +37,21 @@ class Seat:
         layer: that is held; its tensors are moved where there is room.
         slot: of the twin.
         lengths: of the twin, [batch, kv_heads].
-        visible: of the twin, [batch, 1, 1, room]; None where no token is padding.
+        padded: some tokens are padding.
 
     Raises:
         ValueError: the layer holds something that a recorded step cannot read.
     """
 
-    def __init__(
-        self, layer: StoredLayer, slot: Tensor, lengths: Tensor, visible: Tensor | None
-    ) -> None:
+    def __init__(self, layer: StoredLayer, slot: Tensor, lengths: Tensor, padded: bool) -> None:
         self.layer, self.slot, self.lengths = layer, slot, lengths
-        room_for(layer)
         keys, values = _checked(layer)
-        kept = layer.index is not None and (layer.ragged or visible is not None)
-        self.start = layer.index.shape[-1] if kept and layer.index is not None else 0
-        self.index = layer.index
+        for held in (keys, values):
+            held.reserve(_whole(layer.dense_slots + _spare(layer)))
+        self.visible: Tensor | None = None
+        if padded or layer.ragged:
+            shape = (*lengths.shape, 1, keys.room.shape[2])
+            self.visible = torch.ones(shape, dtype=torch.bool, device=lengths.device)
         self.bodies: dict[str, tuple[Body, Tensor | None]] = {}
         for name, body in layer.bodies.items():
             grows = type(body) in GROWING
@@ -66,36 +65,25 @@ class Seat:
             for state in layer.learned.values()
         ]  # fmt: skip
         self._fixed = [
-            {name: t for name, t in state.tensors.items() if name not in rooms}
+            {name: t for name, t in state.tensors.items() if name not in (*rooms, *state.counted)}
             for state, rooms in self._states
         ]
         self._memory = MemorySeat(layer)
-        self.twin = self._twin(visible)
+        self.twin = self._twin()
         self._memory.twin = self.twin
         self._token = keys.tensor[:, :, :1].nbytes + values.tensor[:, :, :1].nbytes
         self._told: tuple[int, ...] = ()
-        self._told_lengths: list[Tensor | None] = []
+        self._told_tensors: list[Tensor | None] = []
         self._bodies_read: int | None = None
         self.settle()
-        self.tell()
 
     # Before and after a step.
-
-    @property
-    def tail(self) -> int:
-        """Slots behind what was kept."""
-        return self.layer.dense_slots - self.start
-
-    @property
-    def first(self) -> int:
-        """Column of the first of them."""
-        return self.layer.seen - self.tail
 
     @property
     def ready(self) -> bool:
         """Whether all lies where the recorded step looks for it, and there is room for a token."""
         layer = self.layer
-        if not self._memory.ready or layer.index is not self.index:
+        if not self._memory.ready or (layer.ragged and self.visible is None):
             return False
         if layer.dense_slots >= self._rooms["keys"].shape[2]:
             return False
@@ -105,7 +93,8 @@ class Seat:
         ):
             return False
         for (state, rooms), fixed in zip(self._states, self._fixed, strict=True):
-            there = {name: room for name, room in state.tensors.items() if name not in rooms}
+            left = (*rooms, *state.counted)
+            there = {name: t for name, t in state.tensors.items() if name not in left}
             if there.keys() != fixed.keys() or any(there[n] is not t for n, t in fixed.items()):
                 return False
             if any(state.tensors[n].data_ptr() != room.data_ptr() for n, room in rooms.items()):
@@ -114,19 +103,38 @@ class Seat:
             held.owned and held.room is self._rooms[path] for path, held in self._held().items()
         )
 
-    def tell(self) -> None:
-        """Write to the device what Python counts."""
+    def tell(self, valid: Tensor | None, anew: bool) -> None:
+        """Write to the device what Python counts.
+
+        Args:
+            valid: which tokens are no padding, that which comes included; None when all are.
+            anew: of earlier tokens it says something else than before.
+        """
         counts = self._counts()
-        lengths = [body.lengths for body, _ in self.bodies.values() if isinstance(body, GrownBody)]
-        if counts == self._told and all(map(is_, lengths, self._told_lengths)):
+        tensors = [body.lengths for body, _ in self.bodies.values() if isinstance(body, GrownBody)]
+        tensors.append(self.layer.index)
+        if anew or counts != self._told or not all(map(is_, tensors, self._told_tensors)):
+            self._told, self._told_tensors = counts, tensors
+            self.slot.fill_(self.layer.dense_slots)
+            self.lengths.fill_(self.layer.dense_slots)
+            for body, there in self.bodies.values():
+                if there is not None and isinstance(body, GrownBody):
+                    _ = there.fill_(body.slots) if body.lengths is None else there.copy_(body.lengths)
+            self._bodies_read = None
+            self._show(valid)
+        elif valid is not None and self.visible is not None:
+            self.visible[:, :, 0, self.layer.dense_slots] = valid[:, -1:]
+
+    def _show(self, valid: Tensor | None) -> None:
+        """Which dense slots hold a token that is no padding, and whether the one that comes will."""
+        if self.visible is None:
             return
-        self._told, self._told_lengths = counts, lengths
-        self.slot.fill_(self.layer.dense_slots)
-        self.lengths.fill_(self.tail)
-        for body, there in self.bodies.values():
-            if there is not None and isinstance(body, GrownBody):
-                _ = there.fill_(body.slots) if body.lengths is None else there.copy_(body.lengths)
-        self._bodies_read = None
+        layer, kept, slots = self.layer, self.layer.index, self.layer.dense_slots
+        start = 0 if kept is None else kept.shape[-1]
+        if kept is not None:
+            self.visible[:, :, 0, :start] = kept >= 0
+        newest = True if valid is None else valid[:, None, layer.seen - (slots - start) : layer.seen + 1]
+        self.visible[:, :, 0, start : slots + 1] = newest
 
     def advance(self) -> None:
         """The recorded step has run: a token more is held."""
@@ -139,7 +147,7 @@ class Seat:
         self._told = (layer.dense_slots, *self._told[1:])
         if self._bodies_read is None:
             self._bodies_read = self._read_of_bodies()
-        layer.read_bytes = self._bodies_read + self.tail * self._token
+        layer.read_bytes = self._bodies_read + layer.dense_slots * self._token
 
     def keep(self) -> None:
         """At the end of the step: its states, where they lie."""
@@ -178,7 +186,7 @@ class Seat:
 
     def _read_of_bodies(self) -> int:
         """Bytes that a step reads of what is not the newest: of room, the share that is filled."""
-        found = 0 if self.twin._kept is None else self.twin._kept.nbytes
+        found = 0
         shares = []
         for (body, there), twin in zip(self.bodies.values(), self.twin.bodies.values(), strict=True):
             shares.append(1.0 if there is None else body.slots / max(1, twin.slots))
@@ -188,20 +196,16 @@ class Seat:
 
     def _counts(self) -> tuple[int, ...]:
         bodies = (body.slots for body, there in self.bodies.values() if there is not None)
-        return (self.layer.dense_slots, self.start, *bodies)
+        return (self.layer.dense_slots, *bodies)
 
-    def _twin(self, visible: Tensor | None) -> Twin:
+    def _twin(self) -> Twin:
         layer, twin = self.layer, object.__new__(Twin)
         twin.__dict__.update(layer.__dict__)
         twin.compressed = twin.attached = True
         twin.states = dict(layer.states)
         twin.index, twin.slot, twin.count = None, self.slot, self.lengths
         twin._keys, twin._values = (Growing(self._rooms[name]) for name in ("keys", "values"))
-        twin._start = self.start
-        twin.visible = None if visible is None else visible[..., : twin._keys.room.shape[2] - self.start]
-        if self.start:
-            k, v = (self._rooms[name][:, :, : self.start] for name in ("keys", "values"))
-            twin._kept = Dense(k, v, filled(layer.index) if layer.ragged else None)
+        twin.visible = self.visible
         twin.bodies = {
             name: body if there is None or not isinstance(body, GrownBody) else body.widened(there)
             for name, (body, there) in self.bodies.items()
@@ -211,14 +215,6 @@ class Seat:
             for (name, state), (_, rooms) in zip(layer.learned.items(), self._states, strict=True)
         }
         return twin
-
-
-def room_for(layer: StoredLayer) -> int:
-    """Make room for tokens to come in the dense slots of a layer; how many it has room for."""
-    keys, values = _checked(layer)
-    for held in (keys, values):
-        held.reserve(_whole(layer.dense_slots + _spare(layer)))
-    return keys.room.shape[2]
 
 
 def _spare(layer: StoredLayer) -> int:

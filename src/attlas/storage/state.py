@@ -26,6 +26,7 @@ class LayerState:
         tensors: what was gathered from the calls, batch first. It is held with the cache: what is not
             needed once the prompt is over is taken out when the part compresses.
         growing: names of those that grow along their third axis as the layer's first body does.
+        counted: names of those that are counted by behind a step, and that no step reads.
     """
 
     layer: int
@@ -37,6 +38,7 @@ class LayerState:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     rotation: Rotation | None = None
     growing: tuple[str, ...] = ()
+    counted: tuple[str, ...] = ()
 
     def fork(self) -> LayerState:
         """A copy that shares the tensors, which are never written to."""

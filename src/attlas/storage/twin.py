@@ -16,8 +16,8 @@ class Twin(StoredLayer):
 
     Attributes:
         slot: where the step's token is written, [1] int64 on the device.
-        count: slots that are filled with it, of those behind what was kept, [batch, kv_heads] int32.
-        visible: which of these slots hold no padding; None where there is none.
+        count: dense slots that are filled with it, [batch, kv_heads] int32.
+        visible: which of them hold a token that is no padding, [batch, kv_heads, 1, room]; None for all.
     """
 
     slot: Tensor
@@ -26,8 +26,6 @@ class Twin(StoredLayer):
     #: Segments that the step was given of the bodies, and bytes that it chose by.
     told: tuple[Segment, ...] = ()
     scored = 0
-    _kept: Segment | None = None
-    _start = 0
 
     @property
     def managed(self) -> bool:
@@ -64,9 +62,7 @@ class Twin(StoredLayer):
     def _dense_segments(self, visible: Tensor | None) -> list[Segment]:
         assert self._keys is not None
         assert self._values is not None
-        k, v = (held.room[:, :, self._start :] for held in (self._keys, self._values))
-        newest = Dense(k, v, self.count, self.visible)
-        return [newest] if self._kept is None else [self._kept, newest]
+        return [Dense(self._keys.room, self._values.room, self.count, self.visible)]
 
 
 class MemorySeat:
