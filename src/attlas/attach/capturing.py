@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from types import MethodType
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -93,7 +93,8 @@ class Capturing:
             if module is not base:  # a copy that was made meanwhile
                 return kind.forward(module, *args, **kwargs)
             arguments = dict(zip(names, args, strict=False)) | kwargs
-            return self._run(original, names, arguments)
+            as_ever = partial(original, *args, **kwargs)
+            return self._run(original, as_ever, names, arguments)
 
         base.forward = MethodType(torch.compiler.disable(forward, reason=hooks.REASON), base)
 
@@ -105,12 +106,16 @@ class Capturing:
 
         return [undo]
 
-    def _run(self, original: Callable[..., Any], names: list[str], arguments: dict[str, Any]) -> Any:
+    def _run(
+        self, original: Callable[..., Any], as_ever: Callable[[], Any], names: list[str],
+        arguments: dict[str, Any],
+    ) -> Any:  # fmt: skip
+        """What the tower gives: by a captured step, or as it runs without."""
         held = self.held
         name, given = cache_in(arguments, type(held.tower.module))
         cache = own_tokens(given)
         if held.under is None or RECORDING.get() or not _one_token(arguments, cache):
-            return original(**arguments)
+            return as_ever()
         forward_pass = held.forward_pass
         assert forward_pass is not None
         step, valid = self._steps.get(cache), forward_pass.valid
@@ -125,20 +130,20 @@ class Capturing:
             return step(cache, arguments, valid)
         self._let_go(cache)
         if self.why_not is not None:
-            return self._refused(original, arguments)
+            return self._refused(as_ever)
         self._watched = Watched(held.tower.module)  # modules may have been added since
         self.why_not = self._never() or self._watched.why_not
         if self.why_not is not None:
-            return self._refused(original, arguments)
+            return self._refused(as_ever)
         self._before[cache] = self._before.get(cache, 0) + 1
         if self._before[cache] <= AFTER and self.asked is not True:
             self.why_not = f"the first {AFTER} steps are run as ever"
-            return original(**arguments)
+            return as_ever()
         try:
             step = Step(held, original, cache, name, arguments, valid, fuses=self.asked is True)
         except Exception as error:  # whatever a model does that cannot be recorded
             self.why_not = self._failed[cache] = reason_of(error)
-            return self._refused(original, arguments)
+            return self._refused(as_ever)
         if step.why_not is None:
             self._steps[cache] = step
         else:
@@ -154,9 +159,9 @@ class Capturing:
             if self._wasted[cache] > WASTED:
                 self.why_not = self._failed[cache] = "what the cache holds is moved at every step"
 
-    def _refused(self, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    def _refused(self, as_ever: Callable[[], Any]) -> Any:
         self._tell()
-        return original(**arguments)
+        return as_ever()
 
     def _tell(self) -> None:
         if self.asked is True:

@@ -51,10 +51,11 @@ class Growing:
         return self._own
 
     def reserve(self, tokens: int) -> None:
-        """Have room of one's own for so many tokens, of which more than are filled lie there as zeros."""
+        """Have room of one's own for so many tokens; what is not filled is zero, as it may be multiplied by
+        zero."""
         if not self._own or tokens > self._room.shape[2]:
             self._make_room(self._count, max(0, tokens - self._count))
-            self._room[:, :, self._count :].zero_()
+        self._room[:, :, self._count :].zero_()
 
     def advance(self) -> None:
         """One token more is filled: it was written into the room from elsewhere."""
