@@ -26,7 +26,7 @@ from captured_steps import OURS, PARTS, decoded, llama, parts
 
 @pytest.fixture(autouse=True)
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(captured, "recorded", lambda step: (step(), step))
+    monkeypatch.setattr(captured, "recorded", lambda step, device: (step(), step))
     monkeypatch.setattr(capturing, "device_refuses", lambda device: None)
 
 
@@ -106,7 +106,7 @@ def test_room_that_runs_out_is_made_again(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(seat, "LEAST", 3)
     made = []
 
-    def recorded(step: Any) -> Any:
+    def recorded(step: Any, device: Any) -> Any:
         made.append(step)
         return step(), step
 
@@ -260,7 +260,7 @@ def test_a_capture_that_fails_leaves_the_cache_as_it_was(monkeypatch: pytest.Mon
     why = "operation not permitted when stream is capturing"
     calls: list[Any] = []
 
-    def fails(step: Any) -> Any:
+    def fails(step: Any, device: Any) -> Any:
         calls.append(step)
         if len(calls) % 2:  # in the step itself
             raise RuntimeError(f"{why}\nmore")

@@ -99,7 +99,7 @@ class Step:
         self._model = Snapshot(held.tower.module)
         self._told(cache, arguments, valid)
         try:
-            output, found = recorded(self._record)
+            output, found = recorded(self._record, ids.device)
             if fuses and isinstance(found, str):  # it was insisted on
                 raise UserError(found)
         except Exception:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from functools import cache
 from operator import is_
@@ -16,38 +17,44 @@ from attlas.hf import interface
 PROGRAMS = 64
 
 
-def recorded(step: Callable[[], Any]) -> tuple[Any, Callable[[], Any] | str]:
+def recorded(
+    step: Callable[[], Any], device: torch.device
+) -> tuple[Any, Callable[[], Any] | str]:
     """(what a step gives now; what runs it again and gives the same tensors filled anew, or why not)."""
-    current, side = torch.cuda.current_stream(), _side(torch.cuda.current_device())
-    side.wait_stream(current)
-    with torch.cuda.stream(side):
-        now = step()  # kernels are compiled and workspaces made
-    current.wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            again = step()
-    except Exception as error:  # whatever it is, the step itself has run
-        _forget_capture()
-        return now, reason_of(error)
+    with torch.cuda.device(device):
+        current, side = torch.cuda.current_stream(), _side(device, threading.get_ident())
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            now = step()  # kernels are compiled and workspaces made
+        current.wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # On the stream of the first step: what products work in was made there, outside of the graph.
+            with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+                again = step()
+        except Exception as error:  # whatever it is, the step itself has run
+            _forget_capture(side)
+            return now, reason_of(error)
 
     def run() -> Any:
-        graph.replay()
+        with torch.cuda.device(device):
+            graph.replay()
         return again
 
     return now, run
 
 
 @cache
-def _side(device: int) -> torch.cuda.Stream:
-    """A stream for first steps; with one for all, products need one workspace."""
+def _side(device: torch.device, thread: int) -> torch.cuda.Stream:
+    """A thread's stream for first steps and captures: products work in one place for each, which no other
+    thread's steps write to meanwhile."""
     return torch.cuda.Stream(device)
 
 
-def _forget_capture() -> None:
+def _forget_capture(side: torch.cuda.Stream) -> None:
     """Capture something that can be: after a capture that failed PyTorch 2.11 draws no random number."""
-    nothing = torch.zeros(1, device="cuda")
-    with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
+    nothing, graph = torch.zeros(1, device="cuda"), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
         nothing.add_(1)
 
 

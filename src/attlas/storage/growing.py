@@ -51,8 +51,7 @@ class Growing:
         return self._own
 
     def reserve(self, tokens: int) -> None:
-        """Have room of one's own for so many tokens; what is not filled is zero, as it may be multiplied by
-        zero."""
+        """Have room of one's own for so many tokens; what is not filled is zero, and no NaN."""
         if not self._own or tokens > self._room.shape[2]:
             self._make_room(self._count, max(0, tokens - self._count))
         self._room[:, :, self._count :].zero_()
