@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import gc
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -24,27 +23,8 @@ from attlas.attach import attach
 from attlas.compare.methods import parse_method
 from attlas.hf.caches import with_cache
 from attlas.tasks.roof import measure_roof
-from common import save, show
-from model_decode import filled, shaped
-
-METHODS = (
-    "full", "snapkv(keep=0.125)", "quest-page-selection(keep=0.125, page=32)",
-    "quantized-cache(bits=4)", "quantized-cache(bits=2)",
-)  # fmt: skip
-
-
-def timed(run: Callable[[], Any], steps: int, cuda: bool) -> list[float]:
-    """Milliseconds of each step."""
-    found = []
-    for _ in range(steps):
-        if cuda:
-            torch.cuda.synchronize()
-        began = time.perf_counter()
-        run()
-        if cuda:
-            torch.cuda.synchronize()
-        found.append(1e3 * (time.perf_counter() - began))
-    return found
+from common import save, show, stepped
+from model_decode import METHODS, filled, shaped
 
 
 def linears(model: Any, batch: int) -> Callable[[], Any]:
@@ -76,12 +56,12 @@ class Decoding:
             torch.cuda.synchronize()
         self.ids = torch.ones(batch, 1, dtype=torch.long, device=model.device)
 
-    def turn(self, steps: int, cuda: bool, compile: Any) -> tuple[float, float, Any, int]:
+    def turn(self, steps: int, compile: Any) -> tuple[float, float, Any, int]:
         """Median milliseconds, the longest of the first steps, in which a graph is made and which are not
         counted, why there was none, and bytes that a step reads."""
         with torch.no_grad(), attach(self.model, *self.parts, compile=compile) as session:
-            warm = timed(self.step, 6, cuda)
-            found = timed(self.step, steps, cuda)
+            warm = stepped(self.step, 6, self.model.device)
+            found = stepped(self.step, steps, self.model.device)
             read = session.read_bytes
         return statistics.median(found), max(warm), session.why_not_captured, read
 
@@ -110,11 +90,11 @@ class Static:
                 layer.cumulative_length.fill_(tokens)
         self.call = model.get_compiled_call(None)
 
-    def turn(self, steps: int, cuda: bool, _: Any) -> tuple[float, float, Any, int]:
+    def turn(self, steps: int, _: Any) -> tuple[float, float, Any, int]:
         """As `Decoding.turn`."""
         with torch.no_grad():
-            warm = timed(self.step, 6, cuda)
-            return statistics.median(timed(self.step, steps, cuda)), max(warm), None, 0
+            warm = stepped(self.step, 6, self.model.device)
+            return statistics.median(stepped(self.step, steps, self.model.device)), max(warm), None, 0
 
     def step(self) -> None:
         """A token."""
@@ -145,10 +125,10 @@ def cell(model: Any, batch: int, tokens: int, methods: list[str], steps: int, ro
     alone = linears(model, batch)
     found: dict[str, list[Any]] = {name: [] for name in ("linears", *made)}
     for _ in range(rounds):
-        found["linears"].append((statistics.median(timed(alone, steps, cuda)), 0, None, 0))
+        found["linears"].append((statistics.median(stepped(alone, steps, model.device)), 0, None, 0))
         for name, (one, compile) in list(made.items()):
             try:
-                found[name].append(one.turn(steps, cuda, compile))
+                found[name].append(one.turn(steps, compile))
             except (RuntimeError, ValueError) as error:  # one method's failure is a row, not the end
                 print(f"{name}: {type(error).__name__}: {str(error)[:300]}", flush=True)
                 del made[name]

@@ -8,13 +8,15 @@ import platform
 import statistics
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 
 from attlas.bench.timing import QUEUED, interleaved, timed
+from attlas.tasks.roof import clock
 
-__all__ = ["interleaved", "paired_ratio", "save", "show"]
+__all__ = ["interleaved", "paired_ratio", "save", "show", "stepped"]
 
 RESULTS = Path(os.environ.get("ATTLAS_BENCH_OUT", Path(__file__).parent / "results"))
 
@@ -42,6 +44,15 @@ def paired_ratio(
         "theirs_ms": statistics.median(b for _, b in pairs),
         "ratio": statistics.median(a / b for a, b in pairs),
     }
+
+
+def stepped(step: Callable[[], object], steps: int, device: torch.device) -> list[float]:
+    """Milliseconds of each of so many steps, alone on the device."""
+    times = [clock(device)]
+    for _ in range(steps):
+        step()
+        times.append(clock(device))
+    return [1e3 * (b - a) for a, b in pairwise(times)]
 
 
 def save(name: str, device: str, rows: list[dict[str, object]]) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import gc
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -26,7 +25,7 @@ from attlas.compare.methods import parse_method
 from attlas.compare.shared import attached
 from attlas.hf.caches import DynamicLayer, with_cache
 from attlas.storage.layer import StoredLayer
-from common import save, show
+from common import save, show, stepped
 
 WINDOW = 64
 METHODS = (
@@ -123,18 +122,14 @@ def measured(
         found["cache_gib"] = (torch.cuda.memory_allocated() - weights) / 2**30
         torch.cuda.reset_peak_memory_stats()
     ids = torch.ones(batch, 1, dtype=torch.long, device=model.device)
-    times = []
+
+    def step() -> None:
+        nonlocal ids
+        ids = model(ids, **with_cache(model, cache), use_cache=True).logits[:, -1:].argmax(-1)
+
     with torch.no_grad(), attached(model, parts):
-        for _ in range(steps + 3):
-            if cuda:
-                torch.cuda.synchronize()
-            began = time.perf_counter()
-            ids = model(ids, **with_cache(model, cache), use_cache=True).logits[:, -1:].argmax(-1)
-            if cuda:
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - began)
-    seconds = statistics.median(times[3:])
-    found |= {"step_ms": 1e3 * seconds, "tokens_per_s": batch / seconds}
+        ms = statistics.median(stepped(step, steps + 3, model.device)[3:])
+    found |= {"step_ms": ms, "tokens_per_s": 1e3 * batch / ms}
     if cuda:
         found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     if isinstance(cache.layers[0], StoredLayer) or type(cache.layers[0]) is DynamicLayer:

@@ -13,12 +13,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from attlas.attach.call import Call, ForwardPass
 from attlas.attach.recorded import Snapshot, fused, recorded
 from attlas.attach.state import Attachment
-from attlas.attach.under import RECORDING, Under
+from attlas.attach.under import Under
 from attlas.errors import UserError
 from attlas.hf.caches import (
     NAME,
@@ -94,6 +94,7 @@ class Step:
             n: value for n, value in arguments.items()
             if n not in (*self.given, "attention_mask", name) and value is not None
         }  # fmt: skip
+        self._untold = torch.empty(self.batch, 1, 1, 0, device=ids.device)
         self._seat(cache, ids.device)
         self.twin = twin_of(cache, [seat.twin for seat in self.seats])
         self._model = Snapshot(held.tower.module)
@@ -137,7 +138,7 @@ class Step:
 
     def _record(self) -> Any:
         before = self.held.under
-        marks = RECORDING.set(True), HOLDING.set(self._answers)
+        mark = HOLDING.set(self._answers)
         twin_pass = ForwardPass(
             cache=self.twin, positions=self.given["position_ids"], ids=self.given.get("input_ids"),
             offset=self._offset, length=1,
@@ -151,8 +152,7 @@ class Step:
                 seat.keep()
         finally:
             self.held.under = before
-            RECORDING.reset(marks[0])
-            HOLDING.reset(marks[1])
+            HOLDING.reset(mark)
         hidden = getattr(output, "last_hidden_state", None)
         others = [n for n, x in output.items() if x is not hidden and x is not self.twin]
         if hidden is None or others:
@@ -189,10 +189,12 @@ class Step:
         for name, there in self.given.items():
             value = arguments.get(name)
             there.fill_(int(cache.get_seq_length())) if value is None else there.copy_(value)
-        before, self._valid = self._valid, None if valid is None else valid.clone()
-        anew = before is None or valid is None or not torch.equal(valid[:, : before.shape[1]], before)
+        anew = False
+        if valid is not None:
+            before, self._valid = self._valid, valid.clone()
+            anew = before is None or not torch.equal(valid[:, : before.shape[1]], before)
         for seat in self._stored:
-            seat.tell(valid, anew=valid is not None and anew)
+            seat.tell(valid, anew)
 
     def _ended(self, output: Any, cache: Any) -> Any:
         """The output for the caller; the layers and the parts have counted on."""
@@ -205,19 +207,20 @@ class Step:
         for number, seat in enumerate(self.seats):
             if isinstance(seat, Seat):
                 for part in counting:
-                    _count_on(part, number, seat.layer, forward_pass, self.batch)
+                    self._count_on(part, number, seat.layer, forward_pass)
                 seat.settle()
         return self.kind(last_hidden_state=hidden, **{NAME: cache})
 
-
-def _count_on(part: Any, number: int, layer: StoredLayer, forward_pass: ForwardPass, batch: int) -> None:
-    """What a part does behind a step; of the call it is told the rows alone."""
-    state = layer.learned.get(part.name)
-    if state is not None:
-        none = torch.empty(batch, 1, 1, 0, device=layer.device)
-        call = Call(number, nn.Identity(), none, none, none, 1.0, None, forward_pass)
-        call.cache_layer = layer
-        part.later(layer, state, call)
+    def _count_on(
+        self, part: Any, number: int, layer: StoredLayer, forward_pass: ForwardPass
+    ) -> None:
+        """What a part does behind a step; of the call it is told the rows alone."""
+        state = layer.learned.get(part.name)
+        if state is not None:
+            none, module = self._untold, self.held.tower.module
+            call = Call(number, module, none, none, none, 1.0, None, forward_pass)
+            call.cache_layer = layer
+            part.later(layer, state, call)
 
 
 class TwinCache(DynamicCache):  # type: ignore[misc]

@@ -18,7 +18,6 @@ from attlas.attach.captured import VARYING, Step, token_of
 from attlas.attach.own import own_layers, unrecordable
 from attlas.attach.recorded import reason_of
 from attlas.attach.state import Attachment
-from attlas.attach.under import RECORDING
 from attlas.errors import UserError
 from attlas.hf.caches import (
     DynamicCache,
@@ -32,6 +31,7 @@ from attlas.hf.sources import caching
 from attlas.storage.layer import StoredLayer
 from attlas.storage.plain import tensors
 from attlas.storage.still import is_full
+from attlas.tracing import recording
 
 log = logging.getLogger("attlas")
 
@@ -69,20 +69,21 @@ class Capturing:
         self._wasted: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 
     def check(self) -> None:
-        """Refuse what was asked for and can never be.
+        """Find out whether steps may be captured in this session.
 
         Raises:
             ValueError: `compile=True`, and the session cannot capture any step.
         """
-        if self.asked is True and (reason := self._never()) is not None:
-            raise UserError(f"compile=True cannot be honoured: {reason}")
+        reason = "compile=False" if self.asked is False else self._never()
+        self.active = reason is None
+        self.why_not = reason or self.why_not
+        if reason is not None and self.asked is True:
+            self._tell()
 
     def hook(self) -> list[Callable[[], Any]]:
         """Stand in the place of the tower's `forward` until it is undone."""
-        if self.asked is False or (self.asked == "auto" and self._never() is not None):
-            self.why_not = "compile=False" if self.asked is False else self._never()
+        if not self.active:
             return []
-        self.active = True
         base: Any = self.held.tower.module
         self._watched = Watched(base)
         own, original, kind = vars(base).get("forward"), base.forward, type(base)
@@ -114,7 +115,7 @@ class Capturing:
         held = self.held
         name, given = cache_in(arguments, type(held.tower.module))
         cache = own_tokens(given)
-        if held.under is None or RECORDING.get() or not _one_token(arguments, cache):
+        if held.under is None or recording() or not _one_token(arguments, cache):
             return as_ever()
         forward_pass = held.forward_pass
         assert forward_pass is not None

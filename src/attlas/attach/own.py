@@ -13,11 +13,11 @@ from attlas.attach.call import Call
 from attlas.attach.forward import attended, show
 from attlas.attach.part import Part, Recorder
 from attlas.attach.state import ATTACHED, Attachment
-from attlas.attach.under import RECORDING
 from attlas.attention import Attention
 from attlas.errors import UserError
 from attlas.inputs import Inputs
 from attlas.masks import Mask
+from attlas.tracing import recording
 
 #: Hooks that need the layer's scores and keys to be those of softmax attention.
 SOFTMAX_HOOKS = (
@@ -40,7 +40,7 @@ class Door:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
         """The layer's heads [batch, heads, queries, width]."""
         layer, held = self.layer, ATTACHED[self.layer]
-        if RECORDING.get():
+        if recording():
             return _recorded(held, layer, q, k, v, inputs)
         inputs = replace(inputs, pairs=layer.mask(q, _all_keys(k, inputs), inputs))
         if held.direct:
@@ -121,7 +121,7 @@ def _softmax(
     held: Attachment, layer: Attention, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
 ) -> Tensor:  # fmt: skip
     mask = inputs.pairs
-    keys = k.shape[2] if RECORDING.get() else _all_keys(k, inputs).shape[2]
+    keys = k.shape[2] if recording() else _all_keys(k, inputs).shape[2]
     square, one = keys == q.shape[2], q.shape[2] == 1
     causal = mask == masks.causal if isinstance(mask, Mask) else False
     pairs: Tensor | None = None

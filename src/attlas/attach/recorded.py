@@ -69,15 +69,13 @@ def fused(model: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
     One program serves all layers: their numbers are no constants of it. What rounds in eager PyTorch
     rounds here too.
     """
-    found = (getattr(module, "config", None) for module in model.modules())
-    configs = list({id(config): config for config in found if config is not None}.values())
     compiled = torch.compile(forward, options={"emulate_precision_casts": True})
     settings: dict[str, Any] = {
         "suppress_errors": False, "allow_unspec_int_on_nn_module": True, "recompile_limit": PROGRAMS,
     }  # fmt: skip
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        with torch._dynamo.config.patch(**settings), interface.plainly(configs):
+        with torch._dynamo.config.patch(**settings), interface.plainly(model):
             return compiled(*args, **kwargs)
 
     return run

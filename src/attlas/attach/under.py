@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from attlas.attach import hooks
@@ -20,16 +18,8 @@ from attlas.attach.call import ForwardPass
 from attlas.attach.towers import Tower, is_attention
 from attlas.errors import UserError
 
-#: A step is recorded now, which parts are told of behind it, and no masks are made for.
-RECORDING: ContextVar[bool] = ContextVar("RECORDING", default=False)
 #: Arguments that bring attention something else than its own tokens to attend to.
 CROSS = ("key_value_states", "encoder_hidden_states", "cross_attention_states")
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def recording() -> bool:
-    """Whether a step is recorded now."""
-    return RECORDING.get()
 
 
 @dataclass(slots=True)

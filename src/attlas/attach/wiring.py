@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from attlas.attach.forward import attention
 from attlas.attach.state import ATTACHED, Attachment
 from attlas.errors import UserError
 from attlas.hf import interface
+from attlas.tracing import recording
 
 #: The name under which attlas stands in Transformers' registries while a model is attached.
 NAME = "attlas"
@@ -38,7 +39,7 @@ def connect(held: Attachment, capturing: Capturing) -> None:
     held.undo = [lambda: _forget(held)]
     try:
         function = torch.compiler.disable(attention, reason=hooks.REASON)
-        interface.register(NAME, function, no_mask=under.recording)
+        interface.register(NAME, function, no_mask=recording)
         for module in tower.layers:
             ATTACHED[module] = held
         held.undo += _open(ours) if ours else _switch(held)
@@ -98,7 +99,8 @@ def _switch(held: Attachment) -> list[Callable[[], Any]]:
     What stands around it makes masks for it. Towers beside it keep the attention that they have.
     """
     tower: Any = held.tower.module
-    configs = {id(c): c for c in (*_configs(tower), *(m.config for m in held.tower.outer))}
+    around = [model.config for model in held.tower.outer]
+    configs = {id(config): config for config in (*interface.configurations(tower), *around)}
     before = [(config, interface.implementation(config)) for config in configs.values()]
     own = [tower, *held.tower.outer, *held.tower.layers]
     meant = {id(getattr(module, "config", None)) for module in own}
@@ -121,20 +123,6 @@ def _switch(held: Attachment) -> list[Callable[[], Any]]:
         chosen = interface.Attached(NAME, name) if id(config) in meant else name
         interface.restore(config, chosen)
     return [restore]
-
-
-def _configs(model: nn.Module) -> Iterator[Any]:
-    """Every configuration of the model and its parts."""
-    seen: set[int] = set()
-    queue = [m.config for m in model.modules() if isinstance(m, interface.PreTrainedModel)]
-    while queue:
-        config = queue.pop(0)
-        if id(config) in seen:
-            continue
-        seen.add(id(config))
-        children = [getattr(config, name, None) for name in config.sub_configs]
-        queue += [child for child in children if child is not None]
-        yield config
 
 
 def _watch_hidden(held: Attachment) -> list[Any]:

@@ -23,6 +23,7 @@ __all__ = [
     "Attached",
     "PreTrainedModel",
     "checkpointing",
+    "configurations",
     "forget",
     "implementation",
     "plainly",
@@ -93,10 +94,25 @@ def restore(config: Any, name: Any) -> None:
     config._attn_implementation = {"": name}
 
 
+def configurations(model: nn.Module) -> Iterator[Any]:
+    """Every configuration of the model and its parts."""
+    seen: set[int] = set()
+    queue = [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]
+    while queue:
+        config = queue.pop(0)
+        if id(config) in seen:
+            continue
+        seen.add(id(config))
+        children = [getattr(config, name, None) for name in config.sub_configs]
+        queue += [child for child in children if child is not None]
+        yield config
+
+
 @contextmanager
-def plainly(configs: list[Any]) -> Iterator[None]:
-    """Name the attention of configurations by a plain string for a while: a constant, to a compiler."""
-    names = [(config, name) for config in configs if isinstance(name := implementation(config), Attached)]
+def plainly(model: nn.Module) -> Iterator[None]:
+    """Name a model's attention by a plain string for a while: a constant, to a compiler."""
+    told = ((config, implementation(config)) for config in configurations(model))
+    names = [(config, name) for config, name in told if isinstance(name, Attached)]
     for config, name in names:
         restore(config, str(name))
     try:

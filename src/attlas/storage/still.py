@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import is_
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from attlas.errors import UserError
 from attlas.hf.caches import DynamicSlidingWindowLayer, LinearAttentionLayer
 from attlas.storage.plain import tensors
+from attlas.storage.twin import InPlaceSeat
 
 
 class _StillWindow(DynamicSlidingWindowLayer):  # type: ignore[misc]
@@ -25,7 +27,7 @@ class _StillWindow(DynamicSlidingWindowLayer):  # type: ignore[misc]
         return k, v
 
 
-class WindowSeat:
+class WindowSeat(InPlaceSeat):
     """A sliding window that is full, and so holds as many tokens before a step as behind it.
 
     Raises:
@@ -35,62 +37,38 @@ class WindowSeat:
     def __init__(self, layer: DynamicSlidingWindowLayer) -> None:
         if not is_full(layer):
             raise UserError("a sliding window is not full yet")
-        self.layer = layer
         layer.keys, layer.values = (
             t.clone(memory_format=torch.contiguous_format) for t in (layer.keys, layer.values)
         )
-        layer._seated = True  # a fork has to copy what is written to
-        self._held = layer.keys, layer.values
-        self._before = [t.clone() for t in self._held]
+        super().__init__(layer, [layer.keys, layer.values])
+        layer._seated = True
         self.twin = object.__new__(_StillWindow)
         self.twin.__dict__.update(layer.__dict__)
 
     @property
     def ready(self) -> bool:
         """Whether the window lies where the recorded step looks for it."""
-        layer, (keys, values) = self.layer, self._held
+        layer, (keys, values) = self.layer, self._written
         return layer.keys is keys and layer.values is values and not layer.record_past
 
     def advance(self) -> None:
-        """The recorded step has run: a token more was seen."""
+        """A token more was seen."""
+        super().advance()
         self.layer.cumulative_length += 1
-        self._before = []
-
-    def keep(self) -> None:
-        """Nothing: the step has written in place."""
-
-    def undo(self) -> None:
-        """The window as it was before the first step."""
-        for held, before in zip(self._held, self._before, strict=True):
-            held.copy_(before)
 
 
-class StateSeat:
-    """States of a recurrence or a convolution, which Transformers writes to in place."""
+class StateSeat(InPlaceSeat):
+    """States of a recurrence or a convolution, which Transformers writes to in place; its own twin."""
 
     def __init__(self, layer: LinearAttentionLayer) -> None:
-        self.layer = self.twin = layer
-        self._held = list(tensors(layer))
-        self._before = [t.clone() for t in self._held]
+        super().__init__(layer, list(tensors(layer)))
+        self.twin = layer
 
     @property
     def ready(self) -> bool:
         """Whether the states lie where the recorded step looks for them."""
         now = list(tensors(self.layer))
-        same = len(now) == len(self._held)
-        return same and all(a is b for a, b in zip(now, self._held, strict=True))
-
-    def advance(self) -> None:
-        """The recorded step has run."""
-        self._before = []
-
-    def keep(self) -> None:
-        """Nothing: the step has written in place."""
-
-    def undo(self) -> None:
-        """The states as they were before the first step."""
-        for held, before in zip(self._held, self._before, strict=True):
-            held.copy_(before)
+        return len(now) == len(self._written) and all(map(is_, now, self._written))
 
 
 def is_full(layer: DynamicSlidingWindowLayer) -> bool:

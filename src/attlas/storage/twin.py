@@ -65,13 +65,37 @@ class Twin(StoredLayer):
         return [Dense(self._keys.room, self._values.room, self.count, self.visible)]
 
 
-class MemorySeat:
-    """A layer that holds named states and no keys, and its twin, which writes them where they lie."""
+class InPlaceSeat:
+    """A layer whose tensors a recorded step writes where they lie, so that a fork has to copy them.
+
+    Args:
+        layer: of a cache.
+        written: its tensors that the step writes.
+    """
+
+    def __init__(self, layer: Any, written: list[Tensor]) -> None:
+        self.layer, self._written = layer, written
+        self._before = [t.clone() for t in written]
+
+    def keep(self) -> None:
+        """At the end of the step: what it made goes where the layer holds it, unless it lies there."""
+
+    def advance(self) -> None:
+        """The recorded step has run: what was before the first is wanted no more."""
+        self._before = []
+
+    def undo(self) -> None:
+        """The tensors as they were before the first step, which failed."""
+        for held, before in zip(self._written, self._before, strict=True):
+            held.copy_(before)
+
+
+class MemorySeat(InPlaceSeat):
+    """A layer that holds named states, and its twin, which writes them where they lie."""
 
     def __init__(self, layer: StoredLayer) -> None:
-        self.layer = layer
         self._held = layer.states = {name: state.clone() for name, state in layer.states.items()}
-        self._before = {name: state.clone() for name, state in layer.states.items()}
+        super().__init__(layer, list(self._held.values()))
         layer.seated = True
         self.twin: StoredLayer = object.__new__(StoredLayer)
         self.twin.__dict__.update(layer.__dict__)
@@ -84,7 +108,7 @@ class MemorySeat:
         return now.keys() == self._held.keys() and all(now[n] is t for n, t in self._held.items())
 
     def keep(self) -> None:
-        """At the end of the step: what the twin remembers goes where the layer's states lie.
+        """What the twin remembers, where the layer's states lie.
 
         Raises:
             ValueError: a state that is new or has grown.
@@ -98,11 +122,6 @@ class MemorySeat:
         self.twin.states = dict(self._held)
 
     def advance(self) -> None:
-        """The recorded step has run: a token more was seen."""
+        """A token more was seen."""
+        super().advance()
         self.layer.seen += 1
-        self._before = {}
-
-    def undo(self) -> None:
-        """The states as they were before the first step."""
-        for name, before in self._before.items():
-            self._held[name].copy_(before)
