@@ -55,12 +55,6 @@ def once(function: Callable[P, R]) -> Callable[P, R]:
 HOLDING: ContextVar[list[Any] | None] = ContextVar("HOLDING", default=None)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def recording() -> bool:
-    """Whether a step is recorded now, which parts are told of behind it, and no masks are made for."""
-    return HOLDING.get() is not None
-
-
 def held(answer: R) -> R:
     """The answer, which a step that is recorded now holds too."""
     if (holding := HOLDING.get()) is not None:

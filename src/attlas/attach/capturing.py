@@ -18,6 +18,7 @@ from attlas.attach.captured import VARYING, Step, token_of
 from attlas.attach.own import own_layers, unrecordable
 from attlas.attach.recorded import reason_of
 from attlas.attach.state import Attachment
+from attlas.attach.under import recording
 from attlas.errors import UserError
 from attlas.hf.caches import (
     DynamicCache,
@@ -31,7 +32,6 @@ from attlas.hf.sources import caching
 from attlas.storage.layer import StoredLayer
 from attlas.storage.plain import tensors
 from attlas.storage.still import is_full
-from attlas.tracing import recording
 
 log = logging.getLogger("attlas")
 

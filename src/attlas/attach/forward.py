@@ -22,11 +22,11 @@ from attlas.attach.reading import (
 from attlas.attach.scores import chained, changed_by, in_slots
 from attlas.attach.slots import boolean, both, in_original_positions, original_positions_of, shown
 from attlas.attach.state import ATTACHED, NOBODY, Attachment
+from attlas.attach.under import recording
 from attlas.errors import UserError
 from attlas.hf.caches import refuse_other
 from attlas.hf.interface import sdpa_attention_forward
 from attlas.storage.layer import StoredLayer
-from attlas.tracing import recording
 
 #: Limit (queries × group size) for attending directly to encoded keys.
 ROWS = 64

@@ -13,11 +13,11 @@ from attlas.attach.call import Call
 from attlas.attach.forward import attended, show
 from attlas.attach.part import Part, Recorder
 from attlas.attach.state import ATTACHED, Attachment
+from attlas.attach.under import recording
 from attlas.attention import Attention
 from attlas.errors import UserError
 from attlas.inputs import Inputs
 from attlas.masks import Mask
-from attlas.tracing import recording
 
 #: Hooks that need the layer's scores and keys to be those of softmax attention.
 SOFTMAX_HOOKS = (

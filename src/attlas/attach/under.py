@@ -11,15 +11,23 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from attlas.attach import hooks
 from attlas.attach.call import ForwardPass
 from attlas.attach.towers import Tower, is_attention
 from attlas.errors import UserError
+from attlas.tracing import HOLDING
 
 #: Arguments that bring attention something else than its own tokens to attend to.
 CROSS = ("key_value_states", "encoder_hidden_states", "cross_attention_states")
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def recording() -> bool:
+    """Whether a step is recorded now, which parts are told of behind it, and no masks are made for."""
+    return HOLDING.get() is not None
 
 
 @dataclass(slots=True)

@@ -14,7 +14,6 @@ from attlas.attach.forward import attention
 from attlas.attach.state import ATTACHED, Attachment
 from attlas.errors import UserError
 from attlas.hf import interface
-from attlas.tracing import recording
 
 #: The name under which attlas stands in Transformers' registries while a model is attached.
 NAME = "attlas"
@@ -39,7 +38,7 @@ def connect(held: Attachment, capturing: Capturing) -> None:
     held.undo = [lambda: _forget(held)]
     try:
         function = torch.compiler.disable(attention, reason=hooks.REASON)
-        interface.register(NAME, function, no_mask=recording)
+        interface.register(NAME, function, no_mask=under.recording)
         for module in tower.layers:
             ATTACHED[module] = held
         held.undo += _open(ours) if ours else _switch(held)
