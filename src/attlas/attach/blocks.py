@@ -51,17 +51,17 @@ def weight_blocks(
     if mask is not None and heads is not None and mask.shape[1] > 1:
         mask = mask[:, which]
     queries, valid = call.queries, call.valid
-    triangle = mask is None and call.is_causal and length > 1
+    triangle, before = mask is None and call.is_causal and length > 1, slots - length
     for start in range(0, length, rows):
         stop = min(start + rows, length)
-        end = min(stop, slots) if triangle else slots  # keys after a causal block's end are unseen
+        end = before + stop if triangle else slots  # keys after a causal block's end are unseen
         scores = q[:, :, start:stop].to(wide) @ keys[:, :, :end].transpose(-1, -2)
         scores *= call.scaling
         at = torch.arange(end, device=scores.device) if columns is None else columns[..., :end]
         if call.score_mod is not None:
             scores = _modified(call, scores, which, queries[start:stop], at)
         if triangle:
-            seen = torch.arange(start, stop, device=scores.device)[:, None]
+            seen = torch.arange(before + start, before + stop, device=scores.device)[:, None]
             hidden = seen < torch.arange(end, device=scores.device)
             scores.masked_fill_(hidden, -torch.inf)
         elif mask is not None:

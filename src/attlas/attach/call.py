@@ -110,7 +110,7 @@ class Call:
         v: values likewise.
         scaling: factor of q·k.
         mask: which slots each query may attend (True = may), None for all or, with `is_causal`,
-            for those before it.
+            for those up to its own; the last query stands at the last key.
         forward_pass: the forward call that this is part of.
         original_positions: column of the sequence that each slot holds, -1 for an empty one; None
             while all columns are there.
@@ -118,7 +118,7 @@ class Call:
         cache_layer: this layer's part of the cache.
         chosen: which slots are read in this step, None for all.
         changers: the parts that change this layer's weights.
-        is_causal: with `mask` None and several queries, query i sees keys 0..i only.
+        is_causal: with `mask` None and several queries, no query sees later keys.
         model_mask: the model's own mask, before parts hid more; None as `mask` is.
         score_mod: the pointwise changes of scores in force (soft caps, biases, parts), None without.
         sinks: logits per head that take part in the softmax without a value (GPT-OSS), or None.

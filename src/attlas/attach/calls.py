@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attlas.attach import again, hooks
+from attlas.attach import again, hooks, prefill
 from attlas.attach.call import ForwardPass
 from attlas.attach.generating import prompt_goes_on
 from attlas.attach.state import Attachment
-from attlas.attach.under import Under
+from attlas.attach.under import PASS, Under
 from attlas.errors import UserError
 from attlas.hf import interface
 from attlas.hf.caches import (
@@ -32,7 +32,7 @@ from attlas.storage.plain import release
 #: Names of what a model reads, and of what tells its padding: of a decoder behind an encoder, and else.
 TOKENS = {
     True: ("decoder_input_ids", "decoder_inputs_embeds"),
-    False: ("input_ids", "inputs_embeds"),
+    False: prefill.TOKENS,
 }
 PADDING = {True: "decoder_attention_mask", False: "attention_mask"}
 
@@ -139,7 +139,9 @@ def _begin(held: Attachment, forward_pass: ForwardPass) -> None:
     _check_thread(held, forward_pass)
     layers = forward_pass.cache.layers if forward_pass.cache is not None else ()
     direct = held.plain and not any(getattr(layer, "managed", False) for layer in layers)
-    held.under, held.cache = Under(forward_pass, direct), forward_pass.cache
+    held.under = Under(forward_pass, direct, before=PASS.get())
+    held.cache = forward_pass.cache
+    PASS.set(forward_pass)
     for part in held.parts:
         part.begin(forward_pass)
     for layer in layers:
@@ -164,10 +166,12 @@ def _check_thread(held: Attachment, forward_pass: ForwardPass) -> None:
 
 def _end(held: Attachment, cache: Any) -> None:
     """A forward call has ended."""
-    forward_pass, held.under = held.forward_pass, None
+    under, held.under = held.under, None
     held.threads.discard(threading.get_ident())
-    if forward_pass is None:
+    if under is None:
         return
+    forward_pass = under.forward_pass
+    PASS.set(under.before)
     for layer in forward_pass.cache.layers if forward_pass.cache is not None else ():
         if isinstance(layer, StoredLayer):
             layer.attached = False
@@ -184,13 +188,13 @@ def _end(held: Attachment, cache: Any) -> None:
 def _step(held: Attachment, cache: Cache | None, arguments: dict[str, Any]) -> ForwardPass:
     """The call, as its arguments and those of the models around the tower tell."""
     forward_pass = ForwardPass(cache=own_tokens(cache))
-    if held.plain and not held.captures:
-        return forward_pass
     tokens = next((t for n in TOKENS[False] if (t := arguments.get(n)) is not None), None)
     forward_pass.length = 0 if tokens is None else tokens.shape[1]
     forward_pass.offset = (
         0 if forward_pass.cache is None else int(forward_pass.cache.get_seq_length())
     )
+    if held.plain and not held.captures:
+        return forward_pass
     seen = forward_pass.offset + forward_pass.length
     forward_pass.chunked = prompt_goes_on(held, seen)
     forward_pass.ended = forward_pass.length == 1 and forward_pass.offset > 0 and held.prompt is None

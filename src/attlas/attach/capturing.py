@@ -31,6 +31,7 @@ from attlas.hf.caches import (
 from attlas.hf.sources import caching
 from attlas.storage.layer import StoredLayer
 from attlas.storage.plain import tensors
+from attlas.storage.rotary import changing_with_length
 from attlas.storage.still import is_full
 
 log = logging.getLogger("attlas")
@@ -181,7 +182,7 @@ class Capturing:
         for part in held.parts:
             if not part.captures:
                 return f"{type(part).__name__} works in Python on every step"
-        if (kind := _rotations(base)) is not None:
+        if (kind := changing_with_length(base)) is not None:
             return f"rotations of type {kind!r} look at how long the text is"
         devices = {p.device for p in base.parameters()}
         if len(devices) != 1:
@@ -236,13 +237,6 @@ def _layer_refused(layer: Any, padded: bool) -> str | None:
     if type(layer) is LinearAttentionLayer:
         return None if any(True for _ in tensors(layer)) else "holds no states yet"
     return f"is a {type(layer).__name__}"
-
-
-def _rotations(base: nn.Module) -> str | None:
-    """The kind of rotations that change with the length of a text; None where there are none."""
-    told = [getattr(module, "rope_type", None) for module in base.modules()]
-    kinds = [kind for each in told for kind in (each.values() if isinstance(each, dict) else (each,))]
-    return next((kind for kind in kinds if kind in ("dynamic", "longrope")), None)
 
 
 def _one_token(arguments: dict[str, Any], cache: Any) -> bool:

@@ -14,8 +14,8 @@ from attlas.attach.blocks import weight_blocks
 from attlas.attach.call import Call, ForwardPass
 from attlas.attach.reading import (
     done_with,
+    filled,
     mask_of_chosen,
-    mask_of_last,
     refuse_joined,
     refuse_strangers,
 )
@@ -69,14 +69,13 @@ def attention(
     # A plain cache is passed on by some models of 5.24, which have filled it already.
     refuse_other("cache", kwargs.get("cache"))
     refuse_joined(module, attention_mask)
-    attention_mask = mask_of_last(held, module, query, key, attention_mask)
     attention_mask = mask_of_chosen(kwargs.get("indices"), key, attention_mask)
+    if attention_mask is None and _is_causal(module, kwargs):
+        key, value = filled(held, query, key, value)
     simple = kwargs.get("softcap") is None and kwargs.get("s_aux") is None
     at = None if held.direct and simple else held.at(module)
     if at is None and simple:
-        return sdpa_attention_forward(  # type: ignore[no-any-return]
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
+        return _plain(module, query, key, value, attention_mask, scaling, dropout, kwargs), None
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     return attended(held, at, module, query, key, value, attention_mask, scaling, dropout, kwargs), None
 
@@ -139,7 +138,6 @@ def _call(
 ) -> Call:
     """The call, complete, and then what the parts do to it, stage by stage."""
     layer, forward_pass = at
-    causal = kwargs.get("is_causal")
     source = held.sources.get(layer, layer)
     forward_pass = forward_pass.last(query.shape[2]) if source != layer else forward_pass
     call = Call(
@@ -152,7 +150,7 @@ def _call(
         scaling=scaling,
         mask=None,
         forward_pass=forward_pass,
-        is_causal=bool(getattr(module, "is_causal", True) if causal is None else causal),
+        is_causal=_is_causal(module, kwargs),
         sinks=kwargs.get("s_aux"),
         kwargs=kwargs,
     )
@@ -235,23 +233,43 @@ def _heads(
         return heads.transpose(1, 2).contiguous()  # type: ignore[no-any-return]
     grouped = call.groups == 1 or hasattr(call.module, "num_key_value_groups")
     if call.score_mod is None and call.sinks is None and grouped:
-        heads, _ = sdpa_attention_forward(
-            call.module, call.q, call.k, call.v, call.mask,
-            dropout=dropout, scaling=call.scaling, is_causal=call.is_causal,
-        )  # fmt: skip
-        return heads  # type: ignore[no-any-return]
+        causal = {"is_causal": call.is_causal}
+        return _plain(call.module, call.q, call.k, call.v, call.mask, call.scaling, dropout, causal)
     _refuse_dropout(dropout)
     pattern: Tensor | masks.Mask | None = call.mask
+    offset = 0
     if pattern is None and call.is_causal and call.q.shape[2] > 1:
-        pattern = masks.causal
+        pattern, offset = masks.causal, call.k.shape[2] - call.q.shape[2]
     heads, lse = ops.attend(
-        call.q, call.k, call.v, mask=pattern, score_mod=in_slots(call), scale=call.scaling,
-        return_lse=True, q_offset=0,
+        call.q, call.k, call.v, mask=pattern, score_mod=in_slots(call, offset),
+        scale=call.scaling, return_lse=True, q_offset=offset,
     )  # fmt: skip
     if call.sinks is not None:
         share = torch.sigmoid(lse - call.sinks.to(lse.dtype)[:, None])
         heads = heads * share[..., None].to(heads.dtype)
     return heads.transpose(1, 2).contiguous()
+
+
+def _plain(
+    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None,
+    dropout: float, kwargs: dict[str, Any],
+) -> Float[Tensor, "batch query heads value_dim"]:  # fmt: skip
+    """Transformers' SDPA; attlas's own of new tokens that see all before them, which has no mask."""
+    queries, keys = q.shape[2], k.shape[2]
+    if mask is None and 1 < queries < keys and _is_causal(module, kwargs):
+        if kwargs.get("position_bias") is None:
+            heads = ops.attend(q, k, v, mask=masks.causal, scale=scaling, dropout=dropout)
+            return heads.transpose(1, 2).contiguous()
+        mask = ops.as_dense(masks.causal, queries, keys, keys - queries, q.device)
+    heads, _ = sdpa_attention_forward(
+        module, q, k, v, mask, dropout=dropout, scaling=scaling, **kwargs
+    )
+    return heads  # type: ignore[no-any-return]
+
+
+def _is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:
+    told = kwargs.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if told is None else told)
 
 
 def _weighed(

@@ -4,7 +4,8 @@ Forward calls alone do not tell. A prompt may come in chunks (`prefill_chunk_siz
 (`prompt_lookup_num_tokens`, `assistant_model`) puts its first candidates behind the prompt in one call,
 and takes back those that were wrong. So for the time of a session the model's own `generate` is looked
 at; the call of prompt and candidates is made as two, one behind the other, so that every part sees the
-prompt as it sees it without candidates; and parts are told what was taken back.
+prompt as it sees it without candidates; and parts are told what was taken back. A call for which memory
+is short is made as several likewise.
 """
 
 from __future__ import annotations
@@ -15,24 +16,20 @@ from functools import wraps
 from types import MethodType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from attlas.attach import hooks
+from attlas.attach import hooks, prefill
 from attlas.attach.state import Attachment
 from attlas.errors import UserError
 from attlas.hf.caches import cache_in, cache_of, own_tokens
+from attlas.storage.layer import StoredLayer
 
-#: Arguments of a model that hold something for each token of a call, along this axis.
-BY_TOKEN = {"input_ids": 1, "inputs_embeds": 1, "position_ids": -1, "cache_position": -1}
 #: What of assisted decoding runs the attached model in other ways than by its own calls.
 OTHER_WAYS = ("assistant_early_exit", "use_mtp")
 
 
 def watch(held: Attachment) -> list[Any]:
     """Look at `generate` and at the base model's calls; to be done before any other hook."""
-    if held.plain:
-        return []
     base: Any = held.tower.module
     names = [name for name in inspect.signature(base.forward).parameters if name != "self"]
     ahead: list[Any] = []
@@ -42,24 +39,20 @@ def watch(held: Attachment) -> list[Any]:
         cache = own_tokens(cache_in(arguments, type(base))[1])
         ahead.clear()
         settle(held, cache)
-        count = _candidates(held, arguments, cache)
-        if not count:
+        (*first, last), until = _calls(held, arguments, cache)
+        if not first:
             return None
-        prompt, rest = _cut(arguments, count)
-        ahead.append(base(**prompt))
-        for layer in cache.layers if cache is not None else ():
-            # Until they are cropped they keep more than their masks tell, and in 5.17 give it too.
-            if getattr(layer, "is_sliding", False) and getattr(layer, "record_past", False):
-                layer.crop(0)
-        return (), rest
+        ahead[:] = _made(held, first, until)
+        return (), last
 
     def after(_: nn.Module, __: Any, output: Any) -> Any:
         cache = own_tokens(cache_of(output))
         if cache is not None:
             held.read = cache, int(cache.get_seq_length())
-        return _joined(ahead.pop(), output) if ahead else None
+        done, ahead[:] = list(ahead), []
+        return prefill.joined([*done, output]) if done else None
 
-    around = [m for m in (*held.tower.outer, base) if hasattr(m, "generate")]
+    around = [m for m in (*held.tower.outer, base) if hasattr(m, "generate") and not held.plain]
     return [
         hooks.before(base, before), hooks.after(base, after),
         *(_around_generate(held, model) for model in around),
@@ -90,7 +83,52 @@ def settle(held: Attachment, cache: Any = None) -> None:
 
 def prompt_goes_on(held: Attachment, seen: int) -> bool:
     """Whether more of the prompt comes behind the tokens seen."""
+    if held.until is not None and seen < held.until:
+        return True
     return held.chunked if held.prompt is None else seen < held.prompt
+
+
+def _calls(
+    held: Attachment, arguments: dict[str, Any], cache: Any
+) -> tuple[list[dict[str, Any]], int | None]:
+    """The calls to make in place of one, and the tokens seen at which a prompt cut in pieces ends.
+
+    They are one of the prompt and one of its candidates, or one for each piece that memory allows.
+    """
+    count = _candidates(held, arguments, cache)
+    if not count:
+        found = prefill.pieces(held, arguments)
+        past = 0 if cache is None else int(cache.get_seq_length())
+        return found, past + prefill.length(arguments) if len(found) > 1 else None
+    mask = arguments.get("attention_mask")
+    if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
+        raise UserError(
+            "assisted decoding beside attlas's parts takes a 2-D attention_mask, got one of "
+            + (f"{mask.ndim} dimensions" if isinstance(mask, Tensor) else type(mask).__name__)
+        )
+    whole = prefill.length(arguments)
+    borders = (0, whole - count), (whole - count, whole)
+    return [prefill.cut(arguments, *border, whole) for border in borders], None
+
+
+def _made(held: Attachment, calls: list[dict[str, Any]], until: int | None) -> list[Any]:
+    """What the first of several calls give, which are told where the prompt ends."""
+    base: Any = held.tower.module
+    cache = own_tokens(cache_in(calls[0], type(base))[1])
+    before, held.until = held.until, held.until if until is None else until
+    found = []
+    try:
+        for call in calls:
+            found.append(base(**call))
+            for layer in () if cache is None else cache.layers:
+                if isinstance(layer, StoredLayer):
+                    layer.promised = until or 0
+                # Until they are cropped they keep more than their masks tell, and in 5.17 give it too.
+                if getattr(layer, "is_sliding", False) and getattr(layer, "record_past", False):
+                    layer.crop(0)
+    finally:
+        held.until = before
+    return found
 
 
 def _around_generate(held: Attachment, model: Any) -> Any:
@@ -199,39 +237,3 @@ def _candidates(held: Attachment, arguments: dict[str, Any], cache: Any) -> int:
     past = 0 if cache is None else int(cache.get_seq_length())
     tokens = next(t for n in ("input_ids", "inputs_embeds") if (t := arguments.get(n)) is not None)
     return max(0, past + tokens.shape[1] - held.prompt) if past < held.prompt else 0
-
-
-def _cut(arguments: dict[str, Any], count: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(the call without its last tokens, the call of these)."""
-    first, rest = dict(arguments), dict(arguments)
-    for name, axis in BY_TOKEN.items():
-        if isinstance(given := arguments.get(name), Tensor):
-            length = given.shape[axis] - count
-            first[name] = given.narrow(axis, 0, length)
-            rest[name] = given.narrow(axis, length, count)
-    mask = arguments.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.ndim == 2:
-        first["attention_mask"] = mask[:, : mask.shape[1] - count]
-    elif mask is not None:
-        raise UserError(
-            "assisted decoding beside attlas's parts takes a 2-D attention_mask, got one of "
-            + (f"{mask.ndim} dimensions" if isinstance(mask, Tensor) else type(mask).__name__)
-        )
-    return first, rest
-
-
-def _joined(first: Any, rest: Any) -> Any:
-    """What two calls gave, as one call would have given it."""
-    if isinstance(first, tuple):
-        return tuple(_both(a, b) for a, b in zip(first, rest, strict=True))
-    for name, value in rest.items():
-        rest[name] = _both(first.get(name), value)
-    return rest
-
-
-def _both(a: Any, b: Any) -> Any:
-    if isinstance(a, Tensor) and isinstance(b, Tensor) and a.ndim == 3:
-        return torch.cat([a, b], dim=1)
-    if isinstance(a, tuple) and isinstance(b, tuple):
-        return tuple(_both(x, y) for x, y in zip(a, b, strict=True))
-    return b

@@ -122,14 +122,14 @@ def _softmax(
 ) -> Tensor:  # fmt: skip
     mask = inputs.pairs
     keys = k.shape[2] if recording() else _all_keys(k, inputs).shape[2]
-    square, one = keys == q.shape[2], q.shape[2] == 1
+    one = q.shape[2] == 1
     causal = mask == masks.causal if isinstance(mask, Mask) else False
     pairs: Tensor | None = None
-    if not (mask is None or (causal and (square or one))):
+    if not (mask is None or causal):
         offset = keys - q.shape[2]
         pairs = ops.as_dense(mask, q.shape[2], keys, offset, q.device)
         pairs = None if pairs is None else pairs.expand(q.shape[0], -1, q.shape[2], keys)
-    options = {"is_causal": causal and square, "score_mod": inputs.by_positions(layer.score_mod, keys)}
+    options = {"is_causal": causal, "score_mod": inputs.by_positions(layer.score_mod, keys)}
     if one and layer.causal:  # a single token sees all that is there: the cache may keep its form
         options["is_causal"] = True
     changed = type(layer).features is not Attention.features

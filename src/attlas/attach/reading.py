@@ -11,18 +11,18 @@ from attlas.errors import UserError
 from attlas.storage.layer import StoredLayer
 
 
-def mask_of_last(
-    held: Attachment, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None
-) -> Tensor | None:
-    """The mask of a layer that reads another's keys and may be given the last queries alone.
+def filled(held: Attachment, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values up to the last query's own, for causal calls without a mask.
 
-    Models leave causal masks out, which without the first queries says no more which keys are later.
+    A static cache gives its empty room too. Behind what is left out the last query stands at the last
+    key, also in layers that read another's keys and are given the last queries alone.
     """
     queries, keys = query.shape[2], key.shape[2]
-    if mask is not None or held.tower.layers.get(module) not in held.sources or not 1 < queries < keys:
-        return mask
-    causal = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
-    return causal.tril(keys - queries)[None, None]
+    forward_pass = held.forward_pass
+    seen = queries if forward_pass is None else forward_pass.offset + (forward_pass.length or queries)
+    if not 1 < queries < keys or keys <= seen:
+        return key, value
+    return key[:, :, :seen], value[:, :, :seen]
 
 
 def mask_of_chosen(chosen: Tensor | None, key: Tensor, mask: Tensor | None) -> Tensor | None:

@@ -42,9 +42,10 @@ def chained(first: ScoreMod | None, second: ScoreMod | None) -> ScoreMod | None:
     return together
 
 
-def in_slots(call: Call) -> ScoreMod | None:
-    """The score change in force in terms of this call's query and slot numbers."""
-    mod, columns, first = call.score_mod, call.original_positions, call.forward_pass.offset
+def in_slots(call: Call, offset: int) -> ScoreMod | None:
+    """The score change in force in terms of slots, and of queries numbered from `offset`."""
+    mod, columns = call.score_mod, call.original_positions
+    first = call.forward_pass.offset - offset
     if mod is None or (columns is None and first == 0):
         return mod
     groups = call.groups

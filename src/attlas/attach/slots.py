@@ -91,7 +91,8 @@ def both(call: Call, extra: Tensor | None) -> Bool[Tensor, "batch mask_heads que
     query, slots = call.q.shape[2], call.k.shape[2]
     mask = call.mask
     if mask is None and call.is_causal and query > 1:
-        mask = torch.ones(query, slots, dtype=torch.bool, device=extra.device).tril()[None, None]
+        mask = torch.ones(query, slots, dtype=torch.bool, device=extra.device)
+        mask = mask.tril(slots - query)[None, None]
     joined = extra if mask is None else mask & extra
     heads = joined.shape[1] if joined.ndim == 4 else 1
     return joined.expand(call.q.shape[0], heads, query, slots)

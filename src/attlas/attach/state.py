@@ -90,6 +90,15 @@ class Attachment:
         self._here.under = under
 
     @property
+    def until(self) -> int | None:
+        """Tokens seen at which a prompt ends that this thread reads in pieces; None where it does not."""
+        return getattr(self._here, "until", None)
+
+    @until.setter
+    def until(self, until: int | None) -> None:
+        self._here.until = until
+
+    @property
     def around(self) -> dict[nn.Module, dict[str, Any]]:
         """The arguments of the models around the tower whose calls are under way in this thread."""
         found: dict[nn.Module, dict[str, Any]] = self._here.__dict__.setdefault("around", {})

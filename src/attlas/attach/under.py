@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,6 +21,8 @@ from attlas.attach.towers import Tower, is_attention
 from attlas.errors import UserError
 from attlas.tracing import HOLDING
 
+#: The forward call of an attached tower that is under way here, in which masks are made.
+PASS: ContextVar[ForwardPass | None] = ContextVar("PASS", default=None)
 #: Arguments that bring attention something else than its own tokens to attend to.
 CROSS = ("key_value_states", "encoder_hidden_states", "cross_attention_states")
 
@@ -28,6 +31,20 @@ CROSS = ("key_value_states", "encoder_hidden_states", "cross_attention_states")
 def recording() -> bool:
     """Whether a step is recorded now, which parts are told of behind it, and no masks are made for."""
     return HOLDING.get() is not None
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def no_mask(causal: tuple[int, int] | None) -> bool:
+    """Whether attention needs no mask: of a recorded step, or of new tokens that see all before them.
+
+    Args:
+        causal: (tokens before the queries, queries), where the mask would say no more.
+    """
+    if recording():
+        return True
+    forward_pass = PASS.get()
+    here = forward_pass is not None and (forward_pass.offset, forward_pass.length) == causal
+    return here and causal is not None and causal[0] > 0
 
 
 @dataclass(slots=True)
@@ -52,6 +69,7 @@ class Under:
     Attributes:
         forward_pass: what parts are told of it.
         direct: nothing of ours is needed: no part, and a cache that Transformers can read.
+        before: the call that this one is made in, of another tower.
         again: a part of the call is computed a second time, by checkpointing.
         modules: the module that has attended for each layer.
         entered: the newest call of each attention module.
@@ -59,6 +77,7 @@ class Under:
 
     forward_pass: ForwardPass
     direct: bool = False
+    before: ForwardPass | None = None
     again: bool = False
     modules: dict[int, nn.Module] = field(default_factory=dict)
     entered: dict[nn.Module, Entered] = field(default_factory=dict)

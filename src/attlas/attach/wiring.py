@@ -38,7 +38,7 @@ def connect(held: Attachment, capturing: Capturing) -> None:
     held.undo = [lambda: _forget(held)]
     try:
         function = torch.compiler.disable(attention, reason=hooks.REASON)
-        interface.register(NAME, function, no_mask=under.recording)
+        interface.register(NAME, function, no_mask=under.no_mask)
         for module in tower.layers:
             ATTACHED[module] = held
         held.undo += _open(ours) if ours else _switch(held)

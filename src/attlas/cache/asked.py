@@ -55,13 +55,17 @@ def asked_weights(
 ) -> Float[Tensor, "batch kv_heads group queries slots"]:
     """Weights of the remembered queries over the slots, causal among themselves.
 
-    The weights of a query that is not there, of column −1, mean nothing.
+    The weights of a query that is not there, of column −1, mean nothing. They take more memory than the
+    keys do: so they are made in their own place, with the keys of one head at a time as float32.
     """
     queries, columns = state.tensors["queries"], state.tensors["columns"]
-    heads = slots.keys.shape[1]
-    grouped = rearrange(queries.float() * state.scaling, "b (h g) w d -> b h (g w) d", h=heads)
-    logits = grouped @ slots.keys.float().transpose(-1, -2)
-    logits = rearrange(logits, "b h (g w) t -> b h g w t", w=columns.shape[1])
+    keys, width = slots.keys, columns.shape[1]
+    grouped = rearrange(
+        queries.float() * state.scaling, "b (h g) w d -> h b (g w) d", h=keys.shape[1]
+    )
+    logits = grouped.new_empty(len(keys), keys.shape[1], grouped.shape[2] // width, width, keys.shape[2])
+    for head, asking in enumerate(grouped):
+        logits[:, head] = (asking @ keys[:, head].float().mT).unflatten(1, (-1, width))
     asked = columns >= 0
     # No slot before the first asked query lies in anyone's future: slots are in order.
     first = int(columns.clamp(min=0).min())
@@ -69,5 +73,5 @@ def asked_weights(
     logits[..., first:].masked_fill_((late & asked[:, None, :, None])[:, :, None], -torch.inf)
     if not slots.valid.all():
         logits.masked_fill_(~slots.valid[:, :, None, None], -torch.inf)
-    weights: Tensor = logits.softmax(dim=-1)
-    return weights
+    logits.sub_(logits.amax(dim=-1, keepdim=True)).exp_()
+    return logits.div_(logits.sum(dim=-1, keepdim=True))

@@ -13,10 +13,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    causal_mask_function,
+    sdpa_mask,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
 __all__ = [
@@ -55,17 +60,36 @@ class Attached(str):
 
 
 def register(
-    name: str, function: Callable[..., Any], no_mask: Callable[[], bool] = lambda: False
+    name: str,
+    function: Callable[..., Any],
+    no_mask: Callable[[tuple[int, int] | None], bool] = lambda _: False,
 ) -> None:
     """An attention function under a name, with SDPA's masks; none where `no_mask` says so.
 
-    Both are registered together: with the function alone Transformers would give no mask at all, and
-    padding and causality would be lost silently.
+    It is told (tokens before the queries, queries) where a mask would say no more than that each query
+    sees all keys up to its own, else None. Both are registered together: with the function alone
+    Transformers would give no mask at all, and padding and causality would be lost silently.
     """
+
+    def mask(**asked: Any) -> Tensor | None:
+        return None if no_mask(_only_causal(asked)) else sdpa_mask(**asked)
+
     AttentionInterface.register(name, function)
-    AttentionMaskInterface.register(
-        name, lambda *args, **kwargs: None if no_mask() else sdpa_mask(*args, **kwargs)
-    )
+    AttentionMaskInterface.register(name, mask)
+
+
+def _only_causal(asked: dict[str, Any]) -> tuple[int, int] | None:
+    """(tokens before the queries, queries) of a mask that hides nothing but later tokens; else None."""
+    queries, before, padding = asked["q_length"], asked.get("q_offset"), asked.get("attention_mask")
+    if torch.compiler.is_compiling() or not isinstance(before, int):  # a static cache's is a tensor
+        return None
+    if asked.get("mask_function") is not causal_mask_function or not asked.get("allow_is_causal_skip"):
+        return None
+    if asked.get("kv_offset") or asked["kv_length"] != before + queries:
+        return None
+    if padding is not None and (padding.shape[-1] != before + queries or not padding.all()):
+        return None
+    return before, queries
 
 
 def forget(name: str) -> None:

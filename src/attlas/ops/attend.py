@@ -18,6 +18,7 @@ from typing import Any, Literal, overload
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 
 from attlas.errors import UnknownName
 from attlas.masks import Mask, causal, density, hides_nothing
@@ -144,6 +145,8 @@ def _choose(
     # Nothing may be compiled for a change of scores of this call alone. What a kernel adds to a trained
     # table's gradient it adds pair by pair, forty times as slowly.
     own = getattr(score_mod, "of_call", False) or (fits_sdpa and _trained(score_mod))
+    if q.is_cuda and score_mod is None and fits_sdpa and _lower_right(mask, queries, keys, offset):
+        return "sdpa"  # FlexAttention would compile for every length that a text has had by then
     flexible = q.is_cuda and keys >= LONG and queries > 1 and not own
     if flexible and refuses(q, k, v, mask) is None:
         return "flex"
@@ -183,6 +186,12 @@ def _choose_traced(
     return "reference" if small or not torch.compiler.is_compiling() else "chunked"
 
 
+def _lower_right(mask: Mask | Tensor | None, queries: int, keys: int, offset: int) -> bool:
+    """Whether new tokens see all keys up to their own, which FlashAttention takes without a mask."""
+    behind = 1 < queries < keys and offset == keys - queries and not traced()
+    return behind and isinstance(mask, Mask) and mask == causal
+
+
 def _sparse(mask: Mask | Tensor | None, queries: int, keys: int, offset: int) -> bool:
     """Whether a pattern leaves enough blocks empty for visiting only the others to win."""
     return isinstance(mask, Mask) and density(mask, queries, keys, offset) < DENSE
@@ -196,6 +205,8 @@ def _sdpa(
         raise ValueError("route='sdpa' gives no lse; use 'flex', 'chunked' or 'reference'")
     if score_mod is not None and not getattr(score_mod, "additive", False):
         raise ValueError("route='sdpa' takes additive score_mods alone (see attlas.positions)")
+    if q.is_cuda and score_mod is None and _lower_right(mask, q.shape[2], k.shape[2], offset):
+        return _behind(q, *_alike(k, v, q.shape[1]), scale, dropout)
     flags: dict[str, Any]
     whole = offset == 0 and q.shape[2] == k.shape[2]
     if score_mod is None and whole and isinstance(mask, Mask) and mask == causal:
@@ -217,6 +228,16 @@ def _sdpa(
         )
         out = out.masked_fill(dead, 0.0)
     return out
+
+
+def _behind(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float) -> Tensor:
+    """Causal attention of the last tokens, by PyTorch's own FlashAttention."""
+    from torch.nn.attention.bias import causal_lower_right  # which brings the compiler with it
+
+    return scaled_dot_product_attention(
+        q, k, v, causal_lower_right(q.shape[2], k.shape[2]), dropout, scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )  # fmt: skip
 
 
 def _alike(k: Tensor, v: Tensor, heads: int) -> tuple[Tensor, Tensor]:

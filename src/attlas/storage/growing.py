@@ -66,14 +66,23 @@ class Growing:
             room[:, :, : self._count] = self.tensor
             self._room, self._own = room, True
 
-    def append(self, more: Shaped[Tensor, "batch heads new width"], beside: int = 0) -> None:
-        """Put tokens behind those that are there; `beside` tokens are held elsewhere."""
+    def append(
+        self, more: Shaped[Tensor, "batch heads new width"], beside: int = 0, coming: int = 0
+    ) -> None:
+        """Put tokens behind those that are there.
+
+        Args:
+            more: the tokens.
+            beside: tokens that are held elsewhere.
+            coming: tokens that are known to come behind these.
+        """
         count = self._count + more.shape[2]
         if torch.is_grad_enabled() and (more.requires_grad or self._room.requires_grad):
             self._room, self._own = torch.cat([self.tensor, more], dim=2), False
         else:
             if not self._own or count > self._room.shape[2]:
-                self._make_room(count, (count + beside) // SHARE if self._count else 0)
+                share = (count + beside) // SHARE if self._count else 0
+                self._make_room(count, max(share, coming))
             self._room[:, :, self._count : count] = more
         self._count = count
 

@@ -37,6 +37,7 @@ class StoredLayer(DenseSlots):
         attached: the forward call under way goes through attlas's attention.
         read_bytes: bytes of the cache that the last step read.
         seated: a captured step writes to the states in place, so that a fork has to copy them.
+        promised: tokens that are known to come in all, for which room is made at once.
     """
 
     def __init__(self, learned: dict[str, LayerState] | None = None) -> None:
@@ -49,6 +50,7 @@ class StoredLayer(DenseSlots):
         self.attached = False
         self.read_bytes = 0
         self.seated = False
+        self.promised = 0
 
     @property
     def context_slots(self) -> int:
@@ -95,9 +97,9 @@ class StoredLayer(DenseSlots):
         if self._keys is None or self._values is None:
             self.hold(key_states, value_states)
         else:
-            beside = self.context_slots
-            self._keys.append(key_states, beside)
-            self._values.append(value_states, beside)
+            beside, coming = self.context_slots, max(0, self.promised - self.seen)
+            self._keys.append(key_states, beside, coming)
+            self._values.append(value_states, beside, coming)
         if not self.bodies:
             keys, values = self.keys, self.values
             assert keys is not None
@@ -124,7 +126,7 @@ class StoredLayer(DenseSlots):
         """Forget everything; the next call is a new prompt."""
         super().reset()
         self.bodies, self.states = {}, {}
-        self.fixed, self.compressed, self.read_bytes = 0, False, 0
+        self.fixed, self.compressed, self.read_bytes, self.promised = 0, False, 0, 0
         for state in self.learned.values():
             state.tensors.clear()
 

@@ -130,3 +130,10 @@ def rotate(
     front = torch.addcmul(a * cos_a, b, sin_a, value=-1)
     back = torch.addcmul(b * cos_b, a, sin_b)
     return torch.cat([front, back, rest], dim=-1)
+
+
+def changing_with_length(base: nn.Module) -> str | None:
+    """The kind of rotations that change with the length of a text; None where there are none."""
+    told = [getattr(module, "rope_type", None) for module in base.modules()]
+    kinds = [kind for each in told for kind in (each.values() if isinstance(each, dict) else (each,))]
+    return next((kind for kind in kinds if kind in ("dynamic", "longrope")), None)
