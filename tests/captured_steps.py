@@ -37,9 +37,9 @@ OURS = {
     "softmax": None, "grouped-query-attention": None, "selective-self-attention": None,
     "compressed-convolutional": None, "lightning-attention-2": None, "gated-linear-attention": None,
     "fast-weight-delta-rule": None, "arwkv-rwkv7": None, "retention": None, "transformer-vq": None,
+    "qk-norm": None,
     "alibi": "a layer looks at where all keys stand",
     "titans-neural-memory": "a layer looks at where all keys stand",
-    "qk-norm": "keys are looked at one by one",
     "rope-nope-hybrid": "RopeNopeHybrid sees a pattern of the keys",
     "differential-transformer": "Differential in layer 0 reads its keys in a way of its own",
 }  # fmt: skip

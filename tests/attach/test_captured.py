@@ -54,7 +54,6 @@ def test_the_steps_are_the_eager_ones(name: str, padded: bool) -> None:
 
 #: Of the families the reasons for which steps are not captured.
 LEFT = {
-    "gemma2": "keys are looked at one by one",
     "phi3-long": "rotations of type 'longrope' look at how long the text is",
     "olmo-dynamic": "rotations of type 'dynamic' look at how long the text is",
     "deepseek-v3": "layer 0 (DeepseekV3Attention) caches something else than keys",
@@ -99,6 +98,67 @@ def test_decoders_of_ours(name: str) -> None:
     session, found = decoded(model, "none", 14, "auto", ids)
     assert session.why_not_captured == OURS[name]
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_beams_are_moved_where_they_lie(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids, answers, made = llama(), tiny_models.prompt(2, 25), [], []
+
+    def recorded(step: Any, device: Any) -> Any:
+        made.append(step)
+        return step(), step
+
+    monkeypatch.setattr(captured, "recorded", recorded)
+    for compile in (False, "auto"):
+        with attach(model, *parts(name), compile=compile) as session:
+            answers.append(model.generate(ids, num_beams=3, max_new_tokens=20, do_sample=False))
+    assert answers[0].equal(answers[1])
+    if name == "ada-kv":  # heads of unequal lengths lie in one flat buffer
+        assert session.why_not_captured == "what the cache holds is moved at every step"
+    else:
+        assert session.why_not_captured is None
+        assert len(made) == 1
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "gpt-oss"])
+def test_beams_over_windows_and_soft_caps(family: str) -> None:
+    ids, answers = tiny_models.prompt(2, 25), []
+    for compile in (False, "auto"):
+        model = find(family).model()
+        with attach(model, *parts("snapkv"), compile=compile) as session:
+            answers.append(model.generate(ids, num_beams=2, max_new_tokens=16, do_sample=False))
+    assert session.why_not_captured is None
+    assert answers[0].equal(answers[1])
+
+
+@pytest.mark.parametrize("name", ["none", "snapkv", "4 bits", "quest"])
+def test_beams_leave_a_fork_as_it_was(name: str) -> None:
+    model, ids = llama(), tiny_models.prompt(2, 30)
+    kept: dict[str, Any] = {}
+
+    def change(step: int, cache: Any) -> Any:
+        if step == 8:
+            kept["fork"] = forked(cache)
+        if step == 10:
+            cache.reorder_cache(torch.tensor([1, 0]))
+        return kept["fork"] if step == 14 else cache
+
+    expected = decoded(model, name, 20, False, ids, change=change)[1]
+    found = decoded(model, name, 20, "auto", ids, change=change)[1]
+    torch.testing.assert_close(found, expected, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_soft_caps_over_a_compressed_cache(padded: bool) -> None:
+    model, ids = find("gemma2").model().double(), tiny_models.prompt(3, 33)
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    given = mask if padded else None
+    expected = decoded(model, "snapkv", 40, False, ids, given)[1]
+    session, found = decoded(model, "snapkv", 40, "auto", ids, given)
+    reason = "layer 0 of the cache is a sliding window over padded rows"
+    assert session.why_not_captured == (reason if padded else None)
+    torch.testing.assert_close(found, expected, atol=1e-9, rtol=1e-9)
 
 
 def test_room_that_runs_out_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,16 +273,6 @@ def test_a_prompt_that_ends_in_a_chunk_of_one_token() -> None:
                 ))  # fmt: skip
         assert session.why_not_captured is None
         assert found[0].equal(found[1])
-
-
-def test_beams_move_what_the_cache_holds() -> None:
-    model = find("llama").model(num_hidden_layers=2)
-    ids = tiny_models.prompt(2, 24)
-    asked = {"max_new_tokens": 20, "num_beams": 3, "do_sample": False}
-    with attach(model) as session:
-        beams = model.generate(ids, **asked)
-    assert session.why_not_captured == "what the cache holds is moved at every step"
-    assert beams.equal(model.generate(ids, **asked))
 
 
 def test_padded_rows_without_positions() -> None:

@@ -125,7 +125,12 @@ class Step:
         left_out = [n for n in self.given if n != "position_ids" and arguments.get(n) is None]
         if left_out or (valid is not None) != self.padded:
             return False
-        return all(seat.ready for seat in self.seats) and self._model.same
+        for seat in self.seats:
+            if not seat.ready:
+                seat.put_back()
+                if not seat.ready:
+                    return False
+        return self._model.same
 
     def __call__(self, cache: Any, arguments: dict[str, Any], valid: Tensor | None) -> Any:
         """What the tower gives for the next token."""

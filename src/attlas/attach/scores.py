@@ -7,6 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from attlas.attach.call import Call
+from attlas.attach.under import recording
+from attlas.errors import UserError
 from attlas.positions import ScoreMod
 
 
@@ -14,6 +16,8 @@ def changed_by(call: Call) -> ScoreMod | None:
     """What the model itself does to scores: soft cap, then position bias; None for nothing."""
     softcap: Any = call.kwargs.get("softcap")
     bias: Any = call.kwargs.get("position_bias")
+    if bias is not None and recording():
+        raise UserError("scores change by position")
     first = call.forward_pass.offset
     # The bias of a window is that of its slots.
     start = call.forward_pass.windows.get(call.source, 0)

@@ -7,6 +7,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from attlas.attach.call import Call
+from attlas.attach.under import recording
 from attlas.errors import UserError
 from attlas.ops.segments import listed
 from attlas.storage.layer import Chosen, StoredLayer
@@ -42,7 +43,7 @@ def in_original_positions(
     if mask is None:
         if call.q.shape[2] > 1 and call.is_causal:
             there = there[:, :, None] & (columns[:, :, None] <= call.queries[:, None])
-        elif bool(there.all()):
+        elif not recording() and bool(there.all()):
             return None
         else:
             there = there[:, :, None]

@@ -78,6 +78,10 @@ class Body(ABC):
         """The body with its rows in another order, some of them or repeated."""
         return self.restored({n: change(t) for n, t in self.tensors.items()}, self.constants)
 
+    def reordered(self, rows: Int[Tensor, " batch"]) -> Body:
+        """The body with its rows in another order, itself where they can stay where they lie."""
+        return self.rows(lambda x: x.index_select(0, rows.to(x.device)))
+
     def fork(self) -> Body:
         """A body that may grow while this one stays."""
         return self.restored(self.tensors, self.constants)
@@ -161,11 +165,29 @@ class GrownBody(Body):
         self.columns_held.tensor[:, :, width:][self.columns_held.tensor[:, :, width:] == 0] = -1
         self.lengths = (at + counts).to(torch.int32)
 
+    def _growing(self) -> list[Growing]:
+        columns = [] if self.columns_held is None else [self.columns_held]
+        return [*self.held.values(), *columns]
+
+    def fork(self) -> Body:
+        """A body that may grow while this one stays, and looks at its memory."""
+        for growing in self._growing():
+            growing.show()
+        return super().fork()
+
+    def reordered(self, rows: Int[Tensor, " batch"]) -> Body:
+        """Itself, with its rows in another order."""
+        for growing in self._growing():
+            growing.reorder(rows)
+        if self.lengths is not None:
+            self.lengths = self.lengths.index_select(0, rows.to(self.lengths.device))
+        return self
+
     def reserve(self, tokens: int) -> None:
         """Have room for so many tokens, so that what is appended until then moves nothing."""
         for name, growing in self.held.items():
-            if group := self.group(name):
-                growing.reserve(-(-tokens // group))
+            group = self.group(name)
+            growing.reserve(-(-tokens // group) if group else growing.count)
 
     def widened(self, lengths: Int[Tensor, "batch kv_heads"]) -> GrownBody:
         """The body with all its room, of which the first `lengths` slots are filled."""

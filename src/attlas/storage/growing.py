@@ -24,6 +24,7 @@ class Growing:
         self._room = filled
         self._count = filled.shape[2]
         self._own = False
+        self._seen = False
 
     @property
     def tensor(self) -> Shaped[Tensor, "batch heads tokens width"]:
@@ -110,6 +111,18 @@ class Growing:
         there = new < counts[..., None]
         row, head, token = there.nonzero(as_tuple=True)
         self._room[row, head, at[row, head] + token] = more[there]
+
+    def reorder(self, rows: Int[Tensor, " batch"]) -> None:
+        """Rows in another order, where they lie unless something else looks at them."""
+        moved = self.tensor.index_select(0, rows.to(self._room.device))
+        if self._own and not self._seen:
+            self._room[:, :, : self._count] = moved
+        else:
+            self._room, self._own, self._seen = moved, True, False
+
+    def show(self) -> None:
+        """Something else looks at what is filled now, which may grow in place but not change."""
+        self._seen = True
 
     def fork(self) -> Growing:
         """Another that shares the memory until one of them grows."""

@@ -163,24 +163,35 @@ class StoredLayer(DenseSlots):
         self.seen = limit
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Rows in another order, as beam search asks."""
-        self._rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
+        """Rows in another order, as beam search asks; keys and values stay where they lie."""
+        if self._keys is not None and self._values is not None:
+            self._keys.reorder(beam_idx)
+            self._values.reorder(beam_idx)
+        self.bodies = {name: body.reordered(beam_idx) for name, body in self.bodies.items()}
+        for name, held in self.states.items():
+            moved = held.index_select(0, beam_idx.to(held.device))
+            self.states[name] = held.copy_(moved) if self.seated else moved
+        self._change_told(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row several times."""
-        self._rows(lambda x: x.repeat_interleave(repeats, dim=0))
+        self._changed(lambda x: x.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Only some rows."""
-        self._rows(lambda x: x[indices.to(x.device)])
+        self._changed(lambda x: x[indices.to(x.device)])
 
-    def _rows(self, change: Callable[[Tensor], Tensor]) -> None:
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> None:
         if self._keys is not None and self._values is not None:
             self._keys, self._values = self._keys.changed(change), self._values.changed(change)
-        if self.index is not None:
-            self.index = change(self.index)
         self.bodies = {name: body.rows(change) for name, body in self.bodies.items()}
         self.states = {name: change(x) for name, x in self.states.items()}
+        self._change_told(change)
+
+    def _change_told(self, change: Callable[[Tensor], Tensor]) -> None:
+        """The rows of what tells of slots and of what parts know."""
+        if self.index is not None:
+            self.index = change(self.index)
         for state in self.learned.values():
             state.tensors = {name: change(x) for name, x in state.tensors.items()}
 

@@ -103,6 +103,11 @@ class Seat:
             held.owned and held.room is self._rooms[path] for path, held in self._held().items()
         )
 
+    def put_back(self) -> None:
+        """What was moved, as beams are, goes back where the step reads it, unless a fork looks there."""
+        if all(h.owned and h.room is self._rooms[path] for path, h in self._held().items()):
+            self.settle()
+
     def tell(self, valid: Tensor | None, anew: bool) -> None:
         """Write to the device what Python counts.
 
@@ -181,7 +186,7 @@ class Seat:
         found = {"keys": layer._keys, "values": layer._values}
         for name, body in layer.bodies.items():
             if type(body) in GROWING and isinstance(body, GrownBody):
-                found |= {f"{name}.{n}": held for n, held in body.held.items() if body.group(n)}
+                found |= {f"{name}.{n}": held for n, held in body.held.items()}
         return found
 
     def _read_of_bodies(self) -> int:

@@ -51,6 +51,15 @@ class WindowSeat(InPlaceSeat):
         layer, (keys, values) = self.layer, self._written
         return layer.keys is keys and layer.values is values and not layer.record_past
 
+    def put_back(self) -> None:
+        """Beams in another order; a fork has memory of its own."""
+        moved = self.layer.keys, self.layer.values
+        if all(now.shape == held.shape for now, held in zip(moved, self._written, strict=True)):
+            for held, now in zip(self._written, moved, strict=True):
+                if held is not now:
+                    held.copy_(now)
+            self.layer.keys, self.layer.values = self._written
+
     def advance(self) -> None:
         """A token more was seen."""
         super().advance()

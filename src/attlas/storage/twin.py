@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from attlas.errors import UserError
@@ -43,12 +44,23 @@ class Twin(StoredLayer):
         return key_states, value_states
 
     def read(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Refused: how many keys there are is known to the device alone.
+        """(keys, values, columns) of all the room, where what is not filled has the column −1.
+
+        Columns tell only which slots are filled: how many tokens there are the device alone knows.
 
         Raises:
-            ValueError: always.
+            ValueError: some keys are encoded.
         """
-        raise UserError("keys are looked at one by one")
+        if self.bodies:
+            raise UserError("encoded keys are looked at one by one")
+        assert self._keys is not None
+        assert self._values is not None
+        keys, values = self._keys.room, self._values.room
+        slots = torch.arange(keys.shape[2], device=keys.device)
+        there = slots < self.count[..., None]
+        if self.visible is not None:
+            there = there & self.visible[:, :, 0]
+        return keys, values, torch.where(there, slots, -1)
 
     def segments(
         self, visible: Tensor | None = None, chosen: Chosen | None = None
@@ -79,6 +91,9 @@ class InPlaceSeat:
 
     def keep(self) -> None:
         """At the end of the step: what it made goes where the layer holds it, unless it lies there."""
+
+    def put_back(self) -> None:
+        """What was moved, as beams are, goes back where the step writes it, where that can be told."""
 
     def advance(self) -> None:
         """The recorded step has run: what was before the first is wanted no more."""
