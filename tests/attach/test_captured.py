@@ -56,9 +56,6 @@ def test_the_steps_are_the_eager_ones(name: str, padded: bool) -> None:
 LEFT = {
     "phi3-long": "rotations of type 'longrope' look at how long the text is",
     "olmo-dynamic": "rotations of type 'dynamic' look at how long the text is",
-    "deepseek-v3": "layer 0 (DeepseekV3Attention) caches something else than keys",
-    "gemma3n": "layers read the keys of others",
-    "gemma4": "layers read the keys of others",
 }
 
 
@@ -149,16 +146,23 @@ def test_beams_leave_a_fork_as_it_was(name: str) -> None:
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_soft_caps_over_a_compressed_cache(padded: bool) -> None:
-    model, ids = find("gemma2").model().double(), tiny_models.prompt(3, 33)
+@pytest.mark.parametrize(("family", "name"), [
+    ("gemma2", "none"), ("gemma2", "snapkv"), ("gemma3n", "none"), ("gemma3n", "snapkv"),
+    ("deepseek-v3", "none"),
+])  # fmt: skip
+def test_soft_caps_latents_and_shared_keys(family: str, name: str, padded: bool) -> None:
+    model, ids = find(family).model(), tiny_models.prompt(3, 33)
+    latents = family == "deepseek-v3"  # whose experts are no products of float64
+    model = model if latents else model.double()
     mask = torch.ones_like(ids)
     mask[0, :7] = 0
     given = mask if padded else None
-    expected = decoded(model, "snapkv", 40, False, ids, given)[1]
-    session, found = decoded(model, "snapkv", 40, "auto", ids, given)
+    expected = decoded(model, name, 40, False, ids, given)[1]
+    session, found = decoded(model, name, 40, "auto", ids, given)
     reason = "layer 0 of the cache is a sliding window over padded rows"
-    assert session.why_not_captured == (reason if padded else None)
-    torch.testing.assert_close(found, expected, atol=1e-9, rtol=1e-9)
+    assert session.why_not_captured == (reason if padded and not latents else None)
+    bound = 2e-5 if latents else 1e-9
+    torch.testing.assert_close(found, expected, atol=bound, rtol=bound)
 
 
 def test_room_that_runs_out_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:

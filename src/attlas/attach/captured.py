@@ -27,10 +27,11 @@ from attlas.hf.caches import (
     DynamicSlidingWindowLayer,
     LinearAttentionLayer,
 )
+from attlas.hf.sources import caching
 from attlas.storage.layer import StoredLayer
 from attlas.storage.seat import Seat
 from attlas.storage.still import StateSeat, WindowSeat
-from attlas.storage.twin import MemorySeat
+from attlas.storage.twin import EmptySeat, MemorySeat
 from attlas.tracing import HOLDING
 
 #: Layers that hold no keys that grow, and their seats.
@@ -169,7 +170,7 @@ class Step:
     def _seat(self, cache: Any, device: torch.device) -> None:
         """Room for every layer, one after the other, and what the device is told of it."""
         for number, layer in enumerate(self.layers):
-            if type(layer) is DynamicLayer:
+            if type(layer) is DynamicLayer and number not in self.held.sources:
                 self.layers[number] = StoredLayer()
                 self.layers[number].take_over(layer)
         stored = [x for x in self.layers if isinstance(x, StoredLayer) and x.keys is not None]
@@ -180,11 +181,16 @@ class Step:
         self._lengths = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
         self._slots = torch.zeros(len(sizes), dtype=torch.int64, device=device)
         parts = zip(self._slots.split(1), self._lengths.split(sizes), shapes, strict=True)
+        base = self.held.tower.module
+        latents = caching(base, set(self.held.tower.layers.values()))
         self.seats: list[Any] = []
-        for layer in self.layers:
-            if isinstance(layer, StoredLayer) and layer.keys is not None:
+        for number, layer in enumerate(self.layers):
+            if number in self.held.sources:
+                self.seats.append(EmptySeat(layer))
+            elif isinstance(layer, StoredLayer) and layer.keys is not None:
                 slot, lengths, shape = next(parts)
-                self.seats.append(Seat(layer, slot, lengths.view(shape), self.padded))
+                told = slot, lengths.view(shape), self.padded
+                self.seats.append(Seat(layer, *told, latents=number in latents))
             else:
                 self.seats.append(KINDS[type(layer)](layer))
         self._stored = [seat for seat in self.seats if isinstance(seat, Seat)]

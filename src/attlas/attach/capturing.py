@@ -175,9 +175,9 @@ class Capturing:
         held, base = self.held, self.held.tower.module
         if held.own and (reason := unrecordable(own_layers(base))) is not None:
             return reason
-        if held.sources:
-            return "layers read the keys of others"
-        for number, (_, module) in caching(base, set(held.tower.layers.values())).items():
+        for number, (cached, module) in caching(base, set(held.tower.layers.values())).items():
+            if cached == "latents":
+                continue
             return f"layer {number} ({type(module).__name__}) caches something else than keys"
         for part in held.parts:
             if not part.captures:
@@ -220,7 +220,8 @@ class Capturing:
         if type(cache) is not DynamicCache or cache.offloading:
             return f"the cache is a {type(cache).__name__}"
         for number, layer in enumerate(cache.layers):
-            if (reason := _layer_refused(layer, padded)) is not None:
+            reads = number in self.held.sources  # what another layer holds
+            if not reads and (reason := _layer_refused(layer, padded)) is not None:
                 return f"layer {number} of the cache {reason}"
         return self._watched.why_not
 

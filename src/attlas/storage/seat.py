@@ -38,14 +38,17 @@ class Seat:
         slot: of the twin.
         lengths: of the twin, [batch, kv_heads].
         padded: some tokens are padding.
+        latents: the model makes keys of what the layer holds.
 
     Raises:
         ValueError: the layer holds something that a recorded step cannot read.
     """
 
-    def __init__(self, layer: StoredLayer, slot: Tensor, lengths: Tensor, padded: bool) -> None:
-        self.layer, self.slot, self.lengths = layer, slot, lengths
-        keys, values = _checked(layer)
+    def __init__(
+        self, layer: StoredLayer, slot: Tensor, lengths: Tensor, padded: bool, latents: bool
+    ) -> None:
+        self.layer, self.slot, self.lengths, self.latents = layer, slot, lengths, latents
+        keys, values = _checked(layer, latents)
         for held in (keys, values):
             held.reserve(_whole(layer.dense_slots + _spare(layer)))
         self.visible: Tensor | None = None
@@ -210,7 +213,7 @@ class Seat:
         twin.states = dict(layer.states)
         twin.index, twin.slot, twin.count = None, self.slot, self.lengths
         twin._keys, twin._values = (Growing(self._rooms[name]) for name in ("keys", "values"))
-        twin.visible = self.visible
+        twin.visible, twin.whole = self.visible, self.latents
         twin.bodies = {
             name: body if there is None or not isinstance(body, GrownBody) else body.widened(there)
             for name, (body, there) in self.bodies.items()
@@ -226,9 +229,9 @@ def _spare(layer: StoredLayer) -> int:
     return min(MOST, max(LEAST, layer.seen // SHARE))
 
 
-def _checked(layer: StoredLayer) -> tuple[Growing, Growing]:
-    if layer.latent:
-        raise UserError("a layer holds latents, of which the model makes keys")
+def _checked(layer: StoredLayer, latents: bool) -> tuple[Growing, Growing]:
+    if latents and layer.bodies:
+        raise UserError("a layer holds encoded latents, of which the model makes keys")
     if any(isinstance(body, TieredBody) for body in layer.bodies.values()):
         raise UserError("a part holds keys in host memory")
     if layer._keys is None or layer._values is None:

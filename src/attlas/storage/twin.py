@@ -19,11 +19,13 @@ class Twin(StoredLayer):
         slot: where the step's token is written, [1] int64 on the device.
         count: dense slots that are filled with it, [batch, kv_heads] int32.
         visible: which of them hold a token that is no padding, [batch, kv_heads, 1, room]; None for all.
+        whole: the model makes keys of what is held, latents, and is given all the room.
     """
 
     slot: Tensor
     count: Tensor
     visible: Tensor | None = None
+    whole = False
     #: Segments that the step was given of the bodies, and bytes that it chose by.
     told: tuple[Segment, ...] = ()
     scored = 0
@@ -33,20 +35,33 @@ class Twin(StoredLayer):
         """It is read through attlas."""
         return True
 
+    @property
+    def latent(self) -> bool:
+        """As the seat says."""
+        return self.whole
+
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write the token where `slot` says; gives it alone."""
+        """Write the token where `slot` says; gives it alone, or of latents all the room."""
         assert self._keys is not None
         assert self._values is not None
-        self._keys.room.index_copy_(2, self.slot, key_states)
-        self._values.room.index_copy_(2, self.slot, value_states)
-        return key_states, value_states
+        keys, values = self._keys.room, self._values.room
+        keys.index_copy_(2, self.slot, key_states)
+        values.index_copy_(2, self.slot, value_states)
+        return (keys, values) if self.whole else (key_states, value_states)
+
+    def original_positions(self) -> Tensor:
+        """The slots of all the room, −1 where none is filled: how many are the device alone knows."""
+        assert self._keys is not None
+        slots = torch.arange(self._keys.room.shape[2], device=self.slot.device)
+        there = slots < self.count[..., None]
+        if self.visible is not None:
+            there = there & self.visible[:, :, 0]
+        return torch.where(there, slots, -1)
 
     def read(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(keys, values, columns) of all the room, where what is not filled has the column −1.
-
-        Columns tell only which slots are filled: how many tokens there are the device alone knows.
+        """(keys, values, which slots are filled) of all the room.
 
         Raises:
             ValueError: some keys are encoded.
@@ -55,12 +70,7 @@ class Twin(StoredLayer):
             raise UserError("encoded keys are looked at one by one")
         assert self._keys is not None
         assert self._values is not None
-        keys, values = self._keys.room, self._values.room
-        slots = torch.arange(keys.shape[2], device=keys.device)
-        there = slots < self.count[..., None]
-        if self.visible is not None:
-            there = there & self.visible[:, :, 0]
-        return keys, values, torch.where(there, slots, -1)
+        return self._keys.room, self._values.room, self.original_positions()
 
     def segments(
         self, visible: Tensor | None = None, chosen: Chosen | None = None
@@ -103,6 +113,16 @@ class InPlaceSeat:
         """The tensors as they were before the first step, which failed."""
         for held, before in zip(self._written, self._before, strict=True):
             held.copy_(before)
+
+
+class EmptySeat(InPlaceSeat):
+    """A layer that holds nothing, as its model's layer reads what another one holds; its own twin."""
+
+    ready = True
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__(layer, [])
+        self.twin = layer
 
 
 class MemorySeat(InPlaceSeat):
