@@ -27,7 +27,7 @@ DECAYS = ("none", "head", "token", "channel")
 UPDATES = {"": DECAYS, "delta ": DECAYS[:3], "low rank ": ("none", "channel")}
 #: What a case is when it says nothing else; so many multiprocessors cut a sequence into stretches.
 PLAIN: dict[str, Any] = {
-    "batch": 1, "heads": 2, "tokens": 130, "dim": 16, "width": 24, "decay": "none", "offsets": None,
+    "batch": 1, "heads": 1, "tokens": 130, "dim": 16, "width": 24, "decay": "none", "offsets": None,
     "state": True, "wild": False, "units": 4, "dtype": "float32", "update": "",
 }  # fmt: skip
 CASES: dict[str, dict[str, Any]] = {
@@ -39,7 +39,7 @@ CASES: dict[str, dict[str, Any]] = {
         "one stretch": {"units": 1, "tokens": 65},
         "several stretches": {"tokens": 300 if decay == "channel" else 1100 - 800 * bool(update),
                               "units": 12},
-        "a batch, no state": {"batch": 2, "dim": 32, "width": 16, "state": False},
+        "a batch, no state": {"batch": 2, "heads": 2, "dim": 32, "width": 16, "state": False},
         "widths between powers of two": {"dim": 20, "width": 72},
         "packed": {"offsets": (0, 70, 70, 71, 200), "tokens": 200},
         "packed, several stretches": {"offsets": (0, 170, 400), "tokens": 400, "units": 40},
