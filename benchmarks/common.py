@@ -7,6 +7,7 @@ import os
 import platform
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from attlas.bench.timing import QUEUED, interleaved, timed
 from attlas.tasks.roof import clock
 
-__all__ = ["interleaved", "paired_ratio", "save", "show", "stepped"]
+__all__ = ["interleaved", "paired_ratio", "save", "show", "spent", "stepped"]
 
 RESULTS = Path(os.environ.get("ATTLAS_BENCH_OUT", Path(__file__).parent / "results"))
 
@@ -43,6 +44,40 @@ def paired_ratio(
         "ours_ms": statistics.median(a for a, _ in pairs),
         "theirs_ms": statistics.median(b for _, b in pairs),
         "ratio": statistics.median(a / b for a, b in pairs),
+    }
+
+
+def spent(
+    ours: Callable[[], object], theirs: Callable[[], object], *, rounds: int, calls: int = 100
+) -> dict[str, float]:
+    """Microseconds of this process for a call whose tensors hold next to nothing: what a GPU would wait
+    for. The median over rounds, in which both take turns; `above` is that of the differences.
+
+    Time of the processor, not of the clock, since other processes take their turns too; one thread, as
+    two would wait for each other.
+    """
+
+    def one(run: Callable[[], object]) -> float:
+        began = time.process_time()
+        for _ in range(calls):
+            run()
+        return (time.process_time() - began) / calls * 1e6
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    one(ours), one(theirs)
+    pairs = []
+    for turn in range(rounds):
+        if turn % 2:
+            b, a = one(theirs), one(ours)
+        else:
+            a, b = one(ours), one(theirs)
+        pairs.append((a, b))
+    torch.set_num_threads(threads)
+    return {
+        "ours_us": statistics.median(a for a, _ in pairs),
+        "theirs_us": statistics.median(b for _, b in pairs),
+        "above_us": statistics.median(a - b for a, b in pairs),
     }
 
 

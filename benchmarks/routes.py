@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from attlas import masks, ops
-from common import interleaved, paired_ratio, save, show
+from common import interleaved, paired_ratio, save, show, spent
 
 BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -27,10 +27,10 @@ def block_masks(device: str) -> list[dict[str, object]]:
     rows = []
     for length in (4096, 16384, 65536):
         taken = []
-        for _ in range(5):
-            masks.block_mask.cache_clear()
+        for turn in range(5):
+            pattern = masks.causal & masks.window(1024 + turn)
             began = time.perf_counter()
-            masks.block_mask(masks.causal & masks.window(1024), length, length, device=device)
+            masks.block_mask(pattern, length, length, device=device)
             if device == "cuda":
                 torch.cuda.synchronize()
             taken.append(time.perf_counter() - began)
@@ -145,6 +145,26 @@ def launches() -> list[dict[str, object]]:
     return [show({"what": "launch, microseconds", **{n: t * 1e3 for n, t in timed.items()}})]
 
 
+def python_on_cpu(rounds: int) -> list[dict[str, object]]:
+    """What `attend` asks of Python besides the same call of SDPA, on tensors that hold nothing."""
+    rows = []
+    for what, queries, kv_heads in (("all", 4, 2), ("causal", 4, 2), ("causal, grouped", 4, 1),
+                                    ("causal, last query", 1, 2)):  # fmt: skip
+        for trains in (False, True):
+            q = torch.randn(1, 2, queries, 16, requires_grad=trains)
+            k, v = (torch.randn(1, kv_heads, 4, 16, requires_grad=trains) for _ in range(2))
+            flags: dict[str, Any] = {"is_causal": what != "all" and queries == 4}
+            flags |= {"enable_gqa": True} if kv_heads == 1 else {}
+            pattern = None if what == "all" else masks.causal
+            taken = spent(
+                lambda q=q, k=k, v=v, m=pattern: ops.attend(q, k, v, mask=m),
+                lambda q=q, k=k, v=v, f=flags: scaled_dot_product_attention(q, k, v, **f),
+                rounds=rounds,
+            )
+            rows.append(show({"what": "python", "call": what, "trains": trains, **taken}))
+    return rows
+
+
 def windows_on_gpu(rounds: int) -> list[dict[str, object]]:
     """Sliding windows through FlexAttention beside causal SDPA on its fastest backend."""
     rows = []
@@ -178,6 +198,7 @@ def main() -> None:
     if options.device == "cuda":
         rows += launches() + grid_on_gpu(options.rounds) + windows_on_gpu(options.rounds)
     else:
+        save("routes-python", "cpu", python_on_cpu(rounds=201))
         rows += windows_on_cpu(options.rounds)
     save("routes", options.device, rows)
 

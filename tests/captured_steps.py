@@ -7,7 +7,9 @@ from typing import Any
 import torch
 
 import attlas
+import tiny_models
 from attlas.attach import attach
+from attlas.calibration import Calibrated, calibrate
 from attlas.contract.families import find
 from attlas.hf.caches import with_cache
 
@@ -22,6 +24,7 @@ PARTS: dict[str, list[Any]] = {
     "16 bits": [("quantized-cache", {"bits": 16, "key_group": 4, "recent": 4})],
     "quest": [("quest-page-selection", {"keep": 0.5, "page": 4, "dense_layers": (0,)})],
     "quest, number": [("quest-page-selection", {"pages": 3, "page": 2, "dense_layers": ()})],
+    "loki": [("loki-low-rank-keys", {"keep": 0.5, "rank": 0.5, "block": 2})],
     "snapkv, 4 bits": [
         ("snapkv", {"tokens": 16, "window": 3}), ("quantized-cache", {"key_group": 4, "recent": 2}),
     ],
@@ -45,8 +48,12 @@ OURS = {
 }  # fmt: skip
 
 
-def parts(name: str) -> list[Any]:
-    return [attlas.make(part, **options) for part, options in PARTS[name]]
+def parts(name: str, model: Any = None) -> list[Any]:
+    made = [attlas.make(part, **options) for part, options in PARTS[name]]
+    for part in made:
+        if isinstance(part, Calibrated):
+            part.calibration = calibrate(model, part, [tiny_models.prompt(1, 60, seed=3)])
+    return made
 
 
 def llama() -> Any:
@@ -59,7 +66,7 @@ def decoded(
 ) -> tuple[Any, list[Any]]:
     """(session, logits of every step), each greedy; `change` is called with step and cache."""
     found = []
-    with torch.no_grad(), attach(model, *parts(name), compile=compile) as session:
+    with torch.no_grad(), attach(model, *parts(name, model), compile=compile) as session:
         output = model(ids, attention_mask=mask, use_cache=True)
         for step in range(steps):
             found.append(output.logits[:, -1])

@@ -70,6 +70,7 @@ class Attention(Configured, Network):
 
     def setup(self) -> None:
         """Check how the options go together, and make the projections."""
+        self.context_width = int(getattr(self, "context_dim", self.dim))  # where context is given
         self.supports.check_made(self)
         self.pattern = masks.both(masks.causal if self.causal else None, self.own_mask)
         self.scale = self.head_dim**-0.5
@@ -159,8 +160,7 @@ class Attention(Configured, Network):
 
     def position(self, q: Tensor, k: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Queries and keys that know where they stand; k holds this pass's own keys."""
-        rotate = self.position_encoding.rotate
-        return rotate(q, inputs.positions), rotate(k, inputs.token_positions)
+        return self.position_encoding.rotate_both(q, k, inputs.positions, inputs.token_positions)
 
     def restore(self, k: Tensor, v: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """All keys and values, cached ones included, where they are not those that a cache keeps."""

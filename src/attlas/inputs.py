@@ -76,7 +76,7 @@ class Inputs:
         layer.supports.check_call(layer, encoding, x, context, mask, cache, extras)
         mask = masks.seen(mask) if isinstance(mask, Tensor) else mask
         layer_idx, embed = layer.layer_idx, encoding.embed
-        recorded = getattr(cache, "recorded", False)
+        recorded = cache is not None and getattr(cache, "recorded", False)
         seen = 0 if cache is None or recorded else int(cache.get_seq_length(layer_idx))
         valid = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
         tokens = x if context is None else context
@@ -88,7 +88,8 @@ class Inputs:
         key_positions: Any = Unasked() if recorded else _positions(seen, tokens, valid)
         given = positions is not None
         if positions is None:
-            positions = key_positions[..., seen:] if context is None else _positions(0, x, None)
+            own = key_positions if context is None else _counted(x.shape[1], x.device)
+            positions = own if seen == 0 else own[..., seen:]
         x = embed(x, positions)
         context = None if context is None else embed(context, key_positions)
         made = cls(
@@ -194,10 +195,10 @@ class Inputs:
 
     def within(self, pattern: Mask | None, q: Tensor, k: Tensor) -> Mask | Tensor | None:
         """The caller's mask within a layer's own pattern."""
-        given, valid, queries, keys = self.mask, self.valid, q.shape[2], k.shape[2]
+        given, queries, keys = self.mask, q.shape[2], k.shape[2]
         if not isinstance(given, Tensor):
             return self.placed(masks.both(pattern, given), queries, keys)
-        pattern = self.placed(pattern, queries, keys)
+        pattern, valid = self.placed(pattern, queries, keys), self.valid
         if valid is None:
             own = None if pattern is None else masks.dense(pattern, queries, keys, device=q.device)
             wanted, got = (len(q), queries, keys), (given.shape[0], *given.shape[2:])
@@ -274,18 +275,18 @@ class Inputs:
         counts = k.shape[1], v.shape[1]
         heads, sides = min(counts), dict(self.carried)
         packed = [folded(v, heads), *(folded(x, heads).to(v.dtype) for x in sides.values())]
-        widths = [x.shape[-1] for x in packed]
         values = torch.cat(packed, dim=-1) if sides else packed[0]
         k, v = self.cache.update(folded(k, heads), values, self.layer_idx)
         if getattr(self.cache, "recorded", False):
             return alone(k, v, sides)
         length = int(self.cache.get_seq_length(self.layer_idx))
-        k, v = k[:, :, :length], v[:, :, :length]  # a static cache gives its empty slots too
-        v, *behind = v.split(widths, dim=-1) if sides else (v,)
-        for (name, x), each in zip(sides.items(), behind, strict=True):
-            self.carried[name] = unfolded(each, x.shape[1]).to(x.dtype)
-        k, v = (unfolded(x, count) for x, count in zip((k, v), counts, strict=True))
-        return k, v
+        if traced() or k.shape[2] > length:  # a static cache gives its empty slots too
+            k, v = k[:, :, :length], v[:, :, :length]
+        if sides:
+            v, *behind = v.split([x.shape[-1] for x in packed], dim=-1)
+            for (name, x), each in zip(sides.items(), behind, strict=True):
+                self.carried[name] = unfolded(each, x.shape[1]).to(x.dtype)
+        return unfolded(k, counts[0]), unfolded(v, counts[1])
 
     def recall(self, name: str) -> Tensor | None:
         """What the pass before this one remembered under `name`; None at the beginning."""
@@ -316,7 +317,11 @@ def _positions(seen: int, tokens: Tensor, valid: Tensor | None) -> Tensor:
     """Positions of the cached and the new tokens; padding does not count."""
     if valid is not None:
         return (valid.long().cumsum(-1) - 1).clamp(min=0)
-    return _counted(seen + tokens.shape[1], tokens.device)
+    count = seen + tokens.shape[1]
+    if seen == 0 or traced():
+        return _counted(count, tokens.device)
+    # Each step of decoding asks for one more, of a row that is kept.
+    return _counted(1 << count.bit_length(), tokens.device)[:count]
 
 
 @kept(8)

@@ -18,6 +18,7 @@ class Form(Protocol):
     """What a layer was asked to be."""
 
     dim: int
+    context_width: int
     heads: int
     kv_heads: int
     causal: bool
@@ -106,24 +107,24 @@ class Supports:
             TypeError: an unknown keyword, or a mask that is none.
         """
         name = type(layer).__name__
-        unknown = sorted(set(extras) - set(self.extras))
-        if unknown:
+        if extras and (unknown := sorted(set(extras) - set(self.extras))):
             takes = f"takes {list(self.extras)}" if self.extras else "takes no extras"
             raise TypeError(f"{name} {takes}, got {unknown[0]!r}")
-        of_context = getattr(layer, "context_dim", layer.dim)
-        for what, tokens, dim in (("x", x, layer.dim), ("context", context, of_context)):
-            if tokens is not None and (tokens.ndim != 3 or tokens.shape[-1] != dim):
-                raise ValueError(f"{what} must be [batch, tokens, {dim}], got {list(tokens.shape)}")
-        if context is None and of_context != layer.dim:
-            raise ValueError(
-                f"context must be given: {name} reads tokens {of_context} wide, and x is {layer.dim} wide"
-            )
+        _check_tokens("x", x, layer.dim)
         if context is not None:
+            _check_tokens("context", context, layer.context_width)
             self._check_context(layer, encoding, cache)
+        elif layer.context_width != layer.dim:
+            raise ValueError(
+                f"context must be given: {name} reads tokens {layer.context_width} wide, and x is "
+                f"{layer.dim} wide"
+            )
         if cache is not None and not self.causal:
             raise ValueError(f"cache was given, but {name} has no causal form")
+        if mask is None:
+            return
         self.check_mask(name, mask)
-        if mask is not None and not isinstance(mask, Mask | Tensor):
+        if not isinstance(mask, Mask | Tensor):
             raise TypeError(f"mask takes a Mask or a boolean tensor, got {type(mask).__name__}")
         if isinstance(mask, Tensor) and mask.ndim not in (2, 4):
             raise ValueError(f"mask must have 2 or 4 axes, got {list(mask.shape)}")
@@ -152,6 +153,11 @@ class Supports:
         if self.masks != "pairs" and refused:
             takes = "only padding, [batch, keys]" if self.masks == "padding" else "none"
             raise ValueError(f"mask: {name} takes {takes}, got {mask!r}")
+
+
+def _check_tokens(what: str, tokens: Tensor, dim: int) -> None:
+    if tokens.ndim != 3 or tokens.shape[-1] != dim:
+        raise ValueError(f"{what} must be [batch, tokens, {dim}], got {list(tokens.shape)}")
 
 
 def share_of_dim(layer: Any, maps: int = 1) -> int:

@@ -107,7 +107,7 @@ def test_beams_are_moved_where_they_lie(name: str, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(captured, "recorded", recorded)
     for compile in (False, "auto"):
-        with attach(model, *parts(name), compile=compile) as session:
+        with attach(model, *parts(name, model), compile=compile) as session:
             answers.append(model.generate(ids, num_beams=3, max_new_tokens=20, do_sample=False))
     assert answers[0].equal(answers[1])
     if name == "ada-kv":  # heads of unequal lengths lie in one flat buffer

@@ -61,11 +61,11 @@ def padding() -> torch.Tensor:
 def test_pieces_give_what_one_call_gives(name: str, padded: bool, little: None) -> None:
     model, mask = find("llama").model(num_hidden_layers=2).double(), padding() if padded else None
     lengths = Lengths()
-    found = run(model, mask, *parts(name), lengths)
+    found = run(model, mask, *parts(name, model), lengths)
     assert lengths.seen[:5] == [(6, True)] * 4 + [(7, False)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prefill, "free_bytes", lambda device: None)
-        expected = run(model, mask, *parts(name))
+        expected = run(model, mask, *parts(name, model))
     valid = slice(None) if mask is None else mask.bool()
     torch.testing.assert_close(found[0][valid], expected[0][valid], atol=1e-9, rtol=1e-9)
     torch.testing.assert_close(found[1], expected[1], atol=1e-9, rtol=1e-9)

@@ -16,6 +16,7 @@ from attlas import masks, ops
 from attlas.contract.layers.numbers import LargestTensor
 from attlas.ops import backends
 from attlas.ops.backends import loses_gradients
+from attlas.ops.fused import Programs
 from attlas.positions import ALiBi, T5Bias
 
 # It is beartype, which looks at a random item of each list, that uses it.
@@ -218,34 +219,107 @@ def test_a_shard_without_keys_merges() -> None:
 
 
 @pytest.mark.parametrize(
-    ("queries", "keys", "masked", "trained", "lost"),
+    ("queries", "keys", "masked", "lost"),
     [
-        (192, 192, True, True, True), (192, 192, False, True, False), (192, 192, True, False, False),
-        (128, 128, True, True, False), (160, 160, True, True, False), (5, 64, True, True, True),
-        (1, 100, False, True, True), (1, 100, True, False, False),
+        (192, 192, True, True), (192, 192, False, False), (128, 128, True, False),
+        (160, 160, True, False), (5, 64, True, True), (1, 100, False, True),
     ],
 )  # fmt: skip
-def test_where_cudnn_may_lose_gradients(
-    queries: int, keys: int, masked: bool, trained: bool, lost: bool
-) -> None:
-    q, k = torch.randn(1, 1, queries, 8), torch.randn(1, 1, keys, 8, requires_grad=trained)
+def test_where_cudnn_may_lose_gradients(queries: int, keys: int, masked: bool, lost: bool) -> None:
+    q, k = torch.randn(1, 1, queries, 8), torch.randn(1, 1, keys, 8)
     arguments = {"attn_mask": torch.ones(queries, keys, dtype=torch.bool) if masked else None}
-    assert loses_gradients(q, k, k, arguments) == lost
-    assert loses_gradients(q, k, k, {**arguments, "dropout_p": 0.1}) == trained
+    assert loses_gradients(q, k, arguments) == lost
+    assert loses_gradients(q, k, {**arguments, "dropout_p": 0.1})
 
 
-def test_gradients_come_in_one_layout() -> None:
+@pytest.mark.parametrize("values", [2, 4])
+def test_the_last_query_alone_sees_all_that_is_causal(values: int) -> None:
+    q, k, v = qkv(1, 9)
+    v = v.repeat_interleave(values // 2, dim=1)
+    seen = ops.attend(q, k, v, mask=masks.causal)
+    torch.testing.assert_close(seen, ops.attend(q, k, v))
+    earlier = ops.attend(q, k, v, mask=masks.causal, q_offset=7)
+    torch.testing.assert_close(earlier, ops.attend(q, k[:, :, :8], v[:, :, :8]))
+
+
+@pytest.mark.usefixtures("untyped")
+def test_a_program_for_any_sizes() -> None:
+    program = torch.compile(_causal, fullgraph=True, backend="eager", dynamic=True)
+    for queries, keys in ((5, 5), (1, 9), (3, 9)):
+        call = qkv(queries, keys)
+        torch.testing.assert_close(program(*call), _causal(*call))
+
+
+def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return ops.attend(q, k, v, mask=masks.causal)
+
+
+def laid(x: torch.Tensor, first: str) -> torch.Tensor:
+    """[batch, heads, tokens, dim], as tokens or heads come first in memory."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2) if first == "tokens" else x.contiguous()
+
+
+@pytest.mark.parametrize("values", ["tokens", "heads"])
+@pytest.mark.parametrize("given", ["tokens", "heads", "expanded"])
+def test_gradients_come_in_one_layout(values: str, given: str) -> None:
     """Where cuDNN may give them, whose plans PyTorch keeps without the layout of the gradient."""
-    torch.manual_seed(0)
-    tensors = [torch.randn(2, 3, 5, 8, requires_grad=True) for _ in range(3)]
-    direction = torch.randn(2, 3, 5, 8)
+    tensors = [laid(torch.randn(2, 3, 5, 8), values).requires_grad_() for _ in range(3)]
+    direction = torch.randn(2, 1, 5, 1).expand(2, 3, 5, 8)
+    direction = direction if given == "expanded" else laid(direction, given)
     plain = torch.nn.functional.scaled_dot_product_attention(*tensors, is_causal=True)
-    out = backends._called(backends.DEFAULT, *tensors, {"is_causal": True})
+    out = backends._called(backends.DEFAULT, *tensors, {"is_causal": True}, True)
     torch.testing.assert_close(out, plain)
+    seen: list[torch.Tensor] = []
+    out.register_hook(seen.append)  # called behind ours
     found = torch.autograd.grad(out, tensors, direction)
     torch.testing.assert_close(found, torch.autograd.grad(plain, tensors, direction))
-    lain = backends._token_first(direction)
-    assert lain.equal(direction)
-    assert lain.transpose(1, 2).is_contiguous()
-    lain = backends._token_first(direction.transpose(1, 2).contiguous().transpose(1, 2))
-    assert lain.transpose(1, 2).is_contiguous()
+    assert seen[0].equal(direction)
+    assert seen[0].transpose(1, 2).is_contiguous()
+
+
+def test_gradients_that_cudnn_loses_are_left_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def among(names: tuple[str, ...], q: torch.Tensor, *rest: Any) -> torch.Tensor:
+        asked.append(names)
+        return q
+
+    monkeypatch.setattr(backends, "_among", among)
+    q = torch.randn(1, 2, 1, 8)
+    for name, trains in (("cudnn", True), (backends.DEFAULT, True), ("cudnn", False), ("flash", True)):
+        backends._called(name, q, q, q, {}, trains)
+    assert asked == [backends._SOUND, backends._SOUND, ("cudnn",), ("flash",)]
+
+
+def test_a_backend_is_chosen_for_one_call_alone() -> None:
+    """As `sdpa_kernel` chooses it, also where the call fails, and within another choice."""
+    q = torch.randn(1, 2, 4, 8)
+
+    def allowed() -> list[bool]:
+        return [enabled() for enabled, _ in backends._SWITCHES.values()]
+
+    before = allowed()
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
+        within = allowed()
+        out = backends._among(("math",), q, q, q, {})
+        with pytest.raises(RuntimeError):
+            backends._among(("math",), q, q, q[..., :3, :], {})
+        assert allowed() == within != before
+    assert allowed() == before
+    torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(q, q, q))
+
+
+def test_how_often_a_function_is_compiled_is_told_for_some_calls_alone() -> None:
+    config = torch._dynamo.config
+    before = config.recompile_limit
+
+    def fails() -> None:
+        with Programs(77):
+            with Programs(99):
+                assert config.recompile_limit == 99
+            assert config.recompile_limit == 77
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fails()
+    assert config.recompile_limit == before

@@ -134,10 +134,13 @@ def test_gradients_of_rows_whose_scores_are_all_low(queries, keys):
     )
 
 
-def test_gradients_in_any_layout_after_any_other():
+@pytest.mark.parametrize("values", ["tokens first", "heads first"])
+def test_gradients_in_any_layout_after_any_other(values):
     """What SDPA was asked before, and in which layout, changes no gradient: cuDNN's plans are kept."""
     make = {"device": "cuda", "dtype": torch.bfloat16}
-    tensors = [torch.randn(4, 4, 168, 64, **make).requires_grad_() for _ in range(3)]
+    q, k, v = (torch.randn(4, 4, 168, 64, **make) for _ in range(3))
+    v = v.transpose(1, 2).contiguous().transpose(1, 2) if values == "tokens first" else v
+    tensors = [x.requires_grad_() for x in (q, k, v)]
     exact = [t.detach().double().requires_grad_() for t in tensors]
     head_first = torch.randn(4, 4, 168, 64, **make)
     token_first = head_first.transpose(1, 2).contiguous().transpose(1, 2)
@@ -151,6 +154,6 @@ def test_gradients_in_any_layout_after_any_other():
     near = gradients(ops.attend(*tensors, mask=masks.causal, route="reference"), tensors, head_first)
     for direction in (token_first, head_first, token_first):
         for name in (backends.DEFAULT, "cudnn"):
-            out = backends._called(name, *tensors, {"is_causal": True})
+            out = backends._called(name, *tensors, {"is_causal": True}, True)
             judged(gradients(out, tensors, direction), near, truth)
     judged(gradients(ops.attend(*tensors, mask=masks.causal), tensors, token_first), near, truth)

@@ -175,3 +175,14 @@ def test_a_bias_by_distance_refuses_another_sequence() -> None:
     layer = Attention(16, 2, position="alibi")
     with pytest.raises(ValueError, match="context cannot be given together with position=ALiBi"):
         layer(torch.randn(1, 3, 16), torch.randn(1, 5, 16))
+
+
+@pytest.mark.parametrize("options", [{}, {"interleaved": True}, {"base": [100.0, 1000.0]}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_queries_and_keys_are_rotated_together_as_each_alone(options, dtype) -> None:
+    rope = RoPE(8, **options)
+    q, k, at = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8, dtype=dtype), torch.arange(3, 8)
+    for k_at in (at, at.clone(), at[None].expand(2, -1)):
+        together = rope.rotate_both(q, k, at, k_at)
+        assert torch.equal(together[0], rope.rotate(q, at))
+        assert torch.equal(together[1], rope.rotate(k, k_at))

@@ -42,6 +42,8 @@ class Selection(CachePart, Selector):
     changes: ClassVar[tuple[str, ...]] = ("mask",)
     role: ClassVar[Role] = "select"
     joins: ClassVar[tuple[Role, ...]] = ("evict", "quantize")
+    #: `choose` hangs on tensors alone, however many pages there are.
+    chooses_on_device: ClassVar[bool] = False
 
     page: int = option("tokens that are packed, and may be chosen, together", default=1, at_least=1)
     recent: int = option(
@@ -87,6 +89,11 @@ class Selection(CachePart, Selector):
         raise NotImplementedError
 
     # How attach uses it.
+
+    @property
+    def captures(self) -> bool:
+        """What is chosen on the device, of what lies there."""
+        return self.chooses_on_device and not self.offload and self._silent("select")
 
     def check(self, model: nn.Module) -> None:
         """Refuse layers that the model has not."""

@@ -66,8 +66,8 @@ def grid(
     q_hi = (q_lo + q_block - 1).clamp(max=q_len - 1)
     k_hi = (k_lo + k_block - 1).clamp(max=k_len - 1)
     some, every = mask.reach(q_lo + offset, q_hi + offset, k_lo, k_hi)
-    shape = torch.broadcast_shapes(some.shape, (1, 1, len(q_lo), len(k_lo)))
-    return some.expand(shape), every.expand(shape)
+    some, every, *_ = torch.broadcast_tensors(some, every, q_lo[None, None], k_lo)
+    return some, every
 
 
 def sdpa_flags(
@@ -93,8 +93,10 @@ def hides_nothing(mask: Mask, q_len: int, k_len: int, q_offset: int) -> bool:
     """Whether the pattern is known to show every pair, told by arithmetic on the whole rectangle."""
     if isinstance(mask, And):
         return all(hides_nothing(m, q_len, k_len, q_offset) for m in (mask.left, mask.right))
-    if traced():  # what can be told of lengths alone
-        return _is_causal(mask) and q_offset >= k_len - 1
+    if _is_causal(mask):
+        return q_offset >= k_len - 1
+    if traced():  # nothing else can be told of lengths alone
+        return False
     if any(leaf.tensors for leaf in mask.leaves):  # told in less time than what was kept is looked up
         return _every(mask, q_len, k_len, q_offset)
     return _shows_all(mask, q_len, k_len, q_offset)

@@ -13,7 +13,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import Any, Literal, NoReturn, overload
 
 import torch
 from jaxtyping import Bool, Float
@@ -85,21 +85,48 @@ def attend(
         ValueError: heads that do not divide, unequal widths or lengths, a mask that does not
             broadcast, or a route that cannot take the call.
     """
-    _check(q, k, v, mask, dropout)
-    queries, keys = q.shape[2], k.shape[2]
+    # The common call, kept short: on a GPU a few microseconds of Python can be seen.
+    q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
+    if not len(q_shape) == len(k_shape) == len(v_shape) == 4:
+        _refuse(q, k, v, dropout)
+    _, heads, queries, dim = q_shape
+    _, kv_heads, keys, k_dim = k_shape
+    _, v_heads, values, _ = v_shape
+    if dim != k_dim or keys != values or heads % kv_heads or heads % v_heads or not 0 <= dropout < 1:
+        _refuse(q, k, v, dropout)
     offset = keys - queries if q_offset is None else q_offset
+    if route == "auto" and score_mod is None and not return_lse and keys > 0:
+        causally = mask is causal or (isinstance(mask, Mask) and mask == causal)
+        flag = causally and offset == 0 and queries == keys
+        alike = kv_heads == v_heads
+        # The last query alone, as in a step of decoding, sees all keys.
+        if mask is None or flag or (causally and offset >= keys - 1 and alike):
+            if not alike:
+                k, v = _alike(k, v, heads)
+                v_shape, kv_heads = v.shape, heads
+            # What has its default is left out: each keyword takes PyTorch a tenth of a microsecond.
+            arguments: dict[str, Any] = {"is_causal": True} if flag else {}
+            if dropout > 0:
+                arguments["dropout_p"] = dropout
+            if scale is not None:
+                arguments["scale"] = scale
+            if heads != kv_heads:
+                arguments["enable_gqa"] = True
+            return sdpa(q, k, v, arguments, q_shape, v_shape)
+    return _routed(q, k, v, mask, score_mod, scale, dropout, return_lse, offset, route)
+
+
+def _routed(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, score_mod: ScoreMod | None,
+    scale: float | None, dropout: float, return_lse: bool, offset: int, route: Route,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """Any other call, by the route that is asked for or by the one that fits it."""
+    queries, keys = q.shape[2], k.shape[2]
+    _check_mask(mask, (q.shape[0], q.shape[1], queries, keys))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if keys == 0:
         out, lse = reference(q, k, v, scale=scale)
         return (out, lse) if return_lse else out
-    flag = isinstance(mask, Mask) and offset == 0 and queries == keys and mask == causal
-    if route == "auto" and score_mod is None and not return_lse and (mask is None or flag):
-        k, v = _alike(k, v, q.shape[1])
-        # The common call, kept short: on a GPU a few microseconds of Python can be seen.
-        return sdpa(
-            q, k, v, dropout_p=dropout, is_causal=flag, scale=scale,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )  # fmt: skip
     if route != "blocks" and isinstance(mask, Mask) and hides_nothing(mask, queries, keys, offset):
         mask = None
     if route == "auto":
@@ -173,6 +200,8 @@ def _trained(score_mod: ScoreMod | None) -> bool:
         and torch.is_grad_enabled()
         and any(p.requires_grad for p in owner.parameters())
     )
+
+
 def _choose_traced(
     q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, fits_sdpa: bool, small: bool
 ) -> Route:
@@ -215,9 +244,10 @@ def _sdpa(
         seen = as_dense(mask, q.shape[2], k.shape[2], offset, q.device)
         flags = {"attn_mask": seen if score_mod is None else _bias(q, k, score_mod, offset, seen)}
     k, v = _alike(k, v, q.shape[1])
-    out = sdpa(
-        q, k, v, dropout_p=dropout, scale=scale, enable_gqa=q.shape[1] != k.shape[1], **flags
-    )
+    flags |= {"dropout_p": dropout, "scale": scale}
+    if q.shape[1] != k.shape[1]:
+        flags["enable_gqa"] = True
+    out = sdpa(q, k, v, flags, q.shape, v.shape)
     seen = flags.get("attn_mask")
     # SDPA's kernels disagree on rows that see nothing (NaN, or a mean of the values): here it is 0.
     if isinstance(seen, Tensor):
@@ -258,7 +288,8 @@ def _bias(q: Tensor, k: Tensor, score_mod: ScoreMod, offset: int, visible: Tenso
     return bias.to(q.dtype)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, dropout: float) -> None:
+def _refuse(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> NoReturn:
+    """Tell what does not fit."""
     if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
         raise ValueError(
             f"q, k, v take [batch, heads, tokens, dim], got {q.ndim}, {k.ndim} and {v.ndim} axes"
@@ -272,14 +303,15 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, dropout:
             raise ValueError(
                 f"heads of {name} ({x.shape[1]}) must divide those of q ({q.shape[1]})"
             )
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
+    raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
+
+
+def _check_mask(mask: Mask | Tensor | None, wanted: tuple[int, int, int, int]) -> None:
     if isinstance(mask, Mask):
-        if mask.heads not in (None, 1, q.shape[1]):
-            raise ValueError(f"mask is for {mask.heads} heads, q has {q.shape[1]}")
+        if mask.heads not in (None, 1, wanted[1]):
+            raise ValueError(f"mask is for {mask.heads} heads, q has {wanted[1]}")
     elif mask is not None:
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             raise TypeError("mask takes an attlas.masks.Mask or a boolean tensor, True visible")
-        wanted = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
         if mask.ndim != 4 or any(m not in (1, w) for m, w in zip(mask.shape, wanted, strict=True)):
             raise ValueError(f"mask must broadcast to {wanted}, got {tuple(mask.shape)}")

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
-from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.backends import cuda
+from torch.nn.attention import SDPBackend
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 DEFAULT = "default"
@@ -27,8 +28,17 @@ CANDIDATES = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
-#: Backends in the order that they are tried in where cuDNN's gradients cannot be relied on.
-_SOUND = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+#: Where cuDNN may give the gradients: SDPA's own choice on Hopper is cuDNN too.
+_BY_CUDNN = (DEFAULT, "cudnn")
+#: Backends that may be taken where cuDNN's gradients cannot be relied on.
+_SOUND = ("flash", "efficient", "math")
+#: Each backend's switch: whether it may be taken, and how that is set.
+_SWITCHES: dict[str, tuple[Callable[[], bool], Callable[[bool], None]]] = {
+    "cudnn": (cuda.cudnn_sdp_enabled, cuda.enable_cudnn_sdp),
+    "flash": (cuda.flash_sdp_enabled, cuda.enable_flash_sdp),
+    "efficient": (cuda.mem_efficient_sdp_enabled, cuda.enable_mem_efficient_sdp),
+    "math": (cuda.math_sdp_enabled, cuda.enable_math_sdp),
+}
 #: A backend must beat SDPA's own choice by this much, or noise would decide.
 MARGIN = 0.97
 
@@ -37,42 +47,84 @@ _chosen: dict[tuple[Any, ...], str] = {}
 _kept: dict[str, str] | None = None
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> Tensor:
-    """`scaled_dot_product_attention` on the backend that is fastest for this class of shapes."""
-    if not q.is_cuda and q.shape[-1] != v.shape[-1]:
+def sdpa(
+    q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any], q_shape: torch.Size,
+    v_shape: torch.Size,
+) -> Tensor:  # fmt: skip
+    """`scaled_dot_product_attention` on the backend that is fastest for this class of shapes.
+
+    Args:
+        q: queries.
+        k: keys.
+        v: values, of as many heads as the keys.
+        arguments: its others, by name.
+        q_shape: q's, which a small call would notice being asked for again.
+        v_shape: v's.
+    """
+    if not q.is_cuda and q_shape[3] != v_shape[3]:
         return _as_wide(q, k, v, arguments)
-    if q.is_cuda and not torch.compiler.is_compiling():
-        return _called(_choice(q, k, v, arguments), q, k, v, arguments)
-    return scaled_dot_product_attention(q, k, v, **arguments)
+    if not q.is_cuda or torch.compiler.is_compiling():
+        return scaled_dot_product_attention(q, k, v, **arguments)
+    trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    key = shape_class(q, q_shape, v_shape, arguments, trains)
+    name = _chosen.get(key) or _choice(key, q, k, v, arguments)
+    return _called(name, q, k, v, arguments, trains)
 
 
-def _called(name: str, q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any]) -> Tensor:
+def _called(
+    name: str, q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any], trains: bool
+) -> Tensor:
     """SDPA by the backend of this name; where cuDNN may give the gradients, only if they are right."""
-    if _trains(q, k, v) and name in (DEFAULT, "cudnn"):
-        if loses_gradients(q, k, v, arguments):
-            with sdpa_kernel(_SOUND):
-                return scaled_dot_product_attention(q, k, v, **arguments)
-        # PyTorch keeps cuDNN's backward by the layouts of q, k and v, and goes on with it when the
-        # gradient comes in another layout than the first one did: 140 % off (PyTorch 2.11). So all of
-        # ours come in one layout, and no dropout at all, written as another zero, is a key of its own.
-        arguments = {**arguments, "dropout_p": -0.0}
-        out = _by(name, q, k, v, arguments)
-        out.register_hook(_token_first)
-        return out
-    return _by(name, q, k, v, arguments)
+    if not trains or name not in _BY_CUDNN:
+        return _by(name, q, k, v, arguments)
+    if loses_gradients(q, k, arguments):
+        return _among(_SOUND, q, k, v, arguments)
+    # PyTorch keeps cuDNN's backward by the layouts of q, k and v, and goes on with it when the
+    # gradient comes in another layout than the first one did: 140 % off (PyTorch 2.11). So all of
+    # ours come in one layout, and no dropout at all, written as another zero, is a key of its own.
+    # It is one for all, and none that v's own would tell: autocast lays tensors otherwise within.
+    out = _by(name, q, k, v, {**arguments, "dropout_p": -0.0})
+    _hooked(out, _token_first)
+    return out
 
 
 def _by(name: str, q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any]) -> Tensor:
-    with nullcontext() if name == DEFAULT else sdpa_kernel(CANDIDATES[name]):
+    if name == DEFAULT:
         return scaled_dot_product_attention(q, k, v, **arguments)
+    return _among((name,), q, k, v, arguments)
 
 
-def _token_first(gradient: Tensor) -> Tensor:
+def _among(
+    names: tuple[str, ...], q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any]
+) -> Tensor:
+    """SDPA by one of these backends: `torch.nn.attention.sdpa_kernel`, whose own ten microseconds are
+    more than most calls of a decoder's step take."""
+    before = [(switch, enabled()) for enabled, switch in _SWITCHES.values()]
+    try:
+        for name, (_, switch) in _SWITCHES.items():
+            switch(name in names)
+        return scaled_dot_product_attention(q, k, v, **arguments)
+    finally:
+        for switch, enabled in before:
+            switch(enabled)
+
+
+def _hooked(out: Tensor, hook: Callable[[Tensor], Tensor | None]) -> None:
+    """`out.register_hook(hook)` for a tensor just made, without the handle that would take the hook
+    away: half the time of both passes, which a small call can see."""
+    out._backward_hooks = OrderedDict({-1: hook})
+    out.grad_fn._register_hook_dict(out)  # type: ignore[union-attr]
+
+
+def _token_first(gradient: Tensor) -> Tensor | None:
     """As [batch, tokens, heads, dim] lies in memory, which is how a merge of heads hands it back."""
+    _, heads, tokens, dim = gradient.shape
+    if gradient.stride() == (heads * tokens * dim, dim, heads * dim, 1):
+        return None  # as it is
     return gradient.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def loses_gradients(q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any]) -> bool:
+def loses_gradients(q: Tensor, k: Tensor, arguments: dict[str, Any]) -> bool:
     """Whether cuDNN, SDPA's own choice on Hopper, may give gradients that are wrong.
 
     With a mask, and half a tile of 128 keys left over, it scores what is not there as 0: its exponential
@@ -80,8 +132,7 @@ def loses_gradients(q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any]) 
     such rows). With one query, likewise (cuDNN 9.26). With dropout no call has a plan of its own.
     """
     partial = arguments.get("attn_mask") is not None and k.shape[2] % 128 == 64
-    drops = arguments.get("dropout_p", 0.0) > 0
-    return _trains(q, k, v) and (partial or drops or q.shape[2] == 1)
+    return partial or arguments.get("dropout_p", 0.0) > 0 or q.shape[2] == 1
 
 
 def _as_wide(q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any]) -> Tensor:
@@ -97,42 +148,42 @@ def _as_wide(q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any]) -> Tens
     return out[..., : v.shape[-1]]
 
 
-def shape_class(q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any]) -> tuple[Any, ...]:
+def shape_class(
+    q: Tensor, q_shape: torch.Size, v_shape: torch.Size, arguments: dict[str, Any], trains: bool
+) -> tuple[Any, ...]:
     """Calls that share a choice: same device, type and widths; sizes within a factor of two."""
-    batch, heads, queries, dim = q.shape
+    batch, heads, queries, dim = q_shape
+    _, kv_heads, keys, v_dim = v_shape
     return (
-        q.device.index, q.dtype, dim, v.shape[3], (batch * heads).bit_length(),
-        heads // k.shape[1], queries.bit_length(), k.shape[2].bit_length(),
-        arguments.get("is_causal", False), arguments.get("attn_mask") is not None,
-        arguments.get("dropout_p", 0.0) > 0, _trains(q, k, v),
+        q.get_device(), q.dtype, dim, v_dim, (batch * heads).bit_length(), heads // kv_heads,
+        queries.bit_length(), keys.bit_length(), arguments.get("is_causal", False),
+        arguments.get("attn_mask") is not None, arguments.get("dropout_p", 0.0) > 0, trains,
     )  # fmt: skip
 
 
-def _trains(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-
-
-def _choice(q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any]) -> str:
-    key = shape_class(q, k, v, arguments)
-    if key not in _chosen:
-        if torch.cuda.is_current_stream_capturing():
-            return DEFAULT
-        kept = _load()
-        name = " ".join(map(str, (torch.__version__, torch.cuda.get_device_name(key[0]), *key[1:])))
-        if name not in kept:
-            kept[name] = _measure(q, k, v, arguments)
-            _save(kept)
-        _chosen[key] = kept[name]
+def _choice(
+    key: tuple[Any, ...], q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any]
+) -> str:
+    """The backend for a class of which this process has seen no call yet."""
+    if torch.cuda.is_current_stream_capturing():
+        return DEFAULT
+    kept = _load()
+    name = " ".join(map(str, (torch.__version__, torch.cuda.get_device_name(key[0]), *key[1:])))
+    if name not in kept:
+        kept[name] = _measure(q, k, v, arguments, trains=key[-1])
+        _save(kept)
+    _chosen[key] = kept[name]
     return _chosen[key]
 
 
-def _measure(q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any]) -> str:
+def _measure(
+    q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any], *, trains: bool
+) -> str:
     """The fastest backend, each timed as it will be called, its selection included."""
-    trains = _trains(q, k, v)
     q, k, v = (t.detach().clone().requires_grad_(trains) for t in (q, k, v))
 
     def run(name: str) -> None:
-        out = _called(name, q, k, v, arguments)
+        out = _called(name, q, k, v, arguments, trains)
         if trains:
             torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
 

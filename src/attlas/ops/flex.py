@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import cache, lru_cache
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
 from attlas.masks import Mask, block_mask
+from attlas.ops.fused import Programs
 from attlas.positions.base import ScoreMod
 
 #: Patterns, changes of scores and shape classes that one process may compile.
@@ -35,7 +37,7 @@ def flex(
     even = q.shape[2] % EVEN == 0 == k.shape[2] % EVEN
     kernel = flex_attention if q.device.type != "cuda" or compiling else _compiled(even)
     # Every pattern is a program of its own; at Dynamo's default of 8 the ninth would run unfused.
-    with torch._dynamo.config.patch(recompile_limit=PROGRAMS):
+    with nullcontext() if compiling else Programs(PROGRAMS):
         out, aux = kernel(
             q, k, v, score_mod=_shifted(score_mod, q_offset), block_mask=blocks, scale=scale,
             enable_gqa=q.shape[1] != k.shape[1], return_aux=AuxRequest(lse=True),

@@ -91,6 +91,12 @@ class Position(Configured, Network):
         """Queries or keys rotated by their positions."""
         return x
 
+    def rotate_both(
+        self, q: Tensor, k: Tensor, q_at: Tensor, k_at: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Queries and keys rotated by theirs, for what has work in common where these are one tensor."""
+        return self.rotate(q, q_at), self.rotate(k, k_at)
+
     @property
     def score_mod(self) -> ScoreMod | None:
         """Pointwise change of the scores, None for no change; a subclass has a method of that name."""

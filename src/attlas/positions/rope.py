@@ -15,7 +15,7 @@ Large Language Models".
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -79,26 +79,39 @@ class RoPE(Position):
         positions: Integer[Tensor, "*batch tokens"],
     ) -> Float[Tensor, "batch heads tokens dim"]:
         """Rotate x, whose tokens stand at `positions`."""
-        return (_rotated_pairs if self.interleaved else _rotated_halves)(
-            x, *self.waves(x, positions)
-        )
+        return self._rotated(x, *self.waves(x, positions))
+
+    def rotate_both(
+        self, q: Tensor, k: Tensor, q_at: Tensor, k_at: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Queries and keys rotated; by the same waves where they stand at the same positions."""
+        shared = q_at is k_at and self.frequencies.ndim == 1 and q.dtype == k.dtype
+        waves = self.waves(q, q_at)
+        others = waves if shared else self.waves(k, k_at)
+        return self._rotated(q, *waves), self._rotated(k, *others)
+
+    @property
+    def _rotated(self) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        return _rotated_pairs if self.interleaved else _rotated_halves
 
     def waves(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines [*batch, heads or 1, tokens, pairs] of the angles that rotate x."""
         # In float32, as Transformers does; in float64 for those who check against it.
         dtype = torch.promote_types(x.dtype, torch.float32)
-        angles = positions[..., None, :, None].to(dtype) * self._per_head(x)[:, None, :].to(dtype)
-        cos, sin = angles.cos() * self.magnitude, angles.sin() * self.magnitude
+        angles = positions[..., None, :, None].to(dtype) * self._per_head(x).to(dtype)
+        cos, sin = angles.cos(), angles.sin()
+        if self.magnitude != 1.0:
+            cos, sin = cos * self.magnitude, sin * self.magnitude
         return cos.to(x.dtype), sin.to(x.dtype)
 
     def _per_head(self, x: Tensor) -> Tensor:
-        """Frequencies [1 or heads, pairs] for the heads of x."""
+        """Frequencies [pairs] of all heads of x, or [heads, 1, pairs]."""
         theta = self.frequencies.float().to(x.device)
         if theta.ndim == 1:
-            return theta[None]
+            return theta
         if x.shape[1] % len(theta):
             raise ValueError(f"{len(theta)} bases do not divide {x.shape[1]} heads")
-        return theta.repeat_interleave(x.shape[1] // len(theta), dim=0)
+        return theta.repeat_interleave(x.shape[1] // len(theta), dim=0)[:, None, :]
 
 
 @fused

@@ -103,6 +103,7 @@ class Loki(Calibrated, PortionSelection):
     changes = ("score", "mask")
     without = ("page",)
     everything: ClassVar[dict[str, Any]] = {"keep": 1.0}
+    chooses_on_device: ClassVar[bool] = True
     comparable: ClassVar[tuple[str, ...]] = (
         "(keep=0.25)", "(keep=0.125)", "(keep=0.25, rank=0.5)", "(keep=0.125, rank=0.5)",
     )  # fmt: skip

@@ -43,6 +43,7 @@ class Quest(PortionSelection):
     """Read the pages whose bound is largest."""
 
     everything: ClassVar[dict[str, Any]] = {"keep": 1.0}
+    chooses_on_device: ClassVar[bool] = True
     comparable: ClassVar[tuple[str, ...]] = ("(keep=0.25)", "(keep=0.125)")
 
     tokens: int | None = option(
@@ -61,11 +62,6 @@ class Quest(PortionSelection):
         if self.tokens is not None:
             return Portion(pages=max(LEAST_PAGES, self.tokens // self.page))
         return Portion(self.keep, self.pages)
-
-    @property
-    def captures(self) -> bool:
-        """Pages are scored and chosen on the device, however many there are."""
-        return not self.offload and self._silent("select")
 
     def summarize(self, state: LayerState, body: Body) -> None:
         """Minimum and maximum of the keys of each new page."""
