@@ -39,7 +39,8 @@ def test_by_kernels(name):
     ids = tiny_models.prompt(2, 400).cuda()
     found = {}
     for compile in (False, "auto", True):
-        with torch.no_grad(), attach(model, *captured_steps.parts(name, model), compile=compile) as session:
+        parts = captured_steps.parts(name, model)
+        with torch.no_grad(), attach(model, *parts, compile=compile) as session:
             cache = session_cache(model, session, ids[:, :300])
             found[compile] = torch.stack([
                 model(ids[:, at : at + 1], **cache()).logits for at in range(300, 400)

@@ -1,15 +1,10 @@
-"""The kernel of quantised segments, run by Triton's interpreter where there is no GPU, against float64.
-
-Triton looks for its interpreter when a kernel is defined, so without a GPU the cases run in a process
-of their own, one for all: this file, run as a program, prints a line for each.
-"""
+"""The kernel of quantised segments, by Triton's interpreter where there is no GPU, against float64."""
 
 from __future__ import annotations
 
-import json
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -17,7 +12,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from interpreted import MARKS, verdicts
+from interpreted import MARKS, answer, verdicts
 
 from attlas.ops.decode import reference_decode
 from attlas.ops.quantize import Codes, encode, pack
@@ -194,8 +189,9 @@ def _double(segment: Coded) -> Coded:
 
 
 @pytest.fixture(scope="module")
-def judged() -> Callable[[str], Any]:
-    return verdicts(__file__, errors)
+def judged() -> Iterator[Callable[[str], Any]]:
+    with verdicts(__file__, errors) as told:
+        yield told
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -348,6 +344,4 @@ def test_coded_kernel_refuses_formats_it_cannot_read(
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    for each in CASES:
-        print(json.dumps([each, errors(each)]))
+    answer(errors, CASES)

@@ -1,19 +1,14 @@
-"""The decoding kernels, run by Triton's interpreter where there is no GPU, against float64.
-
-As in test_latent_decode, without a GPU all cases run in one process of their own: this file, run as a
-program, prints a line for each.
-"""
+"""The decoding kernels, run by Triton's interpreter where there is no GPU, against float64."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from interpreted import MARKS, verdicts
+from interpreted import MARKS, answer, verdicts
 from plain import plain
 from torch import Tensor
 
@@ -279,8 +274,9 @@ def errors(name: str, device: str = "cpu") -> tuple[float, float]:
 
 
 @pytest.fixture(scope="module")
-def judged() -> Callable[[str], Any]:
-    return verdicts(__file__, errors)
+def judged() -> Iterator[Callable[[str], Any]]:
+    with verdicts(__file__, errors) as told:
+        yield told
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -453,8 +449,5 @@ class TestOnADevice:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    for each in ALL:
-        kind, case = each.split(": ", 1)
-        if kind != "decode" or CASES[case].get("dtype") != "bfloat16":
-            print(json.dumps([each, errors(each)]))
+    none = {f"decode: {name}" for name, case in CASES.items() if case.get("dtype") == "bfloat16"}
+    answer(errors, set(ALL) - none)

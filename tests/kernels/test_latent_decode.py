@@ -1,21 +1,16 @@
-"""The latent kernel, run by Triton's interpreter where there is no GPU, against float64.
-
-Triton looks for its interpreter when a kernel is defined, so without a GPU the cases run in a process
-of their own, one for all: this file, run as a program, prints a line for each.
-"""
+"""The latent kernel, run by Triton's interpreter where there is no GPU, against float64."""
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import product
 from typing import Any
 
 import pytest
 import torch
-from interpreted import MARKS, verdicts
+from interpreted import MARKS, answer, verdicts
 
 from attlas import masks, ops
 from attlas.ops import latent as op
@@ -118,8 +113,9 @@ def plain_error(device: str, case: dict[str, Any]) -> float:
 
 
 @pytest.fixture(scope="module")
-def judged() -> Callable[[str], Any]:
-    return verdicts(__file__, errors)
+def judged() -> Iterator[Callable[[str], Any]]:
+    with verdicts(__file__, errors) as told:
+        yield told
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -179,7 +175,4 @@ def test_tiles_leave_room_in_every_devices_shared_memory() -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    for each, case in CASES.items():
-        if case.get("dtype") != "bfloat16":
-            print(json.dumps([each, errors(each)]))
+    answer(errors, [n for n, case in CASES.items() if case.get("dtype") != "bfloat16"])

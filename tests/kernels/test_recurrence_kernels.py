@@ -1,13 +1,8 @@
-"""The kernel of recurrences, run by Triton's interpreter where there is no GPU, against float64.
-
-Triton looks for its interpreter when a kernel is defined, so without a GPU the cases run in a process
-of their own, one for all: this file, run as a program, prints a line for each.
-"""
+"""The kernel of recurrences, run by Triton's interpreter where there is no GPU, against float64."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from itertools import pairwise
 from typing import Any
@@ -15,7 +10,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from interpreted import MARKS, verdicts
+from interpreted import MARKS, answer, verdicts
 from torch import Tensor
 
 from attlas import ops
@@ -246,8 +241,9 @@ def errors(name: str, device: str = "cpu") -> dict[str, tuple[float, float]]:
 
 
 @pytest.fixture(scope="module")
-def judged() -> Callable[[str], Any]:
-    return verdicts(__file__, errors)
+def judged() -> Iterator[Callable[[str], Any]]:
+    with verdicts(__file__, errors) as told:
+        yield told
 
 
 @pytest.mark.parametrize("name", [*CASES, *LARGE])
@@ -258,6 +254,4 @@ def test_the_kernel_is_as_exact_as_plain_operations(name: str, judged: Any) -> N
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    for each in CASES:
-        print(json.dumps([each, errors(each)]))
+    answer(errors, CASES)
