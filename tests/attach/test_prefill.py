@@ -32,6 +32,8 @@ def little(monkeypatch: pytest.MonkeyPatch) -> None:
 class Lengths(Part):
     """The tokens of each call, and whether more of the prompt comes."""
 
+    whole_prompts = False
+
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[tuple[int, bool]] = []
@@ -102,6 +104,19 @@ def test_calls_that_pieces_would_change_are_not_cut(little: None) -> None:
             model.train()(ids)
             model.eval()
     assert [length for length, _ in lengths.seen] == [TOKENS, TOKENS, TOKENS, 7, TOKENS, TOKENS]
+
+
+def test_parts_that_may_hang_on_the_call_see_it_whole(little: None) -> None:
+    class Own(Lengths):
+        whole_prompts = None
+
+    model, ids, own = find("llama").model(num_hidden_layers=2), tiny_models.prompt(2, TOKENS), Own()
+    correction = attlas.make("delta-correction", gamma=4)
+    with torch.no_grad():
+        for given in ([own], [Lengths(), correction]):
+            with attach(model, *given):
+                model(ids)
+            assert given[0].seen == [(TOKENS, False)]
 
 
 def test_a_user_s_own_chunks_are_cut_likewise(little: None) -> None:

@@ -30,6 +30,9 @@ class Part(Configured):
     comparable: ClassVar[tuple[str, ...]] = ()
     #: Points of the residual stream that the part is shown, see `stream`.
     points: ClassVar[tuple[str, ...]] = ()
+    #: What is done to a prompt hangs on the call that brings it, so that it may not be cut in pieces.
+    #: None: not of registered parts, whose contract looks at it; of others it is taken for granted.
+    whole_prompts: ClassVar[bool | None] = None
     #: The part reads `call.hidden`, the states from which the layer makes queries, keys and values.
     wants_hidden = False
     #: The part is shown weights and calls with their gradients: those that the output is made of.

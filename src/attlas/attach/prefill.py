@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attlas.attach.part import Part
 from attlas.attach.state import Attachment
 from attlas.attach.towers import Tower
+from attlas.catalog.registry import entry_of
 from attlas.hf.caches import (
     DynamicCache,
     DynamicLayer,
@@ -116,6 +118,8 @@ def _may_be_cut(held: Attachment, arguments: dict[str, Any]) -> bool:
     used = getattr(base.config, "use_cache", False) if use is None else use
     if not used or torch.is_grad_enabled() or base.training or held.own:
         return False
+    if any(map(_wants_whole, held.parts)):
+        return False
     if changing_with_length(base) is not None:  # by that of the text that a call ends
         return False
     mask = arguments.get("attention_mask")
@@ -128,6 +132,11 @@ def _may_be_cut(held: Attachment, arguments: dict[str, Any]) -> bool:
     layers = (cache and cache.layers) or fresh_layers(held.model)
     own = [layer for number, layer in enumerate(layers) if number not in held.sources]
     return all(type(layer) in GROWING and not getattr(layer, "states", None) for layer in own)
+
+
+def _wants_whole(part: Part) -> bool:
+    told = part.whole_prompts
+    return entry_of(type(part)) is None if told is None else told
 
 
 def _with_cache(held: Attachment, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -169,6 +169,25 @@ def prompt_exact(subject: Subject) -> Iterator[Measure]:
             yield same("prompt", model(ids).logits, plain)
 
 
+@check("part", poisoned=False, when=lambda subject: not subject.object.whole_prompts)
+def pieces(subject: Subject) -> Iterator[Measure]:
+    """A prompt in several calls continues as one in a single call, and is recorded as one."""
+    from torch.utils._pytree import tree_leaves
+
+    from attlas.attach import attach
+
+    model, ids, found, recorded = small_llama(), prompt(24, 2), [], []
+    ways: list[dict[str, Any]] = [{}, {"prefill_chunk_size": 7}]
+    for options in ways:
+        with attach(model, part := made(subject)):
+            found.append(continued(model, ids, **options))
+            leaves = tree_leaves(part.result()) if is_recorder(subject) else []
+            recorded.append([leaf.float() for leaf in leaves if isinstance(leaf, Tensor)])
+    yield same("chunks of 7", found[1], found[0])
+    for one, several in zip(*recorded, strict=True):
+        yield same("what is recorded", several, one)
+
+
 @check("part", poisoned=False, when=changes_nothing)
 def whole_budget(subject: Subject) -> Iterator[Measure]:
     """A budget of everything changes nothing."""

@@ -96,6 +96,7 @@ class MassiveValuesDisruption(Patch):
         "position: what was projected is disrupted as it is multiplied; what is cached stays",
     )
     nothing: ClassVar[dict[str, Any] | None] = {"dimensions": 0}
+    whole_prompts = True
 
     dimensions: int = option(
         "how many of each head; the published program's one", default=1, at_least=0, kw_only=False

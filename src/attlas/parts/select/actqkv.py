@@ -70,6 +70,7 @@ class ActQKV(PortionSelection):
     rotates = True
     one_rotation = True
     exact_prefill = False
+    whole_prompts = True
     everything: ClassVar[dict[str, Any]] = {"tokens": 4096}
 
     keep: float | None = option(

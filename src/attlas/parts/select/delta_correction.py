@@ -36,6 +36,7 @@ class DeltaCorrection(Selector):
 
     #: What is summed is corrected.
     changes = ("aggregate",)
+    whole_prompts = True
     beyond = ("output: the correction is added to the heads' outputs, where the sums arrive",)
 
     gamma: int = option(
