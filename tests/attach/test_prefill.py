@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -162,6 +163,21 @@ def test_an_error_in_a_piece_leaves_nothing_behind(little: None) -> None:
         assert session.until is None
         found = model(ids).logits
     torch.testing.assert_close(found, model(ids).logits, atol=1e-9, rtol=1e-9)
+
+
+def test_threads_keep_their_pieces_apart(little: None) -> None:
+    model = find("llama").model(num_hidden_layers=2).double()
+    texts = [tiny_models.prompt(1, TOKENS, seed=seed) for seed in range(6)]
+    with torch.no_grad(), ThreadPoolExecutor(3) as pool, attach(model):
+
+        def last(ids: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                return model(ids).logits
+
+        found = list(pool.map(last, texts))
+    with torch.no_grad():
+        for ids, logits in zip(texts, found, strict=True):
+            torch.testing.assert_close(logits, model(ids).logits, atol=1e-9, rtol=1e-9)
 
 
 def test_pieces_are_as_large_as_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ is short is made as several likewise.
 from __future__ import annotations
 
 import inspect
+import threading
 from copy import copy
 from functools import wraps
 from types import MethodType
@@ -32,24 +33,24 @@ def watch(held: Attachment) -> list[Any]:
     """Look at `generate` and at the base model's calls; to be done before any other hook."""
     base: Any = held.tower.module
     names = [name for name in inspect.signature(base.forward).parameters if name != "self"]
-    ahead: list[Any] = []
+    here = threading.local()  # what the first of several calls gave, in each thread
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         arguments = dict(zip(names, args, strict=False)) | kwargs
         cache = own_tokens(cache_in(arguments, type(base))[1])
-        ahead.clear()
+        here.done = []
         settle(held, cache)
         (*first, last), until = _calls(held, arguments, cache)
         if not first:
             return None
-        ahead[:] = _made(held, first, until)
+        here.done = _made(held, first, until)
         return (), last
 
     def after(_: nn.Module, __: Any, output: Any) -> Any:
         cache = own_tokens(cache_of(output))
         if cache is not None:
             held.read = cache, int(cache.get_seq_length())
-        done, ahead[:] = list(ahead), []
+        done, here.done = here.done, []
         return prefill.joined([*done, output]) if done else None
 
     around = [m for m in (*held.tower.outer, base) if hasattr(m, "generate") and not held.plain]

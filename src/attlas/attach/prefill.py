@@ -91,9 +91,13 @@ def _size(tower: Tower, rows: int, tokens: int) -> int | None:
 
 
 def _live_bytes(tower: Tower, size: int) -> int:
-    """About how much a token takes while a layer computes."""
-    hidden = _hidden(tower)
-    return size * ALIVE * (hidden + max(_widths(tower.module), default=hidden))
+    """About how much a token takes while a layer computes, in several experts where there are some."""
+    base: Any = tower.module
+    hidden, config = _hidden(tower), base.config.get_text_config()
+    experts = [max(p.shape[1:]) for p in base.parameters() if p.ndim == 3]
+    chosen = getattr(config, "num_experts_per_tok", None) or 1
+    widest = max(*_widths(base), hidden, chosen * max(experts, default=0))
+    return size * ALIVE * (hidden + widest)
 
 
 def _kept_bytes(tower: Tower, size: int) -> int:
