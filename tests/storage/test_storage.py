@@ -11,12 +11,17 @@ from attlas.attach import attach
 from attlas.cache.prompt import prefill
 from attlas.cache.quantizer import Quantizer
 from attlas.cache.selection import Selection, keys_of, lengths_of
+from attlas.calibration import calibrate
 from attlas.errors import UserError
 from attlas.hf.caches import cache_of, with_cache
 from attlas.ops.quantize import encode
 from attlas.options import option
+from attlas.parts.evict.ada_kv import AdaKV
 from attlas.parts.evict.key_norm import KeyNorm
 from attlas.parts.evict.snapkv import SnapKV
+from attlas.parts.quantize.eigen_attention import EigenAttention
+from attlas.parts.select.lrqk import LRQK
+from attlas.parts.select.quest import Quest
 from attlas.storage import (
     Chosen,
     CodedBody,
@@ -27,6 +32,7 @@ from attlas.storage import (
 )
 from attlas.storage.growing import Growing
 from attlas.storage.packed import PackedBody
+from attlas.storage.plain import forked as forked_cache
 
 
 class Coarse(Quantizer):
@@ -197,6 +203,43 @@ def test_padding_and_batches_change_nothing(method, beams):
     first = continued(model, make(), ids[:1, 9:], mask[:1, 9:], beams)
     second = continued(model, make(), ids[1:], mask[1:], beams)
     assert both == first + second
+
+
+def eigen(model):
+    part = EigenAttention(keep=0.75)
+    part.calibration = calibrate(model, part, [tiny_models.prompt(1, 60, seed=3)])
+    return part
+
+
+@pytest.mark.parametrize("forked", [False, True])
+@pytest.mark.parametrize("name", [*METHODS, "ragged", "tiered", "tiered pages", "low rank", "lrqk"])
+def test_rows_in_another_order_go_on_as_they_were(name, forked):
+    more = {
+        "ragged": lambda: [AdaKV(0.5, scorer_options={"window": 4})],
+        "tiered": lambda: [Quest(0.4, page=2, dense_layers=(), offload=True)],
+        "tiered pages": lambda: [Quest(0.3, page=4, dense_layers=(), offload=True, shared=False)],
+        "low rank": lambda: [eigen(model)],
+        "lrqk": lambda: [LRQK(0.4, rank=4, recent=4, block=2)],
+    }
+    model, ids = tiny_models.decoder("llama").double(), tiny_models.prompt(2, 30)
+    steps, found = tiny_models.prompt(2, 16, seed=3), []
+    for swapped in (False, True):
+        given, order, kept = {**METHODS, **more}[name](), [0, 1], []
+        with attach(model, *given) as session, torch.no_grad():
+            model(ids)
+            for number in range(16):
+                cache = session.cache
+                if number == 6:
+                    left = forked_cache(cache) if forked else None
+                    if swapped:
+                        order = [1, 0]
+                        cache.reorder_cache(torch.tensor(order))
+                token = steps[order, number : number + 1]
+                kept.append(model(token, **with_cache(model, cache)).logits[order])
+            if forked:  # which nothing has moved
+                kept.append(model(steps[:, 6:7], **with_cache(model, left)).logits)
+        found.append(torch.cat(kept, dim=1))
+    torch.testing.assert_close(found[1], found[0], atol=1e-9, rtol=1e-9)
 
 
 @every_method

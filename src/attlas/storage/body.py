@@ -176,7 +176,9 @@ class GrownBody(Body):
         return super().fork()
 
     def reordered(self, rows: Int[Tensor, " batch"]) -> Body:
-        """Itself, with its rows in another order."""
+        """Itself, with its rows in another order, where it holds nothing but what grows."""
+        if type(self).rows is not Body.rows:
+            return super().reordered(rows)
         for growing in self._growing():
             growing.reorder(rows)
         if self.lengths is not None:

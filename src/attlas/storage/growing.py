@@ -92,7 +92,7 @@ class Growing:
         shape, pinned = (batch, heads, count + spare, width), self._room.is_pinned()
         room = self._room.new_empty(shape, pin_memory=pinned)
         room[:, :, : self._count] = self.tensor
-        self._room, self._own = room, True
+        self._room, self._own, self._seen = room, True, False
 
     def put(
         self,
