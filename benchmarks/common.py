@@ -31,15 +31,7 @@ def paired_ratio(
     """
     for run in (ours, theirs):
         run()
-    pairs = []
-    for turn in range(rounds):
-        if turn % 2:
-            a = timed(ours, device, queued)
-            b = timed(theirs, device, queued)
-        else:
-            b = timed(theirs, device, queued)
-            a = timed(ours, device, queued)
-        pairs.append((a, b))
+    pairs = _in_turns(lambda run: timed(run, device, queued), ours, theirs, rounds)
     return {
         "ours_ms": statistics.median(a for a, _ in pairs),
         "theirs_ms": statistics.median(b for _, b in pairs),
@@ -66,19 +58,30 @@ def spent(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     one(ours), one(theirs)
-    pairs = []
-    for turn in range(rounds):
-        if turn % 2:
-            b, a = one(theirs), one(ours)
-        else:
-            a, b = one(ours), one(theirs)
-        pairs.append((a, b))
+    pairs = _in_turns(one, ours, theirs, rounds)
     torch.set_num_threads(threads)
     return {
         "ours_us": statistics.median(a for a, _ in pairs),
         "theirs_us": statistics.median(b for _, b in pairs),
         "above_us": statistics.median(a - b for a, b in pairs),
     }
+
+
+def _in_turns(
+    one: Callable[[Callable[[], object]], float],
+    ours: Callable[[], object],
+    theirs: Callable[[], object],
+    rounds: int,
+) -> list[tuple[float, float]]:
+    """(ours, theirs) of each round, measured back to back, each first in every second one."""
+    pairs = []
+    for turn in range(rounds):
+        if turn % 2:
+            a, b = one(ours), one(theirs)
+        else:
+            b, a = one(theirs), one(ours)
+        pairs.append((a, b))
+    return pairs
 
 
 def stepped(step: Callable[[], object], steps: int, device: torch.device) -> list[float]:

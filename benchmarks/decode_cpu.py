@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -13,26 +11,20 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 import attlas
+from attlas.compare.methods import parse_method
 from attlas.hf.caches import with_cache
-from common import save, show
+from common import interleaved, save, show
 
 #: Steps that are timed together, and tokens that are read at once.
 STEPS, READ = 8, 1024
-WAYS: dict[str, list[tuple[str, dict[str, Any]]] | None] = {
-    "Transformers, growing cache": None,
-    "attlas, full": [],
-    "attlas, snapkv(keep=0.25)": [("snapkv", {"keep": 0.25})],
-    "attlas, quest(keep=0.125, page=32)": [("quest", {"keep": 0.125, "page": 32})],
-}
+METHODS = ("full", "snapkv(keep=0.25)", "quest(keep=0.125, page=32)")
 
 
-def growing(model: Any, ids: torch.Tensor, asked: list[tuple[str, dict[str, Any]]] | None) -> Any:
-    """Steps behind the prompt, under parts or without attlas; taken back where nothing was dropped."""
+def growing(model: Any, ids: torch.Tensor, method: str | None) -> Callable[[], None]:
+    """Steps behind the prompt, by a method or without attlas; taken back where nothing was dropped."""
 
     def under() -> Any:
-        if asked is None:
-            return nullcontext()
-        return attlas.attach(model, *(attlas.make(name, **given) for name, given in asked))
+        return nullcontext() if method is None else attlas.attach(model, *parse_method(method).parts())
 
     cache = DynamicCache(config=model.config)
     with under():
@@ -42,7 +34,7 @@ def growing(model: Any, ids: torch.Tensor, asked: list[tuple[str, dict[str, Any]
         with under():
             for _ in range(STEPS):
                 model(ids[:, :1], **with_cache(model, cache))
-        if not asked:
+        if method in (None, "full"):
             cache.crop(-STEPS)
 
     return run
@@ -75,20 +67,13 @@ def main() -> None:
     model = attlas.load("smollm2").eval()
     ids = torch.randint(1000, 20000, (1, options.tokens))
     with torch.no_grad():
-        runs = {way: growing(model, ids, asked) for way, asked in WAYS.items()}
+        runs = {"Transformers, growing cache": growing(model, ids, None)}
+        runs |= {f"attlas, {method}": growing(model, ids, method) for method in METHODS}
         runs["Transformers, static cache, compiled"] = static(model, ids)
-        for run in runs.values():
-            run()
-        taken: dict[str, list[float]] = {way: [] for way in runs}
-        for _ in range(options.rounds):
-            for way, run in runs.items():
-                start = time.perf_counter()
-                run()
-                taken[way].append((time.perf_counter() - start) * 1e3 / STEPS)
-    full = statistics.median(taken["attlas, full"])
+        taken = interleaved(runs, rounds=options.rounds, warm=1)
     rows = [
-        show({"way": way, "tokens": options.tokens, "ms": statistics.median(ms),
-              "full_over_it": full / statistics.median(ms)})
+        show({"way": way, "tokens": options.tokens, "ms": ms / STEPS,
+              "full_over_it": taken["attlas, full"] / ms})
         for way, ms in taken.items()
     ]  # fmt: skip
     save("smollm2-decode", "cpu", rows)

@@ -43,12 +43,12 @@ class Lengths(Part):
         self.seen.append((forward_pass.length, forward_pass.chunked))
 
 
-def run(model: Any, mask: Any, *given: Part, **options: Any) -> tuple[Any, ...]:
+def run(model: Any, mask: Any, *given: Part) -> tuple[Any, ...]:
     ids = tiny_models.prompt(2, TOKENS)
-    with attach(model, *given, record=["entropy"], **options) as session, torch.no_grad():
+    with attach(model, *given, record=["entropy"]) as session, torch.no_grad():
         logits = model(ids, attention_mask=mask).logits
         entropy = session["entropy"]
-    with attach(model, *given, **options) as session:
+    with attach(model, *given) as session:
         tokens = tiny_models.greedy(model, ids, 4, attention_mask=mask)
     return logits, entropy, torch.tensor(tokens), session.kv_bytes
 
@@ -160,7 +160,7 @@ def test_an_error_in_a_piece_leaves_nothing_behind(little: None) -> None:
         with pytest.raises(RuntimeError, match="out of memory"):
             model(ids)
         handle.remove()
-        assert session.until is None
+        assert session.here.until is None
         found = model(ids).logits
     torch.testing.assert_close(found, model(ids).logits, atol=1e-9, rtol=1e-9)
 

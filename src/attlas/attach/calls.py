@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attlas.attach import again, hooks, prefill
+from attlas.attach import again, hooks
 from attlas.attach.call import ForwardPass
 from attlas.attach.generating import prompt_goes_on
+from attlas.attach.prefill import tokens_of
 from attlas.attach.state import Attachment
+from attlas.attach.towers import READS
 from attlas.attach.under import PASS, Under
 from attlas.errors import UserError
 from attlas.hf import interface
@@ -32,7 +34,7 @@ from attlas.storage.plain import release
 #: Names of what a model reads, and of what tells its padding: of a decoder behind an encoder, and else.
 TOKENS = {
     True: ("decoder_input_ids", "decoder_inputs_embeds"),
-    False: prefill.TOKENS,
+    False: READS,
 }
 PADDING = {True: "decoder_attention_mask", False: "attention_mask"}
 
@@ -188,7 +190,7 @@ def _end(held: Attachment, cache: Any) -> None:
 def _step(held: Attachment, cache: Cache | None, arguments: dict[str, Any]) -> ForwardPass:
     """The call, as its arguments and those of the models around the tower tell."""
     forward_pass = ForwardPass(cache=own_tokens(cache))
-    tokens = next((t for n in TOKENS[False] if (t := arguments.get(n)) is not None), None)
+    tokens = tokens_of(arguments)
     forward_pass.length = 0 if tokens is None else tokens.shape[1]
     forward_pass.offset = (
         0 if forward_pass.cache is None else int(forward_pass.cache.get_seq_length())

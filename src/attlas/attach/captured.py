@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from attlas.attach.call import Call, ForwardPass
+from attlas.attach.prefill import tokens_of
 from attlas.attach.recorded import Snapshot, fused, recorded
 from attlas.attach.state import Attachment
 from attlas.attach.under import Under
@@ -40,12 +41,6 @@ KINDS: dict[type, Any] = {
 }  # fmt: skip
 #: Arguments of a step that differ from token to token, and are copied to where the graph reads them.
 VARYING = ("input_ids", "inputs_embeds", "position_ids", "cache_position")
-
-
-def token_of(arguments: dict[str, Any]) -> Tensor | None:
-    """The tokens of a call, ids [batch, tokens] or embeddings; None where there are none."""
-    found = [arguments.get(name) for name in ("input_ids", "inputs_embeds")]
-    return next((t for t in found if isinstance(t, Tensor) and t.ndim > 1), None)
 
 
 class Step:
@@ -85,7 +80,7 @@ class Step:
         self._valid: Tensor | None = None
         self.runs = 0
         self._offset = int(cache.get_seq_length())
-        ids = token_of(arguments)
+        ids = tokens_of(arguments)
         assert ids is not None
         self.batch, self.padded = ids.shape[0], valid is not None
         self.given = {n: t.clone() for n in VARYING if (t := arguments.get(n)) is not None}
@@ -126,12 +121,7 @@ class Step:
         left_out = [n for n in self.given if n != "position_ids" and arguments.get(n) is None]
         if left_out or (valid is not None) != self.padded:
             return False
-        for seat in self.seats:
-            if not seat.ready:
-                seat.put_back()
-                if not seat.ready:
-                    return False
-        return self._model.same
+        return all(map(_lies, self.seats)) and self._model.same
 
     def __call__(self, cache: Any, arguments: dict[str, Any], valid: Tensor | None) -> Any:
         """What the tower gives for the next token."""
@@ -232,6 +222,14 @@ class Step:
             call = Call(number, module, none, none, none, 1.0, None, forward_pass)
             call.cache_layer = layer
             part.later(layer, state, call)
+
+
+def _lies(seat: Any) -> bool:
+    """Whether a layer lies where the recorded step looks for it, or can be put back there."""
+    if seat.ready:
+        return True
+    seat.put_back()
+    return bool(seat.ready)
 
 
 class TwinCache(DynamicCache):  # type: ignore[misc]

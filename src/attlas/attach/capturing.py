@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from attlas.attach import hooks
-from attlas.attach.captured import VARYING, Step, token_of
+from attlas.attach.captured import VARYING, Step
 from attlas.attach.own import own_layers, unrecordable
+from attlas.attach.prefill import tokens_of
 from attlas.attach.recorded import reason_of
 from attlas.attach.state import Attachment
 from attlas.attach.under import recording
@@ -241,7 +242,7 @@ def _layer_refused(layer: Any, padded: bool) -> str | None:
 
 
 def _one_token(arguments: dict[str, Any], cache: Any) -> bool:
-    tokens = token_of(arguments)
+    tokens = tokens_of(arguments)
     one = tokens is not None and tokens.shape[1] == 1 and tokens.shape[0] > 0
     return one and cache is not None and int(cache.get_seq_length()) > 0
 

@@ -11,7 +11,6 @@ is short is made as several likewise.
 from __future__ import annotations
 
 import inspect
-import threading
 from copy import copy
 from functools import wraps
 from types import MethodType
@@ -33,24 +32,22 @@ def watch(held: Attachment) -> list[Any]:
     """Look at `generate` and at the base model's calls; to be done before any other hook."""
     base: Any = held.tower.module
     names = [name for name in inspect.signature(base.forward).parameters if name != "self"]
-    here = threading.local()  # what the first of several calls gave, in each thread
-
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         arguments = dict(zip(names, args, strict=False)) | kwargs
         cache = own_tokens(cache_in(arguments, type(base))[1])
-        here.done = []
+        held.here.done = []
         settle(held, cache)
         (*first, last), until = _calls(held, arguments, cache)
         if not first:
             return None
-        here.done = _made(held, first, until)
+        held.here.done = _made(held, first, until)
         return (), last
 
     def after(_: nn.Module, __: Any, output: Any) -> Any:
-        cache = own_tokens(cache_of(output))
+        cache = own_tokens(cache_of(output)) if held.parts else None
         if cache is not None:
             held.read = cache, int(cache.get_seq_length())
-        done, here.done = here.done, []
+        done, held.here.done = held.here.done, []
         return prefill.joined([*done, output]) if done else None
 
     around = [m for m in (*held.tower.outer, base) if hasattr(m, "generate") and not held.plain]
@@ -84,7 +81,7 @@ def settle(held: Attachment, cache: Any = None) -> None:
 
 def prompt_goes_on(held: Attachment, seen: int) -> bool:
     """Whether more of the prompt comes behind the tokens seen."""
-    if held.until is not None and seen < held.until:
+    if held.here.until is not None and seen < held.here.until:
         return True
     return held.chunked if held.prompt is None else seen < held.prompt
 
@@ -116,7 +113,8 @@ def _made(held: Attachment, calls: list[dict[str, Any]], until: int | None) -> l
     """What the first of several calls give, which are told where the prompt ends."""
     base: Any = held.tower.module
     cache = own_tokens(cache_in(calls[0], type(base))[1])
-    before, held.until = held.until, held.until if until is None else until
+    before = held.here.until
+    held.here.until = before if until is None else until
     found = []
     try:
         for call in calls:
@@ -128,7 +126,7 @@ def _made(held: Attachment, calls: list[dict[str, Any]], until: int | None) -> l
                 if getattr(layer, "is_sliding", False) and getattr(layer, "record_past", False):
                     layer.crop(0)
     finally:
-        held.until = before
+        held.here.until = before
     return found
 
 
@@ -236,5 +234,4 @@ def _candidates(held: Attachment, arguments: dict[str, Any], cache: Any) -> int:
     if not held.assisted or held.prompt is None:
         return 0
     past = 0 if cache is None else int(cache.get_seq_length())
-    tokens = next(t for n in ("input_ids", "inputs_embeds") if (t := arguments.get(n)) is not None)
-    return max(0, past + tokens.shape[1] - held.prompt) if past < held.prompt else 0
+    return max(0, past + prefill.length(arguments) - held.prompt) if past < held.prompt else 0

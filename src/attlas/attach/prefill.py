@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from attlas.attach.part import Part
 from attlas.attach.state import Attachment
-from attlas.attach.towers import Tower
+from attlas.attach.towers import READS, Tower
 from attlas.catalog.registry import entry_of
 from attlas.hf.caches import (
     DynamicCache,
@@ -30,8 +30,6 @@ from attlas.storage.rotary import changing_with_length
 
 log = logging.getLogger("attlas")
 
-#: Names of what a model reads.
-TOKENS = ("input_ids", "inputs_embeds")
 #: Arguments of a model that hold something for each token of a call, along this axis.
 BY_TOKEN = {
     "input_ids": 1, "inputs_embeds": 1, "position_ids": -1, "cache_position": -1, "per_layer_inputs": 1,
@@ -54,7 +52,7 @@ def free_bytes(device: torch.device) -> int | None:
 
 def pieces(held: Attachment, arguments: dict[str, Any]) -> list[dict[str, Any]]:
     """The calls to make in place of one of the tower's: itself alone where memory allows it."""
-    whole, tokens = length(arguments), _tokens(arguments)
+    whole, tokens = length(arguments), tokens_of(arguments)
     if whole <= LEAST or tokens is None or not len(tokens):
         return [arguments]
     size = _size(held.tower, len(tokens), whole)
@@ -69,12 +67,14 @@ def pieces(held: Attachment, arguments: dict[str, Any]) -> list[dict[str, Any]]:
 
 def length(arguments: dict[str, Any]) -> int:
     """Tokens of a call."""
-    tokens = _tokens(arguments)
+    tokens = tokens_of(arguments)
     return 0 if tokens is None else tokens.shape[1]
 
 
-def _tokens(arguments: dict[str, Any]) -> Tensor | None:
-    return next((t for n in TOKENS if isinstance(t := arguments.get(n), Tensor)), None)
+def tokens_of(arguments: dict[str, Any]) -> Tensor | None:
+    """The tokens of a call, ids [batch, tokens] or embeddings; None where there are none."""
+    found = (arguments.get(name) for name in READS)
+    return next((t for t in found if isinstance(t, Tensor) and t.ndim > 1), None)
 
 
 def _size(tower: Tower, rows: int, tokens: int) -> int | None:

@@ -28,6 +28,23 @@ OUTSIDE = (
 )
 
 
+class Here(threading.local):
+    """What is under way in one thread.
+
+    Attributes:
+        under: the forward call.
+        around: the arguments of the models around the tower whose calls are under way.
+        until: tokens seen at which a prompt ends that is read in pieces; None where none is.
+        done: what the first of several calls that are made in place of one gave.
+    """
+
+    def __init__(self) -> None:
+        self.under: Under | None = None
+        self.around: dict[nn.Module, dict[str, Any]] = {}
+        self.until: int | None = None
+        self.done: list[Any] = []
+
+
 class Attachment:
     """A model and the parts on it.
 
@@ -65,7 +82,7 @@ class Attachment:
         self.read: tuple[Any, int] | None = None
         self.captures = False
         self.undo: list[Callable[[], Any]] = []
-        self._here = threading.local()
+        self.here = Here()
         self.keepers = self.overriding("cache_layers")
         self._hooks = {
             hook: self.overriding(hook)
@@ -83,26 +100,16 @@ class Attachment:
     @property
     def under(self) -> Under | None:
         """The forward call under way in this thread."""
-        return getattr(self._here, "under", None)
+        return self.here.under
 
     @under.setter
     def under(self, under: Under | None) -> None:
-        self._here.under = under
-
-    @property
-    def until(self) -> int | None:
-        """Tokens seen at which a prompt ends that this thread reads in pieces; None where it does not."""
-        return getattr(self._here, "until", None)
-
-    @until.setter
-    def until(self, until: int | None) -> None:
-        self._here.until = until
+        self.here.under = under
 
     @property
     def around(self) -> dict[nn.Module, dict[str, Any]]:
         """The arguments of the models around the tower whose calls are under way in this thread."""
-        found: dict[nn.Module, dict[str, Any]] = self._here.__dict__.setdefault("around", {})
-        return found
+        return self.here.around
 
     @property
     def forward_pass(self) -> ForwardPass | None:

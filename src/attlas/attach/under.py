@@ -43,8 +43,9 @@ def no_mask(causal: tuple[int, int] | None) -> bool:
     if recording():
         return True
     forward_pass = PASS.get()
-    here = forward_pass is not None and (forward_pass.offset, forward_pass.length) == causal
-    return here and causal is not None and causal[0] > 0
+    if forward_pass is None or not forward_pass.offset:
+        return False
+    return (forward_pass.offset, forward_pass.length) == causal
 
 
 @dataclass(slots=True)

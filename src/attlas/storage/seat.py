@@ -102,13 +102,18 @@ class Seat:
                 return False
             if any(state.tensors[n].data_ptr() != room.data_ptr() for n, room in rooms.items()):
                 return False
+        return self._still
+
+    @property
+    def _still(self) -> bool:
+        """Whether keys, values and codes lie in their rooms, at which no fork looks."""
         return all(
             held.owned and held.room is self._rooms[path] for path, held in self._held().items()
         )
 
     def put_back(self) -> None:
         """What was moved, as beams are, goes back where the step reads it, unless a fork looks there."""
-        if all(h.owned and h.room is self._rooms[path] for path, h in self._held().items()):
+        if self._still:
             self.settle()
 
     def tell(self, valid: Tensor | None, anew: bool) -> None:
@@ -213,7 +218,7 @@ class Seat:
         twin.states = dict(layer.states)
         twin.index, twin.slot, twin.count = None, self.slot, self.lengths
         twin._keys, twin._values = (Growing(self._rooms[name]) for name in ("keys", "values"))
-        twin.visible, twin.whole = self.visible, self.latents
+        twin.visible, twin.latent = self.visible, self.latents
         twin.bodies = {
             name: body if there is None or not isinstance(body, GrownBody) else body.widened(there)
             for name, (body, there) in self.bodies.items()

@@ -19,13 +19,13 @@ class Twin(StoredLayer):
         slot: where the step's token is written, [1] int64 on the device.
         count: dense slots that are filled with it, [batch, kv_heads] int32.
         visible: which of them hold a token that is no padding, [batch, kv_heads, 1, room]; None for all.
-        whole: the model makes keys of what is held, latents, and is given all the room.
+        latent: the model makes keys of what is held, and is given all the room.
     """
 
     slot: Tensor
     count: Tensor
     visible: Tensor | None = None
-    whole = False
+    latent: bool = False
     #: Segments that the step was given of the bodies, and bytes that it chose by.
     told: tuple[Segment, ...] = ()
     scored = 0
@@ -34,11 +34,6 @@ class Twin(StoredLayer):
     def managed(self) -> bool:
         """It is read through attlas."""
         return True
-
-    @property
-    def latent(self) -> bool:
-        """As the seat says."""
-        return self.whole
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -49,7 +44,7 @@ class Twin(StoredLayer):
         keys, values = self._keys.room, self._values.room
         keys.index_copy_(2, self.slot, key_states)
         values.index_copy_(2, self.slot, value_states)
-        return (keys, values) if self.whole else (key_states, value_states)
+        return (keys, values) if self.latent else (key_states, value_states)
 
     def original_positions(self) -> Tensor:
         """The slots of all the room, −1 where none is filled: how many are the device alone knows."""
