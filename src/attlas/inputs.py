@@ -278,10 +278,12 @@ class Inputs:
         values = torch.cat(packed, dim=-1) if sides else packed[0]
         k, v = self.cache.update(folded(k, heads), values, self.layer_idx)
         if getattr(self.cache, "recorded", False):
-            return alone(k, v, sides)
-        length = int(self.cache.get_seq_length(self.layer_idx))
-        if traced() or k.shape[2] > length:  # a static cache gives its empty slots too
-            k, v = k[:, :, :length], v[:, :, :length]
+            if not self.cache.layers[self.layer_idx].latent:
+                return alone(k, v, sides)
+        else:
+            length = int(self.cache.get_seq_length(self.layer_idx))
+            if traced() or k.shape[2] > length:  # a static cache gives its empty slots too
+                k, v = k[:, :, :length], v[:, :, :length]
         if sides:
             v, *behind = v.split([x.shape[-1] for x in packed], dim=-1)
             for (name, x), each in zip(sides.items(), behind, strict=True):

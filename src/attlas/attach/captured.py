@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from attlas.attach.call import Call, ForwardPass
+from attlas.attach.own import reading_rooms
 from attlas.attach.prefill import tokens_of
 from attlas.attach.recorded import Snapshot, fused, recorded
 from attlas.attach.state import Attachment
@@ -172,7 +173,7 @@ class Step:
         self._slots = torch.zeros(len(sizes), dtype=torch.int64, device=device)
         parts = zip(self._slots.split(1), self._lengths.split(sizes), shapes, strict=True)
         base = self.held.tower.module
-        latents = caching(base, set(self.held.tower.layers.values()))
+        latents = {*caching(base, set(self.held.tower.layers.values())), *reading_rooms(base)}
         self.seats: list[Any] = []
         for number, layer in enumerate(self.layers):
             if number in self.held.sources:

@@ -58,15 +58,45 @@ def _recorded(
         return layer.attend(q, k, v, inputs)
     if layer.pattern not in (None, masks.causal):
         raise UserError(f"{type(layer).__name__} sees a pattern of the keys")
-    return _softmax(held, layer, q, k, v, inputs)
+    if is_softmax(layer):
+        return _softmax(held, layer, q, k, v, inputs)
+    return layer.attend(q, k, v, _of_room(held, layer, inputs))
+
+
+def _of_room(held: Attachment, layer: Attention, inputs: Inputs) -> Inputs:
+    """The inputs of a recorded step for all the room of its keys, of which some hold nothing yet."""
+    assert held.forward_pass is not None
+    twin = held.forward_pass.cache.layers[layer.layer_idx]
+    there = twin.filled()
+    there = ops.repeated(there, layer.heads) if twin.ragged else there[:, :1]
+    return replace(inputs, pairs=there[:, :, None])
 
 
 def unrecordable(layers: list[Attention]) -> str | None:
-    """Which of these layers cannot be part of a recorded step, and why; None where all can."""
+    """Which of these layers cannot be part of a recorded step, and why; None where all may be.
+
+    Such a step holds more keys than there are, and hides those to come. That this changes nothing the
+    contract tries with every layer of ours; a class of a user's must say so, by `roomy = True`.
+    """
     for layer in layers:
-        if not layer.causal or (layer.keeps_keys and not is_softmax(layer)):
-            return f"{type(layer).__name__} in layer {layer.layer_idx} reads its keys in a way of its own"
+        name = f"{type(layer).__name__} in layer {layer.layer_idx}"
+        if not layer.causal:
+            return f"{name} is not causal"
+        changed = not is_softmax(layer) or type(layer).features is not Attention.features
+        if layer.keeps_keys and changed and not roomy(type(layer)):
+            return f"{name} does not say that it is roomy"
     return None
+
+
+def roomy(kind: type[Attention]) -> bool:
+    """Whether hidden keys behind the newest change nothing of what a layer of this class gives."""
+    return bool(getattr(kind, "roomy", kind.__module__.startswith("attlas.")))
+
+
+def reading_rooms(model: nn.Module) -> set[int]:
+    """Numbers of the layers that are given all the room of their keys in a recorded step."""
+    own = [layer for layer in own_layers(model) if layer.keeps_keys]
+    return {layer.layer_idx for layer in own if not is_softmax(layer)}
 
 
 def _copied() -> None:
@@ -133,10 +163,11 @@ def _softmax(
     if one and layer.causal:  # a single token sees all that is there: the cache may keep its form
         options["is_causal"] = True
     changed = type(layer).features is not Attention.features
+    told = _of_room(held, layer, inputs) if changed and recording() else inputs
     heads = attended(
         held, held.at(layer), layer, q, k, v, pairs, layer.scale,
         layer.dropout if layer.training else 0.0, options,
-        (lambda q, k: layer.features(q, k, inputs)) if changed else None,
+        (lambda q, k: layer.features(q, k, told)) if changed else None,
     )  # fmt: skip
     return heads.transpose(1, 2)
 

@@ -28,7 +28,8 @@ def connect(held: Attachment, capturing: Capturing) -> None:
     tower = held.tower
     if any(module in ATTACHED for module in tower.layers):
         raise UserError(
-            f"this {type(tower.model).__name__} is attached already; give all parts to one attach()"
+            f"this {type(tower.model).__name__} is attached already, or generates in another thread; "
+            "give all parts to one attach(), and wait for what is generated without it"
         )
     ours = own.own_layers(tower.module)
     held.own = bool(ours)

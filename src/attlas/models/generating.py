@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attlas.attach.alone import steps_captured
 from attlas.attention import Attention
 from attlas.errors import UserError
 from attlas.hf.caches import Cache
@@ -15,10 +16,10 @@ from attlas.hf.models import GenerationMixin
 
 
 class AttlasGenerationMixin(GenerationMixin):  # type: ignore[misc]
-    """Generation as in Transformers, and refusals of what would fail halfway."""
+    """Generation as in Transformers, on CUDA by captured steps; refusals of what would fail halfway."""
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As in Transformers.
+        """As in Transformers; on CUDA by captured steps, see `attlas.attach`.
 
         Raises:
             ValueError: an assistant whose cache cannot be taken back; Transformers refuses that of the
@@ -30,7 +31,8 @@ class AttlasGenerationMixin(GenerationMixin):  # type: ignore[misc]
                 f"assistant_model: candidates cannot be taken back from the cache of "
                 f"{type(assistant).__name__}, which remembers more than keys and values"
             )
-        return super().generate(*args, **kwargs)
+        with steps_captured(self):
+            return super().generate(*args, **kwargs)
 
     @staticmethod
     def create_masks_for_generate(

@@ -46,14 +46,18 @@ class Twin(StoredLayer):
         values.index_copy_(2, self.slot, value_states)
         return (keys, values) if self.latent else (key_states, value_states)
 
+    def filled(self) -> Tensor:
+        """Which slots of all the room hold a token that is no padding, [batch, kv_heads, room]."""
+        there = self._slots() < self.count[..., None]
+        return there if self.visible is None else there & self.visible[:, :, 0]
+
     def original_positions(self) -> Tensor:
         """The slots of all the room, −1 where none is filled: how many are the device alone knows."""
+        return torch.where(self.filled(), self._slots(), -1)
+
+    def _slots(self) -> Tensor:
         assert self._keys is not None
-        slots = torch.arange(self._keys.room.shape[2], device=self.slot.device)
-        there = slots < self.count[..., None]
-        if self.visible is not None:
-            there = there & self.visible[:, :, 0]
-        return torch.where(there, slots, -1)
+        return torch.arange(self._keys.room.shape[2], device=self.slot.device)
 
     def read(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """(keys, values, which slots are filled) of all the room.

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from attlas.attach.own import roomy
 from attlas.contract.measure import Measure, Subject, check, finite, holds, refuses, same
+from attlas.remembering import Unasked
 
 
 def _inputs(layer: object, batch: int = 2, tokens: int = 11) -> Tensor:
     torch.manual_seed(1)
     return torch.randn(batch, tokens, layer.dim, dtype=torch.float64)  # type: ignore[attr-defined]
+
+
+def _keeps_keys(subject: Subject) -> bool:
+    return subject.causal_form and subject.object.supports.cache == "keys"
 
 
 @check("layer")
@@ -162,6 +169,32 @@ def static_cache(subject: Subject) -> Iterator[Measure]:
     cache = StaticCache(config=config, max_cache_len=16)
     parts = [layer(part, cache=cache) for part in x.split([5] + [1] * 6, dim=1)]
     yield same("16 slots for 11", torch.cat(parts, dim=1), layer(x))
+
+
+@check("layer", when=lambda subject: _keeps_keys(subject) and roomy(subject.object))
+def room(subject: Subject) -> Iterator[Measure]:
+    """A lone query gets the same with hidden keys behind the newest, which a recorded step has room for,
+    or is refused."""
+    layer = subject.layer(causal=True)
+    x, given = _inputs(layer), []
+    for _ in range(2):  # a layer may remember
+        cache = layer.init_cache()
+        layer(x[:, :-1], cache=cache)
+        given.append(layer.prepare(x[:, -1:], cache=cache))
+    (*alone, inputs), (q, k, v, others) = given
+
+    def behind(t: Tensor) -> Tensor:
+        return torch.cat((t, 10 * torch.randn_like(t[:, :, :3])), dim=2)
+
+    there = torch.arange(k.shape[2] + 3)[None, None, None] < k.shape[2]
+    carried = {name: behind(t) for name, t in others.carried.items()}
+    others = replace(others, pairs=there, key_positions=Unasked(), given=True, carried=carried)
+    try:
+        found = layer.attend(q, behind(k), behind(v), others)
+    except (ValueError, RuntimeError) as error:
+        yield holds("refused", bool(str(error)), "without a reason")
+        return
+    yield same("three hidden", found, layer.attend(*alone, inputs))
 
 
 @check("layer", when=lambda subject: subject.causal_form)

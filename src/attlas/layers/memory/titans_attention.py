@@ -85,6 +85,8 @@ class WithMemory(Attention):
 class _Windowed(WithMemory):
     """Sliding-window attention with persistent tokens."""
 
+    #: Which keys lie in the window is told by where all of them stand.
+    roomy: ClassVar[bool] = False
     beyond = (
         "project: persistent tokens stand before all keys",
         "mask: a query sees the persistent tokens and a window",
