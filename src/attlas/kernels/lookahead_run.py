@@ -16,13 +16,14 @@ import torch
 import triton  # type: ignore[import-untyped, unused-ignore]
 from torch import Tensor
 
-from attlas.kernels.lookahead import forward, merged
+from attlas.kernels.lookahead import forward, merged, nears
 from attlas.kernels.lookahead_back import backward, summed
 
 #: What the plain blocks make of q, k, v, q̃, k̃, ṽ and U: outputs, and U behind them.
 Plain = Callable[..., tuple[Tensor, Tensor]]
-#: Queries of a wave at least, and pairs of a query and a key up to which there are more of them.
-WAVE, PAIRS = 512, 2**22
+#: Queries of a wave at least, where there are as many, and pairs of a query and a key up to which there
+#: are more of them; and of the longest block.
+WAVE, PAIRS, BLOCK = 512, 2**22, 64
 #: At how many waves' ends U is kept for a backward pass, but for the last.
 ANCHORS = 4
 #: Queries that one program merges.
@@ -38,15 +39,22 @@ class Tiles:
     warps: int
     stages: int
 
+    @property
+    def fixed(self) -> dict[str, int]:
+        """What a kernel is compiled for."""
+        return {
+            "QUERIES": self.queries, "KEYS": self.keys, "num_warps": self.warps,
+            "num_stages": self.stages,
+        }  # fmt: skip
 
-#: By the bytes of a number and the room for a head's channels.
+
+#: By the bytes of a number and the room for a head's channels. Tensor cores of Hopper take rows in
+#: sixteens for each warp, so that more than 4 of them would repeat each other's work on 64.
 FORWARD = {
-    (2, 64): Tiles(64, 128, 8, 2), (2, 128): Tiles(64, 128, 8, 2),
-    (4, 64): Tiles(32, 64, 8, 1), (4, 128): Tiles(32, 64, 8, 1),
+    (2, 64): Tiles(64, 64, 4, 2), (2, 128): Tiles(64, 64, 4, 1), (4, 64): Tiles(32, 32, 4, 1),
 }  # fmt: skip
 BACKWARD = {
-    (2, 64): Tiles(64, 64, 8, 2), (2, 128): Tiles(64, 64, 8, 2),
-    (4, 64): Tiles(32, 64, 8, 1), (4, 128): Tiles(32, 64, 8, 1),
+    (2, 64): Tiles(64, 64, 4, 1), (2, 128): Tiles(64, 64, 4, 1), (4, 64): Tiles(32, 32, 4, 1),
 }  # fmt: skip
 
 
@@ -102,20 +110,22 @@ class _Call:
     def __init__(
         self, tensors: tuple[Tensor, ...], valid: Tensor | None, scale: float, window: int | None
     ) -> None:
-        self.tensors, self.valid, self.scale, self.window = tensors, valid, scale, window or 0
+        self.tensors, self.valid = tensors, valid
         q, k = self.q, self.k = tensors[:2]
         self.batch, self.heads, self.queries, self.dim = q.shape
         self.kv_heads, self.keys = k.shape[1:3]
         self.group, self.seen = self.heads // self.kv_heads, self.keys - self.queries
         self.room = max(16, triton.next_power_of_2(self.dim))
-        self.rows = wave(self.keys)
+        self.rows = wave(self.queries, self.keys)
+        self.counts = (self.heads, self.group, self.keys, self.queries, self.seen)
+        self.last = (window or 0, scale, self.rows)
         self.at = [n for x in tensors for n in x.stride()[:3]]
         self.at.append(0 if valid is None else valid.stride(0))
         self.kind = (q.element_size(), max(64, self.room))
         self.sizes = {"D": self.dim, "ROOM": self.room}
         self.fixed = {
             **self.sizes, "WINDOW": window is not None, "PADDED": valid is not None,
-            "FAST": q.is_cuda and q.element_size() == 2,
+            "FAST": q.is_cuda and q.element_size() == 2, "ONCE": q.element_size() == 4,
             "PRECISION": "tf32x3" if q.element_size() == 4 else "ieee",
         }  # fmt: skip
 
@@ -124,20 +134,23 @@ class _Call:
         cut, heads = FORWARD[self.kind], self.batch * self.heads
         out = self.like(self.heads, self.queries)
         lse = self.wide(self.batch, self.heads, self.queries)
-        parts, lses = self.parts(1, cut), self.wide(heads * self.tiles(self.queries, cut) * self.rows)
+        parts, lses = (
+            self.parts(1, cut),
+            self.wide(heads * self.tiles(self.queries, cut) * self.rows),
+        )
+        near = self.near(cut.queries)
         u, anchors = u.float().contiguous(), {}
         every = self.rows * triton.cdiv(self.queries, self.rows * ANCHORS)
         for begin, end in self.waves():
             tiles = self.tiles(end, cut)
             after = self.wide(self.batch, self.kv_heads, self.seen + end, self.dim)
             forward[tiles, heads](
-                *self.tensors, u, after, self.valid, parts, lses, self.heads, self.group, self.keys,
-                self.seen, begin, end, self.window, self.scale, self.rows, *self.at, **self.fixed,
-                I=cut.queries, J=cut.keys, num_warps=cut.warps, num_stages=cut.stages,
+                *self.tensors, u, after, self.valid, near, parts, lses, *self.counts, begin, end,
+                *self.last, *self.at, **self.fixed, **cut.fixed,
             )  # fmt: skip
             merged[triton.cdiv(end - begin, ROWS), heads](
                 parts, lses, out, lse, self.heads, tiles, self.seen, begin, end, self.queries,
-                self.rows, *out.stride()[:3], **self.sizes, J=cut.keys, ROWS=ROWS,
+                self.rows, *out.stride()[:3], **self.sizes, KEYS=cut.keys, ROWS=ROWS,
             )  # fmt: skip
             u = after
             if end == self.queries or (keeps and end % every == 0):
@@ -145,7 +158,12 @@ class _Call:
         return out, lse, anchors
 
     def backward(
-        self, out: Tensor, lse: Tensor, anchors: dict[int, Tensor], d_out: Tensor, d_end: Tensor | None
+        self,
+        out: Tensor,
+        lse: Tensor,
+        anchors: dict[int, Tensor],
+        d_out: Tensor,
+        d_end: Tensor | None,
     ) -> tuple[Tensor, ...]:
         """Gradients of q, k, v, q̃, k̃, ṽ and of U before the first query."""
         cut, heads = BACKWARD[self.kind], self.batch * self.heads
@@ -155,24 +173,35 @@ class _Call:
         sums = self.wide(4, self.batch, self.kv_heads, self.group, self.keys, self.dim).zero_()
         if d_end is not None:
             sums[0, :, :, 0] = d_end
-        parts, u = self.parts(3, cut), anchors[self.queries]
+        parts, near, u = self.parts(3, cut), self.near(cut.queries), anchors[self.queries]
+        met = self.q.new_empty(heads * self.tiles(self.queries, cut) * self.rows * cut.keys)
         for begin, end in reversed(self.waves()):
             tiles = self.tiles(end, cut)
             u = anchors.get(end, u)
             before = self.wide(self.batch, self.kv_heads, self.seen + begin, self.dim)
             backward[tiles, heads](
-                *self.tensors, u, before, self.valid, d_out, lse, dots, sums, parts, self.heads,
-                self.group, self.keys, self.queries, self.seen, begin, end, self.window, self.scale,
-                self.rows, *self.at, *d_out.stride()[:3], **self.fixed, I=cut.queries, J=cut.keys,
-                num_warps=cut.warps, num_stages=cut.stages,
+                *self.tensors, u, before, self.valid, near, d_out, lse, dots, sums, parts, met,
+                *self.counts, begin, end, *self.last, *self.at, *d_out.stride()[:3], **self.fixed,
+                **cut.fixed,
             )  # fmt: skip
             summed[triton.cdiv(end - begin, ROWS), heads, 3](
                 parts, d_q, *d_new, self.heads, self.group, tiles, self.seen, begin, end, self.rows,
-                *d_q.stride()[:3], *d_new[0].stride()[:3], **self.sizes, J=cut.keys, ROWS=ROWS,
+                *d_q.stride()[:3], *d_new[0].stride()[:3], **self.sizes, KEYS=cut.keys, ROWS=ROWS,
             )  # fmt: skip
             u = before
         d_u, d_k, d_v, d_asking = sums.squeeze(3) if self.group == 1 else sums.sum(3)
         return d_q, d_k, d_v, d_asking, *d_new, d_u[:, :, : self.seen]
+
+    def near(self, block: int) -> Tensor:
+        """tril(q ṽᵀ) of every block of queries."""
+        blocks, heads = triton.cdiv(self.queries, block), self.batch * self.heads
+        found = self.q.new_empty(heads, blocks, block, block)
+        q, v_new = self.q, self.tensors[5]
+        nears[blocks, heads](
+            q, v_new, found, self.heads, self.group, self.queries, *q.stride()[:3],
+            *v_new.stride()[:3], **self.sizes, QUERIES=block, PRECISION=self.fixed["PRECISION"],
+        )  # fmt: skip
+        return found
 
     def waves(self) -> list[tuple[int, int]]:
         """Begins and ends, in queries."""
@@ -199,6 +228,7 @@ class _Call:
         return self.q.new_empty(shape, dtype=torch.float32)
 
 
-def wave(keys: int) -> int:
-    """Queries of a wave: a power of two, so that every block of queries lies in one."""
-    return max(WAVE, 2 ** ((PAIRS // keys).bit_length() - 1) if keys <= PAIRS else 0)
+def wave(queries: int, keys: int) -> int:
+    """Queries of a wave: a power of two of blocks, so that each block lies in one."""
+    most = max(WAVE, 2 ** ((PAIRS // keys).bit_length() - 1) if keys <= PAIRS else 0)
+    return int(min(most, max(BLOCK, triton.next_power_of_2(queries))))

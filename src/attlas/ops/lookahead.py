@@ -10,7 +10,7 @@ type, are those of `attlas.layers.heads.castle_lookahead_keys`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -19,10 +19,14 @@ from torch import Tensor
 from attlas.ops.decode_kernels import has_kernels
 from attlas.tracing import traced
 
-#: Queries below which a call is not worth a kernel's start, and channels of a head that kernels take.
-FEW, WIDTH = 16, 128
-#: Rows and heads that a launch takes, and bytes of shared memory that a program takes.
-PLACES, SHARED = 65535, 200 * 1024
+#: Queries below which a call is not worth a kernel's start; rows and heads that a launch takes.
+FEW, PLACES = 16, 65535
+#: Channels of a head that kernels take, by the bytes of a number; and what they were cut for, Hopper,
+#: whose tensor cores hold wide heads as no older ones do, so that those take narrow ones alone.
+WIDTHS = {2: 128, 4: 64}
+HOPPER, NARROW = (9, 0), 64
+#: Bytes of shared memory that a program takes at most.
+SHARED = 160 * 1024
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -57,18 +61,22 @@ def lookahead_refuses(given: LookaheadKeys) -> str | None:
     if not all(x.is_cuda for x in given):
         return "not on a CUDA device"
     if q.dtype not in TYPES or any(x.dtype != q.dtype for x in given):
-        return f"{', '.join(sorted({str(x.dtype) for x in given}))}, not all of 16 or all of 32 bits"
+        names = ", ".join(sorted({str(x.dtype) for x in given}))
+        return f"numbers are {names}, not of one of {TYPES}"
     if queries < FEW:
         return f"{queries} queries, fewer than {FEW}"
-    if dim > WIDTH:
-        return f"heads are {dim} wide, at most {WIDTH}"
     if u.shape[2] + queries != given.k.shape[2]:
         return f"{u.shape[2]} keys have learned, and {given.k.shape[2]} are there"
     if not 0 < batch * heads <= PLACES:
         return f"{batch * heads} rows and heads, not 1 to {PLACES}"
     if not has_kernels(q.device):
         return "there is no Triton for the device"
-    shared = torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin
+    new = torch.cuda.get_device_capability(q.device) >= HOPPER
+    most = min(WIDTHS[q.element_size()], WIDTHS[2] if new else NARROW)
+    if dim > most:
+        return f"heads are {dim} wide, at most {most}"
+    device: Any = torch.cuda.get_device_properties(q.device)
+    shared = device.shared_memory_per_block_optin
     return f"{shared} bytes of shared memory, not {SHARED}" if shared < SHARED else None
 
 

@@ -10,7 +10,8 @@ them and Σ_sj = σ(q̃_s·k̃_j / √d) for s < j in I, be it training, prefill
 
 A key after the query, where it is seen, has learned nothing yet; from padding none ever learns.
 Cost: three more projections, two more passes over the pairs; memory linear in n forward, backward U
-at every block, the blocks being computed again. A cache holds k, q̃, v and U.
+at every block, the blocks being computed again; by kernels, on a GPU, linear in both. A cache holds k,
+q̃, v and U.
 Reduces to softmax attention when ṽ = 0.
 Source: "Causal Attention with Lookahead Keys"; CASTLE-SWL is `window`, there 128 to 512 tokens. That
 rotary positions rotate q, k, q̃, k̃ and ṽ rests on a third party's program.
@@ -110,8 +111,8 @@ class CastleLookaheadKeys(Attention):
         if u is None:
             seen = k.shape[2] - q.shape[2]
             u = k.new_zeros(len(k), self.kv_heads, 1, seen, self.head_dim)
-        asking, k_new, v_new = inputs.carried["asking"], *(inputs.notes[n] for n in ("k_new", "v_new"))
-        return ops.LookaheadKeys(q, k, v, asking, k_new, v_new, u[:, :, 0])
+        asking, notes = inputs.carried["asking"], inputs.notes
+        return ops.LookaheadKeys(q, k, v, asking, notes["k_new"], notes["v_new"], u[:, :, 0])
 
     def is_plain(self, k: Tensor, inputs: Inputs) -> bool:
         """Whether weights are the softmax of these scores, of which causality and padding alone hide."""
@@ -158,9 +159,7 @@ class CastleLookaheadKeys(Attention):
             done.append(out)
         return torch.cat(done, dim=2), u
 
-    def block_scores(
-        self, met: ops.LookaheadKeys, u: Tensor, rows: slice
-    ) -> tuple[Tensor, Tensor]:
+    def block_scores(self, met: ops.LookaheadKeys, u: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         """The scores of a block of queries with all keys, and U behind the block."""
         q = self.scale * met.q[:, :, rows].unflatten(1, (self.kv_heads, -1))
         k, asking, u = (x[:, :, None] for x in (met.k, met.asking, u))
