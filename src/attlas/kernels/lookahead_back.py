@@ -122,8 +122,6 @@ def _to_lessons(
         live, t = i < end, seen + i
         query = rows_of(q, at, n, q_t, live, D, ROOM)
         x = tl.load(met + (at - begin) * KEYS + m[:, None] * QUERIES + n[None, :])
-        of_token = tl.zeros((QUERIES, ROOM), tl.float32)
-        of_lesson = tl.zeros((QUERIES, ROOM), tl.float32)
         if LEARNS:
             token = rows_of(k_new, at, n, k_new_t, live, D, ROOM)
             lesson = rows_of(v_new, at, n, v_new_t, live, D, ROOM)
@@ -132,6 +130,7 @@ def _to_lessons(
             of_lesson = tl.dot(tl.trans(share), after, input_precision=PRECISION)
             of_near = _of_near(x, share, QUERIES, PRECISION)
             of_lesson = tl.dot(tl.trans(of_near), query, of_lesson, input_precision=PRECISION)
+            put_rows(d_v_new, at - begin, n, D, live, of_lesson, D, ROOM)
             of_share = tl.dot(after, tl.trans(lesson), input_precision=PRECISION)
             of_share = tl.dot(x, near_of(near, at, QUERIES), of_share, input_precision=PRECISION)
             # Where nothing is learned σ stands as 0, and so does its gradient.
@@ -139,9 +138,12 @@ def _to_lessons(
             asked = (of_share * (asked * (1.0 - asked) * scale)).to(x.dtype)
             d_asking = tl.dot(asked, token, d_asking, input_precision=PRECISION)
             of_token = tl.dot(tl.trans(asked), asking, input_precision=PRECISION)
+            put_rows(d_k_new, at - begin, n, D, live, of_token, D, ROOM)
+        else:
+            nothing = tl.zeros((QUERIES, ROOM), tl.float32)
+            put_rows(d_v_new, at - begin, n, D, live, nothing, D, ROOM)
+            put_rows(d_k_new, at - begin, n, D, live, nothing, D, ROOM)
         d_state = tl.dot(x, query, d_state, input_precision=PRECISION)
-        put_rows(d_k_new, at - begin, n, D, live, of_token, D, ROOM)
-        put_rows(d_v_new, at - begin, n, D, live, of_lesson, D, ROOM)
     return d_state, d_asking
 
 
