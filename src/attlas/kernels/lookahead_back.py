@@ -9,10 +9,12 @@ and N = tril(q_I ṽ_Iᵀ), P the weights, S the scores, σ' = σ (1 − σ):
     A = scale · (Xᵀ N + D_J ṽ_Iᵀ) ⊙ σ'          dq̃ += A k̃_I          dk̃_I = Σ_J Aᵀ q̃_J
     D_J ← D_J + Xᵀ q_I
 
-What is taken off U once more is not to the bit what was added: U is given anew at some waves' ends. The
-sums over tiles J are made of parts, in one order, by a second kernel.
+A program walks back twice: once for dq, dK, dV and X, which it stores, once for all else, so that no
+more sums are under way than registers hold. What is taken off U once more is not to the bit what was
+added: U is given anew at some waves' ends. The sums over tiles J are made of parts, always in one order,
+by a second kernel.
 
-Cost: n²/2 · (13d + 3I + 2d·I/J) multiply-adds a head, where plain attention has n²/2 · 5d; 3d numbers
+Cost: n²/2 · (15d + 4I + 2d·I/J) multiply-adds a head, where plain attention has n²/2 · 5d; 3d + J numbers
 written and read for each query and tile.
 """
 

@@ -66,7 +66,7 @@ class Lookahead(torch.autograd.Function):
         ctx, q: Tensor, k: Tensor, v: Tensor, asking: Tensor, k_new: Tensor, v_new: Tensor,
         u: Tensor, valid: Tensor | None, scale: float, window: int | None, plain: Plain,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Outputs, and U behind the last query in float32."""
+        """Outputs, and U behind the last query."""
         call = _Call((q, k, v, asking, k_new, v_new), valid, scale, window)
         out, lse, anchors = call.forward(u, any(ctx.needs_input_grad))
         end = anchors[q.shape[2]]

@@ -93,15 +93,16 @@ class CastleLookaheadKeys(Attention):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
         """One call of kernels where they can take it, else the stages block by block."""
-        met, plain = self.met(q, k, v, inputs), replace(inputs, cache=None)
-        if self.is_plain(k, inputs) and ops.lookahead_refuses(met) is None:
+        met = self.met(q, k, v, inputs)
+        if self.is_plain(inputs) and ops.lookahead_refuses(met) is None:
             valid = None if inputs.valid is None else inputs.valid[:, -k.shape[2] :]
+            again = replace(inputs, cache=None)  # which a gradient need not hold
             out, u = ops.lookahead_attend(
                 met, scale=self.scale, window=self.window, valid=valid,
-                plain=lambda *tensors: self.attend_by_blocks(ops.LookaheadKeys(*tensors), plain),
+                plain=lambda *tensors: self.attend_by_blocks(ops.LookaheadKeys(*tensors), again),
             )  # fmt: skip
         else:
-            out, u = self.attend_by_blocks(met, plain)
+            out, u = self.attend_by_blocks(met, inputs)
         inputs.remember("lookahead", u[:, :, None])
         return out
 
@@ -114,13 +115,12 @@ class CastleLookaheadKeys(Attention):
         asking, notes = inputs.carried["asking"], inputs.notes
         return ops.LookaheadKeys(q, k, v, asking, notes["k_new"], notes["v_new"], u[:, :, 0])
 
-    def is_plain(self, k: Tensor, inputs: Inputs) -> bool:
+    def is_plain(self, inputs: Inputs) -> bool:
         """Whether weights are the softmax of these scores, of which causality and padding alone hide."""
         own = all(getattr(type(self), n) is getattr(CastleLookaheadKeys, n) for n in STAGES)
         drops = self.training and self.dropout > 0
-        changed = inputs.by_positions(self.score_mod, k.shape[2]) is not None
         along = inputs.runs_along(self.pattern) and inputs.looks_back(self.pattern)
-        return own and along and not drops and not changed
+        return own and along and not drops and self.score_mod is None
 
     def attend_by_blocks(self, met: ops.LookaheadKeys, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Outputs, and U behind them, by the stages for one block of queries at a time, so that memory
