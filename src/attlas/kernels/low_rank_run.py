@@ -17,8 +17,8 @@ from attlas.kernels.decode import units
 from attlas.kernels.delta_run import cut
 from attlas.kernels.low_rank import _back, _onwards, _squares
 
-#: Tokens of a chunk.
-CHUNK = 16
+#: Tokens of a chunk, and warps of a sweep from chunk to chunk.
+CHUNK, WARPS = 16, 4
 
 
 class LowRank(torch.autograd.Function):
@@ -127,7 +127,7 @@ class _Call:
         shape = (sequences if self.packed else self.batch, self.heads, self.dk, self.dv)
         state = torch.empty(shape, device=v.device)
         sizes = {**self.sizes, "dv": self.dv, "BV": columns, "PACKED": self.packed}
-        sizes |= {"num_stages": stages, "num_warps": 4}
+        sizes |= {"num_stages": stages, "num_warps": WARPS}
         return (triton.cdiv(self.dv, columns), sequences, self.rows), sizes, state
 
     def like(self, v: Tensor) -> Tensor:

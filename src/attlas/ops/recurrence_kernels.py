@@ -19,7 +19,7 @@ def refuses(
 ) -> str | None:
     """Why no kernel can take a call of `recurrence`, None when one can."""
     if not causal and g is None:
-        return "what all tokens see alike is two products"
+        return "without decays, causal=False is two plain products"
     if torch.compiler.is_compiling():
         return "torch.compile traces it"
     if not q.is_cuda:
