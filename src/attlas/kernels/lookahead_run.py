@@ -23,7 +23,7 @@ from attlas.kernels.lookahead_back import backward, summed
 Plain = Callable[..., tuple[Tensor, Tensor]]
 #: Queries of a wave at least, where there are as many, and pairs of a query and a key up to which there
 #: are more of them; and of the longest block.
-WAVE, PAIRS, BLOCK = 512, 2**22, 128
+WAVE, PAIRS, BLOCK = 1024, 2**22, 128
 #: At how many waves' ends U is kept for a backward pass, but for the last.
 ANCHORS = 4
 #: Queries that one program merges.
