@@ -374,14 +374,10 @@ def test_attending_compiles_for_a_gpu_that_is_not_there(kind: str, dtype: str) -
         kernels._over_a_run, fixed, absent, dtype, num_warps=cut.warps, num_stages=cut.stages
     )
     assert made.metadata.shared <= shared
-    if (
-        kind in ("dense", "listed") and dtype == "bf16"
-    ):  # as many programs as are meant to share a unit
+    if kind in ("dense", "listed") and dtype == "bf16":
+        # As many programs share a unit as are meant to, and keys are on their way while others are used.
         assert cut.programs * made.metadata.shared <= shared
-    if (
-        kind == "listed" and dtype == "bf16"
-    ):  # a block more than the one that is worked on is on its way
-        assert made.metadata.shared > cut.stages * keys * 256 * 2 * 2 // 3
+        assert made.metadata.shared > (cut.stages - 1) * keys * 256 * 2
 
 
 def test_other_kernels_compile_for_a_gpu_that_is_not_there() -> None:
@@ -398,7 +394,7 @@ def test_other_kernels_compile_for_a_gpu_that_is_not_there() -> None:
     fixed = {"DIM": 256, "DIM_ROOM": 256, "ROWS": 64, "PAGES": block, "SHARED": False}
     made = compiled(pages._bounds, fixed, set(), "bf16", num_warps=4, num_stages=stages)
     assert made.metadata.shared <= 99 * 1024
-    fixed = {"BLOCK": 1024, "WIDTH": 128, "FOURS": True, "KEEP": 0.125, "NEWEST": 0}
+    fixed = {"BLOCK": 1024, "FOURS": True, "KEEP": 0.125, "NEWEST": 0}
     made = compiled(pages._choice, fixed, set(), "bf16", num_warps=4)
     assert "ld.global.v4" in made.asm["ptx"]
     compiled(pages._choice, {**fixed, "KEEP": 0.0}, {"lengths"}, "bf16", num_warps=4)

@@ -32,7 +32,8 @@ PAGES, STAGES, PROGRAMS = 64, 3, 3
 ROW = 16
 
 
-# Strides are not left out: only what is known to be aligned is loaded sixteen bytes at a time.
+# It is compiled for strides that are multiples of sixteen: what is known to be aligned is loaded
+# sixteen bytes at a time, and ahead.
 @triton.jit(do_not_specialize=["heads", "pages", "run"])
 @no_type_check
 def _bounds(
@@ -77,18 +78,17 @@ def _bounds(
 @no_type_check
 def _choice(
     scores, lengths, out, pages, count, page, each, scores_b, scores_h, lengths_b, lengths_h,
-    BLOCK: tl.constexpr, WIDTH: tl.constexpr, FOURS: tl.constexpr, KEEP: tl.constexpr,
-    NEWEST: tl.constexpr,
+    BLOCK: tl.constexpr, FOURS: tl.constexpr, KEEP: tl.constexpr, NEWEST: tl.constexpr,
 ):  # fmt: skip
     """Numbers of one row's `count` highest scores, ascending; of the pages that its tokens fill."""
     head, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    number, place = tl.arange(0, BLOCK), tl.arange(0, WIDTH)
+    number = tl.arange(0, BLOCK)
     # Four scores are read together where they are aligned; those behind the last are not looked at.
     read = tl.cdiv(pages, 4) * 4 if FOURS else pages
     scores += batch * scores_b + head.to(tl.int64) * scores_h
     score = tl.load(scores + number, mask=number < read, other=0.0)
     out += (batch * tl.num_programs(0) + head) * count
-    tl.store(out + place, -1, mask=place < count)
+    tl.store(out + number, -1, mask=number < count)
     if lengths is not None:
         lengths += batch * lengths_b + (head // each).to(tl.int64) * lengths_h
         pages = tl.minimum(pages, tl.cdiv(tl.load(lengths).to(tl.int32), page))
@@ -194,7 +194,7 @@ def choose(
     strides = (0, 0) if lengths is None else lengths.stride()
     _choice[heads, batch](
         scores, lengths, out, pages, count, page, each, *scores.stride()[:2], *strides,
-        BLOCK=block, WIDTH=triton.next_power_of_2(count), FOURS=fours, KEEP=keep or 0.0,
-        NEWEST=newest, num_warps=4 if block <= 2048 else 8 if block <= 8192 else 16,
+        BLOCK=block, FOURS=fours, KEEP=keep or 0.0, NEWEST=newest,
+        num_warps=4 if block <= 2048 else 8 if block <= 8192 else 16,
     )  # fmt: skip
     return out

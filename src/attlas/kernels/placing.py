@@ -18,7 +18,8 @@ from torch import Tensor
 from attlas.kernels.decode import room
 
 
-@triton.jit(do_not_specialize=["slots"])
+# The slots of a model's layers are numbers of one tensor, aligned or not.
+@triton.jit(do_not_specialize=["slots"], do_not_specialize_on_alignment=["slot"])
 @no_type_check
 def _place(
     keys, values, k, v, slot, slots, keys_b, keys_h, keys_n, values_b, values_h, values_n,
