@@ -2,11 +2,11 @@
 
     dB[h, δ] = Σ_b Σ_{j−i=δ} P_ij (dO_i·V_j − D_i),   P = e^(S − lse),   D = rowsum(dO ∘ O) − dlse
 
-Tiles of BQ queries and BK keys that lie behind one another along a diagonal, whose corners are equally far
-from it, hold the same distance at the same place. So a program walks along such a stripe and adds tile to
-tile, number by number; the bias of a tile is loaded once. Sums over the diagonals of what it found are
-left to a second kernel: a stripe has one tile of sums, however many it walked through, and no two programs
-add to one number, so that the result is the same each time.
+Tiles of BQ queries and BK keys that follow one another along a diagonal hold the same distances at the
+same places. So a program walks along such a stripe and adds tile to tile, number by number; their biases,
+the same for all, are loaded once. The sums along the diagonals of what it found are left to a second
+kernel: they are made once for a stripe, however many tiles it has. No two programs add to one number, so
+that the result is the same each time.
 
 Which tiles are visible, and which pairs of those that a mask cuts, is told by lists (see
 `attlas.ops.toeplitz_kernels`). A long stripe is several items, each with its own tile of sums.
@@ -55,13 +55,15 @@ def _rows(
 
 @triton.jit
 @no_type_check
-def _part(x, first, n_t, count, width: tl.constexpr, N: tl.constexpr, W: tl.constexpr, CUT: tl.constexpr):
-    """N rows of x from `first` on, of which there are `count`: zeros behind the last, where it may come."""
+def _part(
+    x, first, x_t, count, width: tl.constexpr, N: tl.constexpr, W: tl.constexpr, CUT: tl.constexpr
+):
+    """N rows of x from `first` on; with CUT some may lie behind the last, and are zeros."""
     t, d = tl.arange(0, N), tl.arange(0, W)
-    at = x + first.to(tl.int64) * n_t + t[:, None] * n_t + d[None, :]
+    at = x + first.to(tl.int64) * x_t + t[:, None] * x_t + d[None, :]
     if CUT:
         return tl.load(at, mask=(first + t < count)[:, None] & (d < width)[None, :], other=0.0)
-    if W != width:
+    if width != W:
         return tl.load(at, mask=(d < width)[None, :], other=0.0)
     return tl.load(at)
 
@@ -74,8 +76,10 @@ def _tile(
     BK: tl.constexpr, CUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dS of the pairs of BQ queries and BK keys."""
-    query, key = _part(q, row, q_t, queries, dk, BQ, DK, CUT), _part(k, column, k_t, keys, dk, BK, DK, CUT)
-    grad, value = _part(d_out, row, o_t, queries, dv, BQ, DV, CUT), _part(v, column, v_t, keys, dv, BK, DV, CUT)
+    query = _part(q, row, q_t, queries, dk, BQ, DK, CUT)
+    key = _part(k, column, k_t, keys, dk, BK, DK, CUT)
+    grad = _part(d_out, row, o_t, queries, dv, BQ, DV, CUT)
+    value = _part(v, column, v_t, keys, dv, BK, DV, CUT)
     t = row + tl.arange(0, BQ)
     if CUT:
         sums = tl.load(top + t, mask=t < queries, other=float("inf"))

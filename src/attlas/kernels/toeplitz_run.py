@@ -64,11 +64,11 @@ class Work:
 
 def tile_of(width: int, itemsize: int) -> Tile:
     """The tile for heads of this width."""
-    if itemsize > 2:
-        return Tile(32, 32, 4, 1)
+    if itemsize > 2:  # whose products are not made by tensor cores
+        return Tile(32, 32, 4, 1) if width <= 64 else Tile(16, 16, 4, 1)
     if width > 128:
         return Tile(64, 64, 8, 1)
-    return Tile(128, 64, 8, 2) if width <= 64 else Tile(64, 64, 4, 2)
+    return Tile(64, 64, 4, 2) if width <= 64 else Tile(128, 64, 8, 2)
 
 
 def walked(tiles: int, device: torch.device) -> int:

@@ -178,8 +178,8 @@ def _choose(
         return "sdpa" if fits_sdpa else "reference"
     if traced():
         return _choose_traced(q, k, v, mask, fits_sdpa, small)
-    # Nothing may be compiled for a change of scores of this call alone. To what is trained of one, but for
-    # biases of distances, FlexAttention adds pair by pair, forty times as slowly.
+    # Nothing may be compiled for a change of scores of this call alone. To what is trained of one that
+    # is no bias of distances FlexAttention adds pair by pair, forty times as slowly.
     trained = score_mod is not None and torch.is_grad_enabled()
     trained = trained and any(t.requires_grad for t in captured(score_mod))
     by_pair = trained and (by_distance(score_mod) is None or kernel_refuses(q, k, v) is not None)

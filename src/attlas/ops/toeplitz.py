@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from attlas.masks import Mask
 from attlas.ops import toeplitz_kernels as kernels
 from attlas.ops.flex import flex
-from attlas.positions.base import ScoreMod, by_distance, captured
+from attlas.ops.reference import reference
+from attlas.positions.base import ScoreMod, by_distance, captured, from_table
 from attlas.tracing import traced
 
 
@@ -132,7 +132,7 @@ def flex_biased(
     out, lse = flex(q, k, v, mask=mask, table=shown, scale=scale, q_offset=q_offset)
     if work is None:
         return out, lse
-    call = (work, scale, q_offset)
+    call = (mask, work, scale, q_offset)
     result: tuple[Tensor, Tensor] = _ByDiagonals.apply(out, lse, table, q, k, v, call)  # type: ignore[no-untyped-call]
     return result
 
@@ -150,8 +150,16 @@ class _ByDiagonals(torch.autograd.Function):
         return out.view_as(out), lse.view_as(lse)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         out, lse, table, q, k, v = ctx.saved_tensors
-        d_table = kernels.gradient(q, k, v, table, out, lse, d_out, d_lse, *ctx.call)
+        mask, work, scale, offset = ctx.call
+        if torch.is_grad_enabled():  # it will itself be differentiated: with all pairs in memory
+            found = reference(
+                q, k, v, scale=scale, mask=mask, score_mod=from_table(table), q_offset=offset
+            )
+            given = [(y, d) for y, d in zip(found, (d_out, d_lse), strict=True) if d is not None]
+            ys, ds = zip(*given, strict=True)
+            (d_table,) = torch.autograd.grad(ys, [table], ds, create_graph=True)
+        else:
+            d_table = kernels.gradient(q, k, v, table, out, lse, d_out, d_lse, work, scale, offset)
         return d_out, d_lse, d_table, None, None, None, None

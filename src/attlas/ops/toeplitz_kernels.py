@@ -79,7 +79,7 @@ def _work(
     mask: Mask, queries: int, keys: int, offset: int, size: tuple[int, int], longest: int,
     device: torch.device,
 ) -> Work | None:  # fmt: skip
-    """Visible tiles by pattern and stripe, whole ones before those that are cut, and what each item has."""
+    """Visible tiles by pattern and stripe, those that are cut behind the others, and the items."""
     from attlas.kernels.toeplitz_run import Work
 
     (q_size, k_size), steps = size, size[0] // size[1]
@@ -136,7 +136,7 @@ def _seen(
     mask: Mask, b: Tensor, h: Tensor, i: Tensor, j: Tensor, size: tuple[int, int], queries: int,
     keys: int, offset: int,
 ) -> Tensor:  # fmt: skip
-    """Pairs of these tiles that are visible and lie within the sequences [tiles, queries, keys], as bytes."""
+    """Which pairs of these tiles are visible and within the texts [tiles, queries, keys], as bytes."""
     q = i[:, None, None] * size[0] + torch.arange(size[0], device=i.device)[:, None]
     k = j[:, None, None] * size[1] + torch.arange(size[1], device=j.device)
     inside = (q < queries) & (k < keys)

@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 
 from attlas.errors import UnknownName
 from attlas.positions.absolute import Learned, Sinusoidal
-from attlas.positions.base import Position, Positioned, ScoreMod, additive, of_distance, on_heads
+from attlas.positions.base import Position, Positioned, ScoreMod, additive, on_heads
 from attlas.positions.bias import ALiBi, T5Bias
 from attlas.positions.rope import RoPE
 
@@ -22,7 +22,6 @@ __all__ = [
     "T5Bias",
     "additive",
     "encoding_of",
-    "of_distance",
     "on_heads",
 ]
 

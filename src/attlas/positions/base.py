@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache, partial
-from typing import Any, ClassVar, TypeAlias, TypeVar
+from functools import lru_cache
+from typing import ClassVar, TypeAlias, TypeVar
 
 import torch
 from jaxtyping import Float, Integer
@@ -34,29 +34,27 @@ def placeless(score_mod: F) -> F:
     return score_mod
 
 
-def of_distance(bias: Callable[[Any, Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
-    """The score_mod that adds `bias(self, h, distance)` to a score, distance being key less query position.
+def of_distance(method: str) -> Callable[[F], F]:
+    """Mark a score_mod that adds `self.<method>(h, distance)`, a distance being key less query position.
 
-    There are as many distances as tokens, not as pairs: `attend` reads them from a table where something
-    about them is trained, and gathers the table's gradient along the diagonals (`attlas.ops.toeplitz`).
+    There are as many distances as tokens, not as pairs: where something about them is trained, `attend`
+    reads them from a table and gathers the table's gradient along diagonals (`attlas.ops.toeplitz`).
     """
 
-    @additive
-    def score_mod(
-        self: Any, score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor
-    ) -> Tensor:
-        return score + bias(self, h, relative(q_idx, kv_idx)).to(score.dtype)
+    def mark(score_mod: F) -> F:
+        score_mod.by_distance = method  # type: ignore[attr-defined]
+        return additive(score_mod)
 
-    score_mod.__doc__ = bias.__doc__
-    score_mod.by_distance = bias  # type: ignore[attr-defined]
-    return score_mod
+    return mark
 
 
 def by_distance(score_mod: ScoreMod | None) -> ByDistance | None:
     """What a score_mod adds, if that hangs on head and distance alone; None of any other."""
-    bias: Callable[..., Tensor] | None = getattr(score_mod, "by_distance", None)
-    owner = getattr(score_mod, "__self__", None)
-    return bias if bias is None or owner is None else partial(bias, owner)
+    marked: str | ByDistance | None = getattr(score_mod, "by_distance", None)
+    if not isinstance(marked, str):
+        return marked
+    bias: ByDistance | None = getattr(getattr(score_mod, "__self__", None), marked, None)
+    return bias
 
 
 def from_table(table: Tensor, offset: int = 0) -> ScoreMod:

@@ -54,9 +54,15 @@ class T5Bias(Position):
         super().setup()
         self.weight = nn.Parameter(torch.randn(self.buckets, self.heads) * 0.02)
 
-    @of_distance
-    def score_mod(self, h: Tensor, distance: Tensor) -> Tensor:
-        """The bias of the pair's bucket."""
+    @of_distance("bias")
+    def score_mod(
+        self, score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor
+    ) -> Tensor:
+        """Score plus the bias of the pair's bucket."""
+        return score + self.bias(h, relative(q_idx, kv_idx)).to(score.dtype)
+
+    def bias(self, h: Tensor, distance: Tensor) -> Tensor:
+        """The number of a distance's bucket."""
         return self.weight[self.bucket(distance), h]
 
     def bucket(self, distance: Tensor) -> Tensor:

@@ -36,7 +36,8 @@ from attlas.catalog.registry import mechanism
 from attlas.errors import UserError
 from attlas.inputs import Inputs
 from attlas.options import option
-from attlas.positions import ScoreMod, of_distance
+from attlas.positions import ScoreMod
+from attlas.positions.base import of_distance, relative
 from attlas.supports import Supports
 
 
@@ -128,8 +129,12 @@ class Mega(Attention):
         """Score plus the number of its distance, where there is one."""
         return self._biased if self.relative == "simple" else None
 
-    @of_distance
-    def _biased(self, h: Tensor, distance: Tensor) -> Tensor:
+    @of_distance("number")
+    def _biased(self, score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return score + self.number(h, relative(q_idx, kv_idx)).to(score.dtype)
+
+    def number(self, h: Tensor, distance: Tensor) -> Tensor:
+        """The trained number of a distance."""
         far = len(self.distance) // 2
         return self.distance[distance.clamp(-far, far) + far]
 

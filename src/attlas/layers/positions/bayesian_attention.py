@@ -24,7 +24,8 @@ from attlas.attention import Attention
 from attlas.catalog.registry import Reduction, mechanism
 from attlas.kinds.claim import Claim
 from attlas.options import option
-from attlas.positions import Position, of_distance
+from attlas.positions import Position
+from attlas.positions.base import of_distance, relative
 from attlas.positions.bias import slopes
 from attlas.supports import Supports
 
@@ -42,8 +43,14 @@ class GaussianPrior(Position):
         self.shape = nn.Parameter(torch.ones(self.heads))
         self.loc = nn.Parameter(torch.zeros(self.heads), requires_grad=self.train_loc)
 
-    @of_distance
-    def score_mod(self, h: Tensor, distance: Tensor) -> Tensor:
+    @of_distance("log_prior")
+    def score_mod(
+        self, score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor
+    ) -> Tensor:
+        """Score plus the log-prior of key kv_idx for query q_idx."""
+        return score + self.log_prior(h, relative(q_idx, kv_idx)).to(score.dtype)
+
+    def log_prior(self, h: Tensor, distance: Tensor) -> Tensor:
         """The log-prior of head h at a distance."""
         # Distances are exact in float32 to 16 million tokens, in bfloat16 to 256.
         dtype = torch.promote_types(self.scale.dtype, torch.float32)
