@@ -137,8 +137,7 @@ class Inputs:
         tokens = self.positions.shape[-1]
         if tokens == 1 or traced():
             return
-        apart, shown = self.positions - self.key_positions[..., -tokens:], self.valid_now
-        if not _one_number(apart, torch.ones_like(apart) > 0 if shown is None else shown):
+        if not _one_number(self.positions - self.key_positions[..., -tokens:], self.valid_now):
             raise UserError(
                 f"positions: {name} counts tokens by their order, so that they must follow one another "
                 "in each row; leave them out, or give a row to each text"
@@ -161,10 +160,10 @@ class Inputs:
     def _moved(self, at: Tensor, of: Tensor) -> bool:
         """Whether a row's tokens are all moved from their slots by one number; `at` and `of` tell it."""
         moved = torch.cat([x.expand(len(self.x), -1) for x in (at, of)], dim=-1)
-        n, shown = at.shape[-1], torch.ones_like(moved, dtype=torch.bool)
-        if self.valid is not None:
-            shown[:, :n] = self.valid[:, -n:] if self.context is None else True
-            shown[:, n:] = self.valid[:, n - moved.shape[-1] :]
+        if (valid := self.valid) is None:
+            return _one_number(moved, None)
+        asks = valid[:, -at.shape[-1] :] if self.context is None else at == at
+        shown = torch.cat((asks.expand(len(valid), -1), valid[:, -of.shape[-1] :]), dim=-1)
         return _one_number(moved, shown)
 
     def positions_of(self, keys: int) -> Tensor:
@@ -339,10 +338,11 @@ def _counted(tokens: int, device: torch.device) -> Tensor:
     return torch.arange(tokens, device=device)
 
 
-def _one_number(x: Tensor, shown: Tensor) -> bool:
-    """Whether what is shown of each row is one number."""
+def _one_number(x: Tensor, shown: Tensor | None) -> bool:
+    """Whether what is shown of each row, all unless told, is one number."""
     most = torch.iinfo(x.dtype).max
-    return bool((x.where(shown, most).amin(-1) >= x.where(shown, -most).amax(-1)).all())
+    low, high = (x if shown is None else x.where(shown, most * sign) for sign in (1, -1))
+    return bool((low.amin(-1) >= high.amax(-1)).all())
 
 
 def _agree(some: Tensor, others: Tensor) -> bool:

@@ -120,12 +120,12 @@ def test_beside_flex_the_gradient_is_that_of_a_kernel(monkeypatch: pytest.Monkey
     monkeypatch.setattr(toeplitz.kernels, "work_of", lambda *_: object())
     monkeypatch.setattr(toeplitz.kernels, "gradient", lambda *given: torch.full_like(given[3], 7.0))
     q = torch.randn(1, 2, 6, 4, dtype=torch.float64, requires_grad=True)
-    table = torch.randn(2, 11, dtype=torch.float64, requires_grad=True)
+    table, weights = torch.randn(2, 11, dtype=torch.float64, requires_grad=True), torch.randn(4).double()
     out, _ = toeplitz.flex_biased(q, q, q, table, mask=None, scale=0.5, q_offset=0)
     assert (torch.autograd.grad(out.sum(), table, retain_graph=True)[0] == 7).all()
 
     def penalty(out: Tensor) -> tuple[Tensor, ...]:
-        (found,) = torch.autograd.grad(out.square().sum(), table, create_graph=True)
+        (found,) = torch.autograd.grad((out * weights).sum(), table, create_graph=True)
         return torch.autograd.grad(found.square().sum(), (q, table))
 
     wanted, _ = ops.reference(q, q, q, score_mod=from_table(table), scale=0.5)

@@ -21,12 +21,13 @@ LEAST = 8
 
 @dataclass(frozen=True)
 class Tile:
-    """Queries and keys of a tile, the former a multiple of the latter; warps and stages."""
+    """Queries and keys of a tile, the former a multiple of the latter, and how it is compiled."""
 
     queries: int
     keys: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,7 @@ def gradient(
             *v.stride()[:3], *d_y.stride()[:3], dk=dk, dv=dv, DK=max(16, triton.next_power_of_2(dk)),
             DV=wide, BQ=tile.queries, BK=tile.keys, BY_BATCH=by_batch, BY_HEAD=by_head,
             PRECISION="ieee" if exact else "tf32", num_warps=tile.warps, num_stages=tile.stages,
+            maxnreg=tile.registers,
         )  # fmt: skip
         _gather[triton.cdiv(width, across), here](
             sums, work.items, work.slots, work.stripes, d_table, first, heads, pieces, here, width, edge,
