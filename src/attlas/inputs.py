@@ -16,6 +16,7 @@ from attlas.errors import UserError
 from attlas.folding import folded, unfolded
 from attlas.masks import Mask
 from attlas.positions import Position, Positioned, ScoreMod
+from attlas.positions.base import by_distance
 from attlas.remembering import Unasked, alone, with_states
 from attlas.supports import Form
 from attlas.tracing import kept, traced
@@ -136,11 +137,7 @@ class Inputs:
         tokens = self.positions.shape[-1]
         if tokens == 1 or traced():
             return
-        apart = self.positions - self.key_positions[..., -tokens:]
-        shown = torch.ones_like(apart, dtype=torch.bool) if self.valid_now is None else self.valid_now
-        most = torch.iinfo(apart.dtype).max
-        low, high = apart.where(shown, most).amin(-1), apart.where(shown, -most).amax(-1)
-        if not bool((low >= high).all()):
+        if not _one_number(self.positions - self.key_positions[..., -tokens:], self.valid_now):
             raise UserError(
                 f"positions: {name} counts tokens by their order, so that they must follow one another "
                 "in each row; leave them out, or give a row to each text"
@@ -151,11 +148,23 @@ class Inputs:
         if change is None or not self.told or getattr(change, "placeless", False):
             return change
         at, of = self.positions, self.positions_of(keys)
+        if at.shape[-1] == 1 or traced():  # a lone query's is never compiled for
+            return Positioned(change, at, of)
         slots = torch.arange(keys, device=of.device)
-        checked = at.shape[-1] > 1 and not traced()  # a lone query's is never compiled for
-        if checked and _agree(at, slots[keys - at.shape[-1] :]) and _agree(of, slots):
+        last = slots[keys - at.shape[-1] :]
+        if _agree(at, last) and _agree(of, slots):
             return change
-        return Positioned(change, at, of)
+        as_far = by_distance(change) is not None and self._moved(at - last, of - slots)
+        return change if as_far else Positioned(change, at, of)
+
+    def _moved(self, at: Tensor, of: Tensor) -> bool:
+        """Whether a row's tokens are all moved from their slots by one number; `at` and `of` tell it."""
+        moved = torch.cat([x.expand(len(self.x), -1) for x in (at, of)], dim=-1)
+        if (valid := self.valid) is None:
+            return _one_number(moved, None)
+        asks = valid[:, -at.shape[-1] :] if self.context is None else at == at
+        shown = torch.cat((asks.expand(len(valid), -1), valid[:, -of.shape[-1] :]), dim=-1)
+        return _one_number(moved, shown)
 
     def positions_of(self, keys: int) -> Tensor:
         """Where the last `keys` keys stand: cached ones and `tokens` as they were told."""
@@ -329,6 +338,13 @@ def _positions(seen: int, tokens: Tensor, valid: Tensor | None) -> Tensor:
 @kept(8)
 def _counted(tokens: int, device: torch.device) -> Tensor:
     return torch.arange(tokens, device=device)
+
+
+def _one_number(x: Tensor, shown: Tensor | None) -> bool:
+    """Whether what is shown of each row, all unless told, is one number."""
+    most = torch.iinfo(x.dtype).max
+    low, high = (x if shown is None else x.where(shown, most * sign) for sign in (1, -1))
+    return bool((low.amin(-1) >= high.amax(-1)).all())
 
 
 def _agree(some: Tensor, others: Tensor) -> bool:

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from attlas import masks, ops
+from attlas.layers.positions.bayesian_attention import GaussianPrior
 from attlas.ops import backends
 from attlas.positions import ALiBi, T5Bias
 
@@ -67,11 +68,14 @@ def test_patterns_through_auto(name, dtype):
     )
 
 
-@pytest.mark.parametrize("bias", [ALiBi(4), T5Bias(4)], ids=["alibi", "t5"])
-def test_score_mods_through_auto(bias):
+@pytest.mark.parametrize("length", [1500, 2048])
+@pytest.mark.parametrize(
+    "bias", [ALiBi(4), T5Bias(4), GaussianPrior(4)], ids=["alibi", "t5", "bam"]
+)
+def test_score_mods_through_auto(bias, length):
     bias = bias.cuda()
     trained = list(bias.parameters())
-    tensors = inputs(1500, 1500, torch.bfloat16)
+    tensors = inputs(length, length, torch.bfloat16)
     exact = [t.detach().double().requires_grad_() for t in tensors]
     options = {"mask": masks.causal, "score_mod": bias.score_mod}
     judged(
