@@ -69,7 +69,7 @@ def tile_of(width: int, itemsize: int) -> Tile:
         return Tile(32, 32, 4, 1) if width <= 64 else Tile(16, 16, 4, 1)
     if width > 128:
         return Tile(64, 64, 8, 1)
-    return Tile(64, 64, 4, 2) if width <= 64 else Tile(128, 64, 8, 2)
+    return Tile(64, 32, 4, 2, 128) if width <= 64 else Tile(128, 64, 8, 2)
 
 
 def walked(tiles: int, device: torch.device) -> int:
