@@ -28,7 +28,7 @@ TOKEN, CHANNEL, GROUPED = (1, 0), (32, 1), (1, 32)
 PLAIN: dict[str, Any] = {
     "k": (4, *TOKEN), "v": (4, *TOKEN), "dim": 64, "v_dim": 64, "batch": 1, "kv_heads": 2, "group": 2,
     "queries": 1, "slots": 150, "dtype": "float16", "channel": False, "lengths": None, "lists": None,
-    "page": 16, "units": 2, "cut": (64, 4, 2, 1), "view": False, "size": 1.0,
+    "page": 16, "units": 2, "cut": (32, 2, 2, 1, 168), "view": False, "size": 1.0,
 }  # fmt: skip
 CASES: dict[str, dict[str, Any]] = {
     **{
@@ -39,11 +39,11 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "keys per channel of 2 bits, values grouped": {"k": (2, 32, 1), "v": (2, 1, 16), "dim": 128},
     "one run": {"units": 1},
-    "more units than blocks": {"units": 64, "cut": (16, 4, 2, 1)},
+    "more units than blocks": {"units": 64, "cut": (16, 1, 2, 1, 168)},
     "one slot": {"slots": 1, "k": (4, *CHANNEL)},
     "whole blocks": {"slots": 256, "k": (2, *CHANNEL), "v": (2, *CHANNEL)},
     "large groups of tokens": {"k": (4, 128, 1), "v": (2, 64, 1), "slots": 300},
-    "blocks of two groups of tokens": {"k": (4, 32, 1), "cut": (64, 4, 2, 1), "group": 4},
+    "blocks of two groups of tokens": {"k": (4, 32, 1), "cut": (32, 2, 2, 1, 168), "group": 4},
     "blocks of four groups of tokens": {"k": (4, 16, 1), "v": (8, 16, 1), "group": 3},
     "8 groups of channels": {"k": (4, 1, 8), "v": (4, 1, 8), "group": 4, "queries": 2},
     "three groups of channels": {"dim": 48, "v_dim": 48, "k": (8, 1, 16), "v": (3, 1, 16)},
@@ -56,7 +56,7 @@ CASES: dict[str, dict[str, Any]] = {
     "three queries": {"queries": 3},
     "more rows than 16": {"queries": 5, "group": 4, "k": (4, *CHANNEL)},
     "copies of few rows": {"group": 1, "queries": 3, "v": (4, *GROUPED)},
-    "16 rows without copies": {"cut": (32, 4, 2, 1, 16), "k": (4, *CHANNEL)},
+    "16 rows without copies": {"cut": (32, 2, 2, 1, 168, 16), "k": (4, *CHANNEL)},
     "lengths": {"batch": 3, "lengths": "mixed", "k": (4, *CHANNEL)},
     "lengths of none": {"batch": 2, "lengths": "none"},
     "lengths and queries": {"batch": 2, "lengths": "mixed", "queries": 3, "v": (4, *CHANNEL)},

@@ -16,6 +16,7 @@ import torch
 import triton  # type: ignore[import-untyped, unused-ignore]
 from torch import Tensor
 
+from attlas.kernels.bits import each
 from attlas.kernels.coded_run import over_a_run
 from attlas.ops.quantize import Codes
 from attlas.ops.segments import Coded
@@ -26,32 +27,33 @@ class Tiles:
     """How the work is cut.
 
     Attributes:
-        keys: slots of a block at most, a power of two from 16; fewer are taken of wider ones, and where
-            queries and groups of tokens in a block would need more than 16 rows.
-        warps: that run a program, 1 to 4; more would repeat each other's work on values.
+        slots: of a block that one warp takes, a power of two from 16; fewer are taken of wider ones,
+            and of groups of tokens or pages that are smaller.
+        warps: that run a program, each on slots of its own.
         stages: blocks of codes on their way at once, and the one in work.
         programs: on each multiprocessor; more than fit where heads end at unequal times.
+        registers: of a thread at most.
         rows: query rows of a program at least, a power of two up to 16. With fewer, less is computed
-            outside the tensor cores, whose other rows hold copies.
+            outside the tensor cores, which take 8 columns.
     """
 
-    keys: int
+    slots: int
     warps: int
     stages: int
     programs: int
+    registers: int
     rows: int = 4
 
 
-#: By the bits of the keys, for keys and values of 128 numbers. No more programs than fit at once: those
-#: of these tiles take up to 250 registers a thread.
+#: By the bits of the keys, for keys and values of 128 numbers.
 TILES = {
-    8: Tiles(64, 4, 4, 3),
-    4: Tiles(128, 2, 3, 4),
-    3: Tiles(128, 4, 3, 2),
-    2: Tiles(128, 4, 3, 2),
+    8: Tiles(32, 4, 3, 3, 168),
+    4: Tiles(32, 4, 3, 4, 128),
+    3: Tiles(32, 4, 3, 3, 168),
+    2: Tiles(64, 4, 3, 3, 168),
 }
-#: Rows of all copies together: what the tensor cores take at once.
-ROWS = 16
+#: Columns that one product of the tensor cores has at least, and rows of queries and their copies at most.
+COLUMNS, ROWS = 8, 16
 
 
 def coded_refuses(q: Tensor, segment: Coded) -> str | None:
@@ -98,15 +100,15 @@ def coded_runs(q: Tensor, segment: Coded, units: int, cut: Tiles | None = None) 
     """Into how many runs the slots of each head are cut, to give `units` multiprocessors work."""
     cut, fixed, blocks = _compiled(q, segment, cut)
     wanted = units * cut.programs // (q.shape[0] * _places(segment) * blocks)
-    blocks_of_keys: int = -(-_longest(segment) // fixed["KEYS"])
+    blocks_of_keys: int = -(-_longest(segment) // (fixed["WARPS"] * fixed["SLOTS"]))
     return max(1, min(wanted, blocks_of_keys))
 
 
 def coded_attend(
-    q: Tensor, segment: Coded, scale: float, sums: Tensor, lses: Tensor, first: int, each: int,
+    q: Tensor, segment: Coded, scale: float, sums: Tensor, lses: Tensor, first: int, count: int,
     cut: Tiles | None = None,
 ) -> None:  # fmt: skip
-    """Fill runs `first` to `first + each`: means of the values, and log₂-sum-exp₂ of the scores.
+    """Fill runs `first` to `first + count`: means of the values, and log₂-sum-exp₂ of the scores.
 
     Args:
         q: queries, [batch, heads, queries, dim], contiguous in the last.
@@ -115,7 +117,7 @@ def coded_attend(
         sums: [batch, runs, heads, queries, v_dim] float32, to be written.
         lses: [batch, runs, heads, queries] float32, to be written; −∞ where nothing is seen.
         first: the first run that is this segment's.
-        each: how many are.
+        count: how many are.
         cut: tiles other than `TILES`.
     """
     cut, fixed, blocks = _compiled(q, segment, cut)
@@ -124,21 +126,22 @@ def coded_attend(
     if index is not None and index.stride(-1) != 1:
         index = index.contiguous()
     (k_step, k_zero), (v_step, v_zero) = _both_steps(k), _both_steps(v)
-    k_words, v_words = _as_words(k.data, fixed["K_WORD"]), _as_words(v.data, fixed["V_WORD"])
+    (k_words, k_more), (v_words, v_more) = _planes(k), _planes(v)
     even = all(
-        x.data_ptr() % 16 == 0 and all(s * x.element_size() % 16 == 0 for s in x.stride()[:2])
-        for x in (k_words, v_words)
+        x.data_ptr() % unit == 0 and all(s * x.element_size() % unit == 0 for s in x.stride()[:2])
+        for x, unit in ((k_words, 16), (v_words, 16), *((s, 8) for s in (k_step, k_zero, v_step, v_zero)))
     )
-    over_a_run[places * blocks, each, q.shape[0]](
-        q, k_words, _other_plane(k), k_step, k_zero, _factors(k),
-        v_words, _other_plane(v), v_step, v_zero, _factors(v),
+    over_a_run[places * blocks, count, q.shape[0]](
+        q, k_words, k_more, k_step, k_zero, _factors(k),
+        v_words, v_more, v_step, v_zero, _factors(v),
         None if segment.lengths is None else segment.lengths.contiguous(), index, sums, lses,
         scale * log2(e), q.shape[1], q.shape[2], k.tokens, _longest(segment),
-        places // k.data.shape[1], blocks, each, first, sums.shape[1],
+        places // k.data.shape[1], blocks, count, first, sums.shape[1],
         *q.stride()[:3], *k_words.stride()[:3], *k_step.stride()[:3],
         *v_words.stride()[:3], *v_step.stride()[:3],
         *((0, 0) if index is None else index.stride()[:2]),
         **fixed, EVEN=even, ASSEMBLY=q.is_cuda, num_warps=cut.warps, num_stages=cut.stages,
+        maxnreg=cut.registers,
     )  # fmt: skip
 
 
@@ -162,28 +165,40 @@ def constants(
     k: Format, v: Format, page: int, rows: int, dtype: torch.dtype, cut: Tiles
 ) -> tuple[dict[str, Any], int]:
     """(What a kernel is compiled for, blocks of rows) for formats of keys and values."""
-    groups = max((int(triton.next_power_of_2(f[3])) for f in (k, v) if f[2] == 1), default=1)
-    block = min(ROWS // groups, max(cut.rows, triton.next_power_of_2(rows)))
-    units = [min(f[2], page or f[2]) * ROWS // block for f in (k, v) if f[2] > 1]
-    keys = cut.keys * 256 // triton.next_power_of_2(max(256, k[1] + v[1]))
-    keys = max(16, min([keys, *units]))
+    groups = max((_power(f[3]) for f in (k, v) if f[2] == 1), default=1)
+    block = min(ROWS // groups, max(cut.rows, _power(rows)))
+    units = [min(f[2], page or f[2]) for f in (k, v) if f[2] > 1]
+    slots = cut.slots * 256 // _power(max(256, k[1] + v[1]))
     half = dtype != torch.float32
     fixed: dict[str, Any] = {
-        "ROWS": block, "COPIES": ROWS // block, "KEYS": keys, "PAGE": page, "HALF": half,
-        "LOST": 2.0**24 if half else 1.0,
+        "ROWS": block, "WARPS": cut.warps, "SLOTS": max(16, min([slots, *units])), "PAGE": page,
+        "HALF": half, "LOST": 2.0**24 if half else 1.0,
     }  # fmt: skip
     for side, (bits, dim, tokens, count) in (("K", k), ("V", v)):
-        # Products of values are split between warps only where they are wider than 16.
-        room = max(128 if side == "V" and bits < 4 else 64, triton.next_power_of_2(dim))
-        long = room * bits >= (256 if side == "K" else 512) and bits != 3
+        codes = each(bits)
+        room = max(16 * codes, _power(dim))
+        groups = count if tokens == 1 else 1
         given = {
-            "DIM": dim, "ROOM": room, "WIDTH": bits, "WORD": 16 if long else 8,
-            "TOKENS": tokens, "GROUPS": count, "UNIT": min(keys, tokens, page or tokens),
-            # What makes steps times numbers as large as what was coded, whatever the bits.
-            "BOOST": 2.0 ** (bits - 2),
+            "DIM": dim, "ROOM": room, "WIDTH": bits, "EACH": codes, "TOKENS": tokens, "GROUPS": groups,
+            **_columns(groups, room, dim, codes, block),
         }  # fmt: skip
         fixed |= {f"{side}_{name}": value for name, value in given.items()}
+    # What makes steps times numbers as large as what was coded, whatever the bits.
+    fixed |= {"K_BOOST": 2.0 ** (k[0] - 2) if k[2] > 1 else 1.0, "V_MORE": float(v[0] - 2)}
     return fixed, triton.cdiv(rows, block)
+
+
+def _columns(groups: int, room: int, dim: int, codes: int, rows: int) -> dict[str, int]:
+    """Tiles of words that have their own groups of channels, and copies of each row's column."""
+    tiles, padded = 1, _power(groups)
+    if room * groups == dim * padded:  # groups are powers of two wide
+        while room // codes // tiles >= 32 and padded // (2 * tiles) * rows >= COLUMNS:
+            tiles *= 2
+    return {"TILES": tiles, "COPIES": max(COLUMNS // rows, padded // tiles, 1)}
+
+
+def _power(count: int) -> int:
+    return int(triton.next_power_of_2(count))
 
 
 def _both_steps(codes: Codes) -> tuple[Tensor, Tensor]:
@@ -198,13 +213,10 @@ def _factors(codes: Codes) -> Tensor | None:
     return None if codes.channel is None else codes.channel.contiguous()
 
 
-def _other_plane(codes: Codes) -> Tensor:
-    """Of 3 bits, the upper one; else nothing that is read."""
-    return codes.data[..., codes.dim // 4 :] if codes.bits == 3 else codes.data
-
-
-def _as_words(data: Tensor, word: int) -> Tensor:
-    return data if word == 8 else data.view(torch.int16)
+def _planes(codes: Codes) -> tuple[Tensor, Tensor]:
+    """Words of 16 bits: the codes, or of 3 bits the lower plane, and behind it the upper one."""
+    words = codes.data.view(torch.int16)
+    return words, words[..., codes.dim // 8 :] if codes.bits == 3 else words
 
 
 def _longest(segment: Coded) -> int:
