@@ -17,6 +17,7 @@ import triton  # type: ignore[import-untyped, unused-ignore]
 from torch import Tensor
 
 from attlas.kernels.bits import each
+from attlas.kernels.coded_read import Side
 from attlas.kernels.coded_run import over_a_run
 from attlas.ops.quantize import Codes
 from attlas.ops.segments import Coded
@@ -125,23 +126,19 @@ def coded_attend(
     places = _places(segment)
     if index is not None and index.stride(-1) != 1:
         index = index.contiguous()
-    (k_step, k_zero), (v_step, v_zero) = _both_steps(k), _both_steps(v)
     (k_words, k_more), (v_words, v_more) = _planes(k), _planes(v)
-    even = all(
-        x.data_ptr() % unit == 0 and all(s * x.element_size() % unit == 0 for s in x.stride()[:2])
-        for x, unit in ((k_words, 16), (v_words, 16), *((s, 8) for s in (k_step, k_zero, v_step, v_zero)))
-    )
+    (k_step, k_zero), (v_step, v_zero) = _both_steps(k), _both_steps(v)
     over_a_run[places * blocks, count, q.shape[0]](
         q, k_words, k_more, k_step, k_zero, _factors(k),
         v_words, v_more, v_step, v_zero, _factors(v),
         None if segment.lengths is None else segment.lengths.contiguous(), index, sums, lses,
         scale * log2(e), q.shape[1], q.shape[2], k.tokens, _longest(segment),
         places // k.data.shape[1], blocks, count, first, sums.shape[1],
-        *q.stride()[:3], *k_words.stride()[:3], *k_step.stride()[:3],
-        *v_words.stride()[:3], *v_step.stride()[:3],
+        *q.stride()[:3], *k_words.stride()[:2], *k_step.stride()[:2],
+        *v_words.stride()[:2], *v_step.stride()[:2],
         *((0, 0) if index is None else index.stride()[:2]),
-        **fixed, EVEN=even, ASSEMBLY=q.is_cuda, num_warps=cut.warps, num_stages=cut.stages,
-        maxnreg=cut.registers,
+        **fixed, EVEN=_even(16, k_words, v_words), EVEN_STEPS=_even(8, k_step, k_zero, v_step, v_zero),
+        ASSEMBLY=q.is_cuda, num_warps=cut.warps, num_stages=cut.stages, maxnreg=cut.registers,
     )  # fmt: skip
 
 
@@ -150,14 +147,18 @@ def _compiled(q: Tensor, segment: Coded, cut: Tiles | None) -> tuple[Tiles, dict
     cut = cut or TILES[segment.k.bits]
     rows = q.shape[1] // _places(segment) * q.shape[2]
     page = 0 if segment.index is None else segment.page
-    formats = [
-        (c.bits, c.dim, c.token_group, c.dim // c.channel_group) for c in (segment.k, segment.v)
-    ]
-    return cut, *constants(formats[0], formats[1], page, rows, q.dtype, cut)
+    k, v = _format(segment.k), _format(segment.v)
+    return cut, *constants(k, v, page, rows, q.dtype, cut)
 
 
-#: Bits, width, tokens that share a step, groups of channels.
-Format = tuple[int, int, int, int]
+#: Bits, width, tokens that share a step, groups of channels, and strides of words and steps.
+Format = tuple[int, int, int, int, int, int]
+
+
+def _format(codes: Codes) -> Format:
+    groups = codes.dim // codes.channel_group
+    words, steps = codes.data.stride(2) // 2, codes.step.stride(2) if _alike(codes) else groups
+    return codes.bits, codes.dim, codes.token_group, groups, words, steps
 
 
 @cache
@@ -170,31 +171,26 @@ def constants(
     units = [min(f[2], page or f[2]) for f in (k, v) if f[2] > 1]
     slots = cut.slots * 256 // _power(max(256, k[1] + v[1]))
     half = dtype != torch.float32
-    fixed: dict[str, Any] = {
+    return {
+        "KEYS": _side(k, block, half), "VALUES": _side(v, block, half),
+        # What makes steps times queries, or weights, as large as what was coded, whatever the bits.
+        "BOOST": 2.0 ** (k[0] - 2) if k[2] > 1 else 1.0, "MORE": float(v[0] - 2),
         "ROWS": block, "WARPS": cut.warps, "SLOTS": max(16, min([slots, *units])), "PAGE": page,
-        "HALF": half, "LOST": 2.0**24 if half else 1.0,
-    }  # fmt: skip
-    for side, (bits, dim, tokens, count) in (("K", k), ("V", v)):
-        codes = each(bits)
-        room = max(16 * codes, _power(dim))
-        groups = count if tokens == 1 else 1
-        given = {
-            "DIM": dim, "ROOM": room, "WIDTH": bits, "EACH": codes, "TOKENS": tokens, "GROUPS": groups,
-            **_columns(groups, room, dim, codes, block),
-        }  # fmt: skip
-        fixed |= {f"{side}_{name}": value for name, value in given.items()}
-    # What makes steps times numbers as large as what was coded, whatever the bits.
-    fixed |= {"K_BOOST": 2.0 ** (k[0] - 2) if k[2] > 1 else 1.0, "V_MORE": float(v[0] - 2)}
-    return fixed, triton.cdiv(rows, block)
+    }, triton.cdiv(rows, block)  # fmt: skip
 
 
-def _columns(groups: int, room: int, dim: int, codes: int, rows: int) -> dict[str, int]:
-    """Tiles of words that have their own groups of channels, and copies of each row's column."""
-    tiles, padded = 1, _power(groups)
-    if room * groups == dim * padded:  # groups are powers of two wide
-        while room // codes // tiles >= 32 and padded // (2 * tiles) * rows >= COLUMNS:
+def _side(form: Format, rows: int, half: bool) -> Side:
+    bits, dim, tokens, groups, stride, step_stride = form
+    groups = groups if tokens == 1 else 1
+    room, padded = max(16 * each(bits), _power(dim)), _power(groups)
+    tiles = 1
+    if room * groups == dim * padded:  # groups are powers of 2 wide: no tile has part of one
+        while room // each(bits) // tiles >= 32 and padded // (2 * tiles) * rows >= COLUMNS:
             tiles *= 2
-    return {"TILES": tiles, "COPIES": max(COLUMNS // rows, padded // tiles, 1)}
+    copies = max(COLUMNS // rows, padded // tiles)
+    return Side(
+        bits, dim, room, each(bits), tokens, groups, tiles, copies, stride, step_stride, half
+    )
 
 
 def _power(count: int) -> int:
@@ -204,9 +200,18 @@ def _power(count: int) -> int:
 def _both_steps(codes: Codes) -> tuple[Tensor, Tensor]:
     """Steps and zeros with the same strides, 1 along the channels."""
     step, zero = codes.step, codes.zero
-    if step.stride(-1) == 1 and step.stride() == zero.stride():
-        return step, zero
-    return step.contiguous(), zero.contiguous()
+    return (step, zero) if _alike(codes) else (step.contiguous(), zero.contiguous())
+
+
+def _alike(codes: Codes) -> bool:
+    """Whether steps and zeros have the same strides, 1 along the channels."""
+    return codes.step.stride(-1) == 1 and codes.step.stride() == codes.zero.stride()
+
+
+def _even(unit: int, *tensors: Tensor) -> bool:
+    """Whether all heads' parts begin at multiples of so many bytes."""
+    heads = (n * t.element_size() for t in tensors for n in t.stride()[:2])
+    return not any(n % unit for n in (*heads, *(t.data_ptr() for t in tensors)))
 
 
 def _factors(codes: Codes) -> Tensor | None:

@@ -34,7 +34,8 @@ import triton  # type: ignore[import-untyped, unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped, unused-ignore]
 
 from attlas.kernels.bits import numbers, scale
-from attlas.kernels.coded_read import channel_steps, slots_of, token_steps, words_of
+from attlas.kernels.coded_queries import asked, by_column, own
+from attlas.kernels.coded_read import codes_of, places_of, slots_of, steps_of
 
 #: What changes from step to step, for which nothing is compiled anew.
 _VARYING = [
@@ -46,78 +47,55 @@ _VARYING = [
 
 @triton.jit
 @no_type_check
-def _asked(
-    q, channels, valid, DIM: tl.constexpr, ROOM: tl.constexpr, EACH: tl.constexpr,
-    GROUPS: tl.constexpr, TILES: tl.constexpr, COPIES: tl.constexpr, WARPS: tl.constexpr,
-    BOOST: tl.constexpr, HALF: tl.constexpr,
-):  # fmt: skip
-    """(Operands of the queries, their sums over each group, a power of 2 that both lack).
-
-    An operand is [tiles · warps, words of a tile, columns], a sum [tiles, 1, 1, HIGH, rows, LOW]. q
-    [rows] points at each row; `channels` are factors.
-    """
-    ROWS: tl.constexpr = q.shape[0]
-    LOW: tl.constexpr = min(2, COPIES)
-    HIGH: tl.constexpr = COPIES // LOW
-    WORDS: tl.constexpr = ROOM // EACH // TILES
-    w = tl.arange(0, TILES)[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
-    unit = 1.0
-    if HALF:
-        c = tl.arange(0, ROOM)
-        every = tl.load(q[:, None] + c[None, :], mask=valid[:, None] & (c < DIM)[None, :], other=0.0)
-        every = every.to(tl.float32)
-        if channels is not None:
-            every *= tl.load(channels + c, mask=c < DIM, other=0.0)[None, :]
-        unit = _unit(every)
-    operands = ()
-    sums = tl.zeros([TILES, HIGH, ROWS, LOW], tl.float32)
-    for place in tl.static_range(EACH):
-        d = w * EACH + place
-        mask = valid[None, None, :] & (d < DIM)[:, :, None]
-        x = tl.load(q[None, None, :] + d[:, :, None], mask=mask, other=0.0).to(tl.float32) / unit
-        if channels is not None:
-            x *= tl.load(channels + d, mask=d < DIM, other=0.0)[:, :, None]
-        x = tl.where(_own(d, DIM // GROUPS, COPIES), x[:, :, None, :, None], 0.0)
-        sums += tl.sum(x, 1)
-        x = (x * (BOOST * scale(place, EACH, HALF))).to(tl.float16 if HALF else tl.float32)
-        x = tl.broadcast_to(x[:, None], [TILES, WARPS, WORDS, HIGH, ROWS, LOW])
-        operands = operands + (tl.reshape(x, [TILES * WARPS, WORDS, ROWS * COPIES]),)
-    return operands, sums[:, None, None], unit
+def _scores(words, more, steps, question, KEYS: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """Scores of a block, [warps, slots, rows], in units that the queries were brought to."""
+    operands, sums = question
+    step, zero = steps
+    HALF: tl.constexpr = KEYS.half
+    EACH: tl.constexpr = KEYS.each
+    PRECISION: tl.constexpr = "tf32" if HALF else "tf32x3"
+    codes = numbers(words, more, KEYS.bits, EACH, HALF, ASSEMBLY)
+    scores = tl.zeros([words.shape[0], words.shape[1], operands[0].shape[2]], tl.float32)
+    for i in tl.static_range(EACH):
+        x = operands[i]
+        if KEYS.tokens > 1:
+            x = (x * step[i][:, :, None]).to(x.dtype)
+        scores = tl.dot(codes[i], x, scores, input_precision=PRECISION)
+    if KEYS.tokens > 1:
+        scores += _constant(operands, zero, KEYS)[:, None, :]
+    TILES: tl.constexpr = KEYS.tiles
+    HIGH: tl.constexpr = KEYS.high
+    LOW: tl.constexpr = KEYS.low
+    WARPS: tl.constexpr = words.shape[0] // TILES
+    ROWS: tl.constexpr = operands[0].shape[2] // KEYS.copies
+    scores = tl.reshape(scores, [TILES, WARPS, words.shape[1], HIGH, ROWS, LOW])
+    if KEYS.groups > 1:
+        scores = scores * by_column(step.to(tl.float32), KEYS)
+        scores += sums * by_column(zero.to(tl.float32), KEYS)
+    scores = tl.sum(tl.sum(tl.sum(scores, 5), 3), 0)
+    if KEYS.narrow:
+        scores = scores * step.to(tl.float32)[:, :, None] + sums * zero.to(tl.float32)[:, :, None]
+    return scores
 
 
 @triton.jit
 @no_type_check
-def _own(d, WIDE: tl.constexpr, COPIES: tl.constexpr):
-    """Whether a channel d [tiles, words] is of a copy's group: [tiles, words, HIGH, 1, LOW]."""
-    LOW: tl.constexpr = min(2, COPIES)
-    group = tl.arange(0, d.shape[0])[:, None] * COPIES + tl.arange(0, COPIES)[None, :]
-    group = tl.reshape(group, [d.shape[0], 1, COPIES // LOW, 1, LOW])
-    return (d // WIDE)[:, :, None, None, None] == group
-
-
-@triton.jit
-@no_type_check
-def _unit(x):
-    """The power of 2 that is at most the largest size in x, or 1 where all is 0."""
-    top = tl.max(tl.max(tl.abs(x), 1), 0)
-    unit = (top.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-    return tl.where(unit > 0.0, unit, 1.0)
-
-
-@triton.jit
-@no_type_check
-def _by_column(x, TILES: tl.constexpr, COPIES: tl.constexpr):
-    """x [warps, slots, all groups] as [tiles, warps, slots, HIGH, 1, LOW]."""
-    LOW: tl.constexpr = min(2, COPIES)
-    x = tl.reshape(x, [x.shape[0], x.shape[1], TILES, COPIES // LOW, LOW])
-    return tl.permute(x, (2, 0, 1, 3, 4))[:, :, :, :, None, :]
-
-
-@triton.jit
-@no_type_check
-def _together(x):
-    """x [tiles, warps, slots, HIGH, rows, LOW] summed over tiles and copies."""
-    return tl.sum(tl.sum(tl.sum(x, 5), 3), 0)
+def _constant(operands, zeros, KEYS: tl.constexpr):
+    """Σ_d q_d zero_d of zeros that tokens share, for each warp and column: [warps, columns]."""
+    EACH: tl.constexpr = KEYS.each
+    LOST: tl.constexpr = 2.0**-24 if KEYS.half else 1.0
+    FAST: tl.constexpr = KEYS.half and zeros[0].dtype == tl.float16
+    ALIKE: tl.constexpr = 16 if FAST else 1
+    first = operands[0]
+    constant = tl.zeros([first.shape[0], ALIKE, first.shape[2]], tl.float32)
+    for i in tl.static_range(EACH):
+        x, zero = operands[i], zeros[i]
+        if FAST:  # rows alike, as few as a product has
+            found = tl.dot(tl.broadcast_to(zero[:, None, :], [x.shape[0], 16, x.shape[1]]), x)
+        else:
+            found = tl.sum(x.to(tl.float32) * zero.to(tl.float32)[:, :, None], 1)[:, None, :]
+        constant += found * (LOST / scale(i, EACH, KEYS.half))
+    return tl.max(constant, 1)
 
 
 @triton.jit
@@ -127,32 +105,71 @@ def _partly(x, AXIS: tl.constexpr):
     if AXIS == 1:
         found = tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] // 8, 8, x.shape[2]]), 1)
     else:
-        x = tl.reshape(x, [x.shape[0], x.shape[1], x.shape[2] // 8, 8, x.shape[3], x.shape[4], x.shape[5]])
+        x = tl.reshape(
+            x, [x.shape[0], x.shape[1], x.shape[2] // 8, 8, x.shape[3], x.shape[4], x.shape[5]]
+        )
         found = tl.sum(x, 2)
     return found
 
 
 @triton.jit
 @no_type_check
-def _constant(
-    asked, steps, zeros, EACH: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr
-):  # fmt: skip
-    """Σ_d q_d zero_d for each warp and column: [warps, columns]."""
-    WARPS: tl.constexpr = asked[0].shape[0]
-    WORDS: tl.constexpr = asked[0].shape[1]
-    FAST: tl.constexpr = HALF and zeros[0].dtype == tl.float16
-    constant = tl.zeros([WARPS, 16 if FAST else 1, asked[0].shape[2]], tl.float32)
-    for place in tl.static_range(EACH):
-        zero = zeros[place]
-        if FAST:  # 16 rows alike
-            found = tl.dot(tl.broadcast_to(zero[:, None, :], [WARPS, 16, WORDS]), asked[place])
+def _levelled(level, p, shrink, zero, VALUES: tl.constexpr):
+    """Σ_n p_n zero_n with a block's: [warps, 8, rows], of groups [tiles, warps, 8, HIGH, rows, LOW]."""
+    zero = zero.to(tl.float32)
+    if VALUES.groups == 1:
+        level = level * shrink[:, None, :] + _partly(p * zero[:, :, None], 1)
+    else:
+        added = p[None, :, :, None, :, None] * by_column(zero, VALUES)
+        level = level * shrink[None, :, None, None, :, None] + _partly(added, 2)
+    return level
+
+
+@triton.jit
+@no_type_check
+def _as_columns(x, VALUES: tl.constexpr):
+    """x [tiles or 1, warps, slots, HIGH or 1, rows, LOW or 1] for every column of a product."""
+    TILES: tl.constexpr = VALUES.tiles
+    HIGH: tl.constexpr = VALUES.high
+    LOW: tl.constexpr = VALUES.low
+    x = tl.broadcast_to(x, [TILES, x.shape[1], x.shape[2], HIGH, x.shape[4], LOW])
+    return tl.reshape(x, [TILES * x.shape[1], x.shape[2], HIGH * x.shape[4] * LOW])
+
+
+@triton.jit
+@no_type_check
+def _added(summed, words, more, p, shrink, steps, VALUES: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """Σ_n p_n v_n with a block's, for each place in a word [tiles · warps, words, columns].
+
+    Where every token has steps, zeros are left out, and what `numbers` scales by.
+    """
+    HALF: tl.constexpr = VALUES.half
+    EACH: tl.constexpr = VALUES.each
+    PRECISION: tl.constexpr = "tf32" if HALF else "tf32x3"
+    step, zero = steps
+    codes = numbers(words, more, VALUES.bits, EACH, HALF, ASSEMBLY)
+    TYPE: tl.constexpr = codes[0].dtype
+    weights = p.to(TYPE)[None, :, :, None, :, None]
+    if VALUES.groups > 1:
+        weights = (weights * by_column(step, VALUES)).to(TYPE)
+    elif VALUES.tokens == 1:
+        weights = (weights * step[None, :, :, None, None, None]).to(TYPE)
+    weights = _as_columns(weights, VALUES)
+    shrink = _as_columns(shrink[None, :, None, None, :, None], VALUES)
+    if VALUES.tokens > 1:
+        share = _as_columns(tl.sum(p, 1)[None, :, None, None, :, None], VALUES)
+    found = ()
+    for i in tl.static_range(EACH):
+        kept = summed[i] * shrink
+        if VALUES.tokens == 1:
+            kept = tl.dot(codes[i], weights, kept, input_precision=PRECISION)
         else:
-            zero = zero.to(tl.float32)
-            if not HALF:  # whose codes count from the middle
-                zero += steps[place].to(tl.float32) * (((1 << WIDTH) - 1) / 2)
-            found = tl.sum(asked[place].to(tl.float32) * zero[:, :, None], 1)[:, None, :]
-        constant += found / scale(place, EACH, HALF)
-    return tl.max(constant, 1)
+            met = tl.dot(codes[i], weights, input_precision=PRECISION)
+            factor = scale(i, EACH, HALF) * (2.0**24 if HALF else 1.0)
+            kept += met * (step[i].to(tl.float32) * factor)[:, :, None]
+            kept += share * zero[i].to(tl.float32)[:, :, None]
+        found = found + (kept,)
+    return found
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -161,21 +178,18 @@ def over_a_run(
     q, k, k_more, k_step, k_zero, k_channel, v, v_more, v_step, v_zero, v_channel,
     lengths, index, sums, lses, factor,
     heads, queries, slots, listed, lists, blocks, runs, first, all_runs,
-    q_b, q_h, q_q, k_b, k_h, k_n: tl.constexpr, k_step_b, k_step_h, k_step_n: tl.constexpr,
-    v_b, v_h, v_n: tl.constexpr, v_step_b, v_step_h, v_step_n: tl.constexpr, index_b, index_h,
-    K_DIM: tl.constexpr, K_ROOM: tl.constexpr, V_DIM: tl.constexpr, V_ROOM: tl.constexpr,
-    K_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, K_EACH: tl.constexpr, V_EACH: tl.constexpr,
-    K_TOKENS: tl.constexpr, V_TOKENS: tl.constexpr, K_GROUPS: tl.constexpr, V_GROUPS: tl.constexpr,
-    K_TILES: tl.constexpr, V_TILES: tl.constexpr, K_COPIES: tl.constexpr, V_COPIES: tl.constexpr,
-    K_BOOST: tl.constexpr, V_MORE: tl.constexpr, LOST: tl.constexpr, HALF: tl.constexpr,
+    q_b, q_h, q_q, k_b, k_h, k_step_b, k_step_h, v_b, v_h, v_step_b, v_step_h, index_b, index_h,
+    KEYS: tl.constexpr, VALUES: tl.constexpr, BOOST: tl.constexpr, MORE: tl.constexpr,
     ROWS: tl.constexpr, WARPS: tl.constexpr, SLOTS: tl.constexpr, PAGE: tl.constexpr,
-    EVEN: tl.constexpr, ASSEMBLY: tl.constexpr,
+    EVEN: tl.constexpr, EVEN_STEPS: tl.constexpr, ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
     """Mean of the values and log₂-sum-exp₂ of the scores, of the heads of one list over one run."""
-    TYPE: tl.constexpr = tl.float16 if HALF else tl.float32
-    PRECISION: tl.constexpr = "tf32" if HALF else "tf32x3"
-    K_LOW: tl.constexpr = min(2, K_COPIES)
-    V_LOW: tl.constexpr = min(2, V_COPIES)
+    LOST: tl.constexpr = 2.0**24 if KEYS.half else 1.0
+    EACH: tl.constexpr = VALUES.each
+    TILES: tl.constexpr = VALUES.tiles
+    WORDS: tl.constexpr = VALUES.words
+    HIGH: tl.constexpr = VALUES.high
+    LOW: tl.constexpr = VALUES.low
     place, batch = tl.program_id(0) // blocks, tl.program_id(2).to(tl.int64)
     places = tl.num_programs(0) // blocks
     kv_head = (place // lists).to(tl.int64)
@@ -195,156 +209,84 @@ def over_a_run(
     ks_at, vs_at = batch * k_step_b + kv_head * k_step_h, batch * v_step_b + kv_head * v_step_h
     if EVEN:
         k_at, v_at = tl.multiple_of(k_at, 8), tl.multiple_of(v_at, 8)
+    if EVEN_STEPS:
         ks_at, vs_at = tl.multiple_of(ks_at, 4), tl.multiple_of(vs_at, 4)
-    k, v, k_more, v_more = k + k_at, v + v_at, k_more + k_at, v_more + v_at
-    k_step, k_zero, v_step, v_zero = k_step + ks_at, k_zero + ks_at, v_step + vs_at, v_zero + vs_at
-
+    k, k_more, k_step, k_zero = k + k_at, k_more + k_at, k_step + ks_at, k_zero + ks_at
+    v, v_more, v_step, v_zero = v + v_at, v_more + v_at, v_step + vs_at, v_zero + vs_at
     if k_channel is not None:
-        k_channel += spot * K_DIM
-    asked, asked_sum, unit = _asked(
-        q + batch * q_b + head.to(tl.int64) * q_h + query * q_q, k_channel, valid, K_DIM, K_ROOM, K_EACH,
-        K_GROUPS, K_TILES, K_COPIES, WARPS, K_BOOST, HALF,
-    )  # fmt: skip
-    asked_sum *= K_BOOST / LOST
-    if K_GROUPS == 1:
-        asked_sum = _together(asked_sum)
-    factor *= unit * LOST / K_BOOST
+        k_channel += spot * KEYS.dim
+    q += batch * q_b + head.to(tl.int64) * q_h + query * q_q
+    operands, asked_sums, unit = asked(q, k_channel, valid, KEYS, BOOST, WARPS)
+    question = (operands, asked_sums / LOST)
+    factor *= unit * LOST / BOOST
 
     top = tl.full([WARPS, ROWS], float("-inf"), tl.float32)
+    # Sums over slots are kept by place in the block, and added up at the end.
     total = tl.zeros([WARPS, 8, ROWS], tl.float32)
-    if V_GROUPS == 1:
-        level = tl.zeros([WARPS, 8, ROWS], tl.float32)
-    else:
-        level = tl.zeros([V_TILES, WARPS, 8, V_COPIES // V_LOW, ROWS, V_LOW], tl.float32)
+    level = total
+    if VALUES.groups > 1:
+        level = tl.zeros([TILES, WARPS, 8, HIGH, ROWS, LOW], tl.float32)
     summed = ()
-    for i in tl.static_range(V_EACH):
-        nothing = tl.zeros([V_TILES * WARPS, V_ROOM // V_EACH // V_TILES, ROWS * V_COPIES], tl.float32)
-        summed = summed + (nothing,)
-    run = tl.cdiv(tl.cdiv(end, runs), WARPS * SLOTS) * (WARPS * SLOTS)
+    for _ in tl.static_range(EACH):
+        summed = summed + (tl.zeros([TILES * WARPS, WORDS, HIGH * ROWS * LOW], tl.float32),)
+    KEPT: tl.constexpr = WARPS * SLOTS
+    run = tl.cdiv(tl.cdiv(end, runs), KEPT) * KEPT
     begin = tl.program_id(1) * run
-    n = tl.arange(0, WARPS)[:, None] * SLOTS + tl.arange(0, SLOTS)[None, :]
-    for start in range(begin, tl.minimum(begin + run, end), WARPS * SLOTS):
-        inside = slots_of(index, start, n, end, held, PAGE)[2]
-        words, more = words_of(
-            k, k_more, index, start, end, held, k_n, K_TILES, WARPS, SLOTS, K_DIM, K_ROOM, K_EACH,
-            K_WIDTH, PAGE, False,
-        )  # fmt: skip
-        codes = numbers(words, more, K_WIDTH, K_EACH, HALF, ASSEMBLY)
-        scores = tl.zeros([K_TILES * WARPS, SLOTS, ROWS * K_COPIES], tl.float32)
-        if K_TOKENS == 1:
-            for i in tl.static_range(K_EACH):
-                scores = tl.dot(codes[i], asked[i], scores, input_precision=PRECISION)
-            step = token_steps(
-                k_step, index, start, end, held, k_step_n, WARPS, SLOTS, K_GROUPS, K_TILES * K_COPIES, PAGE
-            ).to(tl.float32)  # fmt: skip
-            zero = token_steps(
-                k_zero, index, start, end, held, k_step_n, WARPS, SLOTS, K_GROUPS, K_TILES * K_COPIES, PAGE
-            ).to(tl.float32)  # fmt: skip
-            if not HALF:  # whose codes count from the middle
-                zero += step * (((1 << K_WIDTH) - 1) / 2)
+    block = (index, begin, end, held)
+    k_next, v_next = (0.0, 0.0), (0.0, 0.0)
+    if KEYS.narrow:
+        k_next = steps_of(k_step, k_zero, block, KEYS, WARPS, SLOTS, PAGE)
+    if VALUES.narrow:
+        v_next = steps_of(v_step, v_zero, block, VALUES, WARPS, SLOTS, PAGE)
+    for start in range(begin, tl.minimum(begin + run, end), KEPT):
+        block, after = (index, start, end, held), (index, start + KEPT, end, held)
+        inside = slots_of(block, places_of(WARPS, SLOTS), PAGE)[2]
+        if KEYS.narrow:
+            k_steps, k_next = k_next, steps_of(k_step, k_zero, after, KEYS, WARPS, SLOTS, PAGE)
         else:
-            steps = channel_steps(
-                k_step, index, start, end, held, k_step_n, WARPS, SLOTS, K_DIM, K_ROOM, K_EACH, K_TOKENS, PAGE
-            )  # fmt: skip
-            zeros = channel_steps(
-                k_zero, index, start, end, held, k_step_n, WARPS, SLOTS, K_DIM, K_ROOM, K_EACH, K_TOKENS, PAGE
-            )  # fmt: skip
-            for i in tl.static_range(K_EACH):
-                stepped = (asked[i] * steps[i][:, :, None]).to(TYPE)
-                scores = tl.dot(codes[i], stepped, scores, input_precision=PRECISION)
-            constant = _constant(asked, steps, zeros, K_EACH, K_WIDTH, HALF) / LOST
-            scores += constant[:, None, :]
-        scores = tl.reshape(scores, [K_TILES, WARPS, SLOTS, K_COPIES // K_LOW, ROWS, K_LOW])
-        if K_GROUPS > 1:
-            scores = scores * _by_column(step, K_TILES, K_COPIES)
-            scores = _together(scores + asked_sum * _by_column(zero, K_TILES, K_COPIES))
-        elif K_TOKENS == 1:
-            scores = _together(scores) * step[:, :, None] + asked_sum * zero[:, :, None]
+            k_steps = steps_of(k_step, k_zero, block, KEYS, WARPS, SLOTS, PAGE)
+        if VALUES.narrow:
+            v_steps, v_next = v_next, steps_of(v_step, v_zero, after, VALUES, WARPS, SLOTS, PAGE)
         else:
-            scores = _together(scores)
-        scores = tl.where(inside[:, :, None], scores * factor, float("-inf"))
-
+            v_steps = steps_of(v_step, v_zero, block, VALUES, WARPS, SLOTS, PAGE)
+        words, more = codes_of(k, k_more, block, KEYS, WARPS, SLOTS, PAGE, False)
+        scores = _scores(words, more, k_steps, question, KEYS, ASSEMBLY) * factor
+        scores = tl.where(inside[:, :, None], scores, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, 1))
         # A row that has seen nothing keeps −∞; subtracting 0 there avoids −∞ − (−∞).
         floor = tl.where(higher == float("-inf"), 0.0, higher)
-        p = tl.exp2(scores - (floor - V_MORE)[:, None, :])
-        shrink = tl.exp2(top - floor)
+        p, shrink = tl.exp2(scores - (floor - MORE)[:, None, :]), tl.exp2(top - floor)
         top = higher
         total = total * shrink[:, None, :] + _partly(p, 1)
-        weights = p.to(TYPE)[None, :, :, None, :, None]
-        shrinks = tl.broadcast_to(shrink[None, :, None, :, None], [V_TILES, WARPS, V_COPIES // V_LOW, ROWS, V_LOW])
-        shrinks = tl.reshape(shrinks, [V_TILES * WARPS, 1, ROWS * V_COPIES])
-        if V_TOKENS == 1:
-            step = token_steps(
-                v_step, index, start, end, held, v_step_n, WARPS, SLOTS, V_GROUPS, V_TILES * V_COPIES, PAGE
-            )  # fmt: skip
-            zero = token_steps(
-                v_zero, index, start, end, held, v_step_n, WARPS, SLOTS, V_GROUPS, V_TILES * V_COPIES, PAGE
-            ).to(tl.float32)  # fmt: skip
-            if not HALF:
-                zero += step.to(tl.float32) * (((1 << V_WIDTH) - 1) / 2)
-            if V_GROUPS == 1:
-                weights = (weights * step[None, :, :, None, None, None]).to(TYPE)
-                level = level * shrink[:, None, :] + _partly(p * zero[:, :, None], 1)
-            else:
-                weights = (weights * _by_column(step, V_TILES, V_COPIES)).to(TYPE)
-                added = p[None, :, :, None, :, None] * _by_column(zero, V_TILES, V_COPIES)
-                level = level * shrink[None, :, None, None, :, None] + _partly(added, 2)
-        else:
-            steps = channel_steps(
-                v_step, index, start, end, held, v_step_n, WARPS, SLOTS, V_DIM, V_ROOM, V_EACH, V_TOKENS, PAGE
-            )  # fmt: skip
-            zeros = channel_steps(
-                v_zero, index, start, end, held, v_step_n, WARPS, SLOTS, V_DIM, V_ROOM, V_EACH, V_TOKENS, PAGE
-            )  # fmt: skip
-            share = tl.broadcast_to(tl.sum(p, 1)[:, None, :, None], [WARPS, V_COPIES // V_LOW, ROWS, V_LOW])
-            share = tl.reshape(share, [WARPS, 1, ROWS * V_COPIES])
-        weights = tl.broadcast_to(weights, [V_TILES, WARPS, SLOTS, V_COPIES // V_LOW, ROWS, V_LOW])
-        weights = tl.reshape(weights, [V_TILES * WARPS, SLOTS, ROWS * V_COPIES])
-        words, more = words_of(
-            v, v_more, index, start, end, held, v_n, V_TILES, WARPS, SLOTS, V_DIM, V_ROOM, V_EACH,
-            V_WIDTH, PAGE, True,
-        )  # fmt: skip
-        codes = numbers(words, more, V_WIDTH, V_EACH, HALF, ASSEMBLY)
-        added_up = ()
-        for i in tl.static_range(V_EACH):
-            kept = summed[i] * shrinks
-            if V_TOKENS == 1:
-                kept = tl.dot(codes[i], weights, kept, input_precision=PRECISION)
-            else:
-                step = steps[i].to(tl.float32) * (LOST * scale(i, V_EACH, HALF))
-                zero = zeros[i].to(tl.float32)
-                if not HALF:
-                    zero += step.to(tl.float32) * (((1 << V_WIDTH) - 1) / 2)
-                kept += tl.dot(codes[i], weights, input_precision=PRECISION) * step[:, :, None]
-                kept += share * zero[:, :, None]
-            added_up = added_up + (kept,)
-        summed = added_up
+        if VALUES.tokens == 1:
+            level = _levelled(level, p, shrink, v_steps[1], VALUES)
+        words, more = codes_of(v, v_more, block, VALUES, WARPS, SLOTS, PAGE, True)
+        summed = _added(summed, words, more, p, shrink, v_steps, VALUES, ASSEMBLY)
 
     highest = tl.max(top, 0)
     share = tl.exp2(top - tl.where(highest == float("-inf"), 0.0, highest)[None, :])
     weight = tl.sum(tl.sum(total, 1) * share, 0)
-    if V_GROUPS == 1:
+    into = (batch * all_runs + first + tl.program_id(1)) * heads * queries + head * queries + query
+    tl.store(lses + into, highest + tl.log2(weight) - MORE, mask=valid)
+    over = 1.0 / tl.where(weight == 0.0, 1.0, weight)
+    if VALUES.groups == 1:
         level = tl.sum(tl.sum(level, 1) * share, 0)[None, None, :]
     else:
         level = tl.sum(tl.sum(level, 2) * share[None, :, None, :, None], 1)[:, None]
-    into = (batch * all_runs + first + tl.program_id(1)) * heads * queries + head * queries + query
-    tl.store(lses + into, highest + tl.log2(weight) - V_MORE, mask=valid)
-    WORDS: tl.constexpr = V_ROOM // V_EACH // V_TILES
-    w = tl.arange(0, V_TILES)[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
-    for i in tl.static_range(V_EACH):
-        d = w * V_EACH + i
-        x = tl.reshape(summed[i], [V_TILES, WARPS, WORDS, V_COPIES // V_LOW, ROWS, V_LOW])
+    w = tl.arange(0, TILES)[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
+    for i in tl.static_range(EACH):
+        d = w * EACH + i
+        x = tl.reshape(summed[i], [TILES, WARPS, WORDS, HIGH, ROWS, LOW])
         x = tl.sum(x * share[None, :, None, None, :, None], 1)
-        if V_TOKENS == 1:
-            x *= scale(i, V_EACH, HALF) * LOST
-        if V_GROUPS > 1:
+        if VALUES.tokens == 1:
+            x *= scale(i, EACH, VALUES.half) * LOST
+        if VALUES.groups > 1:
             x += level
-        x = tl.sum(tl.sum(tl.where(_own(d, V_DIM // V_GROUPS, V_COPIES), x, 0.0), 4), 2)
-        if V_GROUPS == 1:
+        x = tl.sum(tl.sum(tl.where(own(d, VALUES), x, 0.0), 4), 2)
+        if VALUES.narrow:
             x += level
-        x /= tl.where(weight == 0.0, 1.0, weight)[None, None, :]
+        x *= over[None, None, :]
         if v_channel is not None:
-            x *= tl.load(v_channel + spot * V_DIM + d, mask=d < V_DIM, other=0.0)[:, :, None]
-        at = sums + into[None, None, :] * V_DIM + d[:, :, None]
-        tl.store(at, x, mask=valid[None, None, :] & (d < V_DIM)[:, :, None])
+            x *= tl.load(v_channel + spot * VALUES.dim + d, mask=d < VALUES.dim, other=0.0)[:, :, None]
+        at = sums + into[None, None, :] * VALUES.dim + d[:, :, None]
+        tl.store(at, x, mask=valid[None, None, :] & (d < VALUES.dim)[:, :, None])

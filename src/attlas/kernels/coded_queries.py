@@ -1,0 +1,100 @@
+"""Queries as the kernel over codes takes them: an operand for each place in a word, groups in columns.
+
+Columns of a product are [HIGH, rows, LOW]: copies of every row, of which each meets one group of
+channels, two side by side because one thread holds two columns and can add them up alone.
+"""
+
+# ruff: noqa: N803, N806, RUF005  (in Triton, capitals are what a kernel is compiled for)
+
+from __future__ import annotations
+
+from typing import no_type_check
+
+import triton  # type: ignore[import-untyped, unused-ignore]
+import triton.language as tl  # type: ignore[import-untyped, unused-ignore]
+
+from attlas.kernels.bits import scale
+
+
+@triton.jit
+@no_type_check
+def asked(
+    q, channels, valid, KEYS: tl.constexpr, BOOST: tl.constexpr, WARPS: tl.constexpr
+):  # fmt: skip
+    """(Operands of the queries, their sums over each group, a power of 2 that both lack).
+
+    An operand is [tiles · warps, words of a tile, columns] and `BOOST` times as large, the sums are
+    [tiles, 1, 1, HIGH, rows, LOW], of one group [1, 1, rows].
+
+    Args:
+        q: pointers at each row.
+        channels: factors, or None.
+        valid: which rows there are.
+    """
+    HALF: tl.constexpr = KEYS.half
+    TILES: tl.constexpr = KEYS.tiles
+    WORDS: tl.constexpr = KEYS.words
+    HIGH: tl.constexpr = KEYS.high
+    LOW: tl.constexpr = KEYS.low
+    EACH: tl.constexpr = KEYS.each
+    ROWS: tl.constexpr = q.shape[0]
+    unit = 1.0
+    if HALF:
+        unit = _unit(_read(q[:, None], tl.arange(0, KEYS.room)[None, :], channels, valid[:, None], KEYS))
+    w = tl.arange(0, TILES)[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
+    operands = ()
+    sums = tl.zeros([TILES, HIGH, ROWS, LOW], tl.float32)
+    for place in tl.static_range(EACH):
+        d = w * EACH + place
+        x = _read(q[None, None, :], d[:, :, None], channels, valid[None, None, :], KEYS) / unit
+        x = tl.where(own(d, KEYS), x[:, :, None, :, None], 0.0)
+        sums += tl.sum(x, 1)
+        x = (x * (BOOST * scale(place, EACH, HALF))).to(tl.float16 if HALF else tl.float32)
+        x = tl.broadcast_to(x[:, None], [TILES, WARPS, WORDS, HIGH, ROWS, LOW])
+        operands = operands + (tl.reshape(x, [TILES * WARPS, WORDS, HIGH * ROWS * LOW]),)
+    if KEYS.groups == 1:
+        sums = tl.sum(tl.sum(tl.sum(sums, 3), 1), 0)[None, None, :]
+    else:
+        sums = sums[:, None, None]
+    return operands, sums, unit
+
+
+@triton.jit
+@no_type_check
+def _read(q, d, channels, valid, KEYS: tl.constexpr):
+    """Channels d of the queries in float32, times their factors."""
+    x = tl.load(q + d, mask=valid & (d < KEYS.dim), other=0.0).to(tl.float32)
+    if channels is not None:
+        x *= tl.load(channels + d, mask=d < KEYS.dim, other=0.0)
+    return x
+
+
+@triton.jit
+@no_type_check
+def _unit(x):
+    """The power of 2 that is at most the largest size in x, or 1 where all is 0."""
+    top = tl.max(tl.max(tl.abs(x), 1), 0)
+    unit = (top.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    return tl.where(unit > 0.0, unit, 1.0)
+
+
+@triton.jit
+@no_type_check
+def own(d, SIDE: tl.constexpr):
+    """Whether channels d [tiles, words] are of a copy's group: [tiles, words, HIGH, 1, LOW]."""
+    TILES: tl.constexpr = SIDE.tiles
+    HIGH: tl.constexpr = SIDE.high
+    LOW: tl.constexpr = SIDE.low
+    group = tl.reshape(tl.arange(0, SIDE.tiles * SIDE.copies), [TILES, 1, HIGH, 1, LOW])
+    return (d // (SIDE.dim // SIDE.groups))[:, :, None, None, None] == group
+
+
+@triton.jit
+@no_type_check
+def by_column(x, SIDE: tl.constexpr):
+    """x [warps, slots, tiles · copies] as [tiles, warps, slots, HIGH, 1, LOW]."""
+    TILES: tl.constexpr = SIDE.tiles
+    HIGH: tl.constexpr = SIDE.high
+    LOW: tl.constexpr = SIDE.low
+    x = tl.reshape(x, [x.shape[0], x.shape[1], TILES, HIGH, LOW])
+    return tl.permute(x, (2, 0, 1, 3, 4))[:, :, :, :, None, :]
