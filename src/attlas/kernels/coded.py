@@ -46,12 +46,12 @@ class Tiles:
     rows: int = 4
 
 
-#: By the bits of the keys, for keys and values of 128 numbers.
+#: By the bits of the keys, for keys and values of 128 numbers. No more programs than fit at once.
 TILES = {
-    8: Tiles(32, 4, 3, 3, 168),
-    4: Tiles(32, 4, 3, 4, 128),
-    3: Tiles(32, 4, 3, 3, 168),
-    2: Tiles(64, 4, 3, 3, 168),
+    8: Tiles(32, 2, 3, 5, 200),
+    4: Tiles(64, 2, 3, 5, 200),
+    3: Tiles(32, 2, 3, 5, 200),
+    2: Tiles(64, 2, 3, 5, 200),
 }
 #: Columns that one product of the tensor cores has at least, and rows of queries and their copies at most.
 COLUMNS, ROWS = 8, 16
