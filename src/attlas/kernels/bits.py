@@ -165,3 +165,18 @@ def places(x, EACH: tl.constexpr):
 def _halves(x):
     """Even and odd places."""
     return tl.split(tl.reshape(x, [x.shape[0], x.shape[1], x.shape[2] // 2, 2]))
+
+
+@triton.jit
+@no_type_check
+def whole(x, EACH: tl.constexpr):
+    """`EACH` tensors [tiles, warps, words, rows] with all places in a word as a last axis."""
+    if EACH == 2:
+        found = tl.join(x[0], x[1])
+    elif EACH == 4:
+        found = tl.join(tl.join(x[0], x[2]), tl.join(x[1], x[3]))
+    else:
+        even = tl.join(tl.join(x[0], x[4]), tl.join(x[2], x[6]))
+        found = tl.join(even, tl.join(tl.join(x[1], x[5]), tl.join(x[3], x[7])))
+    first = x[0]
+    return tl.reshape(found, [first.shape[0], first.shape[1], first.shape[2], first.shape[3], EACH])

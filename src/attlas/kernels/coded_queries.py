@@ -38,16 +38,20 @@ def asked(
     LOW: tl.constexpr = KEYS.low
     EACH: tl.constexpr = KEYS.each
     ROWS: tl.constexpr = q.shape[0]
-    unit = 1.0
-    if HALF:
-        unit = _unit(_read(q[:, None], tl.arange(0, KEYS.room)[None, :], channels, valid[:, None], KEYS))
+    q, valid = q[None, None, :], valid[None, None, :]
     w = tl.arange(0, TILES)[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
-    operands = ()
-    sums = tl.zeros([TILES, HIGH, ROWS, LOW], tl.float32)
+    found, top = (), tl.zeros([TILES, WORDS, ROWS], tl.float32)
     for place in tl.static_range(EACH):
-        d = w * EACH + place
-        x = _read(q[None, None, :], d[:, :, None], channels, valid[None, None, :], KEYS) / unit
-        x = tl.where(own(d, KEYS), x[:, :, None, :, None], 0.0)
+        d = w[:, :, None] * EACH + place
+        x = tl.load(q + d, mask=valid & (d < KEYS.dim), other=0.0).to(tl.float32)
+        if channels is not None:
+            x *= tl.load(channels + d, mask=d < KEYS.dim, other=0.0)
+        found, top = found + (x,), tl.maximum(top, tl.abs(x))
+    unit = _power_below(tl.max(tl.max(tl.max(top, 2), 1), 0)) if HALF else 1.0
+    operands, sums = (), tl.zeros([TILES, HIGH, ROWS, LOW], tl.float32)
+    for place in tl.static_range(EACH):
+        x = (found[place] / unit)[:, :, None, :, None]
+        x = tl.where(own(w * EACH + place, KEYS), x, 0.0)
         sums += tl.sum(x, 1)
         x = (x * (BOOST * scale(place, EACH, HALF))).to(tl.float16 if HALF else tl.float32)
         x = tl.broadcast_to(x[:, None], [TILES, WARPS, WORDS, HIGH, ROWS, LOW])
@@ -61,20 +65,9 @@ def asked(
 
 @triton.jit
 @no_type_check
-def _read(q, d, channels, valid, KEYS: tl.constexpr):
-    """Channels d of the queries in float32, times their factors."""
-    x = tl.load(q + d, mask=valid & (d < KEYS.dim), other=0.0).to(tl.float32)
-    if channels is not None:
-        x *= tl.load(channels + d, mask=d < KEYS.dim, other=0.0)
-    return x
-
-
-@triton.jit
-@no_type_check
-def _unit(x):
-    """The power of 2 that is at most the largest size in x, or 1 where all is 0."""
-    top = tl.max(tl.max(tl.abs(x), 1), 0)
-    unit = (top.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+def _power_below(x):
+    """The power of 2 that is at most x, or 1 where it is 0."""
+    unit = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     return tl.where(unit > 0.0, unit, 1.0)
 
 

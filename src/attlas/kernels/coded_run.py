@@ -33,7 +33,7 @@ from typing import no_type_check
 import triton  # type: ignore[import-untyped, unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped, unused-ignore]
 
-from attlas.kernels.bits import numbers, scale
+from attlas.kernels.bits import numbers, scale, whole
 from attlas.kernels.coded_queries import asked, by_column, own
 from attlas.kernels.coded_read import codes_of, places_of, slots_of, steps_of
 
@@ -172,6 +172,32 @@ def _added(summed, words, more, p, shrink, steps, VALUES: tl.constexpr, ASSEMBLY
     return found
 
 
+@triton.jit
+@no_type_check
+def _means(summed, level, VALUES: tl.constexpr):
+    """Σ_n p_n v_n of each warp's slots: [tiles, warps, words, rows, places in a word]."""
+    TILES: tl.constexpr = VALUES.tiles
+    WORDS: tl.constexpr = VALUES.words
+    EACH: tl.constexpr = VALUES.each
+    HIGH: tl.constexpr = VALUES.high
+    LOW: tl.constexpr = VALUES.low
+    WARPS: tl.constexpr = summed[0].shape[0] // TILES
+    ROWS: tl.constexpr = summed[0].shape[2] // (HIGH * LOW)
+    w = tl.arange(0, TILES)[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
+    found = ()
+    for i in tl.static_range(EACH):
+        x = tl.reshape(summed[i], [TILES, WARPS, WORDS, HIGH, ROWS, LOW])
+        if VALUES.tokens == 1:
+            x *= scale(i, EACH, VALUES.half) * (2.0**24 if VALUES.half else 1.0)
+        if VALUES.groups > 1:
+            x += tl.sum(level, 2)[:, :, None]
+        x = tl.sum(tl.sum(tl.where(own(w * EACH + i, VALUES)[:, None], x, 0.0), 5), 3)
+        if VALUES.narrow:
+            x += tl.sum(level, 1)[None, :, None, :]
+        found = found + (x,)
+    return whole(found, EACH)
+
+
 @triton.jit(do_not_specialize=_VARYING)
 @no_type_check
 def over_a_run(
@@ -268,25 +294,12 @@ def over_a_run(
     weight = tl.sum(tl.sum(total, 1) * share, 0)
     into = (batch * all_runs + first + tl.program_id(1)) * heads * queries + head * queries + query
     tl.store(lses + into, highest + tl.log2(weight) - MORE, mask=valid)
-    over = 1.0 / tl.where(weight == 0.0, 1.0, weight)
-    if VALUES.groups == 1:
-        level = tl.sum(tl.sum(level, 1) * share, 0)[None, None, :]
-    else:
-        level = tl.sum(tl.sum(level, 2) * share[None, :, None, :, None], 1)[:, None]
+    mean = tl.sum(_means(summed, level, VALUES) * share[None, :, None, :, None], 1)
+    mean /= tl.where(weight == 0.0, 1.0, weight)[None, None, :, None]
     w = tl.arange(0, TILES)[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
-    for i in tl.static_range(EACH):
-        d = w * EACH + i
-        x = tl.reshape(summed[i], [TILES, WARPS, WORDS, HIGH, ROWS, LOW])
-        x = tl.sum(x * share[None, :, None, None, :, None], 1)
-        if VALUES.tokens == 1:
-            x *= scale(i, EACH, VALUES.half) * LOST
-        if VALUES.groups > 1:
-            x += level
-        x = tl.sum(tl.sum(tl.where(own(d, VALUES), x, 0.0), 4), 2)
-        if VALUES.narrow:
-            x += level
-        x *= over[None, None, :]
-        if v_channel is not None:
-            x *= tl.load(v_channel + spot * VALUES.dim + d, mask=d < VALUES.dim, other=0.0)[:, :, None]
-        at = sums + into[None, None, :] * VALUES.dim + d[:, :, None]
-        tl.store(at, x, mask=valid[None, None, :] & (d < VALUES.dim)[:, :, None])
+    d = (w[:, :, None] * EACH + tl.arange(0, EACH)[None, None, :])[:, :, None, :]
+    there = d < VALUES.dim
+    if v_channel is not None:
+        mean *= tl.load(v_channel + spot * VALUES.dim + d, mask=there, other=0.0)
+    at = sums + (into * VALUES.dim)[None, None, :, None] + d
+    tl.store(at, mean, mask=valid[None, None, :, None] & there)
