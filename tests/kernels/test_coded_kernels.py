@@ -75,7 +75,9 @@ CASES: dict[str, dict[str, Any]] = {
     "float32": {"dtype": "float32", "k": (3, *CHANNEL), "v": (8, *GROUPED)},
     "float32, values per channel": {"dtype": "float32", "k": (4, *GROUPED), "v": (4, *CHANNEL)},
     "float32, words of 16 bits": {"dtype": "float32", "dim": 128, "k": (2, *TOKEN)},
-    "steps in bfloat16": {"dtype": "bfloat16", "meta": "bfloat16", "k": (4, *CHANNEL), "v": (4, *GROUPED)},
+    "steps in bfloat16": {
+        "dtype": "bfloat16", "meta": "bfloat16", "k": (4, *CHANNEL), "v": (4, *GROUPED),
+    },
     "bfloat16": {"dtype": "bfloat16", "k": (2, *CHANNEL), "v": (4, *GROUPED)},
     "bfloat16 of 8 bits": {"dtype": "bfloat16", "k": (8, *TOKEN), "v": (8, *TOKEN)},
 }  # fmt: skip

@@ -1,8 +1,7 @@
 """Which quantised segments the kernel takes, how the work on them is cut, and the call.
 
 What a kernel is compiled for follows from the formats of keys and values, never from how many there
-are: a program has 16 rows, copies of its queries included, and as many runs are made of each head's
-slots as fill the device.
+are; as many runs are made of each head's slots as fill the device.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ TILES = {
     3: Tiles(32, 2, 3, 5, 200),
     2: Tiles(64, 2, 3, 5, 200),
 }
-#: Columns that one product of the tensor cores has at least, and rows of queries and their copies at most.
+#: Columns that a product of the tensor cores has at least; rows of queries with their copies at most.
 COLUMNS, ROWS = 8, 16
 
 

@@ -1,4 +1,4 @@
-"""Queries as the kernel over codes takes them: an operand for each place in a word, groups in columns.
+"""Queries, for the kernel over codes: an operand for each place in a word, and the scores of a block.
 
 Columns of a product are [HIGH, rows, LOW]: copies of every row, of which each meets one group of
 channels, two side by side because one thread holds two columns and can add them up alone.
@@ -13,7 +13,7 @@ from typing import no_type_check
 import triton  # type: ignore[import-untyped, unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped, unused-ignore]
 
-from attlas.kernels.bits import scale
+from attlas.kernels.bits import numbers, scale
 
 
 @triton.jit
@@ -61,6 +61,71 @@ def asked(
     else:
         sums = sums[:, None, None]
     return operands, sums, unit
+
+
+@triton.jit
+@no_type_check
+def scores_of(words, more, steps, question, KEYS: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """Scores of a block, [warps, slots, rows], in the units of the operands.
+
+    Args:
+        words: of the block, [tiles · warps, slots, words of a tile].
+        more: of 3 bits, the upper ones.
+        steps: (steps, zeros).
+        question: (operands, sums of the queries over each group in their units).
+        KEYS: how the keys are held.
+        ASSEMBLY: whether Triton compiles, and does not interpret.
+    """
+    operands, sums = question
+    step, zero = steps
+    HALF: tl.constexpr = KEYS.half
+    EACH: tl.constexpr = KEYS.each
+    PRECISION: tl.constexpr = "tf32" if HALF else "tf32x3"
+    codes = numbers(words, more, KEYS.bits, EACH, HALF, ASSEMBLY)
+    scores = tl.zeros([words.shape[0], words.shape[1], operands[0].shape[2]], tl.float32)
+    stepped = ()
+    for i in tl.static_range(EACH):
+        x = operands[i]
+        if KEYS.tokens > 1:
+            x = (x * step[i][:, :, None]).to(x.dtype)
+        stepped = stepped + (x,)
+    for i in tl.static_range(EACH):
+        scores = tl.dot(codes[i], stepped[i], scores, input_precision=PRECISION)
+    if KEYS.tokens > 1:
+        scores += _constant(operands, zero, KEYS)[:, None, :]
+    TILES: tl.constexpr = KEYS.tiles
+    HIGH: tl.constexpr = KEYS.high
+    LOW: tl.constexpr = KEYS.low
+    WARPS: tl.constexpr = words.shape[0] // TILES
+    ROWS: tl.constexpr = operands[0].shape[2] // KEYS.copies
+    scores = tl.reshape(scores, [TILES, WARPS, words.shape[1], HIGH, ROWS, LOW])
+    if KEYS.groups > 1:
+        scores = scores * by_column(step.to(tl.float32), KEYS)
+        scores += sums * by_column(zero.to(tl.float32), KEYS)
+    scores = tl.sum(tl.sum(tl.sum(scores, 5), 3), 0)
+    if KEYS.narrow:
+        scores = scores * step.to(tl.float32)[:, :, None] + sums * zero.to(tl.float32)[:, :, None]
+    return scores
+
+
+@triton.jit
+@no_type_check
+def _constant(operands, zeros, KEYS: tl.constexpr):
+    """Σ_d q_d zero_d of zeros that tokens share, for each warp and column: [warps, columns]."""
+    EACH: tl.constexpr = KEYS.each
+    LOST: tl.constexpr = 2.0**-24 if KEYS.half else 1.0
+    FAST: tl.constexpr = KEYS.half and zeros[0].dtype == tl.float16
+    ALIKE: tl.constexpr = 16 if FAST else 1
+    first = operands[0]
+    constant = tl.zeros([first.shape[0], ALIKE, first.shape[2]], tl.float32)
+    for i in tl.static_range(EACH):
+        x, zero = operands[i], zeros[i]
+        if FAST:  # rows alike, as few as a product has
+            found = tl.dot(tl.broadcast_to(zero[:, None, :], [x.shape[0], 16, x.shape[1]]), x)
+        else:
+            found = tl.sum(x.to(tl.float32) * zero.to(tl.float32)[:, :, None], 1)[:, None, :]
+        constant += found * (LOST / scale(i, EACH, KEYS.half))
+    return tl.max(constant, 1)
 
 
 @triton.jit

@@ -33,9 +33,9 @@ from typing import no_type_check
 import triton  # type: ignore[import-untyped, unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped, unused-ignore]
 
-from attlas.kernels.bits import numbers, scale, whole
-from attlas.kernels.coded_queries import asked, by_column, own
+from attlas.kernels.coded_queries import asked, scores_of
 from attlas.kernels.coded_read import codes_of, places_of, slots_of, steps_of
+from attlas.kernels.coded_values import added, levelled, means, partly
 
 #: What changes from step to step, for which nothing is compiled anew.
 _VARYING = [
@@ -43,159 +43,6 @@ _VARYING = [
     "q_b", "q_h", "q_q", "k_b", "k_h", "k_step_b", "k_step_h", "v_b", "v_h", "v_step_b", "v_step_h",
     "index_b", "index_h",
 ]  # fmt: skip
-
-
-@triton.jit
-@no_type_check
-def _scores(words, more, steps, question, KEYS: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """Scores of a block, [warps, slots, rows], in units that the queries were brought to."""
-    operands, sums = question
-    step, zero = steps
-    HALF: tl.constexpr = KEYS.half
-    EACH: tl.constexpr = KEYS.each
-    PRECISION: tl.constexpr = "tf32" if HALF else "tf32x3"
-    codes = numbers(words, more, KEYS.bits, EACH, HALF, ASSEMBLY)
-    scores = tl.zeros([words.shape[0], words.shape[1], operands[0].shape[2]], tl.float32)
-    for i in tl.static_range(EACH):
-        x = operands[i]
-        if KEYS.tokens > 1:
-            x = (x * step[i][:, :, None]).to(x.dtype)
-        scores = tl.dot(codes[i], x, scores, input_precision=PRECISION)
-    if KEYS.tokens > 1:
-        scores += _constant(operands, zero, KEYS)[:, None, :]
-    TILES: tl.constexpr = KEYS.tiles
-    HIGH: tl.constexpr = KEYS.high
-    LOW: tl.constexpr = KEYS.low
-    WARPS: tl.constexpr = words.shape[0] // TILES
-    ROWS: tl.constexpr = operands[0].shape[2] // KEYS.copies
-    scores = tl.reshape(scores, [TILES, WARPS, words.shape[1], HIGH, ROWS, LOW])
-    if KEYS.groups > 1:
-        scores = scores * by_column(step.to(tl.float32), KEYS)
-        scores += sums * by_column(zero.to(tl.float32), KEYS)
-    scores = tl.sum(tl.sum(tl.sum(scores, 5), 3), 0)
-    if KEYS.narrow:
-        scores = scores * step.to(tl.float32)[:, :, None] + sums * zero.to(tl.float32)[:, :, None]
-    return scores
-
-
-@triton.jit
-@no_type_check
-def _constant(operands, zeros, KEYS: tl.constexpr):
-    """Σ_d q_d zero_d of zeros that tokens share, for each warp and column: [warps, columns]."""
-    EACH: tl.constexpr = KEYS.each
-    LOST: tl.constexpr = 2.0**-24 if KEYS.half else 1.0
-    FAST: tl.constexpr = KEYS.half and zeros[0].dtype == tl.float16
-    ALIKE: tl.constexpr = 16 if FAST else 1
-    first = operands[0]
-    constant = tl.zeros([first.shape[0], ALIKE, first.shape[2]], tl.float32)
-    for i in tl.static_range(EACH):
-        x, zero = operands[i], zeros[i]
-        if FAST:  # rows alike, as few as a product has
-            found = tl.dot(tl.broadcast_to(zero[:, None, :], [x.shape[0], 16, x.shape[1]]), x)
-        else:
-            found = tl.sum(x.to(tl.float32) * zero.to(tl.float32)[:, :, None], 1)[:, None, :]
-        constant += found * (LOST / scale(i, EACH, KEYS.half))
-    return tl.max(constant, 1)
-
-
-@triton.jit
-@no_type_check
-def _partly(x, AXIS: tl.constexpr):
-    """x summed over its slots but for 8 places: over those that lie in one thread."""
-    if AXIS == 1:
-        found = tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] // 8, 8, x.shape[2]]), 1)
-    else:
-        x = tl.reshape(
-            x, [x.shape[0], x.shape[1], x.shape[2] // 8, 8, x.shape[3], x.shape[4], x.shape[5]]
-        )
-        found = tl.sum(x, 2)
-    return found
-
-
-@triton.jit
-@no_type_check
-def _levelled(level, p, shrink, zero, VALUES: tl.constexpr):
-    """Σ_n p_n zero_n with a block's: [warps, 8, rows], of groups [tiles, warps, 8, HIGH, rows, LOW]."""
-    zero = zero.to(tl.float32)
-    if VALUES.groups == 1:
-        level = level * shrink[:, None, :] + _partly(p * zero[:, :, None], 1)
-    else:
-        added = p[None, :, :, None, :, None] * by_column(zero, VALUES)
-        level = level * shrink[None, :, None, None, :, None] + _partly(added, 2)
-    return level
-
-
-@triton.jit
-@no_type_check
-def _as_columns(x, VALUES: tl.constexpr):
-    """x [tiles or 1, warps, slots, HIGH or 1, rows, LOW or 1] for every column of a product."""
-    TILES: tl.constexpr = VALUES.tiles
-    HIGH: tl.constexpr = VALUES.high
-    LOW: tl.constexpr = VALUES.low
-    x = tl.broadcast_to(x, [TILES, x.shape[1], x.shape[2], HIGH, x.shape[4], LOW])
-    return tl.reshape(x, [TILES * x.shape[1], x.shape[2], HIGH * x.shape[4] * LOW])
-
-
-@triton.jit
-@no_type_check
-def _added(summed, words, more, p, shrink, steps, VALUES: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """Σ_n p_n v_n with a block's, for each place in a word [tiles · warps, words, columns].
-
-    Where every token has steps, zeros are left out, and what `numbers` scales by.
-    """
-    HALF: tl.constexpr = VALUES.half
-    EACH: tl.constexpr = VALUES.each
-    PRECISION: tl.constexpr = "tf32" if HALF else "tf32x3"
-    step, zero = steps
-    codes = numbers(words, more, VALUES.bits, EACH, HALF, ASSEMBLY)
-    TYPE: tl.constexpr = codes[0].dtype
-    weights = p.to(TYPE)[None, :, :, None, :, None]
-    if VALUES.groups > 1:
-        weights = (weights * by_column(step, VALUES)).to(TYPE)
-    elif VALUES.tokens == 1:
-        weights = (weights * step[None, :, :, None, None, None]).to(TYPE)
-    weights = _as_columns(weights, VALUES)
-    shrink = _as_columns(shrink[None, :, None, None, :, None], VALUES)
-    if VALUES.tokens > 1:
-        share = _as_columns(tl.sum(p, 1)[None, :, None, None, :, None], VALUES)
-    found = ()
-    for i in tl.static_range(EACH):
-        kept = summed[i] * shrink
-        if VALUES.tokens == 1:
-            kept = tl.dot(codes[i], weights, kept, input_precision=PRECISION)
-        else:
-            met = tl.dot(codes[i], weights, input_precision=PRECISION)
-            factor = scale(i, EACH, HALF) * (2.0**24 if HALF else 1.0)
-            kept += met * (step[i].to(tl.float32) * factor)[:, :, None]
-            kept += share * zero[i].to(tl.float32)[:, :, None]
-        found = found + (kept,)
-    return found
-
-
-@triton.jit
-@no_type_check
-def _means(summed, level, VALUES: tl.constexpr):
-    """Σ_n p_n v_n of each warp's slots: [tiles, warps, words, rows, places in a word]."""
-    TILES: tl.constexpr = VALUES.tiles
-    WORDS: tl.constexpr = VALUES.words
-    EACH: tl.constexpr = VALUES.each
-    HIGH: tl.constexpr = VALUES.high
-    LOW: tl.constexpr = VALUES.low
-    WARPS: tl.constexpr = summed[0].shape[0] // TILES
-    ROWS: tl.constexpr = summed[0].shape[2] // (HIGH * LOW)
-    w = tl.arange(0, TILES)[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
-    found = ()
-    for i in tl.static_range(EACH):
-        x = tl.reshape(summed[i], [TILES, WARPS, WORDS, HIGH, ROWS, LOW])
-        if VALUES.tokens == 1:
-            x *= scale(i, EACH, VALUES.half) * (2.0**24 if VALUES.half else 1.0)
-        if VALUES.groups > 1:
-            x += tl.sum(level, 2)[:, :, None]
-        x = tl.sum(tl.sum(tl.where(own(w * EACH + i, VALUES)[:, None], x, 0.0), 5), 3)
-        if VALUES.narrow:
-            x += tl.sum(level, 1)[None, :, None, :]
-        found = found + (x,)
-    return whole(found, EACH)
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -276,25 +123,25 @@ def over_a_run(
         else:
             v_steps = steps_of(v_step, v_zero, block, VALUES, WARPS, SLOTS, PAGE)
         words, more = codes_of(k, k_more, block, KEYS, WARPS, SLOTS, PAGE, False)
-        scores = _scores(words, more, k_steps, question, KEYS, ASSEMBLY) * factor
+        scores = scores_of(words, more, k_steps, question, KEYS, ASSEMBLY) * factor
         scores = tl.where(inside[:, :, None], scores, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, 1))
         # A row that has seen nothing keeps −∞; subtracting 0 there avoids −∞ − (−∞).
         floor = tl.where(higher == float("-inf"), 0.0, higher)
         p, shrink = tl.exp2(scores - (floor - MORE)[:, None, :]), tl.exp2(top - floor)
         top = higher
-        total = total * shrink[:, None, :] + _partly(p, 1)
+        total = total * shrink[:, None, :] + partly(p, 1)
         if VALUES.tokens == 1:
-            level = _levelled(level, p, shrink, v_steps[1], VALUES)
+            level = levelled(level, p, shrink, v_steps[1], VALUES)
         words, more = codes_of(v, v_more, block, VALUES, WARPS, SLOTS, PAGE, True)
-        summed = _added(summed, words, more, p, shrink, v_steps, VALUES, ASSEMBLY)
+        summed = added(summed, words, more, p, shrink, v_steps, VALUES, ASSEMBLY)
 
     highest = tl.max(top, 0)
     share = tl.exp2(top - tl.where(highest == float("-inf"), 0.0, highest)[None, :])
     weight = tl.sum(tl.sum(total, 1) * share, 0)
     into = (batch * all_runs + first + tl.program_id(1)) * heads * queries + head * queries + query
     tl.store(lses + into, highest + tl.log2(weight) - MORE, mask=valid)
-    mean = tl.sum(_means(summed, level, VALUES) * share[None, :, None, :, None], 1)
+    mean = tl.sum(means(summed, level, VALUES) * share[None, :, None, :, None], 1)
     mean /= tl.where(weight == 0.0, 1.0, weight)[None, None, :, None]
     w = tl.arange(0, TILES)[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
     d = (w[:, :, None] * EACH + tl.arange(0, EACH)[None, None, :])[:, :, None, :]
