@@ -147,7 +147,7 @@ def tried() -> list[tuple[str, dict[Any, Any], Any, Any, Make, list[tuple[int, .
     of_codes: list[tuple[int, ...]] = [  # slots a warp, warps, stages, programs, registers
         (64, 2, 3, 5, 200), (64, 2, 3, 4, 255), (64, 2, 3, 6, 168), (64, 2, 3, 8, 128),
         (64, 2, 2, 6, 168), (64, 4, 3, 2, 255), (64, 4, 3, 3, 168), (64, 4, 2, 3, 168),
-        (32, 2, 3, 5, 200), (32, 4, 3, 4, 128), (64, 1, 3, 10, 200),
+        (32, 2, 3, 5, 200), (32, 4, 3, 4, 128), (64, 1, 3, 9, 200),
     ]  # fmt: skip
     ours = kernels.TILES, kernels.Tiles
     found: list[tuple[str, Any, Any, Make, list[tuple[int, ...]]]] = [
