@@ -41,7 +41,7 @@ LARGE: dict[str, dict[str, Any]] = {
     f"{tokens} of {width} in {dtype}, {name}": {
         "tokens": tokens, "width": width, "dtype": dtype, "heads": 4, "kv_heads": 2, **case,
     }
-    for dtype in ("bfloat16", "float16", "float32")
+    for dtype in ("bfloat16", "float32")
     for tokens, width in ((1111, 64), (513, 128 if dtype != "float32" else 40))
     for name, case in {"plain": {}, "window": {"window": 200}, "cache": {"seen": 300, "batch": 2}}.items()
 }  # fmt: skip
