@@ -14,9 +14,11 @@ from torch import Tensor
 
 import attlas
 from attlas import ops
-from attlas.layers.heads import castle_lookahead_keys as layers
+from attlas.catalog.registry import find
 
 pytestmark = MARKS
+
+Castle: Any = find("castle-lookahead-keys").object
 
 #: What a case is when it says nothing else: `seen` tokens stand in a cache before the `tokens`.
 PLAIN: dict[str, Any] = {
@@ -163,7 +165,7 @@ def test_gradients_can_be_differentiated(judged: Any) -> None:
     assert all(off <= allowed for off, allowed in judged("twice").values())
 
 
-class _Sharper(layers.CastleLookaheadKeys):
+class _Sharper(Castle):
     def normalize(self, scores: Tensor, inputs: Any) -> Tensor:
         return super().normalize(2 * scores, inputs)
 
@@ -171,11 +173,11 @@ class _Sharper(layers.CastleLookaheadKeys):
 @pytest.mark.parametrize(
     ("kind", "options", "call"),
     [
-        (layers.CastleLookaheadKeys, {}, {"mask": torch.ones(1, 1, 20, 20, dtype=torch.bool)}),
-        (layers.CastleLookaheadKeys, {"dropout": 0.5}, {}),
-        (layers.CastleLookaheadKeys, {"position": "alibi"}, {}),
-        (layers.CastleLookaheadKeys, {"causal": False}, {}),
-        (layers.CastleLookaheadKeys, {"mask": attlas.masks.window(4)}, {}),
+        (Castle, {}, {"mask": torch.ones(1, 1, 20, 20, dtype=torch.bool)}),
+        (Castle, {"dropout": 0.5}, {}),
+        (Castle, {"position": "alibi"}, {}),
+        (Castle, {"causal": False}, {}),
+        (Castle, {"mask": attlas.masks.window(4)}, {}),
         (_Sharper, {}, {}),
     ],
 )
@@ -185,11 +187,11 @@ def test_calls_that_mean_more_never_reach_the_kernels(kind: Any, options: Any, c
     with taken, patch.object(ops, "lookahead_attend", side_effect=AssertionError):
         layer(torch.randn(1, 20, 32), **call)
         with pytest.raises(AssertionError):
-            layers.CastleLookaheadKeys(dim=32, heads=2, causal=True)(torch.randn(1, 20, 32))
+            Castle(dim=32, heads=2, causal=True)(torch.randn(1, 20, 32))
 
 
 def test_kernels_are_not_for_the_host() -> None:
-    layer = layers.CastleLookaheadKeys(dim=32, heads=2, causal=True)
+    layer = Castle(dim=32, heads=2, causal=True)
     q, k, v, inputs = layer.prepare(torch.randn(1, 20, 32))
     assert ops.lookahead_refuses(layer.met(q, k, v, inputs)) == "not on a CUDA device"
 

@@ -12,8 +12,8 @@ import torch
 from interpreted import MARKS, answer, verdicts
 from torch import Tensor
 
-from attlas import masks
-from attlas.ops import memory_efficient, reference, toeplitz, toeplitz_kernels
+from attlas import masks, ops
+from attlas.ops import reference, toeplitz, toeplitz_kernels
 from attlas.positions.base import from_table
 
 pytestmark = MARKS
@@ -103,7 +103,7 @@ def errors(name: str, device: str = "cpu") -> list[tuple[float, float]]:
         return reference(q, k, v, score_mod=from_table(table), **options)
 
     def chunks(q: Tensor, k: Tensor, v: Tensor, table: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
-        return memory_efficient(q, k, v, score_mod=from_table(table), **options)
+        return ops.memory_efficient(q, k, v, score_mod=from_table(table), **options)
 
     # FlexAttention, which compiles for half a minute, stands in `test_routes_on_cuda`.
     changes: list[tuple[Any, str, Any]] = [

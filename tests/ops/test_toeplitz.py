@@ -12,7 +12,6 @@ from torch import Tensor
 
 import attlas
 from attlas import masks, ops
-from attlas.layers.positions.bayesian_attention import GaussianPrior
 from attlas.ops import toeplitz
 from attlas.ops.reference import indices
 from attlas.positions import ALiBi, Positioned, ScoreMod, T5Bias, on_heads
@@ -29,7 +28,7 @@ def untyped() -> Iterator[None]:
 
 def biases() -> dict[str, ScoreMod]:
     """Every score_mod of ours that trains a bias of distances, for four heads or for any."""
-    prior = GaussianPrior(4)
+    prior = attlas.make("bayesian-attention-mechanism", dim=8, heads=4).position_encoding
     torch.nn.init.normal_(prior.loc)
     mega: Any = attlas.make("mega", dim=8, heads=1, max_positions=9)
     made = {"t5": T5Bias(4), "bam": prior, "mega": mega}

@@ -47,10 +47,10 @@ class Tiles:
 
 #: By the bits of the keys, for keys and values of 128 numbers. No more programs than fit at once.
 TILES = {
-    8: Tiles(32, 2, 3, 5, 200),
-    4: Tiles(64, 2, 3, 5, 200),
-    3: Tiles(32, 2, 3, 5, 200),
-    2: Tiles(64, 2, 3, 5, 200),
+    8: Tiles(32, 4, 3, 2, 200),
+    4: Tiles(64, 2, 3, 4, 255),
+    3: Tiles(64, 2, 3, 3, 200),
+    2: Tiles(64, 2, 3, 4, 255),
 }
 #: Columns that a product of the tensor cores has at least; rows of queries with their copies at most.
 COLUMNS, ROWS = 8, 16
