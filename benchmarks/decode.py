@@ -128,7 +128,7 @@ def measure(quick: bool, rounds: int) -> None:
 
 
 def tried() -> list[tuple[str, dict[Any, Any], Any, Any, Make, list[tuple[int, ...]]]]:
-    """(name, table of tiles, its key, their class, candidate, (keys, warps, stages, programs) to try)."""
+    """(name, table of tiles, its key, their class, candidate, tiles to try)."""
     from attlas.kernels import coded as few_bits
     from attlas.kernels import decode as kernels
 
@@ -144,9 +144,10 @@ def tried() -> list[tuple[str, dict[Any, Any], Any, Any, Make, list[tuple[int, .
         (64, 4, 4, 4), (64, 4, 5, 3), (64, 4, 5, 6), (64, 4, 6, 2), (64, 4, 3, 5), (64, 4, 7, 2),
         (32, 4, 5, 6), (32, 4, 7, 4), (128, 8, 4, 2), (128, 8, 5, 1), (64, 8, 5, 3),
     ]  # fmt: skip
-    of_codes: list[tuple[int, ...]] = [
-        (128, 4, 4, 2), (128, 4, 3, 2), (128, 4, 3, 3), (64, 4, 4, 3), (64, 4, 4, 2), (64, 4, 6, 3),
-        (64, 2, 4, 6), (64, 2, 4, 4), (128, 2, 3, 4), (128, 4, 6, 2), (128, 4, 4, 1), (32, 2, 6, 6),
+    of_codes: list[tuple[int, ...]] = [  # slots a warp, warps, stages, programs, registers
+        (64, 2, 3, 5, 200), (64, 2, 3, 4, 255), (64, 2, 3, 6, 168), (64, 2, 3, 8, 128),
+        (64, 2, 2, 6, 168), (64, 4, 3, 2, 255), (64, 4, 3, 3, 168), (64, 4, 2, 3, 168),
+        (32, 2, 3, 5, 200), (32, 4, 3, 4, 128), (64, 1, 3, 9, 200),
     ]  # fmt: skip
     ours = kernels.TILES, kernels.Tiles
     found: list[tuple[str, Any, Any, Make, list[tuple[int, ...]]]] = [

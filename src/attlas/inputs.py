@@ -15,10 +15,12 @@ from attlas import masks, ops
 from attlas.errors import UserError
 from attlas.folding import folded, unfolded
 from attlas.masks import Mask
+from attlas.places import agree, counted, in_order, one_number
 from attlas.positions import Position, Positioned, ScoreMod
+from attlas.positions.base import by_distance
 from attlas.remembering import Unasked, alone, with_states
 from attlas.supports import Form
-from attlas.tracing import kept, traced
+from attlas.tracing import traced
 
 if TYPE_CHECKING:
     from attlas.hf.caches import Cache
@@ -85,10 +87,10 @@ class Inputs:
                 f"mask must be [batch, keys] = {[x.shape[0], seen + tokens.shape[1]]}, "
                 f"got {list(valid.shape)}"
             )
-        key_positions: Any = Unasked() if recorded else _positions(seen, tokens, valid)
+        key_positions: Any = Unasked() if recorded else in_order(seen, tokens, valid)
         given = positions is not None
         if positions is None:
-            own = key_positions if context is None else _counted(x.shape[1], x.device)
+            own = key_positions if context is None else counted(x.shape[1], x.device)
             positions = own if seen == 0 else own[..., seen:]
         x = embed(x, positions)
         context = None if context is None else embed(context, key_positions)
@@ -136,11 +138,7 @@ class Inputs:
         tokens = self.positions.shape[-1]
         if tokens == 1 or traced():
             return
-        apart = self.positions - self.key_positions[..., -tokens:]
-        shown = torch.ones_like(apart, dtype=torch.bool) if self.valid_now is None else self.valid_now
-        most = torch.iinfo(apart.dtype).max
-        low, high = apart.where(shown, most).amin(-1), apart.where(shown, -most).amax(-1)
-        if not bool((low >= high).all()):
+        if not one_number(self.positions - self.key_positions[..., -tokens:], self.valid_now):
             raise UserError(
                 f"positions: {name} counts tokens by their order, so that they must follow one another "
                 "in each row; leave them out, or give a row to each text"
@@ -151,11 +149,25 @@ class Inputs:
         if change is None or not self.told or getattr(change, "placeless", False):
             return change
         at, of = self.positions, self.positions_of(keys)
+        if at.shape[-1] == 1 or traced():  # a lone query's is never compiled for
+            return Positioned(change, at, of)
         slots = torch.arange(keys, device=of.device)
-        checked = at.shape[-1] > 1 and not traced()  # a lone query's is never compiled for
-        if checked and _agree(at, slots[keys - at.shape[-1] :]) and _agree(of, slots):
+        last = slots[keys - at.shape[-1] :]
+        if agree(at, last) and agree(of, slots):
             return change
-        return Positioned(change, at, of)
+        as_far = by_distance(change) is not None and self._moved(at - last, of - slots)
+        return change if as_far else Positioned(change, at, of)
+
+    def _moved(self, at: Tensor, of: Tensor) -> bool:
+        """Whether a row's tokens are all moved from their slots by one number; `at` and `of` tell it."""
+        moved = torch.cat([x.expand(len(self.x), -1) for x in (at, of)], dim=-1)
+        if (valid := self.valid) is None:
+            return one_number(moved, None)
+        asks = torch.ones_like(at, dtype=torch.bool)
+        if self.context is None:
+            asks = valid[:, -at.shape[-1] :]
+        shown = torch.cat((asks.expand(len(valid), -1), valid[:, -of.shape[-1] :]), dim=-1)
+        return one_number(moved, shown)
 
     def positions_of(self, keys: int) -> Tensor:
         """Where the last `keys` keys stand: cached ones and `tokens` as they were told."""
@@ -176,7 +188,7 @@ class Inputs:
         before = self.recall("positions")
         if self.cache is None or (before is None and not self.given):
             return old
-        if before is None and (traced() or _agree(new, here)):
+        if before is None and (traced() or agree(new, here)):
             return old
         before = old if before is None else before[..., : old.shape[-1]]
         self.remember("positions", torch.cat([x.expand(len(self.x), -1) for x in (before, new)], dim=-1))
@@ -313,24 +325,3 @@ class Inputs:
         """
         if self.cache is not None:
             with_states(self.cache, self.layer_idx).seen += self.x.shape[1]
-
-
-def _positions(seen: int, tokens: Tensor, valid: Tensor | None) -> Tensor:
-    """Positions of the cached and the new tokens; padding does not count."""
-    if valid is not None:
-        return (valid.long().cumsum(-1) - 1).clamp(min=0)
-    count = seen + tokens.shape[1]
-    if seen == 0 or traced():
-        return _counted(count, tokens.device)
-    # Each step of decoding asks for one more, of a row that is kept.
-    return _counted(1 << count.bit_length(), tokens.device)[:count]
-
-
-@kept(8)
-def _counted(tokens: int, device: torch.device) -> Tensor:
-    return torch.arange(tokens, device=device)
-
-
-def _agree(some: Tensor, others: Tensor) -> bool:
-    """Whether positions are the same in every row."""
-    return bool((some == others).all())

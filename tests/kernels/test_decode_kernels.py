@@ -11,10 +11,11 @@ import torch
 from interpreted import MARKS, answer, verdicts
 from plain import plain
 from torch import Tensor
+from torch.nn.functional import pad
 
-from attlas.cache.summaries import first_best
+from attlas.cache.summaries import Portion, best_portion
 from attlas.ops.decode import decode
-from attlas.ops.decode_kernels import choose_first, choose_pages, launch, refuses, score_pages
+from attlas.ops.decode_kernels import choose_pages, choose_portion, launch, refuses, score_pages
 from attlas.ops.pages import page_bounds, reference_best_pages, reference_page_scores
 from attlas.ops.quantize import encode
 from attlas.ops.segments import Coded, Dense, Listed, Ragged
@@ -80,6 +81,8 @@ CHOICES: dict[str, tuple[Any, int]] = {
     "most unseen": (lambda: torch.randn(1, 3, 50).masked_fill(torch.rand(50) > 0.1, -torch.inf), 20),
     "none seen": (lambda: torch.full((1, 1, 9), -torch.inf), 4),
     "infinite": (lambda: torch.randn(1, 1, 9).masked_fill(torch.rand(9) > 0.5, torch.inf), 4),
+    "no number": (lambda: torch.randn(1, 2, 30).masked_fill(torch.rand(30) > 0.8, torch.nan), 9),
+    "zeros of both signs": (lambda: (torch.rand(1, 2, 40) > 0.5) * -1.0 * torch.zeros(40), 7),
     "all": (lambda: torch.randn(1, 2, 21), 21),
     "one": (lambda: torch.randn(2, 2, 64), 1),
     "none": (lambda: torch.randn(2, 2, 64), 0),
@@ -93,6 +96,12 @@ SCORES: dict[str, tuple[int, int, int, int, int, int, bool]] = {
     "by head": (2, 8, 2, 300, 32, 16, False),
     "one page": (1, 4, 4, 7, 64, 16, True),
     "odd width": (1, 6, 2, 1000, 80, 4, True),
+}
+#: (batch, heads, slots, width of keys, of values, slot) of a token that is written.
+PLACES: dict[str, tuple[int, int, int, int, int, int]] = {
+    "first": (1, 2, 5, 16, 16, 0),
+    "last, odd widths": (3, 2, 7, 40, 24, 6),
+    "no room": (2, 2, 4, 16, 16, 4),
 }
 
 
@@ -235,16 +244,23 @@ def judge_choice(name: str, device: str = "cpu") -> tuple[float, float]:
     found, right = choose_pages(scores, count), reference_best_pages(scores, count)
     assert found.dtype == right.dtype
     assert found.shape == right.shape
+    batch, _, pages = scores.shape
+    # As `page_scores` gives them.
+    roomy = pad(scores, (0, -pages % 16), value=torch.nan)[..., :pages]
+    wrong = int((found != right).sum() + (choose_pages(roomy, count) != right).sum())
     if not count:
-        return float((found != right).sum()), 0.0
-    # Of a number of pages, and as many of them, as the device knows alone.
-    there = torch.randint(1, scores.shape[-1] + 1, scores.shape[:2], dtype=torch.int32)
-    wanted = torch.randint(1, count + 1, there.shape).minimum(there)
-    some = choose_first(scores, there.to(device), wanted.to(device), count)
-    finite = scores.cpu().clamp(min=torch.finfo(torch.float32).min)  # the sort takes what lies behind
-    least = first_best(finite, there, wanted, count)
-    least = torch.where(scores.cpu().gather(-1, least.clamp(min=0).long()) == -torch.inf, -1, least)
-    return float((found != right).sum() + (some.cpu() != least).sum()), 0.0
+        return float(wrong), 0.0
+    # Of a number of pages that the device knows alone, as many as a portion asks for; the sort takes
+    # what lies behind them for −∞.
+    finite = scores.cpu().clamp(min=torch.finfo(torch.float32).min)
+    for portion in (Portion(pages=count), Portion(0.3), Portion(0.7, newest=2)):
+        lengths = torch.randint(0, 3 * pages + 1, (batch, 1, 2), dtype=torch.int32)[..., 0]
+        told = lengths.to(device), 3, portion.keep, portion.newest
+        some = choose_portion(roomy, portion.of(pages), *told).cpu()
+        least = best_portion(finite, portion, lengths, 3)
+        seen = scores.cpu().gather(-1, least.clamp(min=0).long()) > -torch.inf
+        wrong += int((some != torch.where(seen, least, -1)).sum())
+    return float(wrong), 0.0
 
 
 def judge_scores(name: str, device: str = "cpu") -> tuple[float, float]:
@@ -260,10 +276,27 @@ def judge_scores(name: str, device: str = "cpu") -> tuple[float, float]:
     return (found - right).abs().max().item(), 1e-5 * right.abs().max().item()
 
 
+def judge_placing(name: str, device: str = "cpu") -> tuple[float, float]:
+    torch.manual_seed(0)
+    batch, heads, slots, dim, v_dim, at = PLACES[name]
+    rooms = [torch.randn(batch, heads, slots, width, device=device) for width in (dim, v_dim)]
+    # As a projection gives them: heads side by side.
+    token = [torch.randn(batch, 1, heads, w, device=device).transpose(1, 2) for w in (dim, v_dim)]
+    right = [room.clone() for room in rooms]
+    if 0 <= at < slots:
+        for room, one in zip(right, token, strict=True):
+            room[:, :, at : at + 1] = one
+    from attlas.kernels.placing import place
+
+    place(*rooms, torch.tensor([at], device=device), *token)
+    return float(sum((a != b).sum() for a, b in zip(rooms, right, strict=True))), 0.0
+
+
 JUDGES: dict[str, tuple[dict[str, Any], Any]] = {
     "decode": (CASES, judge),
     "choice": (CHOICES, judge_choice),
     "scores": (SCORES, judge_scores),
+    "placing": (PLACES, judge_placing),
 }
 ALL = [f"{kind}: {name}" for kind, (cases, _) in JUDGES.items() for name in cases]
 
@@ -288,20 +321,28 @@ def test_kernels_agree_with_the_reference(name: str, judged: Any) -> None:
 def compiled(
     kernel: Any, fixed: dict[str, Any], absent: set[str], dtype: str, **options: int
 ) -> Any:
-    """The kernel for a GPU that is not there; arguments that are `absent` are None."""
+    """The kernel for a GPU that is not there; arguments that are `absent` are None.
+
+    What may be specialised is a multiple of sixteen, as addresses and strides mostly are.
+    """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
     pointers = dict.fromkeys(("q", "k", "v", "low", "high"), f"*{dtype}")
     pointers |= dict.fromkeys(("sums", "lses", "lse", "bias", "scores"), "*fp32")
-    pointers |= {"there": "*i32", "wanted": "*i64"}
-    pointers |= {"lengths": "*i64", "offsets": "*i64", "index": "*i32", "visible": "*u8"}
+    pointers |= {"keys": f"*{dtype}", "values": f"*{dtype}", "slot": "*i64", "lengths": "*i64"}
+    pointers |= {"offsets": "*i64", "index": "*i32", "visible": "*u8"}
     pointers |= {"factor": "fp32", "out": {"_choice": "*i32", "_bounds": "*fp32"}.get(
         kernel.__name__, f"*{dtype}")}  # fmt: skip
     fixed = {**fixed, **dict.fromkeys(absent)}
     names = kernel.arg_names
     taken = {n: "constexpr" if n in fixed else pointers.get(n, "i32") for n in names}
-    source = ASTSource(kernel, taken, {(names.index(n),): fixed[n] for n in names if n in fixed})
+    varying = {n for n, p in zip(names, kernel.params, strict=True) if p.do_not_specialize}
+    whole = {
+        (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n not in {*fixed, *varying}
+    }
+    held = {(names.index(n),): fixed[n] for n in names if n in fixed}
+    source = ASTSource(kernel, taken, held, whole)
     return compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
@@ -333,21 +374,32 @@ def test_attending_compiles_for_a_gpu_that_is_not_there(kind: str, dtype: str) -
         kernels._over_a_run, fixed, absent, dtype, num_warps=cut.warps, num_stages=cut.stages
     )
     assert made.metadata.shared <= shared
-    if kind == "dense" and dtype == "bf16":  # as many programs as are meant to share a unit
+    if kind in ("dense", "listed") and dtype == "bf16":
+        # As many programs share a unit as are meant to, and keys are on their way while others are used.
         assert cut.programs * made.metadata.shared <= shared
+        assert made.metadata.shared > (cut.stages - 1) * keys * 256 * 2
 
 
-def test_merging_scoring_and_choosing_compile_for_a_gpu_that_is_not_there() -> None:
-    from attlas.kernels import decode, pages
+def test_other_kernels_compile_for_a_gpu_that_is_not_there() -> None:
+    from attlas.kernels import decode, pages, placing
 
     fixed = {"V_DIM": 80, "COLUMNS": 32, "AT_ONCE": 128, "ALL": 256}
     compiled(decode._over_runs, fixed, set(), "bf16", num_warps=4)
     for shared in (True, False):
         fixed = {"DIM": 128, "DIM_ROOM": 128, "ROWS": 16, "PAGES": pages.PAGES, "SHARED": shared}
-        made = compiled(pages._bounds, fixed, set(), "bf16", num_warps=4, num_stages=3)
-        assert made.metadata.shared <= 227 * 1024
-    compiled(pages._choice, {"BLOCK": 1024, "WIDTH": 1}, {"there", "wanted"}, "bf16", num_warps=4)
-    compiled(pages._choice, {"BLOCK": 1024, "WIDTH": 128}, set(), "bf16", num_warps=4)
+        made = compiled(pages._bounds, fixed, set(), "bf16", num_warps=4, num_stages=pages.STAGES)
+        assert (pages.PROGRAMS if shared else 1) * made.metadata.shared <= 227 * 1024
+        assert "cp.async.cg.shared.global" in made.asm["ptx"]  # sixteen bytes at a time, and ahead
+    block, stages = pages.tiles(256, 64, 99 * 1024)
+    fixed = {"DIM": 256, "DIM_ROOM": 256, "ROWS": 64, "PAGES": block, "SHARED": False}
+    made = compiled(pages._bounds, fixed, set(), "bf16", num_warps=4, num_stages=stages)
+    assert made.metadata.shared <= 99 * 1024
+    fixed = {"BLOCK": 1024, "FOURS": True, "KEEP": 0.125, "NEWEST": 0}
+    made = compiled(pages._choice, fixed, set(), "bf16", num_warps=4)
+    assert "ld.global.v4" in made.asm["ptx"]
+    compiled(pages._choice, {**fixed, "KEEP": 0.0}, {"lengths"}, "bf16", num_warps=4)
+    fixed = {"DIM": 128, "DIM_ROOM": 128, "V_DIM": 80, "V_ROOM": 128}
+    compiled(placing._place, fixed, set(), "bf16", num_warps=1)
 
 
 @pytest.mark.parametrize(

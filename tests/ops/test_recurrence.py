@@ -250,7 +250,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"v": SHORT["v"]}, "v must begin as k"),
     ({"form": "fast"}, "form"),
     ({"form": "triton"}, "form='triton' cannot take this call: not on a CUDA device"),
-    ({"form": "triton", "causal": False}, "it sees no token behind another"),
+    ({"form": "triton", "causal": False}, "without decays, causal=False is two plain products"),
 ]
 
 

@@ -4,6 +4,7 @@ import jaxtyping
 import pytest
 import torch
 
+import attlas
 from attlas import masks, ops
 from attlas.ops import backends
 from attlas.positions import ALiBi, T5Bias
@@ -33,6 +34,7 @@ PATTERNS = {
 
 
 def inputs(queries: int, keys: int, dtype: torch.dtype, kv_heads: int = 2) -> list[torch.Tensor]:
+    torch.manual_seed(0)
     make = {"device": "cuda", "dtype": dtype}
     return [
         torch.randn(2, 4, queries, 64, **make).requires_grad_(),
@@ -67,11 +69,15 @@ def test_patterns_through_auto(name, dtype):
     )
 
 
-@pytest.mark.parametrize("bias", [ALiBi(4), T5Bias(4)], ids=["alibi", "t5"])
-def test_score_mods_through_auto(bias):
+@pytest.mark.parametrize("length", [1500, 2048])
+@pytest.mark.parametrize(
+    "bias", [ALiBi(4), T5Bias(4), attlas.make("bam", dim=8, heads=4).position_encoding],
+    ids=["alibi", "t5", "bam"],
+)
+def test_score_mods_through_auto(bias, length):
     bias = bias.cuda()
     trained = list(bias.parameters())
-    tensors = inputs(1500, 1500, torch.bfloat16)
+    tensors = inputs(length, length, torch.bfloat16)
     exact = [t.detach().double().requires_grad_() for t in tensors]
     options = {"mask": masks.causal, "score_mod": bias.score_mod}
     judged(

@@ -25,6 +25,7 @@ class Portion:
     Attributes:
         keep: a share, in (0, 1]: `int(pages * keep)`, at least one.
         pages: a number.
+        newest: pages that are read beside those that are chosen from, and count among them in both.
 
     Raises:
         ValueError: a share out of range, or a number below 1.
@@ -32,6 +33,7 @@ class Portion:
 
     keep: float | None = None
     pages: int | None = None
+    newest: int = 0
 
     def __post_init__(self) -> None:
         if self.keep is not None and not 0 < self.keep <= 1:
@@ -52,22 +54,26 @@ class Portion:
         return cls(keep, None if tokens is None else tokens // page)
 
     def of(self, pages: int) -> int:
-        """How many of so many."""
-        if self.keep is None:
-            return min(pages, self.pages or 1)
-        return min(pages, max(1, int(pages * self.keep)))
+        """How many of so many, beside the newest."""
+        whole = pages + self.newest
+        wanted = min(whole, self.pages or 1) if self.keep is None else int(whole * self.keep)
+        return min(pages, max(1, wanted - self.newest))
 
     def of_rows(self, pages: Int[Tensor, "batch heads"]) -> Int[Tensor, "batch heads"]:
         """`of` for every row and head."""
+        whole = pages + self.newest
         if self.keep is None:
-            return pages.clamp(max=self.pages or 1)
-        return (pages.double() * self.keep).long().clamp(min=1).minimum(pages)
+            wanted = whole.clamp(max=self.pages or 1)
+        else:
+            wanted = (whole.double() * self.keep).long()
+        return (wanted - self.newest).clamp(min=1).minimum(pages)
 
 
 def best_portion(
     scores: Float[Tensor, "batch heads pages"],
     portion: Portion,
-    pages: Int[Tensor, "batch kv_heads"] | None = None,
+    lengths: Int[Tensor, "batch kv_heads"] | None = None,
+    page: int = 1,
 ) -> Int[Tensor, "batch heads count"]:
     """The portion's best pages of each row and head, ascending as int32, −1 behind those of a shorter.
 
@@ -76,12 +82,18 @@ def best_portion(
     Args:
         scores: of all pages.
         portion: how many are chosen.
-        pages: how many of the first pages each row has; None when all have all.
+        lengths: tokens of each row in the first pages, the last of which they may not fill; None when
+            all have all pages.
+        page: tokens of a page.
     """
-    longest = scores.shape[-1]
-    width = portion.of(longest)
-    if pages is None:
+    from attlas.ops.decode_kernels import choice_refused, choose_portion
+
+    width = portion.of(scores.shape[-1])
+    if lengths is None:
         return best_pages(scores, width)
+    if choice_refused(scores) is None:
+        return choose_portion(scores, width, lengths, page, portion.keep, portion.newest)
+    pages = -(-lengths // page)
     each = pages.repeat_interleave(scores.shape[1] // pages.shape[1], dim=1)
     return first_best(scores, each, portion.of_rows(each), width)
 
@@ -92,7 +104,7 @@ def first_best(
     wanted: Int[Tensor, "*rows"],
     width: int,
 ) -> Int[Tensor, "*rows width"]:
-    """Each row's best pages of its first `there`, as many as it wants, as `best` gives them.
+    """Each row's best pages of its first `there`, as many as it wants, as `best_portion` gives them.
 
     Args:
         scores: of all pages.
@@ -100,10 +112,6 @@ def first_best(
         wanted: how many of them it takes.
         width: the most that any takes.
     """
-    from attlas.ops.decode_kernels import choice_refused, choose_first
-
-    if scores.ndim == 3 and choice_refused(scores) is None:
-        return choose_first(scores, there, wanted, width)
     longest = scores.shape[-1]
     place = torch.arange(longest, device=scores.device)
     scores = scores.masked_fill(place >= there[..., None], -torch.inf)

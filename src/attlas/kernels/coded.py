@@ -1,8 +1,7 @@
 """Which quantised segments the kernel takes, how the work on them is cut, and the call.
 
 What a kernel is compiled for follows from the formats of keys and values, never from how many there
-are: a program has 16 rows, copies of its queries included, and as many runs are made of each head's
-slots as fill the device.
+are; as many runs are made of each head's slots as fill the device.
 """
 
 from __future__ import annotations
@@ -16,6 +15,8 @@ import torch
 import triton  # type: ignore[import-untyped, unused-ignore]
 from torch import Tensor
 
+from attlas.kernels.bits import each
+from attlas.kernels.coded_read import Side
 from attlas.kernels.coded_run import over_a_run
 from attlas.ops.quantize import Codes
 from attlas.ops.segments import Coded
@@ -26,32 +27,33 @@ class Tiles:
     """How the work is cut.
 
     Attributes:
-        keys: slots of a block at most, a power of two from 16; fewer are taken of wider ones, and where
-            queries and groups of tokens in a block would need more than 16 rows.
-        warps: that run a program, 1 to 4; more would repeat each other's work on values.
+        slots: of a block that one warp takes, a power of two from 16; fewer are taken of wider ones,
+            and of groups of tokens or pages that are smaller.
+        warps: that run a program, each on slots of its own.
         stages: blocks of codes on their way at once, and the one in work.
         programs: on each multiprocessor; more than fit where heads end at unequal times.
+        registers: of a thread at most.
         rows: query rows of a program at least, a power of two up to 16. With fewer, less is computed
-            outside the tensor cores, whose other rows hold copies.
+            outside the tensor cores, which take 8 columns.
     """
 
-    keys: int
+    slots: int
     warps: int
     stages: int
     programs: int
+    registers: int
     rows: int = 4
 
 
-#: By the bits of the keys, for keys and values of 128 numbers. No more programs than fit at once: those
-#: of these tiles take up to 250 registers a thread.
+#: By the bits of the keys, for keys and values of 128 numbers. No more programs than fit at once.
 TILES = {
-    8: Tiles(64, 4, 4, 3),
-    4: Tiles(128, 2, 3, 4),
-    3: Tiles(128, 4, 3, 2),
-    2: Tiles(128, 4, 3, 2),
+    8: Tiles(32, 4, 3, 2, 200),
+    4: Tiles(64, 2, 3, 4, 255),
+    3: Tiles(64, 2, 3, 3, 200),
+    2: Tiles(64, 2, 3, 4, 255),
 }
-#: Rows of all copies together: what the tensor cores take at once.
-ROWS = 16
+#: Columns that a product of the tensor cores has at least; rows of queries with their copies at most.
+COLUMNS, ROWS = 8, 16
 
 
 def coded_refuses(q: Tensor, segment: Coded) -> str | None:
@@ -98,15 +100,15 @@ def coded_runs(q: Tensor, segment: Coded, units: int, cut: Tiles | None = None) 
     """Into how many runs the slots of each head are cut, to give `units` multiprocessors work."""
     cut, fixed, blocks = _compiled(q, segment, cut)
     wanted = units * cut.programs // (q.shape[0] * _places(segment) * blocks)
-    blocks_of_keys: int = -(-_longest(segment) // fixed["KEYS"])
+    blocks_of_keys: int = -(-_longest(segment) // (fixed["WARPS"] * fixed["SLOTS"]))
     return max(1, min(wanted, blocks_of_keys))
 
 
 def coded_attend(
-    q: Tensor, segment: Coded, scale: float, sums: Tensor, lses: Tensor, first: int, each: int,
+    q: Tensor, segment: Coded, scale: float, sums: Tensor, lses: Tensor, first: int, count: int,
     cut: Tiles | None = None,
 ) -> None:  # fmt: skip
-    """Fill runs `first` to `first + each`: means of the values, and log₂-sum-exp₂ of the scores.
+    """Fill runs `first` to `first + count`: means of the values, and log₂-sum-exp₂ of the scores.
 
     Args:
         q: queries, [batch, heads, queries, dim], contiguous in the last.
@@ -115,7 +117,7 @@ def coded_attend(
         sums: [batch, runs, heads, queries, v_dim] float32, to be written.
         lses: [batch, runs, heads, queries] float32, to be written; −∞ where nothing is seen.
         first: the first run that is this segment's.
-        each: how many are.
+        count: how many are.
         cut: tiles other than `TILES`.
     """
     cut, fixed, blocks = _compiled(q, segment, cut)
@@ -123,22 +125,19 @@ def coded_attend(
     places = _places(segment)
     if index is not None and index.stride(-1) != 1:
         index = index.contiguous()
+    (k_words, k_more), (v_words, v_more) = _planes(k), _planes(v)
     (k_step, k_zero), (v_step, v_zero) = _both_steps(k), _both_steps(v)
-    k_words, v_words = _as_words(k.data, fixed["K_WORD"]), _as_words(v.data, fixed["V_WORD"])
-    even = all(
-        x.data_ptr() % 16 == 0 and all(s * x.element_size() % 16 == 0 for s in x.stride()[:2])
-        for x in (k_words, v_words)
-    )
-    over_a_run[places * blocks, each, q.shape[0]](
-        q, k_words, _other_plane(k), k_step, k_zero, _factors(k),
-        v_words, _other_plane(v), v_step, v_zero, _factors(v),
+    over_a_run[places * blocks, count, q.shape[0]](
+        q, k_words, k_more, k_step, k_zero, _factors(k),
+        v_words, v_more, v_step, v_zero, _factors(v),
         None if segment.lengths is None else segment.lengths.contiguous(), index, sums, lses,
         scale * log2(e), q.shape[1], q.shape[2], k.tokens, _longest(segment),
-        places // k.data.shape[1], blocks, each, first, sums.shape[1],
-        *q.stride()[:3], *k_words.stride()[:3], *k_step.stride()[:3],
-        *v_words.stride()[:3], *v_step.stride()[:3],
+        places // k.data.shape[1], blocks, count, first, sums.shape[1],
+        *q.stride()[:3], *k_words.stride()[:2], *k_step.stride()[:2],
+        *v_words.stride()[:2], *v_step.stride()[:2],
         *((0, 0) if index is None else index.stride()[:2]),
-        **fixed, EVEN=even, ASSEMBLY=q.is_cuda, num_warps=cut.warps, num_stages=cut.stages,
+        **fixed, EVEN=_even(16, k_words, v_words), EVEN_STEPS=_even(8, k_step, k_zero, v_step, v_zero),
+        ASSEMBLY=q.is_cuda, num_warps=cut.warps, num_stages=cut.stages, maxnreg=cut.registers,
     )  # fmt: skip
 
 
@@ -147,14 +146,18 @@ def _compiled(q: Tensor, segment: Coded, cut: Tiles | None) -> tuple[Tiles, dict
     cut = cut or TILES[segment.k.bits]
     rows = q.shape[1] // _places(segment) * q.shape[2]
     page = 0 if segment.index is None else segment.page
-    formats = [
-        (c.bits, c.dim, c.token_group, c.dim // c.channel_group) for c in (segment.k, segment.v)
-    ]
-    return cut, *constants(formats[0], formats[1], page, rows, q.dtype, cut)
+    k, v = _format(segment.k), _format(segment.v)
+    return cut, *constants(k, v, page, rows, q.dtype, cut)
 
 
-#: Bits, width, tokens that share a step, groups of channels.
-Format = tuple[int, int, int, int]
+#: Bits, width, tokens that share a step, groups of channels, and strides of words and steps.
+Format = tuple[int, int, int, int, int, int]
+
+
+def _format(codes: Codes) -> Format:
+    groups = codes.dim // codes.channel_group
+    words, steps = codes.data.stride(2) // 2, codes.step.stride(2) if _alike(codes) else groups
+    return codes.bits, codes.dim, codes.token_group, groups, words, steps
 
 
 @cache
@@ -162,49 +165,62 @@ def constants(
     k: Format, v: Format, page: int, rows: int, dtype: torch.dtype, cut: Tiles
 ) -> tuple[dict[str, Any], int]:
     """(What a kernel is compiled for, blocks of rows) for formats of keys and values."""
-    groups = max((int(triton.next_power_of_2(f[3])) for f in (k, v) if f[2] == 1), default=1)
-    block = min(ROWS // groups, max(cut.rows, triton.next_power_of_2(rows)))
-    units = [min(f[2], page or f[2]) * ROWS // block for f in (k, v) if f[2] > 1]
-    keys = cut.keys * 256 // triton.next_power_of_2(max(256, k[1] + v[1]))
-    keys = max(16, min([keys, *units]))
+    groups = max((_power(f[3]) for f in (k, v) if f[2] == 1), default=1)
+    block = min(ROWS // groups, max(cut.rows, _power(rows)))
+    units = [min(f[2], page or f[2]) for f in (k, v) if f[2] > 1]
+    slots = cut.slots * 256 // _power(max(256, k[1] + v[1]))
     half = dtype != torch.float32
-    fixed: dict[str, Any] = {
-        "ROWS": block, "COPIES": ROWS // block, "KEYS": keys, "PAGE": page, "HALF": half,
-        "LOST": 2.0**24 if half else 1.0,
-    }  # fmt: skip
-    for side, (bits, dim, tokens, count) in (("K", k), ("V", v)):
-        # Products of values are split between warps only where they are wider than 16.
-        room = max(128 if side == "V" and bits < 4 else 64, triton.next_power_of_2(dim))
-        long = room * bits >= (256 if side == "K" else 512) and bits != 3
-        given = {
-            "DIM": dim, "ROOM": room, "WIDTH": bits, "WORD": 16 if long else 8,
-            "TOKENS": tokens, "GROUPS": count, "UNIT": min(keys, tokens, page or tokens),
-            # What makes steps times numbers as large as what was coded, whatever the bits.
-            "BOOST": 2.0 ** (bits - 2),
-        }  # fmt: skip
-        fixed |= {f"{side}_{name}": value for name, value in given.items()}
-    return fixed, triton.cdiv(rows, block)
+    return {
+        "KEYS": _side(k, block, half), "VALUES": _side(v, block, half),
+        # What makes steps times queries, or weights, as large as what was coded, whatever the bits.
+        "BOOST": 2.0 ** (k[0] - 2) if k[2] > 1 else 1.0, "MORE": float(v[0] - 2),
+        "ROWS": block, "WARPS": cut.warps, "SLOTS": max(16, min([slots, *units])), "PAGE": page,
+    }, triton.cdiv(rows, block)  # fmt: skip
+
+
+def _side(form: Format, rows: int, half: bool) -> Side:
+    bits, dim, tokens, groups, stride, step_stride = form
+    groups = groups if tokens == 1 else 1
+    room, padded = max(16 * each(bits), _power(dim)), _power(groups)
+    tiles = 1
+    if room * groups == dim * padded:  # groups are powers of 2 wide: no tile has part of one
+        while room // each(bits) // tiles >= 32 and padded // (2 * tiles) * rows >= COLUMNS:
+            tiles *= 2
+    copies = max(COLUMNS // rows, padded // tiles)
+    return Side(
+        bits, dim, room, each(bits), tokens, groups, tiles, copies, stride, step_stride, half
+    )
+
+
+def _power(count: int) -> int:
+    return int(triton.next_power_of_2(count))
 
 
 def _both_steps(codes: Codes) -> tuple[Tensor, Tensor]:
     """Steps and zeros with the same strides, 1 along the channels."""
     step, zero = codes.step, codes.zero
-    if step.stride(-1) == 1 and step.stride() == zero.stride():
-        return step, zero
-    return step.contiguous(), zero.contiguous()
+    return (step, zero) if _alike(codes) else (step.contiguous(), zero.contiguous())
+
+
+def _alike(codes: Codes) -> bool:
+    """Whether steps and zeros have the same strides, 1 along the channels."""
+    return codes.step.stride(-1) == 1 and codes.step.stride() == codes.zero.stride()
+
+
+def _even(unit: int, *tensors: Tensor) -> bool:
+    """Whether all heads' parts begin at multiples of so many bytes."""
+    heads = (n * t.element_size() for t in tensors for n in t.stride()[:2])
+    return not any(n % unit for n in (*heads, *(t.data_ptr() for t in tensors)))
 
 
 def _factors(codes: Codes) -> Tensor | None:
     return None if codes.channel is None else codes.channel.contiguous()
 
 
-def _other_plane(codes: Codes) -> Tensor:
-    """Of 3 bits, the upper one; else nothing that is read."""
-    return codes.data[..., codes.dim // 4 :] if codes.bits == 3 else codes.data
-
-
-def _as_words(data: Tensor, word: int) -> Tensor:
-    return data if word == 8 else data.view(torch.int16)
+def _planes(codes: Codes) -> tuple[Tensor, Tensor]:
+    """Words of 16 bits: the codes, or of 3 bits the lower plane, and behind it the upper one."""
+    words = codes.data.view(torch.int16)
+    return words, words[..., codes.dim // 8 :] if codes.bits == 3 else words
 
 
 def _longest(segment: Coded) -> int:

@@ -10,9 +10,13 @@ Products are linear, so what belongs to a group is taken out of the sum over cod
     values, per token     Σ_n (p_n step_n) code_n + Σ_n p_n zero_n
     values, per channel   step (Σ_n p_n code_n) + zero Σ_n p_n
 
-With several groups of channels, or of tokens in a block, each has rows of its own: tensor cores take 16
-rows where a token's queries are 4. Codes of 4 groups meet 4 copies of 4 queries, of which each keeps
-what is its own, at no cost. `attlas.kernels.bits` says how codes become operands.
+Slots are the rows of the tensor cores' products and queries their 8 columns, so that codes, of which
+there are many, fill them: scoresᵀ = codes qᵀ and outᵀ = codesᵀ pᵀ. Every warp has slots of its own, and
+its own maximum and sums, until the end of the run: none waits for another.
+
+Several groups of channels have columns of their own. Words are cut into tiles as far as a tile has 16
+words and 8 columns; the groups that meet in a tile have copies of each query, of which each keeps what
+is its own. `attlas.kernels.bits` says how codes become operands.
 
 Queries of 16 bits, brought near 1 by a power of 2, and weights meet the codes in float16, whatever type
 the queries had; sums are float32.
@@ -29,7 +33,9 @@ from typing import no_type_check
 import triton  # type: ignore[import-untyped, unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped, unused-ignore]
 
-from attlas.kernels.bits import alternate, numbers, parts, scale, whole
+from attlas.kernels.coded_queries import asked, scores_of
+from attlas.kernels.coded_read import codes_of, places_of, slots_of, steps_of
+from attlas.kernels.coded_values import added, levelled, means, partly
 
 #: What changes from step to step, for which nothing is compiled anew.
 _VARYING = [
@@ -39,130 +45,24 @@ _VARYING = [
 ]  # fmt: skip
 
 
-@triton.jit
-@no_type_check
-def _slots(index, start, n, end, held, PAGE: tl.constexpr):
-    """(The slots at places `start` + n, of the list if there is one, whether each is there)."""
-    inside = n < end - start
-    slot = start + n
-    if PAGE > 0:
-        page = tl.load(index + slot // PAGE, mask=inside, other=-1).to(tl.int32)
-        slot = page * PAGE + slot % PAGE
-        inside = (page >= 0) & (slot < held)
-    return slot.to(tl.int64), inside
-
-
-@triton.jit
-@no_type_check
-def _steps(
-    step, zero, step_n, index, start, end, held,
-    DIM: tl.constexpr, ROOM: tl.constexpr, TOKENS: tl.constexpr, GROUPS: tl.constexpr,
-    UNIT: tl.constexpr, COPIES: tl.constexpr, KEYS: tl.constexpr, PAGE: tl.constexpr,
-):  # fmt: skip
-    """Steps and zeros of a block: [groups, slots], or [runs of `UNIT` slots, channels]."""
-    copy = tl.arange(0, COPIES)
-    if TOKENS == 1:
-        slot, inside = _slots(index, start, tl.arange(0, KEYS), end, held, PAGE)
-        at, mask = (slot * step_n)[None, :], inside[None, :]
-        if GROUPS > 1:
-            at, mask = at + copy[:, None], mask & (copy < GROUPS)[:, None]
-    else:
-        slot, inside = _slots(index, start, copy * UNIT, end, held, PAGE)
-        d = tl.arange(0, ROOM)
-        at = (slot // TOKENS)[:, None] * step_n + d[None, :]
-        mask = (inside & (copy * UNIT < KEYS))[:, None] & (d < DIM)[None, :]
-    return tl.load(step + at, mask=mask, other=0.0), tl.load(zero + at, mask=mask, other=0.0)
-
-
-@triton.jit
-@no_type_check
-def _read(
-    data, at, inside, DIM: tl.constexpr, ROOM: tl.constexpr, EACH: tl.constexpr, TWICE: tl.constexpr
-):  # fmt: skip
-    """Words of `EACH` codes of some slots, [slots, words]; `TWICE`: every one for two places."""
-    w = tl.arange(0, ROOM // EACH)
-    mask = inside[:, None]
-    if DIM < ROOM:
-        mask = mask & (w < DIM // EACH)[None, :]
-    place = w // 2 if TWICE else w
-    return tl.load(data + at[:, None] + place[None, :], mask=mask, other=0)
-
-
-@triton.jit
-@no_type_check
-def _words(
-    data, more, at, inside, DIM: tl.constexpr, ROOM: tl.constexpr,
-    WIDTH: tl.constexpr, WORD: tl.constexpr,
-):  # fmt: skip
-    """Codes of some slots, and of 3 bits the other plane."""
-    if WIDTH == 3:
-        words = _read(data, at, inside, DIM, ROOM, 4, False)
-        if ROOM >= 128:
-            byte = _read(more, at, inside, DIM, ROOM, 8, False)
-            other = alternate(byte, byte >> 4)
-        else:  # Triton 3.6 compiles so narrow a join wrongly, though its interpreter does not.
-            half = (tl.arange(0, ROOM // 4) % 2 * 4).to(tl.uint8)
-            other = _read(more, at, inside, DIM, ROOM, 4, True) >> half[None, :]
-    else:
-        words = _read(data, at, inside, DIM, ROOM, WORD // WIDTH, False)
-        other = words
-    return words, other
-
-
-@triton.jit
-@no_type_check
-def _asked(x, WIDTH: tl.constexpr, WORD: tl.constexpr, HALF: tl.constexpr):
-    """Queries [copies, rows, room], scaled for their place, as operands."""
-    x = tl.reshape(x, [x.shape[0] * x.shape[1], x.shape[2]])
-    x = x.to(tl.float16 if HALF else tl.float32)
-    return parts(x, 4 if WIDTH == 3 else WORD // WIDTH)
-
-
-@triton.jit
-@no_type_check
-def _nothing(ROWS: tl.constexpr, ROOM: tl.constexpr, EACH: tl.constexpr):
-    nothing = ()
-    for _ in tl.static_range(EACH):
-        nothing = nothing + (tl.zeros([ROWS, ROOM // EACH], tl.float32),)
-    return nothing
-
-
-@triton.jit
-@no_type_check
-def _copied(x, COPIES: tl.constexpr):
-    """x behind itself so often."""
-    return tl.reshape(tl.broadcast_to(x[None, :], [COPIES, x.shape[0]]), [COPIES * x.shape[0]])
-
-
-@triton.jit
-@no_type_check
-def _unit(x):
-    """The power of 2 that is at most the largest size in x, or 1 where all is 0."""
-    top = tl.max(tl.max(tl.abs(x), 1), 0)
-    unit = (top.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-    return tl.where(unit > 0.0, unit, 1.0)
-
-
 @triton.jit(do_not_specialize=_VARYING)
 @no_type_check
 def over_a_run(
     q, k, k_more, k_step, k_zero, k_channel, v, v_more, v_step, v_zero, v_channel,
     lengths, index, sums, lses, factor,
     heads, queries, slots, listed, lists, blocks, runs, first, all_runs,
-    q_b, q_h, q_q, k_b, k_h, k_n: tl.constexpr, k_step_b, k_step_h, k_step_n,
-    v_b, v_h, v_n: tl.constexpr, v_step_b, v_step_h, v_step_n, index_b, index_h,
-    K_DIM: tl.constexpr, K_ROOM: tl.constexpr, V_DIM: tl.constexpr, V_ROOM: tl.constexpr,
-    K_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, K_WORD: tl.constexpr, V_WORD: tl.constexpr,
-    K_TOKENS: tl.constexpr, V_TOKENS: tl.constexpr, K_GROUPS: tl.constexpr, V_GROUPS: tl.constexpr,
-    K_UNIT: tl.constexpr, V_UNIT: tl.constexpr, COPIES: tl.constexpr, LOST: tl.constexpr,
-    K_BOOST: tl.constexpr, V_BOOST: tl.constexpr,
-    HALF: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, PAGE: tl.constexpr,
-    EVEN: tl.constexpr, ASSEMBLY: tl.constexpr,
+    q_b, q_h, q_q, k_b, k_h, k_step_b, k_step_h, v_b, v_h, v_step_b, v_step_h, index_b, index_h,
+    KEYS: tl.constexpr, VALUES: tl.constexpr, BOOST: tl.constexpr, MORE: tl.constexpr,
+    ROWS: tl.constexpr, WARPS: tl.constexpr, SLOTS: tl.constexpr, PAGE: tl.constexpr,
+    EVEN: tl.constexpr, EVEN_STEPS: tl.constexpr, ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
     """Mean of the values and log₂-sum-exp₂ of the scores, of the heads of one list over one run."""
-    TYPE: tl.constexpr = tl.float16 if HALF else tl.float32
-    PRECISION: tl.constexpr = "tf32" if HALF else "tf32x3"
-    V_EACH: tl.constexpr = 4 if V_WIDTH == 3 else V_WORD // V_WIDTH
+    LOST: tl.constexpr = 2.0**24 if KEYS.half else 1.0
+    EACH: tl.constexpr = VALUES.each
+    TILES: tl.constexpr = VALUES.tiles
+    WORDS: tl.constexpr = VALUES.words
+    HIGH: tl.constexpr = VALUES.high
+    LOW: tl.constexpr = VALUES.low
     place, batch = tl.program_id(0) // blocks, tl.program_id(2).to(tl.int64)
     places = tl.num_programs(0) // blocks
     kv_head = (place // lists).to(tl.int64)
@@ -170,18 +70,6 @@ def over_a_run(
     row = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
     valid = row < heads // places * queries
     head, query = place * (heads // places) + row // queries, row % queries
-    c, d, n = tl.arange(0, K_ROOM), tl.arange(0, V_ROOM), tl.arange(0, KEYS)
-    copy = tl.arange(0, COPIES)
-    asked = tl.load(
-        (q + batch * q_b + head.to(tl.int64) * q_h + query * q_q)[:, None] + c[None, :],
-        mask=valid[:, None] & (c < K_DIM)[None, :], other=0.0,
-    ).to(tl.float32)  # fmt: skip
-    if k_channel is not None:
-        asked *= tl.load(k_channel + spot * K_DIM + c, mask=c < K_DIM, other=0.0)[None, :]
-    if HALF:
-        unit = _unit(asked)
-        asked, factor = asked / unit, factor * unit
-    placed = asked * scale(c, K_WIDTH, K_WORD, HALF)[None, :]
 
     held = slots
     if lengths is not None:
@@ -191,117 +79,74 @@ def over_a_run(
         index += batch * index_b + place.to(tl.int64) * index_h
         end = listed
     k_at, v_at = batch * k_b + kv_head * k_h, batch * v_b + kv_head * v_h
+    ks_at, vs_at = batch * k_step_b + kv_head * k_step_h, batch * v_step_b + kv_head * v_step_h
     if EVEN:
-        k_at, v_at = tl.multiple_of(k_at, 128 // K_WORD), tl.multiple_of(v_at, 128 // V_WORD)
-    k, v, k_more, v_more = k + k_at, v + v_at, k_more + k_at, v_more + v_at
-    k_at, v_at = batch * k_step_b + kv_head * k_step_h, batch * v_step_b + kv_head * v_step_h
-    k_step, k_zero, v_step, v_zero = k_step + k_at, k_zero + k_at, v_step + v_at, v_zero + v_at
+        k_at, v_at = tl.multiple_of(k_at, 8), tl.multiple_of(v_at, 8)
+    if EVEN_STEPS:
+        ks_at, vs_at = tl.multiple_of(ks_at, 4), tl.multiple_of(vs_at, 4)
+    k, k_more, k_step, k_zero = k + k_at, k_more + k_at, k_step + ks_at, k_zero + ks_at
+    v, v_more, v_step, v_zero = v + v_at, v_more + v_at, v_step + vs_at, v_zero + vs_at
+    if k_channel is not None:
+        k_channel += spot * KEYS.dim
+    q += batch * q_b + head.to(tl.int64) * q_h + query * q_q
+    operands, asked_sums, unit = asked(q, k_channel, valid, KEYS, BOOST, WARPS)
+    question = (operands, asked_sums / LOST)
+    factor *= unit * LOST / BOOST
 
-    if K_TOKENS == 1:  # each copy of q keeps the channels of one group
-        mine = ((c // (K_DIM // K_GROUPS))[None, :] == copy[:, None])[:, None, :]
-        k_parts = _asked(tl.where(mine, placed[None, :, :], 0.0), K_WIDTH, K_WORD, HALF)
-        asked_sum = tl.sum(tl.where(mine, asked[None, :, :], 0.0), 2)
-    else:
-        k_mine = (n // K_UNIT)[None, :] == copy[:, None]
-        placed *= K_BOOST
-    if V_TOKENS > 1:
-        v_mine = (n // V_UNIT)[None, :] == copy[:, None]
-
-    top = tl.full([ROWS], float("-inf"), tl.float32)
+    top = tl.full([WARPS, ROWS], float("-inf"), tl.float32)
     # Sums over slots are kept by place in the block, and added up at the end.
-    total = tl.zeros([ROWS, KEYS], tl.float32)
-    if V_TOKENS == 1:
-        level = tl.zeros([COPIES if V_GROUPS > 1 else 1, ROWS, KEYS], tl.float32)
-    else:
-        level = tl.zeros([COPIES * ROWS, V_ROOM], tl.float32)
-    summed = _nothing(COPIES * ROWS, V_ROOM, V_EACH)
-    run = tl.cdiv(tl.cdiv(end, runs), KEYS) * KEYS
+    total = tl.zeros([WARPS, 8, ROWS], tl.float32)
+    level = total
+    if VALUES.groups > 1:
+        level = tl.zeros([TILES, WARPS, 8, HIGH, ROWS, LOW], tl.float32)
+    summed = ()
+    for _ in tl.static_range(EACH):
+        summed = summed + (tl.zeros([TILES * WARPS, WORDS, HIGH * ROWS * LOW], tl.float32),)
+    KEPT: tl.constexpr = WARPS * SLOTS
+    run = tl.cdiv(tl.cdiv(end, runs), KEPT) * KEPT
     begin = tl.program_id(1) * run
-    k_next = _steps(
-        k_step, k_zero, k_step_n, index, begin, end, held,
-        K_DIM, K_ROOM, K_TOKENS, K_GROUPS, K_UNIT, COPIES, KEYS, PAGE,
-    )  # fmt: skip
-    v_next = _steps(
-        v_step, v_zero, v_step_n, index, begin, end, held,
-        V_DIM, V_ROOM, V_TOKENS, V_GROUPS, V_UNIT, COPIES, KEYS, PAGE,
-    )  # fmt: skip
-    for start in range(begin, tl.minimum(begin + run, end), KEYS):
-        # Triton loads codes ahead of their use, but nothing so narrow as steps.
-        step, zero = k_next[0].to(tl.float32), k_next[1].to(tl.float32)
-        v_steps, v_zeros = v_next[0].to(tl.float32), v_next[1].to(tl.float32)
-        if not HALF:  # whose codes count from the middle
-            zero += step * (((1 << K_WIDTH) - 1) / 2)
-            v_zeros += v_steps * (((1 << V_WIDTH) - 1) / 2)
-        k_next = _steps(
-            k_step, k_zero, k_step_n, index, start + KEYS, end, held,
-            K_DIM, K_ROOM, K_TOKENS, K_GROUPS, K_UNIT, COPIES, KEYS, PAGE,
-        )  # fmt: skip
-        v_next = _steps(
-            v_step, v_zero, v_step_n, index, start + KEYS, end, held,
-            V_DIM, V_ROOM, V_TOKENS, V_GROUPS, V_UNIT, COPIES, KEYS, PAGE,
-        )  # fmt: skip
-        slot, inside = _slots(index, start, n, end, held, PAGE)
-        if K_TOKENS > 1:
-            k_parts = _asked(placed[None, :, :] * step[:, None, :], K_WIDTH, K_WORD, HALF)
-            constant = tl.sum(asked[None, :, :] * zero[:, None, :], 2) * factor
-        words, more = _words(k, k_more, slot * k_n, inside, K_DIM, K_ROOM, K_WIDTH, K_WORD)
-        codes = numbers(tl.trans(words), tl.trans(more), K_WIDTH, K_WORD, HALF, ASSEMBLY)
-        scores = tl.zeros([COPIES * ROWS, KEYS], tl.float32)
-        for i in tl.static_range(len(codes)):
-            scores = tl.dot(k_parts[i], codes[i], scores, input_precision=PRECISION)
-        scores = tl.reshape(scores, [COPIES, ROWS, KEYS])
-        if K_TOKENS == 1:
-            step, zero = step * (factor * LOST), zero * factor
-            scores = scores * step[:, None, :] + asked_sum[:, :, None] * zero[:, None, :]
+    block = (index, begin, end, held)
+    k_next, v_next = (0.0, 0.0), (0.0, 0.0)
+    if KEYS.narrow:
+        k_next = steps_of(k_step, k_zero, block, KEYS, WARPS, SLOTS, PAGE)
+    if VALUES.narrow:
+        v_next = steps_of(v_step, v_zero, block, VALUES, WARPS, SLOTS, PAGE)
+    for start in range(begin, tl.minimum(begin + run, end), KEPT):
+        block, after = (index, start, end, held), (index, start + KEPT, end, held)
+        inside = slots_of(block, places_of(WARPS, SLOTS), PAGE)[2]
+        if KEYS.narrow:
+            k_steps, k_next = k_next, steps_of(k_step, k_zero, after, KEYS, WARPS, SLOTS, PAGE)
         else:
-            scores = scores * (factor * LOST / K_BOOST) + constant[:, :, None]
-            scores = tl.where(k_mine[:, None, :], scores, 0.0)
-        scores = tl.where(inside[None, :], tl.sum(scores, 0), float("-inf"))
-
+            k_steps = steps_of(k_step, k_zero, block, KEYS, WARPS, SLOTS, PAGE)
+        if VALUES.narrow:
+            v_steps, v_next = v_next, steps_of(v_step, v_zero, after, VALUES, WARPS, SLOTS, PAGE)
+        else:
+            v_steps = steps_of(v_step, v_zero, block, VALUES, WARPS, SLOTS, PAGE)
+        words, more = codes_of(k, k_more, block, KEYS, WARPS, SLOTS, PAGE, False)
+        scores = scores_of(words, more, k_steps, question, KEYS, ASSEMBLY) * factor
+        scores = tl.where(inside[:, :, None], scores, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, 1))
         # A row that has seen nothing keeps −∞; subtracting 0 there avoids −∞ − (−∞).
         floor = tl.where(higher == float("-inf"), 0.0, higher)
-        p = tl.exp2(scores - floor[:, None])
-        shrink = tl.exp2(top - floor)
-        shrinks = _copied(shrink, COPIES)
-        total = total * shrink[:, None] + p
+        p, shrink = tl.exp2(scores - (floor - MORE)[:, None, :]), tl.exp2(top - floor)
         top = higher
-        if V_TOKENS == 1:
-            weights = (p[None, :, :] * (v_steps * V_BOOST)[:, None, :]).to(TYPE)
-            weights = tl.broadcast_to(weights, [COPIES, ROWS, KEYS])
-            level = level * shrink[None, :, None] + p[None, :, :] * v_zeros[:, None, :]
-        else:
-            shares = tl.where(v_mine[:, None, :], p[None, :, :], 0.0)
-            weights = shares.to(TYPE)
-            added = tl.sum(shares, 2)[:, :, None] * v_zeros[:, None, :]
-            level = level * shrinks[:, None] + tl.reshape(added, [COPIES * ROWS, V_ROOM])
-            v_steps = tl.broadcast_to(v_steps[:, None, :], [COPIES, ROWS, V_ROOM])
-            v_steps = parts(tl.reshape(v_steps, [COPIES * ROWS, V_ROOM]), V_EACH)
-        weights = tl.reshape(weights, [COPIES * ROWS, KEYS])
-        words, more = _words(v, v_more, slot * v_n, inside, V_DIM, V_ROOM, V_WIDTH, V_WORD)
-        codes = numbers(words, more, V_WIDTH, V_WORD, HALF, ASSEMBLY)
-        shrunk = ()
-        for i in tl.static_range(V_EACH):
-            kept = summed[i] * shrinks[:, None]
-            if V_TOKENS == 1:
-                shrunk = shrunk + (tl.dot(weights, codes[i], kept, input_precision=PRECISION),)
-            else:
-                met = tl.dot(weights, codes[i], input_precision=PRECISION)
-                shrunk = shrunk + (kept + met * v_steps[i],)
-        summed = shrunk
+        total = total * shrink[:, None, :] + partly(p, 1)
+        if VALUES.tokens == 1:
+            level = levelled(level, p, shrink, v_steps[1], VALUES)
+        words, more = codes_of(v, v_more, block, VALUES, WARPS, SLOTS, PAGE, True)
+        summed = added(summed, words, more, p, shrink, v_steps, VALUES, ASSEMBLY)
 
-    mean = whole(summed, V_EACH) * (scale(d, V_WIDTH, V_WORD, HALF) * LOST)[None, :]
-    if V_TOKENS == 1:
-        mean = tl.reshape(mean / V_BOOST, [COPIES, ROWS, V_ROOM]) + tl.sum(level, 2)[:, :, None]
-        mine = (d // (V_DIM // V_GROUPS))[None, :] == copy[:, None]
-        mean = tl.where(mine[:, None, :], mean, 0.0)
-    else:
-        mean = tl.reshape(mean + level, [COPIES, ROWS, V_ROOM])
-    weight = tl.sum(total, 1)
-    mean = tl.sum(mean, 0) / tl.where(weight == 0.0, 1.0, weight)[:, None]
-    if v_channel is not None:
-        mean *= tl.load(v_channel + spot * V_DIM + d, mask=d < V_DIM, other=0.0)[None, :]
+    highest = tl.max(top, 0)
+    share = tl.exp2(top - tl.where(highest == float("-inf"), 0.0, highest)[None, :])
+    weight = tl.sum(tl.sum(total, 1) * share, 0)
     into = (batch * all_runs + first + tl.program_id(1)) * heads * queries + head * queries + query
-    tl.store(lses + into, top + tl.log2(weight), mask=valid)
-    at = sums + into[:, None] * V_DIM + d[None, :]
-    tl.store(at, mean, mask=valid[:, None] & (d < V_DIM)[None, :])
+    tl.store(lses + into, highest + tl.log2(weight) - MORE, mask=valid)
+    mean = tl.sum(means(summed, level, VALUES) * share[None, :, None, :, None], 1)
+    mean /= tl.where(weight == 0.0, 1.0, weight)[None, None, :, None]
+    w = tl.arange(0, TILES)[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
+    d = (w[:, :, None] * EACH + tl.arange(0, EACH)[None, None, :])[:, :, None, :]
+    there = d < VALUES.dim
+    if v_channel is not None:
+        mean *= tl.load(v_channel + spot * VALUES.dim + d, mask=there, other=0.0)
+    at = sums + (into * VALUES.dim)[None, None, :, None] + d
+    tl.store(at, mean, mask=valid[None, None, :, None] & there)

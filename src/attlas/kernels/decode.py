@@ -84,13 +84,18 @@ def _over_a_run(
     summed = tl.zeros([ROWS, V_ROOM], tl.float32)
     run = tl.cdiv(tl.cdiv(end, runs), KEYS) * KEYS
     begin = tl.program_id(1) * run
+    if PAGE > 0:
+        coming = begin + tl.arange(0, KEYS)
+        page = tl.load(index + coming // PAGE, mask=coming < end, other=-1).to(tl.int32)
     for start in range(begin, tl.minimum(begin + run, end), KEYS):
         slot = start + tl.arange(0, KEYS)
         inside = slot < end
         if PAGE > 0:
-            page = tl.load(index + slot // PAGE, mask=inside, other=-1).to(tl.int32)
+            # Numbers are read a block ahead: keys whose place waits for a number are not loaded ahead.
+            coming = slot + KEYS
             slot = page * PAGE + slot % PAGE
             inside = (page >= 0) & (slot < held)
+            page = tl.load(index + coming // PAGE, mask=coming < end, other=-1).to(tl.int32)
         far = slot.to(tl.int64)
         keys = tl.load(
             (k + far * k_n)[:, None] + c[None, :],
@@ -179,7 +184,7 @@ class Tiles:
 TILES: dict[type, Tiles] = {
     Dense: Tiles(128, 4, 3, 1),
     Ragged: Tiles(128, 8, 3, 8),
-    Listed: Tiles(64, 4, 4, 4),
+    Listed: Tiles(64, 4, 3, 3),
 }
 
 
@@ -274,6 +279,11 @@ def room(count: int) -> int:
 def units(device: torch.device) -> int:
     """Multiprocessors of a device."""
     return _device(device)[0]
+
+
+def memory(device: torch.device) -> int:
+    """Bytes of shared memory of one block."""
+    return _device(device)[1]
 
 
 def _longest(segment: Dense | Ragged | Listed) -> int:

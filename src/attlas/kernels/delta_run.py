@@ -6,7 +6,7 @@ With u_t what token t writes, x_t = ∂/∂u_t, S the states and D their gradien
     dv_t = β_t x_t                 dβ_t = x_t·v_t − k_t·(e^{g_t} S_{t−1} x_t)
     dg_t = Σ_{r≥t} q_r·dq_r − v_r·dv_r
 
-of which each product with S or D is an additive sweep.
+of which each product with S or D is an additive sweep. A decay of heads has a sum over pairs instead.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from attlas.kernels.decode import units
 from attlas.kernels.delta import _back, _of_keys, _onwards, _within
+from attlas.kernels.head_decay import gradient_of_heads
 from attlas.kernels.recurrence import following, gradient_of_decay, transposed
 from attlas.kernels.sweep_run import sweep
 
@@ -55,30 +56,24 @@ class Delta(torch.autograd.Function):
         after = None if d_end is None else d_end.float().contiguous()
         x, dv, dots, d_start = call.back(near, inverse, d_out, after, wants_start)
         before = transposed(start)
-        by_q = sweep(
-            d_out,
-            u,
-            k,
-            g,
-            start=before,
-            x=q if wants_g else None,
-            keep=wants_g,
-            axis="values",
-            **given,
-        )
-        by_x = sweep(x, u, k, g, start=before, axis="values", **plain)
+        of_tokens = wants_g and g.ndim == 3
+        x_q, last = q if of_tokens else None, None if after is None else transposed(after / scale)
+        by_q = sweep(d_out, u, k, g, start=before, x=x_q, keep=of_tokens, **given)
+        by_x = sweep(x, u, k, g, start=before, **plain)
         # The state's gradient meets no scale on its way, but a sweep's outputs do.
-        last = None if after is None else transposed(after / scale)
-        given, plain = ({**each, "reverse": True, "meet": by_q.kept} for each in (given, plain))
-        by_out = sweep(u, d_out, q, g, start=last, axis="values", **given)
-        by_writing = sweep(u, dv, k, g, axis="values", **plain)
+        by_out = sweep(u, d_out, q, g, start=last, reverse=True, meet=by_q.kept, **given)
+        by_writing = sweep(u, dv, k, g, reverse=True, meet=by_q.kept, **plain)
         dk, d_beta = call.of_keys(u, x, dots, by_out.out, by_writing.out, by_x.out)
         dg = None
         if by_out.meetings is not None:
-            share = None if d_end is None else (end * d_end).sum(-1)
+            share = None if d_end is None else (end * d_end).sum((-2, -1))
             meetings = by_out.meetings * scale - by_writing.meetings
-            met = following(meetings, share, given["offsets"]).sum(-1)
+            met = following(meetings.sum(-1), share, given["offsets"])
             dg = gradient_of_decay(by_q.dots - beta.float() * dots, met, g, given["offsets"])
+        elif wants_g:  # S is a recurrence of k against u, read by q into o, and by k as −βx
+            of_out = gradient_of_heads(q, k, u, d_out, g, start=start, d_end=after, **given)
+            of_writing = gradient_of_heads(k, k, u, dv, g, start=start, **plain)
+            dg = (of_out - of_writing).to(g.dtype)
         dq = by_q.out
         return dq, dk, dv, dg, d_beta.to(beta.dtype), d_start, None, None, None
 

@@ -4,11 +4,13 @@
     chosen = the `count` highest: those above the count-th, and the first of those equal to it
 
 Scores: a program reads a run of summaries once for all heads of the group. Choice: a program keeps a
-row's scores as integers of the same order and halves their range until `count` lie above; a running
-count of those chosen is then the place where a page's number is written, so that they come ascending.
+row's scores as integers of the same order and asks how many reach either of two bars, which cut their
+range to a third, until `count` do; a running count of those chosen is then the place where a page's
+number is written, so that they come ascending. How many pages a row has, and how many of them it is to
+have, is worked out there too: it may be known on the device alone.
 
-Cost: 2 · dim numbers read and one float32 written a page; then at most 32 passes over a row's scores
-in registers.
+Cost: 2 · dim numbers read and one float32 written a page; then at most 21 passes over a row's scores
+in registers, about eight where they differ.
 """
 
 # ruff: noqa: N803  (in Triton, capitals are what a kernel is compiled for)
@@ -22,16 +24,21 @@ import triton  # type: ignore[import-untyped, unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped, unused-ignore]
 from torch import Tensor
 
-from attlas.kernels.decode import room, units
+from attlas.kernels.decode import memory, room, units
 
-#: Pages of a block, and programs on each multiprocessor.
-PAGES, PROGRAMS = 64, 4
+#: Pages of a block where they are 128 wide, its pipeline's stages, and programs on each multiprocessor.
+PAGES, STAGES, PROGRAMS = 64, 3, 3
+#: Rows of scores start at multiples of so many, so that they are read four at a time.
+ROW = 16
 
 
-@triton.jit(do_not_specialize=["heads", "pages", "run", "low_b", "low_h", "high_b", "high_h"])
+# It is compiled for strides that are multiples of sixteen: what is known to be aligned is loaded
+# sixteen bytes at a time, and ahead.
+@triton.jit(do_not_specialize=["heads", "pages", "run"])
 @no_type_check
 def _bounds(
-    q, low, high, out, heads, pages, run, q_b, q_h, low_b, low_h, low_n, high_b, high_h, high_n,
+    q, low, high, out, heads, pages, run, out_n,
+    q_b, q_h, low_b, low_h, low_n, high_b, high_h, high_n,
     DIM: tl.constexpr, DIM_ROOM: tl.constexpr, ROWS: tl.constexpr, PAGES: tl.constexpr,
     SHARED: tl.constexpr,
 ):  # fmt: skip
@@ -60,51 +67,70 @@ def _bounds(
         bound = tl.dot(below, tl.trans(least), bound, input_precision="ieee")
         if SHARED:
             best = tl.max(tl.where(valid[:, None], bound, float("-inf")), 0)
-            at = out + (batch * kv_heads + kv_head) * pages + far
+            at = out + (batch * kv_heads + kv_head) * out_n + far
             tl.store(at, best, mask=page < pages)
         else:
-            at = out + ((batch * heads + head) * pages)[:, None] + far[None, :]
+            at = out + ((batch * heads + head) * out_n)[:, None] + far[None, :]
             tl.store(at, bound, mask=valid[:, None] & (page < pages)[None, :])
 
 
-@triton.jit(do_not_specialize=["pages", "count"])
+@triton.jit(do_not_specialize=["pages", "count", "page", "each", "lengths_b", "lengths_h"])
 @no_type_check
-def _choice(scores, out, there, wanted, pages, count, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
-    """Numbers of the `count` highest of one row, ascending; of the first `there`, as many as `wanted`."""
-    row = tl.program_id(0).to(tl.int64)
-    page = tl.arange(0, BLOCK)
-    scores += row * pages
-    out += row * count
-    if there is not None:
-        place = tl.arange(0, WIDTH)
-        last = count
-        pages = tl.minimum(pages, tl.load(there + row).to(tl.int32))
-        count = tl.minimum(tl.minimum(last, tl.load(wanted + row).to(tl.int32)), pages)
-        tl.store(out + place, -1, mask=(place >= count) & (place < last))
-    score = tl.load(scores + page, mask=page < pages, other=float("-inf"))
+def _choice(
+    scores, lengths, out, pages, count, page, each, scores_b, scores_h, lengths_b, lengths_h,
+    BLOCK: tl.constexpr, FOURS: tl.constexpr, KEEP: tl.constexpr, NEWEST: tl.constexpr,
+):  # fmt: skip
+    """Numbers of one row's `count` highest scores, ascending; of the pages that its tokens fill."""
+    head, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    number = tl.arange(0, BLOCK)
+    # Four scores are read together where they are aligned; those behind the last are not looked at.
+    read = tl.cdiv(pages, 4) * 4 if FOURS else pages
+    scores += batch * scores_b + head.to(tl.int64) * scores_h
+    score = tl.load(scores + number, mask=number < read, other=0.0)
+    out += (batch * tl.num_programs(0) + head) * count
+    tl.store(out + number, -1, mask=number < count)
+    if lengths is not None:
+        lengths += batch * lengths_b + (head // each).to(tl.int64) * lengths_h
+        pages = tl.minimum(pages, tl.cdiv(tl.load(lengths).to(tl.int32), page))
+        if KEEP > 0:
+            wanted = ((pages + NEWEST).to(tl.float64) * KEEP).to(tl.int32) - NEWEST
+            count = tl.minimum(count, tl.maximum(wanted, 1))
+        count = tl.minimum(count, pages)
+
+    there = number < pages
     score = tl.where(score == 0.0, 0.0, score)  # −0 is no less than 0
     bits = score.to(tl.int32, bitcast=True)
-    order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    # What is no page lies below every number, −∞ too.
-    order = tl.where(page < pages, order, -2147483648)
-    # The largest bar that at least `count` reach; once just `count` do, any higher one changes nothing.
-    least = tl.min(order, 0).to(tl.int64)
-    most = tl.max(order, 0).to(tl.int64)
+    order = (bits ^ ((bits >> 31) | -2147483648)).to(tl.uint32, bitcast=True)
+    # The largest bar that at least `count` reach lies in [least, most]; `above` lie higher than most.
+    least = tl.min(tl.where(there, order, 0xFFFFFFFF), 0)
+    order = tl.where(there, order, 0)
+    most = tl.max(order, 0)
+    above = 0
     while least < most:
-        bar = (least + most + 1) >> 1
-        reached = tl.sum((order >= bar.to(tl.int32)).to(tl.int32), 0)
-        most = tl.where(reached > count, most, tl.where(reached == count, bar, bar - 1))
-        least = tl.where(reached >= count, bar, least)
-    bar = least.to(tl.int32)
-    higher, equal = order > bar, order == bar
-    # Both counts in one number: at most 2¹⁴ each.
+        third = (most - least - 1) // 3
+        lower, upper = least + third + 1, most - third
+        # Both counts in one number: at most 2¹⁴ each.
+        both = tl.sum((order >= lower).to(tl.int32) + ((order >= upper).to(tl.int32) << 16), 0)
+        some, few = both & 0xFFFF, both >> 16
+        enough, plenty = some >= count, few >= count
+        # Once just `count` reach a bar they are those, whatever lies between it and them.
+        just = tl.where(plenty, few, some) == count
+        above = tl.where(plenty, above, tl.where(enough, few, some))
+        most = tl.where(plenty, most, tl.where(enough, upper, lower) - 1)
+        least = tl.where(plenty, upper, tl.where(enough, lower, least))
+        above, most = tl.where(just, count, above), tl.where(just, least - 1, most)
+
+    higher = order > most
+    equal = (order == least) & (least == most)
     steps = tl.cumsum(higher.to(tl.int32) + (equal.to(tl.int32) << 16), 0)
-    spare = count - tl.sum(higher.to(tl.int32), 0)
-    above, level = steps & 0xFFFF, steps >> 16
-    chosen = higher | (equal & (level <= spare))
-    chosen = chosen & (page < pages)
-    at = out + above + tl.minimum(level, spare) - 1
-    tl.store(at, tl.where(score > float("-inf"), page, -1), mask=chosen)
+    spare = count - above
+    ahead, level = steps & 0xFFFF, steps >> 16
+    finite = (order > 0x007FFFFF) & (order <= 0xFF800000)  # −∞ and NaN as integers of this order
+    chosen = (higher | (equal & (level <= spare))) & there & finite
+    # In 16 bits it changes threads, of which each then writes numbers that lie side by side.
+    place = tl.where(chosen, ahead + tl.minimum(level, spare) - 1, -1).to(tl.int16).to(tl.int32)
+    tl.debug_barrier()  # all is −1 by now
+    tl.store(out + place, number, mask=place >= 0)
 
 
 def score(q: Tensor, low: Tensor, high: Tensor, *, shared: bool) -> Tensor:
@@ -118,38 +144,57 @@ def score(q: Tensor, low: Tensor, high: Tensor, *, shared: bool) -> Tensor:
     """
     batch, heads, _, dim = q.shape
     kv_heads, pages = low.shape[1:3]
-    out = q.new_empty((batch, kv_heads if shared else heads, pages), dtype=torch.float32)
-    blocks = triton.cdiv(pages, PAGES)
+    row = -(-pages // ROW) * ROW
+    out = q.new_empty((batch, kv_heads if shared else heads, row), dtype=torch.float32)
+    rows = room(heads // kv_heads)
+    block, stages = tiles(room(dim), rows, memory(q.device))
+    blocks = triton.cdiv(pages, block)
     wanted = max(1, units(q.device) * PROGRAMS // (batch * kv_heads))
-    run = triton.cdiv(blocks, min(wanted, max(1, blocks))) * PAGES
-    _bounds[kv_heads, max(1, triton.cdiv(pages, max(1, run))), batch](
-        q, low, high, out, heads, pages, run, *q.stride()[:2], *low.stride()[:3],
-        *high.stride()[:3], DIM=dim, DIM_ROOM=room(dim),
-        ROWS=room(heads // kv_heads), PAGES=PAGES, SHARED=shared, num_warps=4, num_stages=3,
+    run = triton.cdiv(blocks, min(wanted, blocks)) * block
+    _bounds[kv_heads, triton.cdiv(pages, run), batch](
+        q, low, high, out, heads, pages, run, row, *q.stride()[:2], *low.stride()[:3],
+        *high.stride()[:3], DIM=dim, DIM_ROOM=room(dim), ROWS=rows, PAGES=block, SHARED=shared,
+        num_warps=4, num_stages=stages,
     )  # fmt: skip
-    return out
+    return out[..., :pages]
+
+
+def tiles(dim: int, rows: int, shared: int) -> tuple[int, int]:
+    """(Pages of a block, stages) that leave room for the queries in so much shared memory."""
+    pages = max(16, PAGES * 128 // max(128, dim))
+    left = shared - rows * (4 * dim + 4 * pages)
+    return pages, max(1, min(STAGES, 1 + left // (4 * pages * dim)))
 
 
 def choose(
-    scores: Tensor, count: int, there: Tensor | None = None, wanted: Tensor | None = None
-) -> Tensor:
-    """Numbers of the `count` highest of each row, ascending, int32; −1 where the score is −∞.
+    scores: Tensor, count: int, lengths: Tensor | None = None, page: int = 1,
+    keep: float | None = None, newest: int = 0,
+) -> Tensor:  # fmt: skip
+    """Numbers of the `count` highest of each row, ascending, int32; −1 where the score is −∞ or NaN.
 
     Args:
         scores: of all pages, [batch, heads, pages].
         count: how many at most.
-        there: of how many of the first pages, [batch, heads] on the device; all unless given.
-        wanted: how many, likewise; −1 stands behind them.
+        lengths: tokens of each row in the first pages, [batch, kv_heads] on the device; all pages are
+            there unless given. −1 stands behind those that are chosen of a shorter row.
+        page: tokens of a page.
+        keep: share of a row's pages, and of so many `newest` beside them, that is chosen; `count` or
+            all unless given.
+        newest: pages that are read beside these, and count among those that `keep` asks for.
     """
-    scores = scores.contiguous()
     batch, heads, pages = scores.shape
     out = scores.new_empty((batch, heads, count), dtype=torch.int32)
+    if not count:
+        return out
+    scores = scores if scores.stride(-1) == 1 else scores.contiguous()
+    # Sixteen bytes that start aligned never reach beyond memory that is allocated.
+    fours = not (scores.data_ptr() % 16 or scores.stride(0) % 4 or scores.stride(1) % 4)
     block = triton.next_power_of_2(pages)
-    if count:
-        warps = 4 if block <= 1024 else 8 if block <= 4096 else 16
-        some = [t if t is None else t.contiguous() for t in (there, wanted)]
-        width = 1 if there is None else triton.next_power_of_2(count)
-        _choice[batch * heads,](
-            scores, out, *some, pages, count, BLOCK=block, WIDTH=width, num_warps=warps
-        )  # fmt: skip
+    each = 1 if lengths is None else heads // lengths.shape[1]
+    strides = (0, 0) if lengths is None else lengths.stride()
+    _choice[heads, batch](
+        scores, lengths, out, pages, count, page, each, *scores.stride()[:2], *strides,
+        BLOCK=block, FOURS=fours, KEEP=keep or 0.0, NEWEST=newest,
+        num_warps=4 if block <= 2048 else 8 if block <= 8192 else 16,
+    )  # fmt: skip
     return out

@@ -2,26 +2,24 @@
 
     dq: k, v exchanged, do for q           dk: reverse, of v, do, q           dv: reverse, of k, q, do
 
-The gradient of a decay's sum is dG_t = q_t·dq_t − k_t·dk_t (channel by channel, where they have decays of
-their own), and that of the decay a sum of those over all later tokens: of a segment's end only, with
-Σ S ⊙ ∂S at the next segment's first token, where the sweeps of dq and dk meet. Were it summed over
-everything, what the two round differently would add up.
+The gradient of a decay's sum is dG_t = q_t·dq_t − k_t·dk_t, and that of a token's decay a sum of those
+over all later tokens: to a segment's end only, with Σ S ⊙ ∂S at the next segment's first token, where the
+sweeps of dq and dk meet. Were it summed over everything, what the two round differently would add up.
+Decays of heads and of channels have kernels of their own: `head_decay`, `channels`.
 """
-
-# ruff: noqa: N803  (in Triton, capitals are what a kernel is compiled for)
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, no_type_check
+from typing import Any
 
 import torch
-import triton  # type: ignore[import-untyped, unused-ignore]
-import triton.language as tl  # type: ignore[import-untyped, unused-ignore]
 from torch import Tensor
 
-from attlas.kernels.sweep import LEAST, LEAST_OF_CHANNEL, LOG2E
+from attlas.kernels import channels_run
+from attlas.kernels.head_decay import gradient_of_heads
+from attlas.kernels.sweep import LEAST, LOG2E
 from attlas.kernels.sweep_run import SEGMENT, sweep
 from attlas.tracing import kept
 
@@ -49,39 +47,74 @@ class Scan(torch.autograd.Function):
         given, scale = ctx.given, ctx.given["scale"]
         d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
         wants_g, wants_start = ctx.needs_input_grad[3], ctx.needs_input_grad[4]
-        of_channels = wants_g and g.ndim == 4
-        x_q, x_k = (q, k) if wants_g and not of_channels else (None, None)
-        wide = torch.float32 if of_channels else None
-        # The state's gradient meets no scale on its way, but a sweep's outputs do.
-        after = None if d_end is None else (d_end.float() / scale).contiguous()
-        by_q = sweep(
-            d_out,
-            v,
-            k,
-            g,
-            start=transposed(start),
-            x=x_q,
-            keep=wants_g,
-            axis="values",
-            dtype=wide,
-            **given,
+        d_end = None if d_end is None else d_end.float().contiguous()
+        dq, dk, dg = of_pairs(
+            q, k, v, d_out, g, wants_g, start=start, end=end, d_end=d_end, **given
         )
-        by_k = sweep(
-            v, d_out, q, g, start=transposed(after), reverse=True, x=x_k, meet=by_q.kept, axis="values",
-            dtype=wide, **given,
-        )  # fmt: skip
+        # The state's gradient meets no scale on its way, but a sweep's outputs do.
+        after = None if d_end is None else d_end / scale
         by_v = sweep(k, q, d_out, g, start=after, reverse=True, end=wants_start, **given)
-        dq, dk, dg = by_q.out, by_k.out, None
-        if by_k.meetings is not None:
-            share = None if d_end is None else (end * d_end).sum(-1)
-            met = following(by_k.meetings * scale, share, given["offsets"])
-            if of_channels:
-                dq, dk, dg = gradient_of_channels(q, k, dq, dk, g, met, given["offsets"])
-            else:
-                of_sums = by_q.dots - by_k.dots  # type: ignore[operator]
-                dg = gradient_of_decay(of_sums, met.sum(-1), g, given["offsets"])
         d_start = None if by_v.state is None else by_v.state * scale
         return dq, dk, by_v.out, dg, d_start, None, None, None
+
+
+class Behind(torch.autograd.Function):
+    """What tokens see of those behind them: o_t = scale · Σ_{s>t} Σ_d q_td k_sd e^{G_sd − G_td} v_s.
+
+    With q and k, and v and ∂o, exchanged, its pairs of tokens are those of a recurrence forwards, and its
+    gradients that one's.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, offsets: tuple[int, ...],
+        packed: bool,
+    ) -> Tensor:  # fmt: skip
+        """Outputs."""
+        given: dict[str, Any] = {"offsets": offsets, "packed": packed, "scale": scale}
+        ctx.save_for_backward(q, k, v, g)
+        ctx.given = given
+        return sweep(q, k, v, g, reverse=True, strict=True, **given).out
+
+    @staticmethod
+    def backward(ctx, d_out: Tensor) -> tuple[Any, ...]:  # type: ignore[no-untyped-def]
+        """Gradients of all that `forward` takes."""
+        q, k, v, g = ctx.saved_tensors
+        d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
+        wants_g = ctx.needs_input_grad[3]
+        dk, dq, dg = of_pairs(k, q, d_out, v, g, wants_g, strict=True, **ctx.given)
+        dv = sweep(k, q, d_out, g, strict=True, **ctx.given).out
+        return dq, dk, dv, dg, None, None, None
+
+
+def of_pairs(
+    q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, g: Tensor | None, wants_g: bool, *,
+    offsets: tuple[int, ...], packed: bool, scale: float, start: Tensor | None = None,
+    end: Tensor | None = None, d_end: Tensor | None = None, strict: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Gradients of q, k and log decays of an additive recurrence, its states at both ends included."""
+    given: dict[str, Any] = {"offsets": offsets, "packed": packed, "scale": scale}
+    if g is not None and g.ndim == 4:
+        found = channels_run.gradients(
+            q, k, v, d_out, g, start=start, end=end, d_end=d_end, wants_g=wants_g, strict=strict,
+            **given,
+        )  # fmt: skip
+        return found.dq, found.dk, found.dg
+    last = None if d_end is None else transposed(d_end / scale)
+    of_tokens = g is not None and g.ndim == 3 and wants_g
+    x_q, x_k = (q, k) if of_tokens else (None, None)
+    given["strict"] = strict
+    by_q = sweep(d_out, v, k, g, start=transposed(start), x=x_q, keep=of_tokens, **given)
+    by_k = sweep(v, d_out, q, g, start=last, reverse=True, x=x_k, meet=by_q.kept, **given)
+    dg = None
+    if g is not None and of_tokens:
+        share = None if d_end is None or end is None else (end * d_end).sum((-2, -1))
+        met = following(by_k.meetings.sum(-1) * scale, share, offsets)  # type: ignore[union-attr]
+        dg = gradient_of_decay(by_q.dots - by_k.dots, met, g, offsets)  # type: ignore[operator]
+    elif g is not None and wants_g:
+        del given["strict"]  # a token's pair with itself does not decay
+        dg = gradient_of_heads(q, k, v, d_out, g, start=start, d_end=d_end, **given).to(g.dtype)
+    return by_q.out, by_k.out, dg
 
 
 @dataclass(frozen=True)
@@ -89,14 +122,12 @@ class Segments:
     """The segments of all sequences, one after the other.
 
     Attributes:
-        begins: their first tokens.
         stops: the tokens behind their last.
         after: of each, the number of the next in its sequence; behind the last segments of sequences
             come the sequences themselves.
         own: of each token, its segment's number.
     """
 
-    begins: Tensor
     stops: Tensor
     after: Tensor
     own: Tensor
@@ -116,36 +147,35 @@ def segments(offsets: tuple[int, ...], device: torch.device) -> Segments:
             after[-1] = total + n
         begins += own
         stops += [min(stop, begin + SEGMENT) for begin in own]
-    found = [torch.tensor(x, dtype=torch.int32, device=device) for x in (begins, stops, after)]
-    lengths = (found[1] - found[0]).long()
-    own_number = torch.arange(total, device=device).repeat_interleave(lengths)
-    return Segments(found[0], found[1], found[2], own_number)
+    lengths = [stop - begin for begin, stop in zip(begins, stops, strict=True)]
+    table = [torch.tensor(x, dtype=torch.int32, device=device) for x in (stops, after, lengths)]
+    own_number = torch.arange(total, device=device).repeat_interleave(table[2])
+    return Segments(table[0], table[1], own_number)
 
 
 def following(meetings: Tensor, share: Tensor | None, offsets: tuple[int, ...]) -> Tensor:
-    """The gradient of a log decay at the first token behind every segment [rows, segments, dim].
+    """The gradient of a log decay at the first token behind every segment [rows, segments].
 
     Args:
-        meetings: Σ S ⊙ ∂S at the first tokens of segments [rows, segments, dim].
-        share: the same behind the sequences [sequences, heads, dim]; None where it is 0.
+        meetings: Σ S ⊙ ∂S at the first tokens of segments [rows, segments].
+        share: the same behind the sequences [sequences, heads]; None where it is 0.
         offsets: of the sequences.
     """
-    rows, _, dim = meetings.shape
-    ends = len(offsets) - 1
+    rows, ends = meetings.shape[0], len(offsets) - 1
     if share is None:
-        last = meetings.new_zeros(rows, ends, dim)
+        last = meetings.new_zeros(rows, ends)
     else:
-        last = share.transpose(0, 1) if ends > 1 else share.reshape(rows, 1, dim)
+        last = share.mT if ends > 1 else share.reshape(rows, 1)
     return torch.cat((meetings, last), dim=1)[:, segments(offsets, meetings.device).after]
 
 
 def gradient_of_decay(of_sums: Tensor, met: Tensor, g: Tensor, offsets: tuple[int, ...]) -> Tensor:
-    """The gradient of every log decay from that of their sums G.
+    """The gradient of every token's log decay from that of their sums G.
 
     Args:
         of_sums: q·dq − k·dk [batch, heads, tokens].
-        met: what `following` gives, summed over channels [batch · heads, segments].
-        g: log decays as `sweep` takes them.
+        met: what `following` gives [batch · heads, segments].
+        g: log decays, of the shape of of_sums.
         offsets: of the sequences.
     """
     cut = segments(offsets, of_sums.device)
@@ -153,75 +183,7 @@ def gradient_of_decay(of_sums: Tensor, met: Tensor, g: Tensor, offsets: tuple[in
     behind = torch.cat((behind, behind.new_zeros(*behind.shape[:-1], 1)), dim=-1)
     each = behind[..., :-1] - behind[..., cut.stops[cut.own]]
     each = each + met.view(*of_sums.shape[:2], -1)[..., cut.own]
-    if g.ndim == 1:
-        each = each.sum((0, 2))
     return (each * (g > LEAST / LOG2E)).to(g.dtype)
-
-
-#: Channels that a program of `_later` takes.
-_CHANNELS = 32
-
-
-@triton.jit(do_not_specialize=["heads", "count"])
-@no_type_check
-def _later(
-    q, k, dq, dk, g, more, met, out_q, out_k, out_g, begins, stops, heads, count, least,
-    q_b, q_h, q_t, k_b, k_h, k_t, g_b, g_h, g_t, o_b, o_h, o_t,
-    dim: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, MORE: tl.constexpr,
-):  # fmt: skip
-    """Σ q ⊙ dq − k ⊙ dk (+ more) to a segment's end, with dq and dk themselves in the type of outputs."""
-    segment = tl.program_id(1)
-    far, up = (tl.program_id(2) // heads).to(tl.int64), (tl.program_id(2) % heads).to(tl.int64)
-    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    t = tl.load(begins + segment) + tl.arange(0, TOKENS)
-    long = t.to(tl.int64)[:, None]
-    live = (t < tl.load(stops + segment))[:, None] & (c < dim)[None, :]
-    o_at = far * o_b + up * o_h + long * o_t + c[None, :]
-    query = tl.load(q + far * q_b + up * q_h + long * q_t + c[None, :], mask=live, other=0.0)
-    key = tl.load(k + far * k_b + up * k_h + long * k_t + c[None, :], mask=live, other=0.0)
-    d_query = tl.load(dq + o_at, mask=live, other=0.0)
-    d_key = tl.load(dk + o_at, mask=live, other=0.0)
-    each = query.to(tl.float32) * d_query - key.to(tl.float32) * d_key
-    if MORE:
-        each += tl.load(more + o_at, mask=live, other=0.0)
-    row = tl.program_id(2).to(tl.int64) * count + segment
-    later = tl.load(met + row * dim + c, mask=c < dim, other=0.0)
-    summed = tl.cumsum(each, axis=0, reverse=True) + later[None, :]
-    rate = tl.load(g + far * g_b + up * g_h + long * g_t + c[None, :], mask=live, other=0.0)
-    summed = tl.where(rate.to(tl.float32) > least, summed, 0.0)
-    tl.store(out_q + o_at, d_query.to(out_q.dtype.element_ty), mask=live)
-    tl.store(out_k + o_at, d_key.to(out_k.dtype.element_ty), mask=live)
-    tl.store(out_g + o_at, summed.to(out_g.dtype.element_ty), mask=live)
-
-
-def gradient_of_channels(
-    q: Tensor, k: Tensor, dq: Tensor, dk: Tensor, g: Tensor, met: Tensor, offsets: tuple[int, ...],
-    more: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dq, dk in the type of q, the gradient of log decays [batch, heads, tokens, dim]).
-
-    Args:
-        q: queries, and k keys; dq and dk their gradients in float32, alike in memory.
-        k: see q.
-        dq: see q.
-        dk: see q.
-        g: log decays.
-        met: what `following` gives.
-        offsets: of the sequences.
-        more: added to q ⊙ dq − k ⊙ dk, alike in memory with dq.
-    """
-    batch, heads, tokens, dim = q.shape
-    outs = [
-        torch.empty(batch, tokens, heads, dim, dtype=x.dtype, device=q.device).transpose(1, 2)
-        for x in (q, k, g)
-    ]
-    cut, count = segments(offsets, q.device), met.shape[1]
-    _later[triton.cdiv(dim, _CHANNELS), count, batch * heads](
-        q, k, dq, dk, g, more, met, *outs, cut.begins, cut.stops, heads, count, LEAST_OF_CHANNEL / LOG2E,
-        *q.stride()[:3], *k.stride()[:3], *g.stride()[:3], *dq.stride()[:3], dim=dim,
-        TOKENS=SEGMENT, CHANNELS=_CHANNELS, MORE=more is not None, num_warps=4,
-    )  # fmt: skip
-    return outs[0], outs[1], outs[2]
 
 
 def transposed(state: Tensor | None) -> Tensor | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton  # type: ignore[import-untyped, unused-ignore]
@@ -14,7 +14,6 @@ from attlas.kernels.decode import units
 from attlas.kernels.sweep import _sweep
 from attlas.tracing import kept
 
-Axis = Literal["keys", "values"]
 #: Tokens from one state that is kept for gradients of decays to the next.
 SEGMENT = 64
 
@@ -116,8 +115,7 @@ def wanted(shape: Shape, programs: int, tokens: int, units: int) -> int:
 def sweep(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, *, offsets: tuple[int, ...], packed: bool,
     scale: float = 1.0, reverse: bool = False, start: Tensor | None = None, end: bool = False,
-    x: Tensor | None = None, keep: bool = False, meet: Tensor | None = None, axis: Axis = "keys",
-    dtype: torch.dtype | None = None,
+    strict: bool = False, x: Tensor | None = None, keep: bool = False, meet: Tensor | None = None,
 ) -> Swept:  # fmt: skip
     """One sweep.
 
@@ -125,31 +123,28 @@ def sweep(
         q: [batch, heads, tokens, dk], channels contiguous, as all of them.
         k: of the same shape.
         v: [batch, heads, tokens, dv].
-        g: log decays [heads], [batch, heads, tokens] or [batch, heads, tokens, channels], or None.
+        g: log decays [heads], [batch, heads, tokens] or [batch, heads, tokens, dk], or None.
         offsets: 0, tokens; or those of the packed sequences.
         packed: whether the batch of one is packed.
         scale: factor of out.
         reverse: whether a token sees those behind it instead of those before.
         start: state before the first token of the sweep [sequences, heads, dk, dv] in float32.
         end: whether the state behind the last is wanted.
+        strict: whether no token sees itself.
         x: what the rows of out are multiplied with, of out's shape.
         keep: whether states before every segment are wanted.
         meet: those of a sweep in the other direction, to be multiplied with this one's.
-        axis: whose channels g's are, where it has some.
-        dtype: of out; q's unless given.
     """
     batch, heads, tokens, dk = q.shape
     dv = v.shape[-1]
-    decay = 0 if g is None else {1: 1, 3: 2, 4: 3 if axis == "keys" else 4}[g.ndim]
+    decay = 0 if g is None else {1: 1, 3: 2, 4: 3}[g.ndim]
     shape = shape_of(dv, decay > 2)
     columns = triton.cdiv(dv, shape.columns)
     many = wanted(shape, columns * batch * heads, tokens, units(q.device))
     cut = stretches(offsets, packed, many, q.device)
     count = len(cut.first)
     sequences = batch if cut.sequences is None else cut.sequences
-    out = torch.empty(
-        batch, tokens, heads, dv, dtype=q.dtype if dtype is None else dtype, device=q.device
-    ).transpose(1, 2)
+    out = q.new_empty(batch, tokens, heads, dv).transpose(1, 2)
     state = torch.empty(sequences, heads, dk, dv, device=q.device) if end else None
     dots = torch.empty(columns, batch, heads, tokens, device=q.device) if x is not None else None
     g_at = (0, 0, 0) if g is None else (0, g.stride(0), 0) if decay == 1 else g.stride()[:3]
@@ -158,7 +153,7 @@ def sweep(
     places = (batch * heads, cut.segments)
     kept = q.new_empty(*places, dk, dv) if keep else meet
     meetings = torch.empty(*places, dv, device=q.device) if meet is not None else None
-    wide = {3: dk, 4: dv}.get(decay, 1)
+    wide = dk if decay == 3 else 1
     faded = torch.empty(batch * heads, count, wide, device=q.device) if several else None
     for only_states in (True, False) if several else (False,):
         _sweep[columns, count, batch * heads](
@@ -170,6 +165,6 @@ def sweep(
             DECAY=decay, REVERSE=reverse, PACKED=packed, SEVERAL=several, STATES=only_states,
             DOTS=x is not None, START=start is not None, END=end and not only_states,
             KEEP=keep and not only_states, MEET=meet is not None and not only_states,
-            EVERY=SEGMENT // shape.chunk, num_warps=shape.warps, num_stages=shape.stages,
+            EVERY=SEGMENT // shape.chunk, STRICT=strict, num_warps=shape.warps, num_stages=shape.stages,
         )  # fmt: skip
     return Swept(out, state, None if dots is None else dots.sum(0), kept, meetings)

@@ -6,6 +6,7 @@ from attlas.ops.delta import delta_correction
 from attlas.ops.exact import exact, product, recomputed, unit, wide
 from attlas.ops.fused import fused
 from attlas.ops.latent import latent_attend
+from attlas.ops.lookahead import LookaheadKeys, lookahead_attend, lookahead_refuses
 from attlas.ops.memory_efficient import memory_efficient
 from attlas.ops.pages import best_pages, page_bounds, page_scores
 from attlas.ops.recurrence import recurrence
@@ -24,6 +25,7 @@ from attlas.ops.running import running_mean
 
 __all__ = [
     "ROUTES",
+    "LookaheadKeys",
     "Route",
     "as_dense",
     "attend",
@@ -36,6 +38,8 @@ __all__ = [
     "grouped_product",
     "indices",
     "latent_attend",
+    "lookahead_attend",
+    "lookahead_refuses",
     "memory_efficient",
     "merge",
     "page_bounds",

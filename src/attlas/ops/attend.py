@@ -17,7 +17,7 @@ from typing import Any, Literal, NoReturn, overload
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from attlas.errors import UnknownName
@@ -27,7 +27,9 @@ from attlas.ops.blocks import blocks
 from attlas.ops.flex import flex, refuses
 from attlas.ops.memory_efficient import memory_efficient
 from attlas.ops.reference import as_dense, indices, reference, repeated
-from attlas.positions.base import ScoreMod
+from attlas.ops.toeplitz import flex_biased, spread, table_of
+from attlas.ops.toeplitz_kernels import refuses as kernel_refuses
+from attlas.positions.base import ScoreMod, by_distance, captured
 from attlas.tracing import any_length, traced
 
 Route = Literal["auto", "reference", "sdpa", "flex", "blocks", "chunked"]
@@ -37,6 +39,9 @@ ROUTES: tuple[Route, ...] = ("auto", "reference", "sdpa", "flex", "blocks", "chu
 SMALL = 1 << 16
 #: Share of visible blocks above which a CPU's dense SDPA beats chunks that skip the empty ones.
 DENSE = 0.6
+#: Numbers up to which a GPU holds a bias of all pairs (8 GiB in float32), and one that is trained, of
+#: which autograd keeps several.
+HELD, TRAINED = 1 << 31, 1 << 28
 #: Keys from which on compiling a FlexAttention kernel pays on a GPU.
 LONG = 1024
 
@@ -153,7 +158,11 @@ def _routed(
         if (reason := refuses(q, k, v, mask)) is not None:
             raise ValueError(f"route='flex' cannot take this call: {reason}")
         assert not isinstance(mask, Tensor)
-        result = flex(q, k, v, mask=mask, score_mod=score_mod, scale=scale, q_offset=offset)
+        table = table_of(score_mod, q, keys, offset)
+        if table is not None:
+            result = flex_biased(q, k, v, table, mask=mask, scale=scale, q_offset=offset)
+        else:
+            result = flex(q, k, v, mask=mask, score_mod=score_mod, scale=scale, q_offset=offset)
     return result if return_lse else result[0]
 
 
@@ -169,9 +178,12 @@ def _choose(
         return "sdpa" if fits_sdpa else "reference"
     if traced():
         return _choose_traced(q, k, v, mask, fits_sdpa, small)
-    # Nothing may be compiled for a change of scores of this call alone. What a kernel adds to a trained
-    # table's gradient it adds pair by pair, forty times as slowly.
-    own = getattr(score_mod, "of_call", False) or (fits_sdpa and _trained(score_mod))
+    # Nothing may be compiled for a change of scores of this call alone. To what is trained of one that
+    # is no bias of distances FlexAttention adds pair by pair, forty times as slowly.
+    trained = score_mod is not None and torch.is_grad_enabled()
+    trained = trained and any(t.requires_grad for t in captured(score_mod))
+    by_pair = trained and (by_distance(score_mod) is None or kernel_refuses(q, k, v) is not None)
+    own = getattr(score_mod, "of_call", False) or (fits_sdpa and by_pair)
     if q.is_cuda and score_mod is None and fits_sdpa and _lower_right(mask, queries, keys, offset):
         return "sdpa"  # FlexAttention would compile for every length that a text has had by then
     flexible = q.is_cuda and keys >= LONG and queries > 1 and not own
@@ -187,19 +199,10 @@ def _choose(
     if q.is_cuda and queries == 1 and not plain:
         return "reference"
     # A bias as one dense mask takes n² memory, and on a CPU longer than making it chunk by chunk.
-    if fits_sdpa and (score_mod is None or small or q.is_cuda):
+    held = q.is_cuda and q.shape[1] * queries * keys <= (TRAINED if trained else HELD)
+    if fits_sdpa and (score_mod is None or small or held):
         return "sdpa"
     return "reference" if small else "chunked"
-
-
-def _trained(score_mod: ScoreMod | None) -> bool:
-    """Whether a change of scores has parameters that this call may train."""
-    owner = getattr(score_mod, "__self__", None)
-    return (
-        isinstance(owner, nn.Module)
-        and torch.is_grad_enabled()
-        and any(p.requires_grad for p in owner.parameters())
-    )
 
 
 def _choose_traced(
@@ -279,10 +282,13 @@ def _alike(k: Tensor, v: Tensor, heads: int) -> tuple[Tensor, Tensor]:
 
 def _bias(q: Tensor, k: Tensor, score_mod: ScoreMod, offset: int, visible: Tensor | None) -> Tensor:
     """An additive score_mod as the mask of numbers that SDPA takes."""
-    shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-    zeros = q.new_zeros(1).expand(shape)
-    b, h, q_idx, kv_idx = indices(zeros, offset)
-    bias = score_mod(q.new_zeros(1), b, h, q_idx, kv_idx)
+    batch, heads, queries, keys = *q.shape[:3], k.shape[2]
+    table = None if queries == 1 or traced() else table_of(score_mod, q, keys, offset)
+    if table is not None:
+        bias = spread(table, queries, keys, offset)
+    else:
+        zeros = q.new_zeros(1).expand(batch, heads, queries, keys)
+        bias = score_mod(q.new_zeros(1), *indices(zeros, offset))
     if visible is not None:
         bias = torch.where(visible, bias, -torch.inf)
     return bias.to(q.dtype)

@@ -113,12 +113,14 @@ def choose_pages(scores: Tensor, count: int) -> Tensor:
         return choose(scores, count)
 
 
-def choose_first(scores: Tensor, there: Tensor, wanted: Tensor, width: int) -> Tensor:
-    """`first_best` by a kernel, which reads on the device how many pages there are and are wanted."""
+def choose_portion(
+    scores: Tensor, width: int, lengths: Tensor, page: int, keep: float | None, newest: int
+) -> Tensor:
+    """`best_portion` by a kernel, which reads on the device how many pages there are."""
     from attlas.kernels.pages import choose
 
     with torch.cuda.device_of(scores):
-        return choose(scores, width, there, wanted)
+        return choose(scores, width, lengths, page, keep, newest)
 
 
 def _refuses(q: Tensor) -> str | None:

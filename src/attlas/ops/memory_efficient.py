@@ -24,13 +24,14 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from attlas.catalog.kinds import OP
 from attlas.catalog.registry import mechanism
 from attlas.masks import Mask, at, grid
 from attlas.ops.reference import indices, reference
-from attlas.positions.base import ScoreMod
+from attlas.ops.toeplitz import add_diagonals, strip, table_of
+from attlas.positions.base import ScoreMod, captured, from_table
 from attlas.tracing import traced
 
 #: Keys to a block when the mask's empty blocks are looked for.
@@ -73,7 +74,9 @@ def memory_efficient(
         raise ValueError(f"q_chunk and k_chunk must be at least 1, got {q_chunk} and {k_chunk}")
     offset = keys - q.shape[2] if q_offset is None else q_offset
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    work = _Work(mask, score_mod, offset, q_chunk, k_chunk, scale)
+    table = None if traced() else table_of(score_mod, q, keys, offset)
+    score_mod = score_mod if table is None else from_table(table)
+    work = _Work(mask, score_mod, table, offset, q_chunk, k_chunk, scale)
     trained = [t for t in captured(score_mod) if t.requires_grad]
     result: tuple[Tensor, Tensor] = _Chunked.apply(q, k, v, work, *trained)  # type: ignore[no-untyped-call]
     return result
@@ -85,6 +88,7 @@ class _Work:
 
     mask: Mask | Tensor | None
     score_mod: ScoreMod | None
+    table: Tensor | None  # of the numbers that score_mod adds, where it hangs on distances alone
     offset: int
     q_chunk: int
     k_chunk: int
@@ -121,8 +125,14 @@ class _Work:
     def modify(self, scores: Tensor, rows: slice, run: slice) -> Tensor:
         if self.score_mod is None:
             return scores
+        if self.table is not None:
+            return scores.add_(strip(self.table, self.places(rows), run))
         b, h, q, kv = indices(scores, self.offset + rows.start)
         return self.score_mod(scores, b, h, q, kv + run.start)
+
+    def places(self, rows: slice) -> slice:
+        """Where these queries stand."""
+        return slice(rows.start + self.offset, rows.stop + self.offset)
 
     def hide(self, scores: Tensor, rows: slice, run: slice) -> Tensor:
         if isinstance(self.mask, Mask):
@@ -210,14 +220,17 @@ def _backward_block(
     """Add one block's share to the gradients of q, k, v and of the score_mod's trained tensors."""
     q_rows, k_run, v_run, d_rows = q[:, :, rows], k[:, :, run], v[:, :, run], d_out[:, :, rows]
     raw = work.products(q_rows, k_run)
-    with torch.enable_grad():
-        raw.requires_grad_(work.score_mod is not None)
+    changed = work.score_mod is not None and work.table is None
+    with torch.set_grad_enabled(changed):
+        raw.requires_grad_(changed)
         scores = work.modify(raw, rows, run)
     hidden = work.hide(scores.detach(), rows, run) if cut else scores.detach()
     weights = (hidden - lse[..., None]).exp()
     d_weights = _grouped(d_rows, v_run.transpose(-1, -2))
     d_scores = weights * (at_least_float32(d_weights) - delta[:, :, rows, None])
-    if work.score_mod is not None:
+    if work.table is not None and trained:
+        add_diagonals(d_trained[0], d_scores, work.places(rows), run)
+    if changed:
         d_raw, *found = torch.autograd.grad(scores, [raw, *trained], d_scores, allow_unused=True)
         for total, part in zip(d_trained, found, strict=True):
             total += 0 if part is None else part
@@ -270,15 +283,3 @@ def _cut(mask: Tensor, dim: int, part: slice) -> Tensor:
 def at_least_float32(x: Tensor) -> Tensor:
     """x in float32, or in float64 if it is that already."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def captured(score_mod: ScoreMod | None) -> list[Tensor]:
-    """The tensors that a score_mod reads: its module's parameters, or what its closure holds."""
-    score_mod = getattr(score_mod, "changed", score_mod)
-    owner = getattr(score_mod, "__self__", score_mod)
-    if isinstance(owner, nn.Module):
-        return list(owner.parameters())
-    cells = [cell.cell_contents for cell in getattr(score_mod, "__closure__", None) or ()]
-    tensors = [c for c in cells if isinstance(c, Tensor)]
-    inner = [c for c in cells if callable(c) and not isinstance(c, Tensor)]
-    return tensors + [t for c in inner for t in captured(c)]

@@ -24,8 +24,8 @@ The forms give the same:
 A program that torch.export makes for any length has no loop over chunks, which a length would count.
 
 All but the kernels compute in float32 at least, so that nothing overflows where inputs are in half
-precision; the kernels keep their state in float32. A decay of heads whose gradient is wanted goes by
-chunks, since the kernels' gradient of it is coarse.
+precision; the kernels keep their state in float32. A decay of heads beside a low-rank update goes by
+chunks where its gradient is wanted, since the kernels' gradient of it is coarse.
 """
 
 from __future__ import annotations
@@ -118,9 +118,9 @@ def recurrence(
         )
     packed = cu_seqlens is not None
     state: Tensor | None
-    if _by_kernel(q, k, v, log_decay, causal, form):
+    if _by_kernel(q, k, v, log_decay, low_rank, causal, form):
         out, state = kernels.launch(
-            q, k, v, log_decay, beta, low_rank, initial_state, scale, spans, packed
+            q, k, v, log_decay, beta, low_rank, initial_state, scale, spans, packed, causal
         )
     else:
         terms = _terms(q, k, v, log_decay, beta, low_rank, scale)
@@ -132,12 +132,12 @@ def recurrence(
 
 
 def _by_kernel(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, causal: bool, form: Form
-) -> bool:
-    if form != "triton" and (form != "auto" or q.shape[2] < SHORT or kernels.loses(g)):
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, low_rank: tuple[Tensor, Tensor] | None,
+    causal: bool, form: Form,
+) -> bool:  # fmt: skip
+    if form != "triton" and (form != "auto" or q.shape[2] < SHORT or kernels.loses(g, low_rank)):
         return False
-    behind = None if causal else "it sees no token behind another"
-    reason = behind or kernels.refuses(q, k, v, g)
+    reason = kernels.refuses(q, k, v, g, causal)
     if reason is not None and form == "triton":
         raise UserError(f"form='triton' cannot take this call: {reason}")
     return reason is None

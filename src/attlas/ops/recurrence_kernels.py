@@ -15,9 +15,11 @@ ALIGNED = 8
 
 
 def refuses(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, causal: bool
 ) -> str | None:
     """Why no kernel can take a call of `recurrence`, None when one can."""
+    if not causal and g is None:
+        return "without decays, causal=False is two plain products"
     if torch.compiler.is_compiling():
         return "torch.compile traces it"
     if not q.is_cuda:
@@ -33,24 +35,26 @@ def refuses(
     return None if has_kernels(q.device) else "there is no Triton for the device"
 
 
-def loses(g: Tensor | None) -> bool:
+def loses(g: Tensor | None, low_rank: tuple[Tensor, Tensor] | None) -> bool:
     """Whether a gradient is wanted that the kernels have only coarsely.
 
     A head's decay has the sum of what all its tokens' decays have, which cancels more than it adds up,
-    while the rounding of each to bfloat16 stays.
+    while the rounding of each stays. Additive recurrences and delta rules sum over pairs of tokens
+    instead; decays beside a low-rank update are those of channels.
     """
-    return g is not None and g.ndim == 1 and g.requires_grad and torch.is_grad_enabled()
+    wanted = g is not None and g.ndim == 1 and g.requires_grad and torch.is_grad_enabled()
+    return wanted and low_rank is not None
 
 
 def launch(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None,
     low_rank: tuple[Tensor, Tensor] | None, state: Tensor | None, scale: float,
-    spans: list[tuple[int, int]], packed: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(outputs, states behind the sequences in float32)."""
+    spans: list[tuple[int, int]], packed: bool, causal: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """(outputs, states behind the sequences in float32); no state without `causal`."""
     from attlas.kernels.delta_run import Delta
     from attlas.kernels.low_rank_run import LowRank
-    from attlas.kernels.recurrence import Scan
+    from attlas.kernels.recurrence import Behind, Scan
 
     if beta is not None and g is not None and g.ndim == 4:  # the delta rule is of low rank, too
         written = beta[..., None] * k
@@ -76,8 +80,21 @@ def launch(
             found = Delta.apply(q, k, v, g, beta, state, *shape)  # type: ignore[no-untyped-call]
         else:
             found = Scan.apply(q, k, v, g, state, *shape)  # type: ignore[no-untyped-call]
-    out, after = found
-    return (out[..., :width], after[..., :width]) if spare else (out, after)
+        out, after = found
+        if not causal and g is not None:
+            late = _rows(_late(g, spans))
+            out = out + Behind.apply(q, k, v, late, *shape)  # type: ignore[no-untyped-call]
+    out = out[..., :width] if spare else out
+    return out, after[..., :width] if causal else None
+
+
+def _late(g: Tensor, spans: list[tuple[int, int]]) -> Tensor:
+    """In every token's place the decay of the one before; from a token to one behind it, it decays by
+    those between and its own, where a sweep backwards counts the other's instead."""
+    if g.ndim == 1:
+        return g
+    own = (0, 0) * (g.ndim - 3)
+    return torch.cat([pad(g[:, :, a:b], (*own, 1, -1)) for a, b in spans if b > a], dim=2)
 
 
 def _rows(x: Tensor) -> Tensor:

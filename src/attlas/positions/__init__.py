@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 
 from attlas.errors import UnknownName
 from attlas.positions.absolute import Learned, Sinusoidal
-from attlas.positions.base import Position, Positioned, ScoreMod, additive, by_groups
+from attlas.positions.base import Position, Positioned, ScoreMod, additive, on_heads
 from attlas.positions.bias import ALiBi, T5Bias
 from attlas.positions.rope import RoPE
 
@@ -21,8 +21,8 @@ __all__ = [
     "Sinusoidal",
     "T5Bias",
     "additive",
-    "by_groups",
     "encoding_of",
+    "on_heads",
 ]
 
 

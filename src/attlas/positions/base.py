@@ -8,7 +8,7 @@ from typing import ClassVar, TypeAlias, TypeVar
 
 import torch
 from jaxtyping import Float, Integer
-from torch import Tensor
+from torch import Tensor, nn
 
 from attlas.catalog.kinds import POSITION, Kind
 from attlas.network import Network
@@ -16,6 +16,8 @@ from attlas.options import Configured
 
 #: FlexAttention's pointwise change of scores: (score, b, h, q_idx, kv_idx) -> score.
 ScoreMod: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+#: What is added to the scores of a head at a distance, key less query position: (h, distance) -> number.
+ByDistance: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 F = TypeVar("F", bound=Callable[..., Tensor])
 
@@ -32,17 +34,67 @@ def placeless(score_mod: F) -> F:
     return score_mod
 
 
+def of_distance(method: str) -> Callable[[F], F]:
+    """Mark a score_mod that adds `self.<method>(h, distance)`, a distance being key less query position.
+
+    There are as many distances as tokens, not as pairs: where something about them is trained, `attend`
+    reads them from a table and gathers the table's gradient along diagonals (`attlas.ops.toeplitz`).
+    """
+
+    def mark(score_mod: F) -> F:
+        score_mod.by_distance = method  # type: ignore[attr-defined]
+        return additive(score_mod)
+
+    return mark
+
+
+def by_distance(score_mod: ScoreMod | None) -> ByDistance | None:
+    """What a score_mod adds, if that hangs on head and distance alone; None of any other."""
+    marked: str | ByDistance | None = getattr(score_mod, "by_distance", None)
+    if not isinstance(marked, str):
+        return marked
+    bias: ByDistance | None = getattr(getattr(score_mod, "__self__", None), marked, None)
+    return bias
+
+
+def from_table(table: Tensor, offset: int = 0) -> ScoreMod:
+    """The score_mod that adds numbers [heads, distances], the distance 0 in the middle; of queries whose
+    indices count from `offset`."""
+
+    def biased(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        distance = relative(q_idx + offset, kv_idx)
+        return score + table[h, distance + table.shape[1] // 2].to(score.dtype)
+
+    return additive(biased)
+
+
 @lru_cache(maxsize=128)
-def by_groups(score_mod: ScoreMod, size: int) -> ScoreMod:
-    """A score_mod made for groups of heads, on the heads: head h takes that of group h // size.
+def on_heads(score_mod: ScoreMod | None, first: int) -> ScoreMod | None:
+    """A score_mod for heads from `first` on: head h takes that of head first + h.
 
     Kept for the next call, since FlexAttention compiles anew for each new function object.
     """
+    if score_mod is None:
+        return None
 
-    def grouped(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return score_mod(score, b, h // size, q_idx, kv_idx)
+    def later(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return score_mod(score, b, h + first, q_idx, kv_idx)
 
-    return additive(grouped) if getattr(score_mod, "additive", False) else grouped
+    if (bias := by_distance(score_mod)) is not None:
+        later.by_distance = lambda h, distance: bias(h + first, distance)  # type: ignore[attr-defined]
+    return additive(later) if getattr(score_mod, "additive", False) else later
+
+
+def captured(score_mod: ScoreMod | None) -> list[Tensor]:
+    """The tensors that a score_mod reads: its module's parameters, or what its closure holds."""
+    score_mod = getattr(score_mod, "changed", score_mod)
+    owner = getattr(score_mod, "__self__", score_mod)
+    if isinstance(owner, nn.Module):
+        return list(owner.parameters())
+    cells = [cell.cell_contents for cell in getattr(score_mod, "__closure__", None) or ()]
+    tensors = [c for c in cells if isinstance(c, Tensor)]
+    inner = [c for c in cells if callable(c) and not isinstance(c, Tensor)]
+    return tensors + [t for c in inner for t in captured(c)]
 
 
 class Positioned:

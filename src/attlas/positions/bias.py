@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from attlas.options import option
-from attlas.positions.base import Position, additive, relative
+from attlas.positions.base import Position, additive, of_distance, relative
 
 
 class ALiBi(Position):
@@ -54,12 +54,16 @@ class T5Bias(Position):
         super().setup()
         self.weight = nn.Parameter(torch.randn(self.buckets, self.heads) * 0.02)
 
-    @additive
+    @of_distance("bias")
     def score_mod(
         self, score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor
     ) -> Tensor:
         """Score plus the bias of the pair's bucket."""
-        return score + self.weight[self.bucket(relative(q_idx, kv_idx)), h].to(score.dtype)
+        return score + self.bias(h, relative(q_idx, kv_idx)).to(score.dtype)
+
+    def bias(self, h: Tensor, distance: Tensor) -> Tensor:
+        """The number of a distance's bucket."""
+        return self.weight[self.bucket(distance), h]
 
     def bucket(self, distance: Tensor) -> Tensor:
         """Bucket of each key-minus-query distance."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from attlas.errors import UserError
+from attlas.ops.placing import place_token
 from attlas.ops.segments import Dense, Segment
 from attlas.storage.layer import Chosen, StoredLayer
 
@@ -42,8 +43,7 @@ class Twin(StoredLayer):
         assert self._keys is not None
         assert self._values is not None
         keys, values = self._keys.room, self._values.room
-        keys.index_copy_(2, self.slot, key_states)
-        values.index_copy_(2, self.slot, value_states)
+        place_token(keys, values, self.slot, key_states, value_states)
         return (keys, values) if self.latent else (key_states, value_states)
 
     def filled(self) -> Tensor:

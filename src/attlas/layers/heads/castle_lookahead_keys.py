@@ -10,7 +10,8 @@ them and Σ_sj = σ(q̃_s·k̃_j / √d) for s < j in I, be it training, prefill
 
 A key after the query, where it is seen, has learned nothing yet; from padding none ever learns.
 Cost: three more projections, two more passes over the pairs; memory linear in n forward, backward U
-at every block, the blocks being computed again. A cache holds k, q̃, v and U.
+at every block, the blocks being computed again; by kernels, on a GPU, linear in both. A cache holds k,
+q̃, v and U.
 Reduces to softmax attention when ṽ = 0.
 Source: "Causal Attention with Lookahead Keys"; CASTLE-SWL is `window`, there 128 to 512 tokens. That
 rotary positions rotate q, k, q̃, k̃ and ṽ rests on a third party's program.
@@ -19,6 +20,7 @@ rotary positions rotate q, k, q̃, k̃ and ṽ rests on a third party's program.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -36,6 +38,8 @@ from attlas.tracing import stretches
 
 #: Queries at a time.
 BLOCK = 128
+#: What kernels compute as it stands here.
+STAGES = ("normalize", "aggregate", "attend_by_blocks", "by_blocks", "block_scores")
 
 
 def _learn_nothing(castle: CastleLookaheadKeys, plain: Attention) -> None:
@@ -82,10 +86,46 @@ class CastleLookaheadKeys(Attention):
 
     def score(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
         """Scores of all pairs."""
-        return self.by_blocks(q, k, inputs, lambda scores, start: scores)
+        met = self.met(q, k, k, inputs)
+        scores, u = self.by_blocks(met, inputs, lambda scores, start: scores)
+        inputs.remember("lookahead", u[:, :, None])
+        return scores
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
-        """The stages for one block of queries at a time, so that memory is linear in n."""
+        """One call of kernels where they can take it, else the stages block by block."""
+        met = self.met(q, k, v, inputs)
+        if self.is_plain(inputs) and ops.lookahead_refuses(met) is None:
+            valid = None if inputs.valid is None else inputs.valid[:, -k.shape[2] :]
+            again = replace(inputs, cache=None)  # which a gradient need not hold
+            out, u = ops.lookahead_attend(
+                met, scale=self.scale, window=self.window, valid=valid,
+                plain=lambda *tensors: self.attend_by_blocks(ops.LookaheadKeys(*tensors), again),
+            )  # fmt: skip
+        else:
+            out, u = self.attend_by_blocks(met, inputs)
+        inputs.remember("lookahead", u[:, :, None])
+        return out
+
+    def met(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> ops.LookaheadKeys:
+        """All that meets in this pass; U as the pass before it left the keys."""
+        u = inputs.recall("lookahead")
+        if u is None:
+            seen = k.shape[2] - q.shape[2]
+            u = k.new_zeros(len(k), self.kv_heads, 1, seen, self.head_dim)
+        asking, notes = inputs.carried["asking"], inputs.notes
+        return ops.LookaheadKeys(q, k, v, asking, notes["k_new"], notes["v_new"], u[:, :, 0])
+
+    def is_plain(self, inputs: Inputs) -> bool:
+        """Whether weights are the softmax of these scores, of which causality and padding alone hide."""
+        own = all(getattr(type(self), n) is getattr(CastleLookaheadKeys, n) for n in STAGES)
+        drops = self.training and self.dropout > 0
+        along = inputs.runs_along(self.pattern) and inputs.looks_back(self.pattern)
+        return own and along and not drops and self.score_mod is None
+
+    def attend_by_blocks(self, met: ops.LookaheadKeys, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """Outputs, and U behind them, by the stages for one block of queries at a time, so that memory
+        is linear in n."""
+        q, k, v = met.q, met.k, met.v
         seen, pairs = k.shape[2] - q.shape[2], inputs.pairs
         change = inputs.by_positions(self.score_mod, k.shape[2])
 
@@ -99,35 +139,31 @@ class CastleLookaheadKeys(Attention):
                 scores = scores.masked_fill(~visible, -torch.inf)
             return self.aggregate(self.normalize(scores, inputs), v, inputs)
 
-        return self.by_blocks(q, k, inputs, summed)
+        return self.by_blocks(met, inputs, summed)
 
     def by_blocks(
-        self, q: Tensor, k: Tensor, inputs: Inputs, then: Callable[[Tensor, int], Tensor]
-    ) -> Tensor:
-        """What `then` makes of each block's scores and first query; U goes from block to block."""
-        length, seen = q.shape[2], k.shape[2] - q.shape[2]
-        if (u := inputs.recall("lookahead")) is None:
-            u = k.new_zeros(len(k), self.kv_heads, 1, seen, self.head_dim)
+        self, met: ops.LookaheadKeys, inputs: Inputs, then: Callable[[Tensor, int], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """What `then` makes of each block's scores and first query; and U, which goes from block to
+        block."""
 
         def block(u: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-            scores, u = self.block_scores(q, k, u, rows, inputs)
+            scores, u = self.block_scores(met, u, rows)
             return then(scores, rows.start), u
 
+        u = met.u
         done: list[Tensor] = []
-        blocks = stretches(length, BLOCK)
+        blocks = stretches(met.q.shape[2], BLOCK)
         for rows in blocks:
             out, u = ops.recomputed(block, u, rows, when=len(blocks) > 1)
             done.append(out)
-        inputs.remember("lookahead", u)
-        return torch.cat(done, dim=2)
+        return torch.cat(done, dim=2), u
 
-    def block_scores(
-        self, q: Tensor, k: Tensor, u: Tensor, rows: slice, inputs: Inputs
-    ) -> tuple[Tensor, Tensor]:
+    def block_scores(self, met: ops.LookaheadKeys, u: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         """The scores of a block of queries with all keys, and U behind the block."""
-        q = self.scale * q[:, :, rows].unflatten(1, (self.kv_heads, -1))
-        k, asking = k[:, :, None], inputs.carried["asking"][:, :, None]
-        k_new, v_new = (inputs.notes[name][:, :, None, rows] for name in ("k_new", "v_new"))
+        q = self.scale * met.q[:, :, rows].unflatten(1, (self.kv_heads, -1))
+        k, asking, u = (x[:, :, None] for x in (met.k, met.asking, u))
+        k_new, v_new = (x[:, :, None, rows] for x in (met.k_new, met.v_new))
         begin, end = u.shape[3], u.shape[3] + q.shape[3]
         first = 0 if self.window is None else max(0, begin - self.window)
         at = torch.arange(first, end, device=q.device)
@@ -138,4 +174,4 @@ class CastleLookaheadKeys(Attention):
         looked = silu(pad(known, (0, end - begin)) + pad(new.tril() @ share.mT, (first, 0)))
         grown = pad(u[..., first:, :], (0, 0, 0, end - begin)) + share @ v_new
         scores = (plain - pad(looked, (0, k.shape[3] - end))).flatten(1, 2)
-        return scores, torch.cat((u[..., :first, :], grown), dim=3)
+        return scores, torch.cat((u[..., :first, :], grown), dim=3)[:, :, 0]

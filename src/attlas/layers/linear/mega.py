@@ -37,7 +37,7 @@ from attlas.errors import UserError
 from attlas.inputs import Inputs
 from attlas.options import option
 from attlas.positions import ScoreMod
-from attlas.positions.base import additive, relative
+from attlas.positions.base import of_distance, relative
 from attlas.supports import Supports
 
 
@@ -129,11 +129,14 @@ class Mega(Attention):
         """Score plus the number of its distance, where there is one."""
         return self._biased if self.relative == "simple" else None
 
-    @additive
+    @of_distance("number")
     def _biased(self, score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return score + self.number(h, relative(q_idx, kv_idx)).to(score.dtype)
+
+    def number(self, h: Tensor, distance: Tensor) -> Tensor:
+        """The trained number of a distance."""
         far = len(self.distance) // 2
-        number = relative(q_idx, kv_idx).clamp(-far, far) + far
-        return score + self.distance[number].to(score.dtype)
+        return self.distance[distance.clamp(-far, far) + far]
 
     def score(self, q: Tensor, k: Tensor, inputs: Inputs) -> Tensor:
         """q kᵀ / τ, and the bias that rotated vectors give."""

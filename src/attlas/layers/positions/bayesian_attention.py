@@ -15,20 +15,17 @@ unless told to, and may share one prior among layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from attlas import ops
 from attlas.attention import Attention
 from attlas.catalog.registry import Reduction, mechanism
-from attlas.inputs import Inputs
 from attlas.kinds.claim import Claim
 from attlas.options import option
-from attlas.positions import Position, additive
+from attlas.positions import Position
+from attlas.positions.base import of_distance, relative
 from attlas.positions.bias import slopes
 from attlas.supports import Supports
 
@@ -42,39 +39,23 @@ class GaussianPrior(Position):
 
     def setup(self) -> None:
         """Scale, shape and location of each head's prior."""
-        self.table: Tensor | None = None
         self.scale = nn.Parameter(torch.tensor(slopes(self.heads)).log())
         self.shape = nn.Parameter(torch.ones(self.heads))
         self.loc = nn.Parameter(torch.zeros(self.heads), requires_grad=self.train_loc)
 
-    @additive
+    @of_distance("log_prior")
     def score_mod(
         self, score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor
     ) -> Tensor:
         """Score plus the log-prior of key kv_idx for query q_idx."""
-        if self.table is not None:
-            return score - self.table[h, kv_idx - q_idx + self.table.shape[1] // 2].to(score.dtype)
+        return score + self.log_prior(h, relative(q_idx, kv_idx)).to(score.dtype)
+
+    def log_prior(self, h: Tensor, distance: Tensor) -> Tensor:
+        """The log-prior of head h at a distance."""
         # Distances are exact in float32 to 16 million tokens, in bfloat16 to 256.
-        dtype = torch.promote_types(score.dtype, torch.float32)
-        return score - self.penalty((kv_idx - q_idx).to(dtype), h).to(score.dtype)
-
-    def penalty(self, distance: Tensor, h: Tensor) -> Tensor:
-        """Minus the log-prior of head h at a distance."""
-        dtype = distance.dtype
-        far = distance - 2 * self.loc[h].to(dtype).sinh()
-        return self.scale[h].to(dtype).exp() * (far.abs() + self.eps) ** self.shape[h].to(dtype)
-
-    @contextmanager
-    def tabled(self, longest: int) -> Iterator[None]:
-        """Inside, the prior is read from a table of all distances: a power for each pair takes a GPU
-        several times as long as attention does."""
-        heads = torch.arange(len(self.scale), device=self.scale.device)[:, None]
-        distance = torch.arange(-longest, longest + 1, device=self.scale.device)
-        self.table = self.penalty(distance.float(), heads)
-        try:
-            yield
-        finally:
-            self.table = None
+        dtype = torch.promote_types(self.scale.dtype, torch.float32)
+        far = distance.to(dtype) - 2 * self.loc[h].to(dtype).sinh()
+        return -self.scale[h].to(dtype).exp() * (far.abs() + self.eps) ** self.shape[h].to(dtype)
 
 
 def _start_from_slopes(layer: Attention, alibi: Any) -> None:
@@ -108,18 +89,3 @@ class Bayesian(Attention):
         """The prior."""
         super().setup()
         self.position_encoding = GaussianPrior(self.heads, train_loc=self.train_loc, eps=self.eps)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
-        """One fused call; FlexAttention refuses the prior's gradients, so a GPU takes them by chunks."""
-        prior = self.position_encoding
-        assert isinstance(prior, GaussianPrior)
-        if not q.is_cuda or (self.training and self.dropout > 0):
-            return super().attend(q, k, v, inputs)
-        change = inputs.by_positions(self.score_mod, k.shape[2])
-        if torch.is_grad_enabled() or getattr(change, "of_call", False):
-            return ops.attend(
-                q, k, v, mask=inputs.pairs, score_mod=change, scale=self.scale,
-                route="chunked",
-            )  # fmt: skip
-        with prior.tabled(k.shape[2]):
-            return super().attend(q, k, v, inputs)

@@ -15,7 +15,6 @@ further parameters. Not established: the share of long heads (here a quarter), t
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ from attlas.inputs import Inputs
 from attlas.masks import Mask
 from attlas.masks.algebra import And
 from attlas.options import option
-from attlas.positions import ScoreMod, additive
+from attlas.positions import on_heads
 from attlas.supports import Supports
 
 
@@ -41,18 +40,6 @@ class _Reach(And):
         super().__init__(masks.full if base is None else base, each)
         self.base = base
         self.near = window if base is None else base & window
-
-
-@lru_cache(maxsize=128)
-def _from_head(score_mod: ScoreMod | None, first: int) -> ScoreMod | None:
-    """The score_mod for heads from `first` on; kept, since each new function object compiles anew."""
-    if score_mod is None:
-        return None
-
-    def later(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return score_mod(score, b, h + first, q_idx, kv_idx)
-
-    return additive(later) if getattr(score_mod, "additive", False) else later
 
 
 @mechanism("long-short-attention", aliases=("ls-attention",), reduces_to=Reduction(
@@ -104,7 +91,7 @@ class LongShort(Attention):
             ops.attend(
                 q[:, kind], k[:, kind.start // group : kind.stop // group],
                 v[:, kind.start // group : kind.stop // group], mask=part, scale=self.scale,
-                score_mod=inputs.by_positions(_from_head(self.score_mod, kind.start), keys),
+                score_mod=inputs.by_positions(on_heads(self.score_mod, kind.start), keys),
                 dropout=self.dropout if self.training else 0.0,
             )
             for kind, part in zip(kinds, parts, strict=True) if kind.start < kind.stop

@@ -23,11 +23,10 @@ program; the calibration from a reader's note of the paper.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, ClassVar
 
-from jaxtyping import Int
-from torch import Tensor, nn
+from torch import nn
 
 from attlas.attach.call import Call
 from attlas.cache.part import Role
@@ -44,26 +43,6 @@ from attlas.storage.layer import Chosen, LayerState, StoredLayer
 BUDGET, NEWEST = 64, 8
 #: Their plan: of so many layers the first ones are full and these select.
 LAYERS, FULL, SELECTING = 28, 2, (2, 14, 22)
-
-
-@dataclass(frozen=True)
-class Within(Portion):
-    """A portion of all pages, of which the newest are read in any case and the others chosen.
-
-    Attributes:
-        newest: pages, none of them packed.
-    """
-
-    newest: int = 0
-
-    def of(self, pages: int) -> int:
-        """How many of so many older pages: at least one."""
-        return min(pages, max(1, super().of(pages + self.newest) - self.newest))
-
-    def of_rows(self, pages: Int[Tensor, "batch heads"]) -> Int[Tensor, "batch heads"]:
-        """`of` for every row and head."""
-        chosen = super().of_rows(pages + self.newest) - self.newest
-        return chosen.clamp(min=1).minimum(pages)
 
 
 @mechanism(
@@ -124,7 +103,7 @@ class DeltaLayerAware(PortionSelection):
             raise UserError(
                 f"tokens={whole.pages * self.page} leaves nothing to choose beside recent={self.recent}"
             )
-        return Within(whole.keep, whole.pages, newest)
+        return replace(whole, newest=newest)
 
     @property
     def unpacked(self) -> int:
@@ -185,9 +164,9 @@ class DeltaLayerAware(PortionSelection):
         """The pages that all heads together read most."""
         weights = weights_over(layer, body, call.q, call.scaling, call.rows)
         scores = weights.amax(dim=1, keepdim=True).unflatten(-1, (-1, self.page)).sum(dim=-1)
-        lengths = lengths_of(body)
-        pages = None if lengths is None else lengths[:, :1] // self.page
-        index = best_portion(scores, self.portion, pages)
+        lengths = lengths_of(body)  # whole pages, as many in every head
+        lengths = None if lengths is None else lengths[:, :1]
+        index = best_portion(scores, self.portion, lengths, self.page)
         assert layer.keys is not None
         heads = layer.keys.shape[1]
         return Chosen(index.expand(-1, heads, -1).contiguous(), self.page, body.slots)

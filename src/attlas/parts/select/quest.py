@@ -77,7 +77,5 @@ class Quest(PortionSelection):
         """The pages of largest bound."""
         low, high = state.tensors["low"], state.tensors["high"]
         scores = page_scores(call.q, low, high, shared=self.shared)
-        lengths = lengths_of(body)
-        pages = None if lengths is None else -(-lengths // self.page)
-        read = 2 * low.nbytes
-        return Chosen(best_portion(scores, self.portion, pages), self.page, body.slots, read)
+        index = best_portion(scores, self.portion, lengths_of(body), self.page)
+        return Chosen(index, self.page, body.slots, scored=2 * low.nbytes)
