@@ -32,11 +32,11 @@ def _place(
     key = tl.load(k + batch * k_b + head * k_h + c, mask=c < DIM, other=0.0)
     value = tl.load(v + batch * v_b + head * v_h + d, mask=d < V_DIM, other=0.0)
     at = tl.load(slot).to(tl.int64)
-    inside = (at >= 0) & (at < slots)
     keys += batch * keys_b + head * keys_h + at * keys_n
     values += batch * values_b + head * values_h + at * values_n
-    tl.store(keys + c, key, mask=inside & (c < DIM))
-    tl.store(values + d, value, mask=inside & (d < V_DIM))
+    if (at >= 0) & (at < slots):
+        tl.store(keys + c, key, mask=c < DIM)
+        tl.store(values + d, value, mask=d < V_DIM)
 
 
 def place(keys: Tensor, values: Tensor, slot: Tensor, k: Tensor, v: Tensor) -> None:
