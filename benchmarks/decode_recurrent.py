@@ -101,8 +101,8 @@ def main() -> None:
     for name in args.mechanisms:
         model = decoder(name, args.device, shape)
         for tokens in args.contexts:
-            for compile in ("auto", False):
-                row = {"mechanism": name, "context": tokens}
+            for compile in ("auto", True, False):
+                row = {"mechanism": name, "context": tokens, "compile": compile}
                 rows.append(show(row | compared(model, softmax, tokens, args, compile)))
                 save("decode-recurrent", args.device, rows)
         del model

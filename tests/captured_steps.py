@@ -41,10 +41,9 @@ OURS = {
     "compressed-convolutional": None, "lightning-attention-2": None, "gated-linear-attention": None,
     "fast-weight-delta-rule": None, "arwkv-rwkv7": None, "retention": None, "transformer-vq": None,
     "qk-norm": None, "length-scaled-softplus-attention": None, "multi-head-latent-attention": None,
-    "dual-attention": None, "differential-transformer": None,
-    "alibi": "a layer looks at where all keys stand",
+    "dual-attention": None, "differential-transformer": None, "alibi": None, "rope-nope-hybrid": None,
+    "bayesian-attention-mechanism": None, "mfa-key-reuse": None,
     "titans-neural-memory": "a layer looks at where all keys stand",
-    "rope-nope-hybrid": "RopeNopeHybrid sees a pattern of the keys",
     "castle-lookahead-keys": "the state 'lookahead' grows with every token",
     "titans-memory-as-gate": "MemoryAsGate in layer 0 does not say that it is roomy",
 }  # fmt: skip

@@ -87,7 +87,9 @@ class Inputs:
                 f"mask must be [batch, keys] = {[x.shape[0], seen + tokens.shape[1]]}, "
                 f"got {list(valid.shape)}"
             )
-        key_positions: Any = Unasked() if recorded else in_order(seen, tokens, valid)
+        key_positions: Any = in_order(seen, tokens, valid) if not recorded else Unasked(
+            lambda: cache.layers[layer_idx].places()  # type: ignore[union-attr]
+        )
         given = positions is not None
         if positions is None:
             own = key_positions if context is None else counted(x.shape[1], x.device)
@@ -171,6 +173,8 @@ class Inputs:
 
     def positions_of(self, keys: int) -> Tensor:
         """Where the last `keys` keys stand: cached ones and `tokens` as they were told."""
+        if isinstance(self.key_positions, Unasked):
+            return self.key_positions.places()
         new = self.token_positions
         old = self._earlier(new)
         rows = torch.broadcast_shapes(old.shape[:-1], new.shape[:-1])

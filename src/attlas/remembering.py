@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -15,7 +15,14 @@ if TYPE_CHECKING:
 
 
 class Unasked:
-    """Positions of keys in a recorded step (`attlas.attach.captured`), whatever their number."""
+    """Positions of keys in a recorded step (`attlas.attach.captured`), whatever their number.
+
+    Args:
+        places: where the keys stand of which all the room is looked at, hidden ones included.
+    """
+
+    def __init__(self, places: Callable[[], Tensor]) -> None:
+        self.places = places
 
     def __getattr__(self, name: str) -> object:
         raise UserError("a layer looks at where all keys stand")

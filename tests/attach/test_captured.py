@@ -97,6 +97,28 @@ def test_decoders_of_ours(name: str) -> None:
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("options", [
+    {"attention": {"name": "window", "size": 5}, "position": "alibi"},
+    {"attention": ["softmax", {"name": "window", "size": 9}]}, {"position": "t5"},
+    {"attention": {"name": "strided", "stride": 3}},
+])  # fmt: skip
+def test_what_is_seen_and_weighed_by_position(options: dict[str, Any], padded: bool) -> None:
+    torch.manual_seed(0)
+    config = attlas.DecoderConfig(
+        vocab_size=97, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        **options,
+    )  # fmt: skip
+    model, ids = attlas.Decoder(config).eval().double(), tiny_models.prompt(2, 21)
+    mask = torch.ones_like(ids) if padded else None
+    if mask is not None:
+        mask[0, :7] = 0
+    expected = decoded(model, "none", 20, False, ids, mask)[1]
+    session, found = decoded(model, "none", 20, "auto", ids, mask)
+    assert session.why_not_captured is None
+    torch.testing.assert_close(found, expected, atol=1e-9, rtol=1e-9)
+
+
 @pytest.mark.parametrize("name", PARTS)
 def test_beams_are_moved_where_they_lie(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids, answers, made = llama(), tiny_models.prompt(2, 25), [], []

@@ -82,6 +82,20 @@ def test_decoders_of_ours(name):
     torch.testing.assert_close(found, expected, atol=2e-3, rtol=1e-2)
 
 
+def test_decoders_of_ours_capture_by_themselves():
+    torch.manual_seed(0)
+    for name in ("softmax", "multi-head-latent-attention", "differential-transformer", "arwkv-rwkv7"):
+        config = attlas.DecoderConfig(
+            vocab_size=97, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, attention=name
+        )
+        model = attlas.Decoder(config).eval().cuda()
+        ids = tiny_models.prompt(2, 21).cuda()
+        given = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
+        with attach(model, compile=False):
+            expected = model.generate(ids, **given)
+        assert model.generate(ids, **given).equal(expected)
+
+
 def test_one_cache_after_another():
     """Graphs go with their caches, and their memory with them."""
     model = find("llama").model(num_hidden_layers=2).bfloat16().cuda()

@@ -173,7 +173,7 @@ class Step:
         self._slots = torch.zeros(len(sizes), dtype=torch.int64, device=device)
         parts = zip(self._slots.split(1), self._lengths.split(sizes), shapes, strict=True)
         base = self.held.tower.module
-        latents = {*caching(base, set(self.held.tower.layers.values())), *reading_rooms(base)}
+        latents = {*caching(base, set(self.held.tower.layers.values())), *reading_rooms(self.held)}
         self.seats: list[Any] = []
         for number, layer in enumerate(self.layers):
             if number in self.held.sources:

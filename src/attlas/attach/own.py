@@ -56,11 +56,15 @@ def _recorded(
     """The heads of a step's one token in a recorded step: over the keys that lie there, or by a state."""
     if not layer.keeps_keys:
         return layer.attend(q, k, v, inputs)
-    if layer.pattern not in (None, masks.causal):
-        raise UserError(f"{type(layer).__name__} sees a pattern of the keys")
-    if is_softmax(layer):
-        return _softmax(held, layer, q, k, v, inputs)
-    return layer.attend(q, k, v, _of_room(held, layer, inputs))
+    if layer.layer_idx in reading_rooms(held):
+        return layer.attend(q, k, v, _of_room(held, layer, inputs))
+    if _sees_some(layer):
+        raise UserError(f"{type(layer).__name__} sees a pattern of the keys, and parts look at them")
+    return _softmax(held, layer, q, k, v, inputs)
+
+
+def _sees_some(layer: Attention) -> bool:
+    return layer.pattern not in (None, masks.causal)
 
 
 def _of_room(held: Attachment, layer: Attention, inputs: Inputs) -> Inputs:
@@ -69,7 +73,12 @@ def _of_room(held: Attachment, layer: Attention, inputs: Inputs) -> Inputs:
     twin = held.forward_pass.cache.layers[layer.layer_idx]
     there = twin.filled()
     there = ops.repeated(there, layer.heads) if twin.ragged else there[:, :1]
-    return replace(inputs, pairs=there[:, :, None])
+    pairs = there[:, :, None]
+    if layer.pattern is not None and _sees_some(layer):
+        if layer.pattern.leaves:
+            raise UserError(f"{type(layer).__name__} sees a pattern that tensors tell")
+        pairs = pairs & masks.at(layer.pattern, inputs.positions, twin.places())
+    return replace(inputs, pairs=pairs)
 
 
 def unrecordable(layers: list[Attention]) -> str | None:
@@ -93,10 +102,14 @@ def roomy(kind: type[Attention]) -> bool:
     return bool(getattr(kind, "roomy", kind.__module__.startswith("attlas.")))
 
 
-def reading_rooms(model: nn.Module) -> set[int]:
-    """Numbers of the layers that are given all the room of their keys in a recorded step."""
-    own = [layer for layer in own_layers(model) if layer.keeps_keys]
-    return {layer.layer_idx for layer in own if not is_softmax(layer)}
+def reading_rooms(held: Attachment) -> set[int]:
+    """Numbers of the layers that are given all the room of their keys in a recorded step: those that read
+    keys in a way of their own, and those that see or weigh them by position, where no part does, too."""
+    own = [m for m in held.tower.layers if isinstance(m, Attention) and m.keeps_keys]
+    return {
+        m.layer_idx for m in own
+        if not is_softmax(m) or (not held.parts and (m.score_mod is not None or _sees_some(m)))
+    }  # fmt: skip
 
 
 def _copied() -> None:

@@ -51,6 +51,18 @@ class Twin(StoredLayer):
         there = self._slots() < self.count[..., None]
         return there if self.visible is None else there & self.visible[:, :, 0]
 
+    def places(self) -> Tensor:
+        """Where the tokens of all the room stand, [room], or with padding [batch, room].
+
+        Raises:
+            ValueError: they do not stand in the order of their slots, or other slots are looked at.
+        """
+        if not self.latent or "positions" in self.states:
+            raise UserError("a layer looks at where all keys stand")
+        if self.visible is None:
+            return self._slots()
+        return (self.filled()[:, 0].cumsum(-1) - 1).clamp(min=0)
+
     def original_positions(self) -> Tensor:
         """The slots of all the room, −1 where none is filled: how many are the device alone knows."""
         return torch.where(self.filled(), self._slots(), -1)

@@ -188,7 +188,8 @@ def room(subject: Subject) -> Iterator[Measure]:
 
     there = torch.arange(k.shape[2] + 3)[None, None, None] < k.shape[2]
     carried = {name: behind(t) for name, t in others.carried.items()}
-    others = replace(others, pairs=there, key_positions=Unasked(), given=True, carried=carried)
+    places = Unasked(lambda: torch.arange(k.shape[2] + 3))
+    others = replace(others, pairs=there, key_positions=places, given=True, carried=carried)
     try:
         found = layer.attend(q, behind(k), behind(v), others)
     except (ValueError, RuntimeError) as error:
