@@ -148,7 +148,10 @@ class Inputs:
 
     def by_positions(self, change: ScoreMod | None, keys: int) -> ScoreMod | None:
         """A change of scores that is made for positions, on the slots of this pass and its keys."""
-        if change is None or not self.told or getattr(change, "placeless", False):
+        if change is None or getattr(change, "placeless", False):
+            return change
+        self.check_places(keys)
+        if not self.told:
             return change
         at, of = self.positions, self.positions_of(keys)
         if at.shape[-1] == 1 or traced():  # a lone query's is never compiled for
@@ -160,14 +163,27 @@ class Inputs:
         as_far = by_distance(change) is not None and self._moved(at - last, of - slots)
         return change if as_far else Positioned(change, at, of)
 
+    def check_places(self, keys: int) -> None:
+        """Refuse to ask where `keys` keys stand of which a cache policy has left some out.
+
+        Raises:
+            ValueError: it has, and no session of its model knows which.
+        """
+        layers = [] if self.cache is None else self.cache.layers
+        layer = layers[self.layer_idx] if self.layer_idx < len(layers) else None
+        if getattr(layer, "index", None) is not None and keys < self.key_positions.shape[-1]:
+            raise UserError(
+                "cache: a policy has left some keys out, and where those stand that are there the model "
+                "alone cannot tell; go on inside attach(model, ...)"
+            )
+
     def _moved(self, at: Tensor, of: Tensor) -> bool:
         """Whether a row's tokens are all moved from their slots by one number; `at` and `of` tell it."""
         moved = torch.cat([x.expand(len(self.x), -1) for x in (at, of)], dim=-1)
         if (valid := self.valid) is None:
             return one_number(moved, None)
-        asks = torch.ones_like(at, dtype=torch.bool)
-        if self.context is None:
-            asks = valid[:, -at.shape[-1] :]
+        own = self.context is None
+        asks = valid[:, -at.shape[-1] :] if own else torch.ones_like(at, dtype=torch.bool)
         shown = torch.cat((asks.expand(len(valid), -1), valid[:, -of.shape[-1] :]), dim=-1)
         return one_number(moved, shown)
 
@@ -212,6 +228,9 @@ class Inputs:
     def within(self, pattern: Mask | None, q: Tensor, k: Tensor) -> Mask | Tensor | None:
         """The caller's mask within a layer's own pattern."""
         given, queries, keys = self.mask, q.shape[2], k.shape[2]
+        causal = (None, masks.causal)
+        if isinstance(given, Tensor) or given not in causal or pattern not in causal:
+            self.check_places(keys)
         if not isinstance(given, Tensor):
             return self.placed(masks.both(pattern, given), queries, keys)
         pattern, valid = self.placed(pattern, queries, keys), self.valid

@@ -8,6 +8,8 @@ import torch
 import attlas
 from attlas.attach import Part, attach
 from attlas.errors import UserError
+from attlas.hf.caches import cache_of, with_cache
+from attlas.storage.plain import forked
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
 #: Layers that attend as softmax attention does, so that every part works on them.
@@ -124,6 +126,35 @@ def test_outputs_of_heads_are_changed(attention):
             )
         torch.testing.assert_close(silent, changed(ids).logits)
     assert not torch.allclose(silent, plain)
+
+
+@pytest.mark.parametrize(
+    ("options", "padded", "refused"),
+    [
+        ({}, False, False), ({"position": "alibi"}, False, True), ({"position": "t5"}, False, True),
+        ({"attention": {"name": "window", "size": 9}}, False, True), ({}, True, True),
+    ],
+)  # fmt: skip
+def test_a_cache_with_keys_left_out_goes_on_alone_unless_it_matters_where_they_stood(
+    options, padded, refused
+):
+    model, ids = decoder(**options), prompt()
+    mask = None
+    if padded:
+        mask = torch.ones(2, 21, dtype=torch.long)
+        mask[0, :5] = 0
+    with torch.no_grad():
+        with attach(model, attlas.make("snapkv", tokens=12, window=3)):
+            given = {} if mask is None else {"attention_mask": mask[:, :20]}
+            cache = cache_of(model(ids, use_cache=True, **given))
+            other = forked(cache)
+            given = {} if mask is None else {"attention_mask": mask}
+            inside = model(ids[:, :1], **with_cache(model, other), **given).logits
+        if refused:
+            with pytest.raises(UserError, match="cache: a policy has left some keys out"):
+                model(ids[:, :1], **with_cache(model, cache), **given)
+        else:
+            torch.testing.assert_close(model(ids[:, :1], **with_cache(model, cache)).logits, inside)
 
 
 def test_a_copy_made_inside_is_not_attached():

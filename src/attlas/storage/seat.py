@@ -216,6 +216,7 @@ class Seat:
         twin.__dict__.update(layer.__dict__)
         twin.compressed = twin.attached = True
         twin.states = dict(layer.states)
+        twin.moved = layer.index is not None
         twin.index, twin.slot, twin.count = None, self.slot, self.lengths
         twin._keys, twin._values = (Growing(self._rooms[name]) for name in ("keys", "values"))
         twin.visible, twin.latent = self.visible, self.latents

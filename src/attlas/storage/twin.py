@@ -20,13 +20,15 @@ class Twin(StoredLayer):
         slot: where the step's token is written, [1] int64 on the device.
         count: dense slots that are filled with it, [batch, kv_heads] int32.
         visible: which of them hold a token that is no padding, [batch, kv_heads, 1, room]; None for all.
-        latent: the model makes keys of what is held, and is given all the room.
+        latent: the model makes keys of what is held, or reads them by itself: it is given all the room.
+        moved: tokens stand elsewhere than in the order of their slots.
     """
 
     slot: Tensor
     count: Tensor
     visible: Tensor | None = None
     latent: bool = False
+    moved: bool = False
     #: Segments that the step was given of the bodies, and bytes that it chose by.
     told: tuple[Segment, ...] = ()
     scored = 0
@@ -57,7 +59,7 @@ class Twin(StoredLayer):
         Raises:
             ValueError: they do not stand in the order of their slots, or other slots are looked at.
         """
-        if not self.latent or "positions" in self.states:
+        if not self.latent or self.moved or "positions" in self.states:
             raise UserError("a layer looks at where all keys stand")
         if self.visible is None:
             return self._slots()
