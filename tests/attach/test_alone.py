@@ -11,6 +11,7 @@ import torch
 
 import attlas
 import tiny_models
+from attlas import masks
 from attlas.attach import alone, attach, captured, capturing
 from attlas.attach.state import ATTACHED
 from attlas.errors import UserError
@@ -80,6 +81,18 @@ def test_layers_of_users_say_whether_they_are_roomy(steps: list[Any]) -> None:
         expected = written(model)
     assert written(model).equal(expected)
     assert len(steps) == 1
+
+    class Nearer(attlas.Attention):
+        def mask(self, q: Any, k: Any, inputs: Any) -> Any:
+            return inputs.within(masks.causal & masks.window(4), q, k)
+
+    for layer in model.modules():
+        if type(layer) is Longer:
+            layer.__class__ = Nearer
+    with attach(model) as session:
+        written(model)
+    assert session.why_not_captured is not None
+    assert session.why_not_captured.startswith("Nearer in layer 0 makes a mask of its own")
 
 
 def test_a_cpu_has_no_session(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,15 +85,19 @@ def unrecordable(layers: list[Attention]) -> str | None:
     """Which of these layers cannot be part of a recorded step, and why; None where all may be.
 
     Such a step holds more keys than there are, and hides those to come. That this changes nothing the
-    contract tries with every layer of ours; a class of a user's must say so, by `roomy = True`.
+    contract tries with every layer of ours; a class of a user's must say so, by `roomy = True`. So must
+    one with a `mask` stage of its own, for which its `pattern` stands here.
     """
     for layer in layers:
         name = f"{type(layer).__name__} in layer {layer.layer_idx}"
         if not layer.causal:
             return f"{name} is not causal"
-        changed = not is_softmax(layer) or type(layer).features is not Attention.features
-        if layer.keeps_keys and changed and not roomy(type(layer)):
+        kind = type(layer)
+        changed = not is_softmax(layer) or kind.features is not Attention.features
+        if layer.keeps_keys and changed and not roomy(kind):
             return f"{name} does not say that it is roomy"
+        if layer.keeps_keys and kind.mask is not Attention.mask and not getattr(kind, "roomy", False):
+            return f"{name} makes a mask of its own, and does not say that it is roomy"
     return None
 
 

@@ -60,6 +60,8 @@ class RopeNopeHybrid(Attention):
         "told-positions": "the window is over tokens in their order"
     }
 
+    #: Its mask is that of its pattern, whatever a sliding cache has let go of.
+    roomy: ClassVar[bool] = True
     window: int = option(
         "keys that a rotary layer sees, the query's own included", default=4096, at_least=1
     )
