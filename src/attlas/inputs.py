@@ -18,7 +18,7 @@ from attlas.masks import Mask
 from attlas.places import agree, counted, in_order, one_number
 from attlas.positions import Position, Positioned, ScoreMod
 from attlas.positions.base import by_distance
-from attlas.remembering import Unasked, alone, with_states
+from attlas.remembering import Unasked, alone, layer_of, with_states
 from attlas.supports import Form
 from attlas.tracing import traced
 
@@ -169,8 +169,7 @@ class Inputs:
         Raises:
             ValueError: it has, and no session of its model knows which.
         """
-        layers = [] if self.cache is None else self.cache.layers
-        layer = layers[self.layer_idx] if self.layer_idx < len(layers) else None
+        layer = layer_of(self.cache, self.layer_idx)
         if getattr(layer, "index", None) is not None and keys < self.key_positions.shape[-1]:
             raise UserError(
                 "cache: a policy has left some keys out, and where those stand that are there the model "
@@ -247,7 +246,7 @@ class Inputs:
         # The last keys, should a sliding cache have let go of earlier ones.
         valid = valid if valid.shape[1] == keys else valid[:, -keys:]
         relative = pattern is None or pattern.relative
-        if pattern in (None, masks.causal) or (relative and not self.gaps):
+        if pattern in causal or (relative and not self.gaps):
             return masks.both(pattern, masks.padding(valid))
         # Distances of a pattern are counted in tokens, among which padding is none.
         mine = self.key_positions if relative and self.context is None else self.positions
@@ -327,9 +326,7 @@ class Inputs:
 
     def recall(self, name: str) -> Tensor | None:
         """What the pass before this one remembered under `name`; None at the beginning."""
-        layers = [] if self.cache is None else self.cache.layers
-        layer = layers[self.layer_idx] if self.layer_idx < len(layers) else None
-        return None if layer is None else getattr(layer, "states", {}).get(name)
+        return getattr(layer_of(self.cache, self.layer_idx), "states", {}).get(name)
 
     def remember(self, name: str, value: Tensor) -> None:
         """Keep a tensor, its batch first, for the next pass with this cache; nothing without one.

@@ -39,6 +39,12 @@ def alone(k: Tensor, v: Tensor, sides: Mapping[str, Tensor]) -> tuple[Tensor, Te
     return k, v
 
 
+def layer_of(cache: Cache | None, layer_idx: int) -> object:
+    """The cache's layer of this number; None where there is none yet."""
+    layers = [] if cache is None else cache.layers
+    return layers[layer_idx] if layer_idx < len(layers) else None
+
+
 def with_states(cache: Cache, layer_idx: int) -> StoredLayer:
     """The cache's layer, made one that also remembers named tensors.
 

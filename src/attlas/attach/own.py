@@ -56,7 +56,7 @@ def _recorded(
     """The heads of a step's one token in a recorded step: over the keys that lie there, or by a state."""
     if not layer.keeps_keys:
         return layer.attend(q, k, v, inputs)
-    if layer.layer_idx in reading_rooms(held):
+    if _reads_room(held, layer):
         return layer.attend(q, k, v, _of_room(held, layer, inputs))
     if _sees_some(layer):
         raise UserError(f"{type(layer).__name__} sees a pattern of the keys, and parts look at them")
@@ -107,13 +107,16 @@ def roomy(kind: type[Attention]) -> bool:
 
 
 def reading_rooms(held: Attachment) -> set[int]:
-    """Numbers of the layers that are given all the room of their keys in a recorded step: those that read
-    keys in a way of their own, and those that see or weigh them by position, where no part does, too."""
+    """Numbers of the layers that are given all the room of their keys in a recorded step."""
     own = [m for m in held.tower.layers if isinstance(m, Attention) and m.keeps_keys]
-    return {
-        m.layer_idx for m in own
-        if not is_softmax(m) or (not held.parts and (m.score_mod is not None or _sees_some(m)))
-    }  # fmt: skip
+    return {layer.layer_idx for layer in own if _reads_room(held, layer)}
+
+
+def _reads_room(held: Attachment, layer: Attention) -> bool:
+    """Whether a layer reads keys in a way of its own, or sees or weighs them by position where no part
+    looks at them, too."""
+    by_position = layer.score_mod is not None or _sees_some(layer)
+    return not is_softmax(layer) or (by_position and not held.parts)
 
 
 def _copied() -> None:
