@@ -1,0 +1,1 @@
+"""Attention that meets few pairs, chosen by a pattern or by what the tokens hold."""
