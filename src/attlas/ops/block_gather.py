@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from attlas.masks import Mask, causal
-from attlas.ops.block_reference import plainly
+from attlas.ops.block_reference import differentiable
 from attlas.ops.memory_efficient import at_least_float32
 
 #: Scores of a chunk: so few that what is gathered for it is still in a core's caches when it is read.
@@ -162,7 +162,9 @@ class _Gathered(torch.autograd.Function):
         q, k, v, bias, out, lse = ctx.saved_tensors
         work: _Work = ctx.work
         if torch.is_grad_enabled():  # the gradient will itself be differentiated
-            return *_differentiable(q, k, v, bias, work, (d_out, d_lse)), None
+            given, told = (q, k, v, bias), (d_out, d_lse)
+            how = work.blocks, work.size, work.mask, work.scale, work.offset
+            return *differentiable(given, told, *how), None
         batch = len(q)
         delta = (at_least_float32(d_out) * at_least_float32(out)).sum(-1) - d_lse
         safe = lse.masked_fill(lse == -torch.inf, torch.inf)
@@ -192,17 +194,6 @@ class _Gathered(torch.autograd.Function):
         if bias is not None and d_extra is not None:
             d_bias = work.keys_of(d_extra, batch)[..., 0].sum_to_size(bias.shape).to(bias.dtype)
         return work.queries_of(d_q).to(q.dtype), d_k, d_v, d_bias, None
-
-
-def _differentiable(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, work: _Work, grads: tuple[Tensor, Tensor]
-) -> list[Tensor | None]:
-    """The gradients as functions of all that they depend on, with all pairs in memory."""
-    found = plainly(q, k, v, work.blocks, work.size, work.mask, bias, work.scale, work.offset)
-    given = (q, k, v, bias)
-    wanted = [t for t in given if t is not None and t.requires_grad]
-    each = iter(torch.autograd.grad(found, wanted, grads, create_graph=True, allow_unused=True))
-    return [next(each) if t is not None and t.requires_grad else None for t in given]
 
 
 def _attended(

@@ -6,6 +6,7 @@
 |-----------|-----------------------------------------------------------------------------------|
 | reference | always; all scores in memory                                                        |
 | gather    | always but where tensors stand for others; memory grows with what is listed          |
+| kernel    | a CUDA device with Triton, blocks of powers of two, causal, padding or no mask        |
 
 A row that sees nothing gives 0 and lse = −∞. Several calls over disjoint keys are joined by `merge`.
 """
@@ -22,12 +23,13 @@ from attlas.errors import UnknownName
 from attlas.masks import Mask, causal
 from attlas.masks.algebra import And
 from attlas.masks.pages import check_lists, sizes
+from attlas.ops import block_kernels
 from attlas.ops.block_gather import gather
 from attlas.ops.block_reference import plainly
 from attlas.tracing import traced
 
-BlockRoute = Literal["auto", "reference", "gather"]
-BLOCK_ROUTES: tuple[BlockRoute, ...] = ("auto", "reference", "gather")
+BlockRoute = Literal["auto", "reference", "gather", "kernel"]
+BLOCK_ROUTES: tuple[BlockRoute, ...] = ("auto", "reference", "gather", "kernel")
 
 
 @overload
@@ -97,8 +99,14 @@ def listed(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(out, lse) of lists that are known to be well formed: nothing is asked of the device."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if route == "reference" or traced():
+    if route == "reference" or (route != "kernel" and traced()):
         return plainly(q, k, v, blocks, size, mask, bias, scale, q_offset)
+    if route != "gather":
+        why = block_kernels.refuses(q, k, v, blocks, size, mask, scale)
+        if why is None:
+            return block_kernels.attended(q, k, v, blocks, size, mask, bias, scale, q_offset)
+        if route == "kernel":
+            raise ValueError(f"route='kernel' cannot take this call: {why}")
     return gather(q, k, v, blocks, size, mask, bias, scale, q_offset)
 
 
