@@ -2,10 +2,10 @@
 
     s = scale · q Kᵀ + bias, hidden pairs at −∞     out = softmax(s) V     lse = log Σ exp(s)
 
-A program has the queries of one block, of all heads that share its list where they are few, and takes one
-tile of the listed keys after the other. As lists ascend, tiles whose every pair is seen come first and are
-taken without masks; behind them those that `causal` or the end of the keys cuts. Numbers of blocks are
-loaded one tile ahead, so that no load of keys waits for one.
+A program has the queries of one block, of several heads where they share its list and are few, and
+takes one tile of the listed keys after the other. As lists ascend, tiles whose every pair is seen come
+first and are taken without masks; behind them come those that `causal` or the end of the keys cuts.
+Numbers of blocks are loaded one tile ahead, so that no load of keys waits for one.
 
 Cost: 2d multiply-adds for each listed pair, as many as plain attention has for it; K and V are read once
 for every block of queries that lists them.
@@ -38,18 +38,21 @@ def rows_at(
     By TMA x is a descriptor, n counts up from 0, and what lies outside is 0.
     """
     if TMA:
-        return x.load([batch, head, at, 0]).reshape(n.shape[0], ROOM)
-    d = tl.arange(0, ROOM)
-    x += tl.cast(batch, tl.int64) * x_b + tl.cast(head, tl.int64) * x_h + tl.cast(at, tl.int64) * x_t
-    place = x + n[:, None] * x_t + d[None, :]
-    if CUT:
-        mask = live[:, None]
-        if D < ROOM:
-            mask = mask & (d < D)[None, :]
-        return tl.load(place, mask=mask, other=0.0)
-    if D < ROOM:
-        return tl.load(place, mask=tl.broadcast_to((d < D)[None, :], place.shape), other=0.0)
-    return tl.load(place)
+        found = x.load([batch, head, at, 0]).reshape(n.shape[0], ROOM)
+    else:
+        d = tl.arange(0, ROOM)
+        x += tl.cast(batch, tl.int64) * x_b + tl.cast(head, tl.int64) * x_h + tl.cast(at, tl.int64) * x_t
+        place = x + n[:, None] * x_t + d[None, :]
+        if CUT:
+            mask = live[:, None]
+            if D < ROOM:
+                mask = mask & (d < D)[None, :]
+            found = tl.load(place, mask=mask, other=0.0)
+        elif D < ROOM:
+            found = tl.load(place, mask=tl.broadcast_to((d < D)[None, :], place.shape), other=0.0)
+        else:
+            found = tl.load(place)
+    return found
 
 
 @triton.jit
@@ -131,7 +134,8 @@ def _walk(
         if BIAS:
             s = s * scale + (tl.load(bias + at + m, mask=there, other=0.0) * LOG2E)[None, :]
         if MASKED or PADDED:
-            s = tl.where(seen_pairs(at, m, position, valid, keys, CAUSAL, MASKED, PADDED), s, float("-inf"))
+            seen = seen_pairs(at, m, position, valid, keys, CAUSAL, MASKED, PADDED)
+            s = tl.where(seen, s, float("-inf"))
         highest = tl.max(s, 1)
         higher = tl.maximum(top, highest if BIAS else highest * scale)
         base = higher

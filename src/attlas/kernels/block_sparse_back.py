@@ -143,8 +143,14 @@ def _along(
             live = n < queries
             query = rows_at(q, batch, of, at, r, q_b, q_h, q_t, live, D, ROOM, EDGE, TMA)
             above = rows_at(d_out, batch, of, at, r, o_b, o_h, o_t, live, D, ROOM, EDGE, TMA)
-            each = (batch * heads + of).to(tl.int64) * queries + n
             number = following
+            if TMA:
+                row_top = top.load([batch, of, at]).reshape(ROWS)
+                row_delta = delta.load([batch, of, at]).reshape(ROWS)
+            else:
+                each = (batch * heads + of).to(tl.int64) * queries + n
+                row_top = tl.load(top + each, mask=live, other=float("inf"))
+                row_delta = tl.load(delta + each, mask=live, other=0.0)
         else:
             f = t * ROWS + r
             inside = f // span < listed
@@ -156,11 +162,8 @@ def _along(
             place, there = packed_at(d_out, batch, head, 0, h, long, o_b, o_h, o_t, live, D, ROOM)
             above = tl.load(place, mask=there, other=0.0)
             each = (batch * heads + head + h).to(tl.int64) * queries + n
-        if EDGE or not one:
             row_top = tl.load(top + each, mask=live, other=float("inf"))
             row_delta = tl.load(delta + each, mask=live, other=0.0)
-        else:
-            row_top, row_delta = tl.load(top + each), tl.load(delta + each)
         p = tl.dot(key, tl.trans(query), input_precision=PRECISION) * scale
         if BIAS:
             p += added[:, None]

@@ -146,8 +146,8 @@ class _Call:
             self.blocks.shape[3], *self.last, *_strides(self.q, self.k, self.v, above, d_q),
             self.valid_b, **fixed,
         )  # fmt: skip
-        grid, fixed = self.by_keys(above)
-        q, d_y = _loaded(fixed, "ROWS", self.q, above)
+        grid, fixed = self.by_keys(above, top)
+        q, d_y, top, delta = _loaded(fixed, "ROWS", self.q, above, top, delta)
         there = triton.cdiv(self.keys, self.size[1])
         d_bias = None if self.added is None else torch.empty_like(self.added)
         backward_keys[grid](
@@ -174,14 +174,14 @@ class _Call:
         grid = (triton.cdiv(self.queries, each), self.batch * self.heads // pack)
         return grid, {**self.fixed, **cut}
 
-    def by_keys(self, above: Tensor) -> tuple[tuple[int, int], dict[str, Any]]:
+    def by_keys(self, above: Tensor, top: Tensor) -> tuple[tuple[int, int], dict[str, Any]]:
         """How the kernel is cut whose programs have keys."""
         tile = self.tile("keys")
         keys = min(self.size[1], tile.keys)
         cut = {
             "SHARE": self.share, "ROWS": tile.queries, "BK": keys,
             "EDGE": self.queries % self.size[0] != 0,
-            "TMA": tile.tma and tile.queries <= self.size[0] and _by_tma(self.q, above),
+            "TMA": tile.tma and tile.queries <= self.size[0] and _by_tma(self.q, above, top),
             **tile.compiled(keys),
         }  # fmt: skip
         grid = (triton.cdiv(self.keys, keys), self.batch * self.kv_heads)
@@ -234,7 +234,7 @@ def _by_tma(*tensors: Tensor) -> bool:
     x = tensors[0]
     if not x.is_cuda or torch.cuda.get_device_capability(x.device) < (9, 0):
         return False
-    steps = [n * x.itemsize for x in tensors for n in x.stride()[:3]]
+    steps = [n * x.itemsize for x in tensors for n in x.stride()[:-1]]
     return all(n > 0 and n % 16 == 0 for n in steps) and all(x.data_ptr() % 16 == 0 for x in tensors)
 
 
@@ -243,4 +243,6 @@ def _loaded(fixed: dict[str, Any], rows: str, *tensors: Tensor) -> tuple[Any, ..
     if not fixed["TMA"]:
         return tensors
     cut = [1, 1, fixed[rows], fixed["ROOM"]]
-    return tuple(TensorDescriptor(x, list(x.shape), list(x.stride()), cut) for x in tensors)
+    return tuple(
+        TensorDescriptor(x, list(x.shape), list(x.stride()), cut[: x.ndim]) for x in tensors
+    )

@@ -161,6 +161,8 @@ class _Document(ByTensor):
 
 
 class Padding(ByTensor):
+    """Keys that are valid tokens; see `padding`."""
+
     def __init__(self, valid: Tensor) -> None:
         super().__init__(valid)
         self.batch = valid.shape[0]
