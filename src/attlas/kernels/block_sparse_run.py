@@ -43,7 +43,7 @@ class Tile:
 #: every 4 warps. Of blocks with fewer rows or keys a tile has as many as they have.
 TILES = {
     ("forward", 2, 64): Tile(128, 128, 8, 3, True), ("forward", 2, 128): Tile(128, 128, 8, 2, True),
-    ("forward", 2, 256): Tile(128, 64, 8, 2, True), ("forward", 4, 64): Tile(64, 32, 4, 2),
+    ("forward", 2, 256): Tile(64, 64, 4, 2, True), ("forward", 4, 64): Tile(32, 32, 4, 2),
     ("forward", 4, 128): Tile(32, 32, 4, 2), ("forward", 4, 256): Tile(16, 16, 4, 2),
     ("queries", 2, 64): Tile(128, 64, 8, 3, True), ("queries", 2, 128): Tile(128, 64, 8, 2, True),
     ("queries", 2, 256): Tile(64, 32, 4, 2, True), ("queries", 4, 64): Tile(32, 32, 4, 2),
@@ -74,7 +74,7 @@ class BlockSparse(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, listed: Listed, plain: Plain
     ) -> tuple[Tensor, Tensor]:
         """(out, lse)."""
-        out, lse = _Call(q, k, v, bias, listed).forward()
+        out, lse = Call(q, k, v, bias, listed).forward()
         ctx.save_for_backward(q, k, v, bias, out, lse)
         ctx.listed, ctx.plain = listed, plain
         ctx.set_materialize_grads(False)
@@ -88,11 +88,11 @@ class BlockSparse(torch.autograd.Function):
             above = torch.zeros_like(out) if d_out is None else d_out
             of_sums = torch.zeros_like(lse) if d_lse is None else d_lse
             return *ctx.plain((q, k, v, bias), (above, of_sums)), None, None
-        found = _Call(q, k, v, bias, ctx.listed).backward(out, lse, d_out, d_lse)
+        found = Call(q, k, v, bias, ctx.listed).backward(out, lse, d_out, d_lse)
         return *found, None, None
 
 
-class _Call:
+class Call:
     """The kernels of one call, with what all of them take."""
 
     def __init__(
@@ -137,8 +137,12 @@ class _Call:
         """Gradients of q, k, v and bias."""
         above = out.new_zeros(out.shape) if d_out is None else d_out
         above = above if above.stride(-1) == 1 else above.contiguous()
-        top, delta = self.rows(out, lse, above, d_lse)
-        d_q, d_k, d_v = (_like(x) for x in (self.q, self.k, self.v))
+        sums = self.rows(out, lse, above, d_lse)
+        return self.to_queries(above, *sums), *self.to_keys(above, *sums)
+
+    def to_queries(self, above: Tensor, top: Tensor, delta: Tensor) -> Tensor:
+        """The gradient of q, of that of out and what `rows` gives."""
+        d_q = _like(self.q)
         grid, fixed = self.by_lists("queries")
         k, v = _loaded(fixed, "BK", self.k, self.v)
         backward_queries[grid](
@@ -146,18 +150,22 @@ class _Call:
             self.blocks.shape[3], *self.last, *_strides(self.q, self.k, self.v, above, d_q),
             self.valid_b, **fixed,
         )  # fmt: skip
-        grid, fixed = self.by_keys(above, top)
-        q, d_y, top, delta = _loaded(fixed, "ROWS", self.q, above, top, delta)
-        there = triton.cdiv(self.keys, self.size[1])
+        return d_q
+
+    def to_keys(self, above: Tensor, top: Tensor, delta: Tensor) -> tuple[Tensor | None, ...]:
+        """Those of k, v and bias."""
+        d_k, d_v, there = _like(self.k), _like(self.v), triton.cdiv(self.keys, self.size[1])
         d_bias = None if self.added is None else torch.empty_like(self.added)
+        grid, fixed = self.by_keys(above, top)
+        loaded = _loaded(fixed, "ROWS", self.q, above, top, delta)
         backward_keys[grid](
-            q, self.k, self.v, self.added, self.valid, *turned(self.blocks, there), d_y, top, delta,
+            loaded[0], self.k, self.v, self.added, self.valid, *turned(self.blocks, there), *loaded[1:],
             d_k, d_v, d_bias, *self.first, there, *self.last,
             *_strides(self.q, self.k, self.v, above, d_k), self.valid_b, **fixed,
         )  # fmt: skip
         if self.bias is None or d_bias is None:
-            return d_q, d_k, d_v, None
-        return d_q, d_k, d_v, d_bias.sum_to_size(self.bias.shape).to(self.bias.dtype)
+            return d_k, d_v, None
+        return d_k, d_v, d_bias.sum_to_size(self.bias.shape).to(self.bias.dtype)
 
     def by_lists(self, kernel: str) -> tuple[tuple[int, int], dict[str, Any]]:
         """How a kernel is cut whose programs have queries."""
