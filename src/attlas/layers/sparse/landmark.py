@@ -77,6 +77,7 @@ class Landmark(Attention):
 
     def both_places(self, inputs: Inputs, queries: int, keys: int) -> tuple[Tensor, Tensor]:
         """Places of the last queries [batch 1 queries 1] and keys [batch 1 1 keys]."""
+        inputs.check_places(keys)
         at = self.places(inputs)[:, None, None, -keys:]
         return at[..., -queries:].mT, at
 
@@ -123,6 +124,7 @@ class Landmark(Attention):
         if self.retrieve is None or dropped or not plain:
             return queries.in_blocks(self, q, k, v, inputs)
         size, keys = self.block, k.shape[2]
+        inputs.check_places(keys)
         slots = -(-keys // size) * size
         if (valid := inputs.valid) is None:
             k, v = (pad(x, (0, 0, 0, slots - keys)) for x in (k, v))
