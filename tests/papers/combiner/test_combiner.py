@@ -17,6 +17,7 @@ FORMS = [
     {"regions": "log", "causal": True},
     {"regions": "log", "causal": False},
     {"regions": "axial", "causal": True},
+    {"regions": "axial", "causal": False},
 ]
 
 
@@ -28,43 +29,36 @@ def _x(tokens: int = 23, batch: int = 2) -> Tensor:
     return torch.randn(batch, tokens, 16, dtype=torch.float64)
 
 
-#: The query and key that a region pools, and the tokens that a query finds in it.
-Region = tuple[list[int], list[int], list[int]]
-
-
-def _plain(tokens: list[int]) -> Region:
-    return tokens, tokens, tokens
-
-
-def _met(layer: Combiner, i: int, n: int) -> tuple[list[int], list[Region]]:
+def _met(layer: Combiner, i: int, n: int) -> tuple[list[int], list[list[int]]]:
     """Direct tokens of query i, and its regions, from the definition of each pattern."""
     size, every = layer.segment, range(n)
     row, last = i // size, i if layer.causal else n - 1
     direct = [j for j in every if j // size == row and j <= last]
     if layer.regions == "fixed":
         rows = range(row) if layer.causal else [r for r in range(-(-n // size)) if r != row]
-        return direct, [_plain([j for j in every if j // size == r]) for r in rows]
+        return direct, [[j for j in every if j // size == r] for r in rows]
     if layer.regions == "log":
         regions, level = [], 0
         while (1 << level) < -(-n // size):
             node = row >> level
             inside = [j for j in every if (j // size) >> level == node ^ 1]
             if inside and (node % 2 == 1 or not layer.causal):
-                regions.append(_plain(inside))
+                regions.append(inside)
             level += 1
         return direct, regions
-    column = i % size
-    direct += [j for j in every if j // size < row and j % size == column]
-    regions = []
-    for c in range(size):
-        above = [r * size + c for r in range(row)]
-        if c != column and above:
-            regions.append(_plain(above))
-    for r in range(row):
-        for side in (range(column), range(column + 1, size)):
-            if inside := [r * size + c for c in side]:
-                regions.append(_plain(inside))
-    return direct, regions
+    column, causal = i % size, layer.causal
+    rows = range(-(-n // size))
+    others = [r for r in rows if (r < row if causal else r != row)]
+    direct += [r * size + column for r in others if r * size + column < n]
+    lines = [
+        [r * size + c for r in side] for c in range(size) if c != column or not causal
+        for side in (range(row), [] if causal else rows[row + 1 :])
+    ] + [
+        [r * size + c for c in side] for r in (others if causal else rows)
+        for side in (range(column), range(column + 1, size))
+    ]  # fmt: skip
+    lines = [[j for j in line if j < n] for line in lines]
+    return direct, [line for line in lines if line]
 
 
 def _pooled(layer: Combiner, x: Tensor) -> Tensor:
@@ -79,11 +73,11 @@ def _defined(layer: Combiner, q: Tensor, k: Tensor) -> Tensor:
     for i in range(n):
         direct, regions = _met(layer, i, n)
         scores = [q[i] @ k[j] for j in direct]
-        scores += [q[i] @ _pooled(layer, k[keys]) for _, keys, _ in regions]
+        scores += [q[i] @ _pooled(layer, k[inside]) for inside in regions]
         shares = torch.stack(scores).softmax(-1)
         weights[i, direct] = shares[: len(direct)]
-        for share, (asks, _, inside) in zip(shares[len(direct) :], regions, strict=True):
-            weights[i, inside] += share * (k[inside] @ _pooled(layer, q[asks])).softmax(-1)
+        for share, inside in zip(shares[len(direct) :], regions, strict=True):
+            weights[i, inside] += share * (k[inside] @ _pooled(layer, q[inside])).softmax(-1)
     return weights
 
 
@@ -188,7 +182,7 @@ def test_gradients_are_those_of_finite_differences(form: dict[str, object]) -> N
 
 @pytest.mark.parametrize(
     "options",
-    [{"segment": 0}, {"regions": "other"}, {"causal": False, "regions": "axial"},
+    [{"segment": 0}, {"regions": "other"}, {"activation": "relu", "regions": "axial"},
      {"pooling": "max", "regions": "axial", "causal": True}, {"position": "alibi"},
      {"own_region": True, "causal": True}],
 )  # fmt: skip

@@ -12,13 +12,16 @@ all that meet it, with q_Ω = pool of its queries. Text stands in rows of L toke
     axial   direct: the own row and column; regions: each other column above the own row, and of each row
             above the parts left and right of the own column, so that those tokens are met twice
 
-Causal regions hold only tokens before the query's row, direct tokens none behind it.
+Causal regions hold only tokens before the query's row, direct tokens none behind it. In both directions
+axial regions are above and below, of the own column too, and left and right of it, in the own row too.
 Cost: n·(L + n / L)·d multiply-adds a head for `fixed` and `axial`, n·√n with L = √n, and
 n·(L + log(n / L))·d for `log`. Memory as the scores: n·(L + n / L).
 Reduces to softmax attention in one row, and `fixed` in rows of one token.
 Source: "Combiner: Full Attention Transformer with Sparse Computation Cost" and its authors' program.
 Axial regions pool by sums there, and in both directions `fixed` meets the own row as a region as well
-(`own_region`). Its axial form of both directions, which has still other overlaps, is not here.
+(`own_region`). Two oversights of its axial form of both directions are not followed: a token meets
+itself in its row and again in its column, and regions without tokens take weight. It has no `log`: that
+regions are the nodes of one binary tree is how the paper's spans of powers of two are read here.
 """
 
 from __future__ import annotations
@@ -87,11 +90,7 @@ class Combiner(Attention):
             )
         if self.own_region and (self.causal or self.regions != "fixed"):
             raise ValueError("own_region=True is an option of regions='fixed' with causal=False")
-        if self.regions != "axial":
-            return
-        if not self.causal:
-            raise ValueError("causal=False: regions='axial' has no other form than a causal one")
-        if (self.activation, self.pooling) != ("identity", "sum"):
+        if self.regions == "axial" and (self.activation, self.pooling) != ("identity", "sum"):
             raise ValueError(
                 "regions='axial' takes activation='identity' and pooling='sum', got "
                 f"{self.activation!r} and {self.pooling!r}"
@@ -196,21 +195,23 @@ class Combiner(Attention):
             yield scores, values[:, :, :, None], OF_ROW
 
     def _axial(self, q: Tensor, k: Tensor, v: Tensor, shown: Tensor, first: int) -> Iterator[Met]:
-        """The own column, then other columns above the row, then rows left and right of the column."""
-        rows, columns, asks = q.shape[2], q.shape[3], q[:, :, first:]
-        row, column = (torch.arange(n, device=q.device) for n in (rows, columns))
-        above = (row < row[first:, None])[:, None]
-        in_column = torch.einsum("bhrcd,bhscd->bhrcs", asks, k)
-        yield in_column.masked_fill(~above, -torch.inf), v, OF_COLUMN
-        keys, values = (x.transpose(2, 3) for x in _before(*(x.transpose(2, 3) for x in (q, k, v))))
-        scores = asks @ keys[:, :, first:].mT
-        other = (column != column[:, None]) & (row[first:, None, None] > 0)
-        yield scores.masked_fill(~other, -torch.inf), values[:, :, first:], OF_ROW
-        left = _before(q, k, v)
-        right = tuple(x.flip(3) for x in _before(*(x.flip(3) for x in (q, k, v))))
-        for (keys, values), edge in ((left, 0), (right, columns - 1)):
+        """The own column, then columns above and below the row, then rows left and right."""
+        asks, causal = q[:, :, first:], self.causal
+        row, column = (torch.arange(n, device=q.device) for n in q.shape[2:4])
+        mine = row[first:, None]
+        others = (row < mine if causal else row != mine)[:, None]
+        scores = torch.einsum("bhrcd,bhscd->bhrcs", asks, k)
+        there = shown.transpose(2, 3)[:, :, None]  # [batch 1 1 columns rows]
+        yield scores.masked_fill(~(others & there), -torch.inf), v, OF_COLUMN
+        grid = (q, k, v, shown)
+        upright = tuple(x.transpose(2, 3) for x in grid)
+        for region in _sides(upright, both=not causal):
+            keys, values, some = (x.transpose(2, 3)[:, :, first:] for x in region)
+            met = some[:, :, :, None] & ((column != column[:, None]) | (not causal))
+            yield (asks @ keys.mT).masked_fill(~met, -torch.inf), values, OF_ROW
+        for keys, values, some in _sides(grid, both=True):
             scores = torch.einsum("bhrcd,bhscd->bhrcs", asks, keys)
-            met = above & (column != edge)[:, None]
+            met = some.transpose(2, 3)[:, :, None] & (others | (not causal))
             yield scores.masked_fill(~met, -torch.inf), values, OF_COLUMN
 
     def _summaries(
@@ -240,9 +241,24 @@ def _joined(x: Tensor, level: int) -> Tensor:
     return parts
 
 
-def _before(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values of the regions before each token along the fourth axis; zeros of none."""
+def _sides(grid: tuple[Tensor, ...], both: bool) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Of the regions before each token along the fourth axis: keys, values, and whether they hold any
+    token; then the same of those behind it.
+
+    Args:
+        grid: queries, keys and values [batch heads lines tokens width], and True at tokens.
+        both: whether the regions behind are asked for.
+    """
+    yield _before(*grid)
+    if both:
+        keys, values, some = _before(*(x.flip(3) for x in grid))
+        yield keys.flip(3), values.flip(3), some.flip(3)
+
+
+def _before(q: Tensor, k: Tensor, v: Tensor, shown: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     number = torch.arange(q.shape[3], device=q.device)
-    scores = (q.cumsum(3) @ k.mT).masked_fill(number > number[:, None], -torch.inf)
-    keys, values = k.cumsum(3), ops.softmax(scores) @ v
-    return pad(keys[:, :, :, :-1], (0, 0, 1, 0)), pad(values[:, :, :, :-1], (0, 0, 1, 0))
+    seen = (number <= number[:, None]) & shown[:, :, :, None]
+    values = ops.softmax((q.cumsum(3) @ k.mT).masked_fill(~seen, -torch.inf)) @ v
+    some = pad(shown.long().cumsum(3)[:, :, :, :-1], (1, 0)) > 0
+    shifted = (pad(x[:, :, :, :-1], (0, 0, 1, 0)) for x in (k.cumsum(3), values))
+    return next(shifted), next(shifted), some
