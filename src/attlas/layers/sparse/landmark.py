@@ -113,9 +113,7 @@ class Landmark(Attention):
         q_at, k_at = self.both_places(inputs, queries, keys)
         landmark = k_at % self.block == self.block - 1
         blocks = -(-keys // self.block)
-        return grouped_softmax(
-            scores, q_at // self.block, k_at // self.block, landmark, blocks
-        )
+        return grouped_softmax(scores, q_at // self.block, k_at // self.block, landmark, blocks)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
         """With retrieved blocks alone, where nothing but causality and padding hides pairs."""
