@@ -5,7 +5,7 @@
 B [heads, N, N] comes from a table of relative positions; M hides from each other what only the shift of
 the image brought into one window. On a GPU a kernel holds all N² pairs of a window on the chip and
 takes the width of the heads in tiles, forward and backward (see `attlas.kernels.windows`); elsewhere, and
-where windows have more than 128 tokens, all pairs are in memory.
+where windows have more than 128 tokens, SDPA takes the windows of an image as so many heads.
 
 Cost: 4·N²·d operations a window and head; with the kernel, memory of q, k, v and the output alone.
 Reduces to softmax attention of each window without bias and mask.
@@ -18,6 +18,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from attlas.catalog.kinds import OP
 from attlas.catalog.registry import mechanism
@@ -59,7 +60,7 @@ def window_attend(
     if mask is not None:
         added = mask if mask.dtype != torch.bool else _added(mask, q.dtype)
     if refuses(q, k, v, bias) is not None:
-        return plain(q, k, v, bias, added, scale)
+        return side_by_side(q, k, v, bias, added, scale)
     from attlas.kernels.windows_run import Windows
 
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
@@ -79,6 +80,25 @@ def plain(
     if mask is not None:
         scores = (scores.unflatten(0, (-1, len(mask))) + mask[:, None]).flatten(0, 1)
     return softmax(scores).to(v.dtype) @ v
+
+
+def side_by_side(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float
+) -> Tensor:
+    """One call of SDPA, to which the windows of an image are heads with biases of their own."""
+    rows, heads, tokens, _ = q.shape
+    windows = 1 if mask is None else len(mask)
+    q, k, v = (x.reshape(rows // windows, windows * heads, tokens, x.shape[-1]) for x in (q, k, v))
+    added = None if bias is None else bias[None]
+    if mask is not None:
+        added = mask[:, None] if added is None else added + mask[:, None]
+    if added is None:
+        return scaled_dot_product_attention(q, k, v, scale=scale)
+    added = added.to(q.dtype).expand(windows, heads, tokens, tokens).flatten(0, 1)[None]
+    out = scaled_dot_product_attention(q, k, v, added, scale=scale)
+    if mask is not None:  # SDPA's kernels disagree on rows that see nothing
+        out = out.masked_fill(added.detach().amax(-1, keepdim=True) == -torch.inf, 0.0)
+    return out.reshape(rows, heads, tokens, v.shape[-1])
 
 
 def refuses(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> str | None:

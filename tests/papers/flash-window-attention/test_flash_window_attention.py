@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import attlas
-from attlas.ops.windows import joined, partition, relative_bias, shift_mask, window_attend
+from attlas.ops.windows import joined, partition, plain, relative_bias, shift_mask, window_attend
 
 HEADS, WIDTH = 2, 16
 
@@ -119,6 +119,27 @@ def test_the_kernel_equals_it_to_the_precision_that_is_asked(side, dtype, allowe
     errors = json.loads(done.stdout.splitlines()[-1])
     assert len(errors) == 3
     assert max(errors) <= allowed
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("mask", [None, "seen", "numbers"])
+def test_both_ways_without_a_kernel_agree(bias, mask):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(6, HEADS, 5, WIDTH, dtype=torch.float64).requires_grad_() for _ in range(3))
+    added = torch.randn(HEADS, 5, 5, dtype=torch.float64).requires_grad_() if bias else None
+    hidden = {
+        None: None, "seen": torch.rand(3, 5, 5) > 0.5,
+        "numbers": torch.randn(3, 5, 5, dtype=torch.float64),
+    }[mask]  # fmt: skip
+    numbers = torch.zeros(3, 5, 5).double().masked_fill(~hidden, -torch.inf) if mask == "seen" else hidden
+    leaves, found = [q, k, v, *([added] if bias else [])], []
+    for out in (
+        window_attend(q, k, v, bias=added, mask=hidden, scale=0.3),
+        plain(q, k, v, added, numbers, 0.3),
+    ):  # fmt: skip
+        found.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    for ours, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(ours, wanted)
 
 
 def test_without_bias_and_mask_it_is_softmax_attention():
