@@ -1,6 +1,8 @@
 """Functions on q, k, v. Each has a plain reference and faster routes that agree with it."""
 
 from attlas.ops.attend import ROUTES, Route, attend
+from attlas.ops.block_reference import as_lists
+from attlas.ops.block_sparse import BLOCK_ROUTES, BlockRoute, block_sparse
 from attlas.ops.decode import decode
 from attlas.ops.delta import delta_correction
 from attlas.ops.exact import exact, product, recomputed, unit, wide
@@ -8,7 +10,7 @@ from attlas.ops.fused import fused
 from attlas.ops.latent import latent_attend
 from attlas.ops.lookahead import LookaheadKeys, lookahead_attend, lookahead_refuses
 from attlas.ops.memory_efficient import memory_efficient
-from attlas.ops.pages import best_pages, page_bounds, page_scores
+from attlas.ops.pages import best_pages, page_bounds, page_means, page_scores
 from attlas.ops.recurrence import recurrence
 from attlas.ops.reference import (
     as_dense,
@@ -24,12 +26,16 @@ from attlas.ops.reference import (
 from attlas.ops.running import running_mean
 
 __all__ = [
+    "BLOCK_ROUTES",
     "ROUTES",
+    "BlockRoute",
     "LookaheadKeys",
     "Route",
     "as_dense",
+    "as_lists",
     "attend",
     "best_pages",
+    "block_sparse",
     "decode",
     "delta_correction",
     "divided",
@@ -43,6 +49,7 @@ __all__ = [
     "memory_efficient",
     "merge",
     "page_bounds",
+    "page_means",
     "page_scores",
     "product",
     "recomputed",
