@@ -91,6 +91,18 @@ def test_all_regions_give_full_attention_and_the_local_term(sizes):
     assert not torch.allclose(made(topk=8)(x), wanted)
 
 
+def test_the_block_engine_gives_the_same_for_the_lists_that_are_read():
+    module, x = made(), torch.randn(2, 6, 9, 8).double()
+    q, k, v = (p(x) for p in (module.q_proj, module.k_proj, module.v_proj))
+    by_region = [module.split(t) for t in (q, k, v)]
+    _, chosen = module.route(*by_region[:2], None)
+    heads = [t.flatten(1, 2).unflatten(-1, (2, -1)).transpose(1, 2) for t in by_region]
+    lists = chosen.sort(-1).values[:, None]
+    found = attlas.ops.block_sparse(*heads, lists, size=6, scale=module.scale)
+    wanted = module.split(module.attend(q, k, v))
+    torch.testing.assert_close(found.transpose(1, 2).flatten(2), wanted.flatten(1, 2))
+
+
 class Called(TorchDispatchMode):
     """Names of all operations that run."""
 
