@@ -31,7 +31,6 @@ from attlas import masks, ops
 from attlas.attention import Attention
 from attlas.catalog.registry import Reduction, mechanism
 from attlas.inputs import Inputs
-from attlas.kinds.claim import Claim
 from attlas.masks import Mask
 from attlas.masks.algebra import Reach
 from attlas.ops.reference import taken
@@ -53,13 +52,6 @@ def _all_dense(layer: Attention, plain: Attention) -> None:
 class MoSA(Attention):
     """A few dense heads, and many that attend among few tokens of their own choice."""
 
-    claims = (
-        Claim(  # 2 · 2.1 M multiply-adds a row of 128 bytes are 24 · 0.16 M
-            "at equal cost more, sparse heads reach no higher loss than few dense ones",
-            ours="mosa(heads=26, dense_heads=2, head_dim=16, sparsity=8)", task="shakespeare-bytes",
-            against=("softmax(head_dim=16)",), better="lower", margin=0.0, steps=300, batch=16,
-        ),
-    )  # fmt: skip
     supports = Supports(cross=False, position=False, queries="all")
     changes = ("project", "mask", "output")
     beyond: ClassVar[tuple[str, ...]] = ("position: a share of each head's channels is rotated",)
