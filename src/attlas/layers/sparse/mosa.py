@@ -16,7 +16,9 @@ in a dense one. Memory linear in n. A cache keeps keys of all tokens, which may 
 Reduces to multi-head attention with r = 1 and sparsity = 1, or where all heads are dense.
 Source: "Mixture of Sparse Attention: Content-Based Learnable Sparse Attention via Expert-Choice Routing"
 and its authors' program, which has the initialisation, the half of the channels that are rotated and
-the two tokens at least. A cache is not theirs.
+the two tokens at least. A cache is not theirs. That more sparse heads do better at equal cost was not
+seen here: 14 of sparsity 8 for one of four dense ones, 1200 steps of a small model on Shakespeare at 128
+characters, gave losses 0.2 and 1.3 % higher (two seeds).
 """
 
 from __future__ import annotations
