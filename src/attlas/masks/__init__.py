@@ -5,6 +5,7 @@ from attlas.masks.bigbird import bigbird
 from attlas.masks.given import seen
 from attlas.masks.lower import at, block_mask, both, dense, density, grid, hides_nothing, sdpa_flags
 from attlas.masks.neighborhood import neighborhood
+from attlas.masks.pages import pages
 from attlas.masks.patterns import (
     block,
     blocks,
@@ -44,6 +45,7 @@ __all__ = [
     "keys",
     "neighborhood",
     "padding",
+    "pages",
     "per_head",
     "prefix",
     "sdpa_flags",
