@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -38,8 +37,7 @@ from attlas.masks.algebra import Mask, Reach
 T = TypeVar("T", int, bool)
 
 
-@dataclass(eq=True, unsafe_hash=True)
-class Axis:
+class Axis(NamedTuple):
     """A neighbourhood along one axis."""
 
     length: int
@@ -48,7 +46,7 @@ class Axis:
     dilation: int = 1
     causal: bool = False
 
-    def count(self, group: Tensor) -> Tensor | int:
+    def members(self, group: Tensor) -> Tensor | int:
         """Tokens of a dilation group."""
         if self.length % self.dilation == 0:
             return self.length // self.dilation
@@ -81,8 +79,7 @@ class Span(NamedTuple):
     hi: Tensor
 
 
-@dataclass(eq=True, unsafe_hash=True)
-class Order:
+class Order(NamedTuple):
     """In which order the tokens of a grid stand.
 
     Row-major without a `tile`. With one, the dilation groups follow one another, in each of them its
@@ -146,33 +143,37 @@ class Order:
         groups = torch.where(one, lo % dilation, 0), torch.where(one, hi % dilation, dilation - 1)
         return Span(*groups, lo // dilation, hi // dilation)
 
-    def index(self, device: torch.device) -> Int[Tensor, " places"]:
+    def row_major(self) -> Int[Tensor, " places"]:
         """The row-major token of each place, −1 where it fills up."""
-        places = self.places(torch.arange(self.tokens, device=device))
-        token = torch.zeros(self.tokens, dtype=torch.long, device=device)
+        token = torch.zeros(self.tokens, dtype=torch.long, device="cpu")
         inside = torch.ones_like(token, dtype=torch.bool)
+        places = self.places(torch.arange(self.tokens, device="cpu"))
         for (group, y), n, d in zip(places, self.shape, self.dilation, strict=True):
             at = group + y * d
             token, inside = token * n + at, inside & (at < n)
         return token.where(inside, -1)
 
 
-@dataclass(eq=True, unsafe_hash=True, repr=False)
 class Neighborhood(Mask):
     """The pattern, for queries and keys that stand in some order each."""
 
     tensors = ()
     leaves = ()
 
-    axes: tuple[Axis, ...]
-    queries: Order
-    keys: Order
+    def __init__(self, axes: tuple[Axis, ...], queries: Order, keys: Order) -> None:
+        self.axes, self.queries, self.keys = axes, queries, keys
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and vars(self) == vars(other)
+
+    def __hash__(self) -> int:
+        return hash((type(self), self.axes, self.queries, self.keys))
 
     def visible(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         seen = (q == q) & (k == k)
         places = zip(self.axes, self.queries.places(q), self.keys.places(k), strict=True)
         for axis, (group, y), (other, number) in places:
-            count = axis.count(group)
+            count = axis.members(group)
             first, last = axis.seen(y, count)
             seen = seen & (group == other) & (number >= first) & (number <= last)
             if axis.causal:  # else the last key seen lies within the grid
@@ -185,7 +186,7 @@ class Neighborhood(Mask):
             self.axes, self.queries.spans(q_lo, q_hi), self.keys.spans(k_lo, k_hi), strict=True
         )
         for axis, q, k in spans:
-            longest, shortest = axis.count(q.group_lo), axis.count(q.group_hi)
+            longest, shortest = axis.members(q.group_lo), axis.members(q.group_hi)
             some = some & (q.group_lo <= k.group_hi) & (k.group_lo <= q.group_hi) & (k.lo < longest)
             some = some & (k.hi >= axis.seen(q.lo, shortest)[0])
             some = some & (k.lo <= axis.seen(q.hi, longest)[1])

@@ -146,11 +146,11 @@ def _places(
     queries: Order, keys: Order, device: torch.device
 ) -> tuple[Int[Tensor, " q_places"], Int[Tensor, " k_places"], Int[Tensor, " tokens"]]:
     """Tokens of the queries' and keys' places, the first one where they fill up; each query's place."""
-    token, k_token = queries.index(device), keys.index(device)
+    token, k_token = queries.row_major(), keys.row_major()  # on the CPU: other devices may be meta
     taken = (token >= 0).nonzero()[:, 0]
     back = torch.empty_like(taken)
     back[token[taken]] = taken
-    return token.clamp(min=0), k_token.clamp(min=0), back
+    return token.clamp(min=0).to(device), k_token.clamp(min=0).to(device), back.to(device)
 
 
 def relative_bias(bias: Tensor, pattern: Neighborhood, heads: int) -> ScoreMod:
