@@ -1,8 +1,8 @@
 """Neighbourhoods on a grid of 1, 2 or 3 axes: each query sees the keys nearest to it, axis by axis.
 
 Along an axis of length L with window w, dilation d and stride s, a token at x belongs to the dilation
-group g = x mod d of n = ⌈(L − g)/d⌉ tokens, in which it is number y = ⌊x/d⌋. The s queries of a stride group
-share the window of their leader:
+group g = x mod d of n = ⌈(L − g)/d⌉ tokens, in which it is number y = ⌊x/d⌋. The s queries of a stride
+group share the window of their leader:
 
     leader = min(s ⌊y/s⌋ + ⌊s/2⌋, n − 1)        first = clamp(leader − ⌊w/2⌋, 0, n − w)
     visible keys: those of the same group with first ≤ y' < first + w      always w of them

@@ -21,6 +21,7 @@ Source: "Dilated Neighborhood Attention Transformer".
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -67,7 +68,8 @@ class DilatedNeighborhood(FeatureMap):
         """The map, attended to."""
         batch, channels, height, width = x.shape
         tokens = self.qkv(x.flatten(2).mT)
-        q, k, v = tokens.view(batch, -1, 3, self.heads, channels // self.heads).permute(2, 0, 3, 1, 4)
+        sizes = (batch, height * width, 3, self.heads, channels // self.heads)
+        q, k, v = tokens.view(sizes).permute(2, 0, 3, 1, 4)
         heads = self.attend(q, k, v, (height, width))
         y = self.proj(heads.transpose(1, 2).flatten(2))
         return dropout(y, self.proj_drop, self.training).mT.reshape(x.shape)
@@ -80,7 +82,7 @@ class DilatedNeighborhood(FeatureMap):
         dilation = tuple(min(d, n) for d, n in zip(_pair(self.dilation), shape, strict=True))
         fits = (n // d for n, d in zip(shape, dilation, strict=True))
         window = tuple(min(w, n) for w, n in zip(_pair(self.window), fits, strict=True))
-        bias = self.rpb
+        bias: Tensor | None = self.rpb
         if bias is not None:
             for axis, (full, own) in enumerate(zip(_pair(self.window), window, strict=True), start=1):
                 bias = bias.narrow(axis, full - own, 2 * own - 1)
@@ -122,7 +124,7 @@ class DiNAT(nn.Module):
         super().__init__()
         if len(heads) != len(dilations):
             raise ValueError(f"heads must tell {len(dilations)} levels' as dilations do, got {heads}")
-        halved = {"kernel_size": 3, "stride": 2, "padding": 1}
+        halved: dict[str, Any] = {"kernel_size": 3, "stride": 2, "padding": 1}
         self.stem = nn.Sequential(
             nn.Conv2d(channels, width // 2, **halved), nn.Conv2d(width // 2, width, **halved),
             _Norm(width),
@@ -168,4 +170,5 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
-        return x + self.fc2(gelu(self.fc1(self.norm2(x.movedim(1, -1))))).movedim(-1, 1)
+        mixed: Tensor = self.fc2(gelu(self.fc1(self.norm2(x.movedim(1, -1)))))
+        return x + mixed.movedim(-1, 1)

@@ -12,27 +12,27 @@ beginning. Pattern and tiles: `masks.neighborhood`, `masks.tiles`.
 Cost: O(n Π window) either way. The unfused form gathers every query's neighbours, n · Π window · dim
 numbers; the memory of the fused form does not grow with the window.
 Reduces to full attention where the window covers the grid.
-Source: "Faster Neighborhood Attention: Reducing the O(n²) Cost of Self Attention at the Threadblock Level".
+Source: "Faster Neighborhood Attention: Reducing the O(n^2) Cost of Self Attention at the Threadblock
+Level".
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from functools import partial
+from typing import Literal
 
-import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from attlas.catalog.kinds import OP
 from attlas.catalog.registry import mechanism
 from attlas.errors import UnknownName
-from attlas.masks.neighborhood import Axis, Neighborhood, axes_of
+from attlas.masks.neighborhood import Neighborhood, axes_of
 from attlas.ops.attend import attend
 from attlas.ops.memory_efficient import memory_efficient
-from attlas.ops.neighborhood import CPU, by_tiles, natural
-from attlas.ops.reference import repeated, softmax
-from attlas.tracing import kept, traced
+from attlas.ops.neighborhood import CPU, by_tiles, natural, neighbours_gathered
+from attlas.tracing import traced
 
 Form = Literal["fused", "unfused"]
 FORMS: tuple[Form, ...] = ("fused", "unfused")
@@ -78,13 +78,12 @@ def fused_neighborhood(
     pattern = natural(q, k, axes)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if form == "unfused":
-        found = _unfused(q, k, v, axes, scale)
+        out, lse = neighbours_gathered(q, k, v, axes, scale)
     elif traced():
-        run: Any = attend
-        found = run(q, k, v, mask=pattern, scale=scale, q_offset=0, return_lse=True)
+        out, lse = attend(q, k, v, mask=pattern, scale=scale, q_offset=0, return_lse=True)
     else:
-        found = by_tiles(q, k, v, axes, lambda *given: _fused(*given, scale=scale))
-    return found if return_lse else found[0]
+        out, lse = by_tiles(q, k, v, axes, partial(_fused, scale=scale))
+    return (out, lse) if return_lse else out
 
 
 def _fused(
@@ -94,33 +93,3 @@ def _fused(
     if q.is_cuda:
         return attend(q, k, v, mask=pattern, scale=scale, q_offset=0, return_lse=True)
     return memory_efficient(q, k, v, mask=pattern, scale=scale, q_offset=0, q_chunk=CPU[0])
-
-
-def _unfused(
-    q: Tensor, k: Tensor, v: Tensor, axes: tuple[Axis, ...], scale: float
-) -> tuple[Tensor, Tensor]:
-    """(out, lse) by products of each query with its own neighbours."""
-    at, there = _neighbours(axes, q.device)
-    k, v = (repeated(x, q.shape[1])[:, :, at] for x in (k, v))
-    scores = (k @ (q * scale)[..., None])[..., 0].masked_fill(~there, -torch.inf)
-    out = (softmax(scores)[..., None, :] @ v)[..., 0, :]
-    return out, torch.logsumexp(scores, -1)
-
-
-@kept(64)
-def _neighbours(
-    axes: tuple[Axis, ...], device: torch.device
-) -> tuple[Int[Tensor, "tokens seen"], Bool[Tensor, "tokens seen"]]:
-    """The tokens in each query's window, row by row, and whether they are there and visible."""
-    at = torch.zeros(1, 1, dtype=torch.long, device=device)
-    there = torch.ones_like(at, dtype=torch.bool)
-    for axis in axes:
-        x = torch.arange(axis.length, device=device)
-        group, y = x % axis.dilation, x // axis.dilation
-        first, last = axis.seen(y, axis.members(group))
-        key = first[:, None] + torch.arange(axis.window, device=device)
-        own = (key >= 0) & (key <= last[:, None])
-        token = (group[:, None] + key * axis.dilation).clamp(min=0)
-        at = (at[:, None, :, None] * axis.length + token[:, None]).flatten(2).flatten(0, 1)
-        there = (there[:, None, :, None] & own[:, None]).flatten(2).flatten(0, 1)
-    return at, there

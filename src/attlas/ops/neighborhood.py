@@ -2,10 +2,11 @@
 
     out = softmax(q kᵀ · scale + bias, hidden pairs at −∞) v      pairs: `masks.neighborhood`
 
-| route | does                                                                                  |
-|-------|---------------------------------------------------------------------------------------|
-| dense | the definition, all pairs in memory                                                   |
-| tiles | puts the tokens of boxes of the grid side by side, attends by blocks, puts them back  |
+| route  | does                                                                                 |
+|--------|--------------------------------------------------------------------------------------|
+| dense  | the definition, all pairs in memory                                                  |
+| gather | puts each query's own neighbours side by side, n · Π window · dim numbers            |
+| tiles  | puts the tokens of boxes of the grid side by side, attends by blocks, puts them back |
 
 Tiles are those that touch the fewest blocks, `masks.tiles`. Cost: O(n Π window) beside the tokens that
 the tiles round up; O(n) where tokens change places.
@@ -13,11 +14,12 @@ the tiles round up; O(n) where tokens change places.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from attlas.errors import UnknownName
@@ -25,17 +27,17 @@ from attlas.masks import hides_nothing
 from attlas.masks.neighborhood import Axis, Neighborhood, Order, axes_of
 from attlas.masks.tiles import best_tiles
 from attlas.ops.attend import SMALL, attend
-from attlas.ops.reference import reference
+from attlas.ops.reference import reference, repeated, softmax
 from attlas.positions.base import ScoreMod, additive
 from attlas.tracing import kept, traced
 
-Route = Literal["auto", "dense", "tiles"]
-ROUTES: tuple[Route, ...] = ("auto", "dense", "tiles")
+Route = Literal["auto", "dense", "gather", "tiles"]
+ROUTES: tuple[Route, ...] = ("auto", "dense", "gather", "tiles")
 
 #: Queries and keys to a tile: the blocks of `attend`'s routes.
 CPU, CUDA = (128, 64), (128, 128)
-#: Pairs up to which a trained bias of all of them is held at once.
-HELD = 1 << 22
+#: Numbers up to which each query's own copies of its keys are held at once, for a bias's sake.
+GATHERED = 1 << 27
 
 #: An engine: (q, k, v, pattern) whose tokens stand in tiles -> out, or (out, lse).
 Engine = Callable[[Tensor, Tensor, Tensor, Neighborhood], Tensor | tuple[Tensor, Tensor]]
@@ -51,7 +53,7 @@ def neighborhood(
     stride: int | Sequence[int] = 1,
     dilation: int | Sequence[int] = 1,
     causal: bool | Sequence[bool] = False,
-    bias: Float[Tensor, "heads *offsets"] | None = None,
+    bias: Float[Tensor, "*offsets"] | None = None,
     scale: float | None = None,
     dropout: float = 0.0,
     return_lse: bool = False,
@@ -77,7 +79,7 @@ def neighborhood(
 
     Raises:
         ValueError: sizes that do not fit one another, see `masks.neighborhood`; dropout with an lse or
-            in tiles; an unknown route.
+            by another route than 'dense'; an unknown route.
     """
     axes = axes_of(shape, window, stride, dilation, causal)
     pattern = natural(q, k, axes)
@@ -85,27 +87,76 @@ def neighborhood(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if route not in ROUTES:
         raise UnknownName("route", route, ROUTES)
-    if dropout > 0 and (return_lse or route == "tiles"):
-        raise ValueError(f"dropout={dropout} takes neither return_lse nor route='tiles'")
+    if dropout > 0 and (return_lse or route in ("gather", "tiles")):
+        raise ValueError(f"dropout={dropout} takes neither return_lse nor route='gather' or 'tiles'")
     if route == "dense":
         found = reference(q, k, v, scale=scale, mask=pattern, score_mod=mod, dropout=dropout)
         return found if return_lse else found[0]
     run: Any = attend  # which tells what it gives by the literal value of return_lse
     rest = {"scale": scale, "return_lse": return_lse, "q_offset": 0}
-    pairs = q.shape[2] ** 2
     whole = hides_nothing(pattern, q.shape[2], q.shape[2], 0)
-    if route == "auto" and (pairs <= SMALL or traced() or dropout > 0 or whole):
-        return attend(q, k, v, mask=pattern, score_mod=mod, dropout=dropout, **rest)
-    if route == "auto" and mod is not None and not return_lse and pairs <= HELD:
-        return attend(q, k, v, mask=pattern, score_mod=mod, route="sdpa", **rest)
+    plain = q.shape[2] ** 2 <= SMALL or traced() or dropout > 0 or whole
+    if route == "auto" and plain:
+        out: Tensor | tuple[Tensor, Tensor] = run(
+            q, k, v, mask=pattern, score_mod=mod, dropout=dropout, **rest
+        )
+        return out
+    # What changes scores is summed pair by pair in tiles, into as many numbers as there are offsets.
+    gathered = q.numel() * math.prod(axis.window for axis in axes)
+    if route == "gather" or (route == "auto" and bias is not None and gathered <= GATHERED):
+        found = neighbours_gathered(q, k, v, axes, scale, bias)
+        return found if return_lse else found[0]
 
     def engine(
         q: Tensor, k: Tensor, v: Tensor, mask: Neighborhood
     ) -> Tensor | tuple[Tensor, Tensor]:
         change = None if bias is None else relative_bias(bias, mask, q.shape[1])
-        return attend(q, k, v, mask=mask, score_mod=change, **rest)
+        out: Tensor | tuple[Tensor, Tensor] = run(q, k, v, mask=mask, score_mod=change, **rest)
+        return out
 
     return by_tiles(q, k, v, axes, engine)
+
+
+def neighbours_gathered(
+    q: Tensor, k: Tensor, v: Tensor, axes: tuple[Axis, ...], scale: float, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) by products of each query with its own neighbours, which are put side by side."""
+    at, there, offset = _neighbours(axes, q.device)
+    k, v = (repeated(x, q.shape[1])[:, :, at] for x in (k, v))
+    scores = (k @ (q * scale)[..., None])[..., 0]
+    if bias is not None:
+        scores = scores + bias.flatten(1)[:, offset].to(scores.dtype)
+    scores = scores.masked_fill(~there, -torch.inf)
+    out = (softmax(scores)[..., None, :] @ v)[..., 0, :]
+    return out, torch.logsumexp(scores, -1)
+
+
+@kept(64)
+def _neighbours(
+    axes: tuple[Axis, ...], device: torch.device
+) -> tuple[Int[Tensor, "tokens seen"], Bool[Tensor, "tokens seen"], Int[Tensor, "tokens seen"]]:
+    """The tokens in each query's window, row by row, whether they are there and visible, and which of
+    all offsets, row by row, lies between."""
+    at = torch.zeros(1, 1, dtype=torch.long, device=device)
+    there, offset = torch.ones_like(at, dtype=torch.bool), at
+    for axis in axes:
+        x = torch.arange(axis.length, device=device)
+        group, y = x % axis.dilation, x // axis.dilation
+        first, last = axis.seen(y, axis.members(group))
+        key = first[:, None] + torch.arange(axis.window, device=device)
+        own = (key >= 0) & (key <= last[:, None])
+        token = (group[:, None] + key * axis.dilation).clamp(min=0)
+        most = axis.window - 1
+        step = (key - y[:, None]).clamp(-most, most) + most
+        at = _crossed(at * axis.length, token, torch.add)
+        there = _crossed(there, own, torch.logical_and)
+        offset = _crossed(offset * (2 * most + 1), step, torch.add)
+    return at, there, offset
+
+
+def _crossed(rows: Tensor, own: Tensor, joined: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """What rows [m, s] and [n, t] give for all pairs of each: [m · n, s · t]."""
+    return joined(rows[:, None, :, None], own[:, None]).flatten(2).flatten(0, 1)
 
 
 def natural(q: Tensor, k: Tensor, axes: tuple[Axis, ...]) -> Neighborhood:

@@ -117,7 +117,7 @@ def test_routes_agree_with_the_masked_definition() -> None:
         grid = {"shape": shape, "window": window, **_named(rest)}
         found = {}
         inputs = qkv(math.prod(shape), heads=4)
-        for route in ("dense", "tiles", "auto"):
+        for route in ("dense", "gather", "tiles", "auto"):
             given = [t.clone().requires_grad_() for t in inputs]
             out, lse = generalized_neighborhood(*given, **grid, return_lse=True, route=route)
             (out.square().sum() + lse.exp().sum()).backward()
@@ -126,7 +126,7 @@ def test_routes_agree_with_the_masked_definition() -> None:
             found[route] = [out, lse, *(t.grad for t in given)]
         wanted = ops.reference(*inputs, scale=8**-0.5, mask=crossed(shape, window, *rest)[None, None])
         torch.testing.assert_close(found["dense"][0].detach(), wanted[0], **EXACT)
-        for route in ("tiles", "auto"):
+        for route in ("gather", "tiles", "auto"):
             for ours, theirs in zip(found[route], found["dense"], strict=True):
                 torch.testing.assert_close(ours, theirs, **EXACT)
 
@@ -227,7 +227,7 @@ torch.testing.assert_close(compiled(q, k, v), made(q, k, v))
 
 
 def test_it_is_compiled_whole() -> None:
-    """In a process of its own: shapes are checked by a hook here, which a compiler cannot look through."""
+    """In a process of its own: shapes are checked by a hook here, which stops a compiler."""
     subprocess.run([sys.executable, "-c", COMPILED], check=True)
 
 
