@@ -170,8 +170,9 @@ def sage_attention(
             )  # fmt: skip
     else:
         out, lse = _reference(
-            codes, columns, v_codes, row_scale, column_scale, added, q_block, mask, offset, values, k_block
-        )
+            codes, columns, v_codes, row_scale, column_scale, added, q_block, mask, offset, values,
+            k_block,
+        )  # fmt: skip
         out = out * repeated(v_scale, q.shape[1])
         if v_mean is not None:
             seen = (lse != -torch.inf)[..., None]
