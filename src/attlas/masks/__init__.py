@@ -4,6 +4,7 @@ from attlas.masks.algebra import Mask, Shifted
 from attlas.masks.bigbird import bigbird
 from attlas.masks.given import seen
 from attlas.masks.lower import at, block_mask, both, dense, density, grid, hides_nothing, sdpa_flags
+from attlas.masks.pages import pages
 from attlas.masks.patterns import (
     block,
     blocks,
@@ -42,6 +43,7 @@ __all__ = [
     "hides_nothing",
     "keys",
     "padding",
+    "pages",
     "per_head",
     "prefix",
     "sdpa_flags",

@@ -1,6 +1,8 @@
 """Functions on q, k, v. Each has a plain reference and faster routes that agree with it."""
 
 from attlas.ops.attend import ROUTES, Route, attend
+from attlas.ops.block_reference import as_lists
+from attlas.ops.block_sparse import BLOCK_ROUTES, BlockRoute, block_sparse
 from attlas.ops.decode import decode
 from attlas.ops.delta import delta_correction
 from attlas.ops.exact import exact, product, recomputed, unit, wide
@@ -24,12 +26,16 @@ from attlas.ops.reference import (
 from attlas.ops.running import running_mean
 
 __all__ = [
+    "BLOCK_ROUTES",
     "ROUTES",
+    "BlockRoute",
     "LookaheadKeys",
     "Route",
     "as_dense",
+    "as_lists",
     "attend",
     "best_pages",
+    "block_sparse",
     "decode",
     "delta_correction",
     "divided",

@@ -9,6 +9,7 @@
 | flex       | a pattern or a score_mod; on a GPU compiled, on a CPU without gradients               |
 | blocks     | a pattern, no score_mod, no lse: SDPA on the visible blocks; a CPU's way for patterns |
 | chunked    | always but dropout; O(√n) memory, visits no empty block                               |
+| lists      | a pattern over `masks.pages`, no score_mod: `block_sparse` of what is listed            |
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from attlas.errors import UnknownName
 from attlas.masks import Mask, causal, density, hides_nothing
+from attlas.masks.pages import holds_pages
 from attlas.ops.backends import sdpa
+from attlas.ops.block_reference import lists_of
+from attlas.ops.block_sparse import listed
 from attlas.ops.blocks import blocks
 from attlas.ops.flex import flex, refuses
 from attlas.ops.memory_efficient import memory_efficient
@@ -32,8 +36,8 @@ from attlas.ops.toeplitz_kernels import refuses as kernel_refuses
 from attlas.positions.base import ScoreMod, by_distance, captured
 from attlas.tracing import any_length, traced
 
-Route = Literal["auto", "reference", "sdpa", "flex", "blocks", "chunked"]
-ROUTES: tuple[Route, ...] = ("auto", "reference", "sdpa", "flex", "blocks", "chunked")
+Route = Literal["auto", "reference", "sdpa", "flex", "blocks", "chunked", "lists"]
+ROUTES: tuple[Route, ...] = ("auto", "reference", "sdpa", "flex", "blocks", "chunked", "lists")
 
 #: Pairs below which all scores in memory cost less than any machinery.
 SMALL = 1 << 16
@@ -132,8 +136,8 @@ def _routed(
     if keys == 0:
         out, lse = reference(q, k, v, scale=scale)
         return (out, lse) if return_lse else out
-    if route != "blocks" and isinstance(mask, Mask) and hides_nothing(mask, queries, keys, offset):
-        mask = None
+    if isinstance(mask, Mask) and route != "blocks" and not holds_pages(mask):
+        mask = None if hides_nothing(mask, queries, keys, offset) else mask
     if route == "auto":
         route = _choose(q, k, v, mask, score_mod, dropout, return_lse, offset)
     elif route not in ROUTES:
@@ -142,6 +146,13 @@ def _routed(
         raise ValueError(f"route={route!r} has no dropout; use 'sdpa' or 'reference'")
     if route == "sdpa":
         return _sdpa(q, k, v, mask, score_mod, scale, dropout, offset, return_lse)
+    if route == "lists":
+        if score_mod is not None or not isinstance(mask, Mask) or not holds_pages(mask):
+            raise ValueError("route='lists' takes a pattern over masks.pages, without score_mod")
+        k, v = _alike(k, v, q.shape[1])
+        of_queries, size, rest = lists_of(mask, queries, keys, offset, q.device)
+        out, lse = listed(q, k, v, of_queries, size, rest, scale=scale, q_offset=offset)
+        return (out, lse) if return_lse else out
     if route == "blocks":
         if return_lse or score_mod is not None or not isinstance(mask, Mask):
             raise ValueError("route='blocks' takes a pattern alone, without score_mod or lse")
@@ -178,6 +189,8 @@ def _choose(
         return "sdpa" if fits_sdpa else "reference"
     if traced():
         return _choose_traced(q, k, v, mask, fits_sdpa, small)
+    if score_mod is None and not small and isinstance(mask, Mask) and holds_pages(mask):
+        return "lists"
     # Nothing may be compiled for a change of scores of this call alone. To what is trained of one that
     # is no bias of distances FlexAttention adds pair by pair, forty times as slowly.
     trained = score_mod is not None and torch.is_grad_enabled()

@@ -115,8 +115,8 @@ def grouped_product(
     return product.flatten(1, 2)
 
 
-def repeated(x: Float[Tensor, "batch kv_heads keys *dim"], heads: int) -> Tensor:
-    """Keys or values, or one number for each, repeated so that each query head of a group has its own."""
+def repeated(x: Shaped[Tensor, "batch kv_heads keys *dim"], heads: int) -> Tensor:
+    """What each key head has, repeated so that each query head of a group has its own."""
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
 
 

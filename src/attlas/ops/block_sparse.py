@@ -1,0 +1,158 @@
+"""`block_sparse`: attention to listed blocks of keys.
+
+    out_i = softmax({scale · q_i·k_j + bias_j : j // k_block in blocks[i // q_block], mask(i, j)}) · v
+
+| route     | takes it when                                                                     |
+|-----------|-----------------------------------------------------------------------------------|
+| reference | always; all scores in memory                                                        |
+| gather    | always but where tensors stand for others; memory grows with what is listed          |
+
+A row that sees nothing gives 0 and lse = −∞. Several calls over disjoint keys are joined by `merge`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from attlas.errors import UnknownName
+from attlas.masks import Mask, causal
+from attlas.masks.algebra import And
+from attlas.masks.pages import check_lists, sizes
+from attlas.ops.block_gather import gather
+from attlas.ops.block_reference import plainly
+from attlas.tracing import traced
+
+BlockRoute = Literal["auto", "reference", "gather"]
+BLOCK_ROUTES: tuple[BlockRoute, ...] = ("auto", "reference", "gather")
+
+
+@overload
+def block_sparse(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, *, size: int | tuple[int, int],
+    mask: Mask | None = ..., bias: Tensor | None = ..., scale: float | None = ...,
+    q_offset: int | None = ..., return_lse: Literal[False] = ..., route: BlockRoute = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def block_sparse(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, *, size: int | tuple[int, int],
+    mask: Mask | None = ..., bias: Tensor | None = ..., scale: float | None = ...,
+    q_offset: int | None = ..., return_lse: Literal[True], route: BlockRoute = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+def block_sparse(
+    q: Float[Tensor, "batch heads queries dim"],
+    k: Float[Tensor, "batch kv_heads keys dim"],
+    v: Float[Tensor, "batch v_heads keys v_dim"],
+    blocks: Int[Tensor, "_ _ _ _"],
+    *,
+    size: int | tuple[int, int],
+    mask: Mask | None = None,
+    bias: Float[Tensor, "_ _ _"] | None = None,
+    scale: float | None = None,
+    q_offset: int | None = None,
+    return_lse: bool = False,
+    route: BlockRoute = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of each block of queries to its listed blocks of keys; differentiable.
+
+    Args:
+        q: queries.
+        k: keys; their heads divide the query heads.
+        v: values, with as many heads.
+        blocks: [batch or 1, 1 or key heads or heads, q_blocks, count], numbers of the key blocks that
+            each block of queries meets, ascending, −1 behind the last.
+        size: tokens of a block, or of a block of queries and of one of keys. The last block of either
+            side may hold fewer.
+        mask: a pattern that holds inside the listed blocks.
+        bias: [batch or 1, key heads or 1, keys], added to the scaled scores of a key, as the log of how
+            many keys a pooled one stands for.
+        scale: of the products; 1/√dim unless given.
+        q_offset: position of the first query; `keys - queries` unless given.
+        return_lse: give log Σ exp(scores) [batch, heads, queries] too.
+        route: "auto", or one route by name.
+
+    Raises:
+        TypeError: lists that are not of whole numbers.
+        ValueError: lists of another shape, unsorted, with a block twice or outside, or under `causal`
+            wholly in the future of their queries; or a route that cannot take the call.
+    """
+    if route not in BLOCK_ROUTES:
+        raise UnknownName("route", route, BLOCK_ROUTES)
+    size = sizes(size)
+    offset = k.shape[2] - q.shape[2] if q_offset is None else q_offset
+    check_call(q, k, v, blocks, size, bias)
+    if not traced():
+        check_lists(blocks)
+        _check_range(blocks, size, k.shape[2], offset, mask)
+    out, lse = listed(q, k, v, blocks, size, mask, bias, scale=scale, q_offset=offset, route=route)
+    return (out, lse) if return_lse else out
+
+
+def listed(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, size: tuple[int, int], mask: Mask | None,
+    bias: Tensor | None = None, *, scale: float | None = None, q_offset: int, route: BlockRoute = "auto",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(out, lse) of lists that are known to be well formed: nothing is asked of the device."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if route == "reference" or traced():
+        return plainly(q, k, v, blocks, size, mask, bias, scale, q_offset)
+    return gather(q, k, v, blocks, size, mask, bias, scale, q_offset)
+
+
+def check_call(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, size: tuple[int, int], bias: Tensor | None
+) -> None:
+    """Nothing, if shapes go together.
+
+    Raises:
+        ValueError: they do not.
+    """
+    if not q.ndim == k.ndim == v.ndim == 4 or k.shape[:3] != v.shape[:3]:
+        shapes = ", ".join(str(list(x.shape)) for x in (q, k, v))
+        raise ValueError(f"q, k, v take [batch, heads, tokens, dim], keys and values alike, got {shapes}")
+    batch, heads, queries, _ = q.shape
+    kv_heads, keys = k.shape[1:3]
+    if q.shape[-1] != k.shape[-1] or k.shape[0] != batch:
+        raise ValueError(f"k must be of q's batch and width, got {list(k.shape)} and {list(q.shape)}")
+    if heads % kv_heads:
+        raise ValueError(f"heads of k must divide those of q ({heads}), got {kv_heads}")
+    rows = -(-queries // size[0])
+    fits = blocks.ndim == 4 and blocks.shape[0] in (1, batch) and blocks.shape[2] == rows
+    if not fits or blocks.shape[1] not in (1, kv_heads, heads):
+        raise ValueError(
+            f"blocks takes [1 or {batch}, 1, {kv_heads} or {heads}, {rows}, count] for {queries} "
+            f"queries in blocks of {size[0]}, got {list(blocks.shape)}"
+        )
+    if bias is None:
+        return
+    wanted = ((1, batch), (1, kv_heads), (keys,))
+    if bias.ndim != 3 or any(n not in of for n, of in zip(bias.shape, wanted, strict=True)):
+        raise ValueError(
+            f"bias takes [1 or {batch}, 1 or {kv_heads}, {keys}], got {list(bias.shape)}"
+        )
+
+
+def _check_range(
+    blocks: Tensor, size: tuple[int, int], keys: int, offset: int, mask: Mask | None
+) -> None:
+    """Refuse blocks that are not there, or that no query of theirs can see."""
+    there = -(-keys // size[1])
+    last = offset + size[0] * torch.arange(1, blocks.shape[2] + 1, device=blocks.device) - 1
+    future = (blocks * size[1] > last[:, None]).any() if hides_future(mask) else blocks.new_zeros(())
+    highest, late = torch.stack([blocks.max(), future.to(blocks.dtype)]).tolist()
+    if highest >= there:
+        raise ValueError(
+            f"blocks must lie in 0..{there - 1} ({keys} keys in blocks of {size[1]}), got {highest}"
+        )
+    if late:
+        raise ValueError("blocks lists a block that is in the future of all its queries, under causal")
+
+
+def hides_future(mask: Mask | None) -> bool:
+    """Whether a pattern is `causal`, or `causal` and something else."""
+    if isinstance(mask, And):
+        return hides_future(mask.left) or hides_future(mask.right)
+    return mask == causal
