@@ -55,7 +55,7 @@ def test_sage_attention_2_smoothing_alone_leaves_the_output_unchanged(name: str,
 @pytest.mark.parametrize("bits", [4, 8])
 def test_sage_attention_2_smoothing_is_needed_for_recorded_queries_and_keys(bits: Any) -> None:
     """SmolLM2, every third layer: in 8 bits each above 0.99, in 4 bits 0.98 on average, and much less
-    without; with an outlying channel in every key, as keys with biases have, 8 bits are not enough either."""
+    without; with outlying channels in every key, as keys with biases have, 8 bits are not enough."""
     smoothed, plain, biased = [], [], []
     for q, k, v in recorded(384)[::3]:
         outlying = torch.zeros(k.shape[-1])
