@@ -4,7 +4,7 @@ from attlas.masks.algebra import Mask, Shifted
 from attlas.masks.bigbird import bigbird
 from attlas.masks.given import seen
 from attlas.masks.lower import at, block_mask, both, dense, density, grid, hides_nothing, sdpa_flags
-from attlas.masks.pages import pages
+from attlas.masks.pages import Pages, pages
 from attlas.masks.patterns import (
     block,
     blocks,
@@ -25,6 +25,7 @@ from attlas.masks.patterns import (
 
 __all__ = [
     "Mask",
+    "Pages",
     "Shifted",
     "at",
     "bigbird",

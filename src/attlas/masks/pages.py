@@ -33,7 +33,7 @@ class Pages(ByTensor):
         """Whether each block of keys is listed: booleans [batch, heads, q_blocks, k_blocks]."""
         if self._listed is not None:
             return self._listed
-        count = int(self.held.max()) + 1
+        count = int(self.held.max()) + 1 if self.held.numel() else 0
         # What stands for no block goes into a column of its own, which is cut off.
         at = torch.where(self.held < 0, count, self.held).long()
         table = self.held.new_zeros(*self.held.shape[:3], count + 1, dtype=torch.bool)

@@ -10,7 +10,7 @@ from attlas.ops.fused import fused
 from attlas.ops.latent import latent_attend
 from attlas.ops.lookahead import LookaheadKeys, lookahead_attend, lookahead_refuses
 from attlas.ops.memory_efficient import memory_efficient
-from attlas.ops.pages import best_pages, page_bounds, page_scores
+from attlas.ops.pages import best_pages, page_bounds, page_means, page_scores
 from attlas.ops.recurrence import recurrence
 from attlas.ops.reference import (
     as_dense,
@@ -49,6 +49,7 @@ __all__ = [
     "memory_efficient",
     "merge",
     "page_bounds",
+    "page_means",
     "page_scores",
     "product",
     "recomputed",

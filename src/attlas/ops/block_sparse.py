@@ -5,7 +5,8 @@
 | route     | takes it when                                                                     |
 |-----------|-----------------------------------------------------------------------------------|
 | reference | always; all scores in memory                                                        |
-| gather    | always but where tensors stand for others; memory grows with what is listed          |
+| gather    | not where tensors stand for others; for each block of queries its blocks of keys     |
+| scatter   | likewise; for each block of keys the queries that list it, where these are few        |
 
 A row that sees nothing gives 0 and lse = −∞. Several calls over disjoint keys are joined by `merge`.
 """
@@ -24,10 +25,15 @@ from attlas.masks.algebra import And
 from attlas.masks.pages import check_lists, sizes
 from attlas.ops.block_gather import gather
 from attlas.ops.block_reference import plainly
+from attlas.ops.block_scatter import scatter
+from attlas.ops.block_work import Work
 from attlas.tracing import traced
 
-BlockRoute = Literal["auto", "reference", "gather"]
-BLOCK_ROUTES: tuple[BlockRoute, ...] = ("auto", "reference", "gather")
+BlockRoute = Literal["auto", "reference", "gather", "scatter"]
+BLOCK_ROUTES: tuple[BlockRoute, ...] = ("auto", "reference", "gather", "scatter")
+
+#: Rows that share a list, below which blocks of keys are not gathered for them.
+FEW = 16
 
 
 @overload
@@ -99,7 +105,10 @@ def listed(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if route == "reference" or traced():
         return plainly(q, k, v, blocks, size, mask, bias, scale, q_offset)
-    return gather(q, k, v, blocks, size, mask, bias, scale, q_offset)
+    work = Work(blocks.long(), size, mask, scale, q_offset, *q.shape[1:3], *k.shape[1:3])
+    if route == "scatter" or (route == "auto" and work.group * size[0] < FEW):
+        return scatter(q, k, v, bias, work)
+    return gather(q, k, v, bias, work)
 
 
 def check_call(
