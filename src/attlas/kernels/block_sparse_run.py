@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,17 +15,21 @@ from triton.tools.tensor_descriptor import (  # type: ignore[import-untyped, unu
 from attlas.kernels.block_sparse import LOG2E, forward
 from attlas.kernels.block_sparse_back import backward_keys, backward_queries
 from attlas.kernels.toeplitz import _rows
-
-#: Gradients of q, k, v and bias, of those of out and lse, as functions of all that they depend on.
-Plain = Callable[
-    [tuple[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]], list[Tensor | None]
-]
+from attlas.ops.block_work import Work, differentiable
 
 
 @dataclass(frozen=True)
 class Tile:
-    """How the work is cut: rows of queries and keys of a tile, warps of a program that keeps more than 64
-    rows, while others have 4, stages of the loads, and whether the memory's own engine (TMA) loads."""
+    """How the work is cut.
+
+    Attributes:
+        queries: rows of queries of a tile, at most.
+        keys: its keys, at most.
+        warps: of a program with all of its queries, or in the kernel that has keys of its keys; those
+            with fewer have 4.
+        stages: of the loads.
+        tma: whether the memory's own engine loads, where it can.
+    """
 
     queries: int
     keys: int
@@ -34,9 +37,9 @@ class Tile:
     stages: int
     tma: bool = False
 
-    def compiled(self, rows: int) -> dict[str, int]:
-        """What a kernel is compiled with that keeps so many rows."""
-        return {"num_warps": self.warps if rows > 64 else 4, "num_stages": self.stages}
+    def compiled(self, whole: bool) -> dict[str, int]:
+        """What a kernel is compiled with."""
+        return {"num_warps": self.warps if whole else 4, "num_stages": self.stages}
 
 
 #: By kernel, bytes of a number and room for a head's channels. Tensor cores of Hopper take 64 rows for
@@ -49,7 +52,7 @@ TILES = {
     ("queries", 2, 256): Tile(64, 32, 4, 2, True), ("queries", 4, 64): Tile(32, 32, 4, 2),
     ("queries", 4, 128): Tile(32, 16, 4, 2), ("queries", 4, 256): Tile(16, 16, 4, 1),
     ("keys", 2, 64): Tile(64, 128, 8, 3, True), ("keys", 2, 128): Tile(64, 128, 8, 2, True),
-    ("keys", 2, 256): Tile(32, 64, 4, 2, True), ("keys", 4, 64): Tile(32, 32, 4, 2),
+    ("keys", 2, 256): Tile(32, 64, 8, 2, True), ("keys", 4, 64): Tile(32, 32, 4, 2),
     ("keys", 4, 128): Tile(16, 32, 4, 2), ("keys", 4, 256): Tile(16, 16, 4, 1),
 }  # fmt: skip
 
@@ -71,12 +74,12 @@ class BlockSparse(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, listed: Listed, plain: Plain
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, listed: Listed, work: Work
     ) -> tuple[Tensor, Tensor]:
         """(out, lse)."""
         out, lse = Call(q, k, v, bias, listed).forward()
         ctx.save_for_backward(q, k, v, bias, out, lse)
-        ctx.listed, ctx.plain = listed, plain
+        ctx.listed, ctx.work = listed, work
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -87,7 +90,7 @@ class BlockSparse(torch.autograd.Function):
         if torch.is_grad_enabled():  # the gradients will themselves be differentiated
             above = torch.zeros_like(out) if d_out is None else d_out
             of_sums = torch.zeros_like(lse) if d_lse is None else d_lse
-            return *ctx.plain((q, k, v, bias), (above, of_sums)), None, None
+            return *differentiable(q, k, v, bias, ctx.work, (above, of_sums)), None, None
         found = Call(q, k, v, bias, ctx.listed).backward(out, lse, d_out, d_lse)
         return *found, None, None
 
@@ -177,7 +180,7 @@ class Call:
         cut = {
             "PACK": pack, "BQ": each, "ROWS": rows, "BK": keys,
             "EDGE": self.keys % self.size[1] != 0,
-            "TMA": tile.tma and _by_tma(self.k, self.v), **tile.compiled(rows),
+            "TMA": tile.tma and _by_tma(self.k, self.v), **tile.compiled(rows >= tile.queries),
         }  # fmt: skip
         grid = (triton.cdiv(self.queries, each), self.batch * self.heads // pack)
         return grid, {**self.fixed, **cut}
@@ -190,7 +193,7 @@ class Call:
             "SHARE": self.share, "ROWS": tile.queries, "BK": keys,
             "EDGE": self.queries % self.size[0] != 0,
             "TMA": tile.tma and tile.queries <= self.size[0] and _by_tma(self.q, above, top),
-            **tile.compiled(keys),
+            **tile.compiled(keys >= tile.keys),
         }  # fmt: skip
         grid = (triton.cdiv(self.keys, keys), self.batch * self.kv_heads)
         return grid, {**self.fixed, **cut}

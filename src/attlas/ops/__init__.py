@@ -10,7 +10,8 @@ from attlas.ops.fused import fused
 from attlas.ops.latent import latent_attend
 from attlas.ops.lookahead import LookaheadKeys, lookahead_attend, lookahead_refuses
 from attlas.ops.memory_efficient import memory_efficient
-from attlas.ops.pages import best_pages, page_bounds, page_scores
+from attlas.ops.neighborhood import neighborhood
+from attlas.ops.pages import best_pages, page_bounds, page_means, page_scores
 from attlas.ops.recurrence import recurrence
 from attlas.ops.reference import (
     as_dense,
@@ -48,7 +49,9 @@ __all__ = [
     "lookahead_refuses",
     "memory_efficient",
     "merge",
+    "neighborhood",
     "page_bounds",
+    "page_means",
     "page_scores",
     "product",
     "recomputed",

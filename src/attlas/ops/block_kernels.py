@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from attlas.masks import Mask, causal
 from attlas.masks.algebra import And
 from attlas.masks.patterns import Padding
-from attlas.ops.block_reference import Given, differentiable
+from attlas.ops.block_work import Work
 from attlas.ops.decode_kernels import has_kernels
 from attlas.tracing import traced
 
@@ -16,6 +18,8 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 #: Widths of heads; tokens of the largest block that is one tile, and of the smallest block of keys;
 #: rows of heads of a launch; numbers of all lists.
 NARROW, WIDE, TILE, FEW, PLACES, LISTED = 16, 256, 128, 16, 65535, 2**31
+#: Bytes of shared memory that a program takes at most.
+SHARED = 162 * 1024
 
 
 def refuses(
@@ -39,7 +43,11 @@ def refuses(
     valid = held[1]
     if valid is not None and (valid.shape[0] != q.shape[0] or valid.shape[1] < k.shape[2]):
         return f"padding tells of {list(valid.shape)}, not of {q.shape[0]} rows of {k.shape[2]} keys"
-    return None if has_kernels(q.device) else "there is no Triton for the device"
+    if not has_kernels(q.device):
+        return "there is no Triton for the device"
+    device: Any = torch.cuda.get_device_properties(q.device)
+    shared = device.shared_memory_per_block_optin
+    return f"{shared} bytes of shared memory, not {SHARED}" if shared < SHARED else None
 
 
 def _refuses_shape(
@@ -96,10 +104,8 @@ def attended(
         valid = valid if valid.stride(-1) == 1 else valid.contiguous()
     listed = Listed(blocks, size, hides, valid, scale, q_offset)
 
-    def plain(given: Given, grads: tuple[Tensor, Tensor]) -> list[Tensor | None]:
-        return differentiable(given, grads, blocks, size, mask, scale, q_offset)
-
+    work = Work(blocks.long(), size, mask, scale, q_offset, *q.shape[1:3], *k.shape[1:3])
     rows = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     with torch.cuda.device_of(q):  # Triton launches on the current device
-        found: tuple[Tensor, Tensor] = BlockSparse.apply(*rows, bias, listed, plain)  # type: ignore[no-untyped-call]
+        found: tuple[Tensor, Tensor] = BlockSparse.apply(*rows, bias, listed, work)  # type: ignore[no-untyped-call]
     return found

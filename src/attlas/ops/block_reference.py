@@ -11,9 +11,6 @@ from attlas.masks.pages import Pages, parted
 from attlas.ops.reference import reference, repeated
 from attlas.tracing import traced
 
-#: q, k, v and bias of a call.
-Given = tuple[Tensor, Tensor, Tensor, Tensor | None]
-
 
 def plainly(
     q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, size: tuple[int, int], mask: Mask | None,
@@ -31,18 +28,6 @@ def plainly(
         return score + each[:, :, None].to(score.dtype)
 
     return reference(q, k, v, scale=scale, mask=pattern, score_mod=add, q_offset=q_offset)
-
-
-def differentiable(
-    given: Given, grads: tuple[Tensor, Tensor], blocks: Tensor,
-    size: tuple[int, int], mask: Mask | None, scale: float, q_offset: int,
-) -> list[Tensor | None]:  # fmt: skip
-    """Gradients of q, k, v and bias as functions of all that they depend on, with all pairs in memory."""
-    q, k, v, bias = given
-    found = plainly(q, k, v, blocks, size, mask, bias, scale, q_offset)
-    wanted = [t for t in given if t is not None and t.requires_grad]
-    each = iter(torch.autograd.grad(found, wanted, grads, create_graph=True, allow_unused=True))
-    return [next(each) if t is not None and t.requires_grad else None for t in given]
 
 
 def lists_of(

@@ -29,6 +29,23 @@ def page_bounds(
     return low, high
 
 
+def page_means(
+    x: Float[Tensor, "batch heads tokens dim"], page: int
+) -> Float[Tensor, "batch heads pages dim"]:
+    """The mean of each page of tokens; of the last page, of those that it holds.
+
+    Raises:
+        ValueError: a page below 1.
+    """
+    at_least_one("page", page)
+    tokens, short = x.shape[2], -x.shape[2] % page
+    sums = pad(x, (0, 0, 0, short)).unflatten(2, (-1, page)).sum(3)
+    counts = torch.full((sums.shape[2], 1), page, device=x.device, dtype=x.dtype)
+    counts[-1:] = tokens - (len(counts) - 1) * page
+    means: Tensor = sums / counts
+    return means
+
+
 def page_scores(
     q: Float[Tensor, "batch heads 1 dim"],
     low: Float[Tensor, "batch kv_heads pages dim"],

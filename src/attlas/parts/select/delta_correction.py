@@ -24,10 +24,10 @@ from torch import Tensor
 
 from attlas.attach.call import Call
 from attlas.attach.part import Selector
+from attlas.attach.thinned import is_prompt
 from attlas.catalog.registry import mechanism
 from attlas.ops.delta import delta_correction
 from attlas.options import option
-from attlas.parts.select.sparse_prefill import is_prompt
 
 
 @mechanism("delta-correction", aliases=("delta-attention",), example={"gamma": 4, "tail": 4})

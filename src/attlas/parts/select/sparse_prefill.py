@@ -18,19 +18,18 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from attlas import masks
 from attlas.attach.call import Call
 from attlas.attach.part import Selector
+from attlas.attach.thinned import is_prompt, only_causal
 from attlas.catalog.registry import mechanism
 from attlas.masks import Mask
 from attlas.masks.algebra import Reach
 from attlas.ops.delta import attend_with_sinks
 from attlas.options import option
-from attlas.storage.layer import StoredLayer
 
 
 @mechanism("sparse-prefill", paper="", example={"sinks": 2, "recent": 8})
@@ -70,36 +69,11 @@ class SparsePrefill(Selector):
             if key not in call.forward_pass.shared:
                 call.forward_pass.shared[key] = Ranked(pattern, valid) & masks.padding(valid)
             pattern = call.forward_pass.shared[key]
-        if call.mask is None or _only_causal(call):
+        if call.mask is None or only_causal(call):
             return pattern
         sizes = call.q.shape[2], call.k.shape[2]
         seen = masks.dense(pattern, *sizes, q_offset=call.forward_pass.offset, device=call.q.device)
         return seen & call.mask
-
-
-def is_prompt(call: Call) -> bool:
-    """Whether a call reads a prompt, or a piece of one, with full causal attention."""
-    layer = call.cache_layer
-    whole = call.original_positions is None and not (
-        isinstance(layer, StoredLayer) and layer.compressed
-    )
-    slides = call.kwargs.get("sliding_window") is not None
-    return call.q.shape[2] > 1 and call.is_causal and whole and not slides
-
-
-def _only_causal(call: Call) -> bool:
-    """Whether the mask in force hides later tokens and padding and nothing else."""
-    mask, shared = call.mask, call.forward_pass.shared
-    if mask is None or mask is not call.model_mask:
-        return mask is None
-    if (key := ("only causal", id(mask))) not in shared:
-        valid = call.rows.of_keys(call.k.shape[2])
-        plain = masks.causal if valid is None else masks.causal & masks.padding(valid)
-        sizes = call.q.shape[2], call.k.shape[2]
-        seen = masks.dense(plain, *sizes, q_offset=call.forward_pass.offset, device=mask.device)
-        shared[key] = torch.equal(seen.expand_as(mask), mask)
-    found: bool = shared[key]
-    return found
 
 
 class Ranked(Mask):
