@@ -7,7 +7,7 @@ speed of a listed pair beside that of a pair of cuDNN's: 0.74 means 0.74 / densi
 
     python benchmarks/block_sparse.py                        32k and 128k, densities 1/2 to 1/16
     python benchmarks/block_sparse.py --tokens 32768 --size 64 64 --no-flex
-    python benchmarks/block_sparse.py --million              1M tokens, density 1/32, ours alone
+    python benchmarks/block_sparse.py --million              1M tokens, causal, 1/32, ours alone
     python benchmarks/block_sparse.py --tune                 tiles of the kernels, fastest first
     TRITON_INTERPRET=1 python benchmarks/block_sparse.py --dry
 """
@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from functools import cache, partial
 from typing import Any
 from unittest.mock import patch
@@ -279,7 +279,7 @@ def main() -> None:
     parser.add_argument("--backward", type=int, nargs="+", default=[0, 1], choices=[0, 1])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--flex", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--million", action="store_true", help="1M tokens of one list, 1/32")
+    parser.add_argument("--million", action="store_true", help="1M tokens, one list, 1/32, causal")
     parser.add_argument("--tune", action="store_true", help="tiles instead")
     parser.add_argument("--only", nargs="+", default=list(TRIED), choices=list(TRIED))
     parser.add_argument("--dry", action="store_true", help="toys on a CPU, by Triton's interpreter")
@@ -294,9 +294,7 @@ def main() -> None:
     if args.dry:
         args.tokens, args.densities, args.size, args.rounds, args.flex = [100], [2], (16, 16), 1, False
         args.heads, args.kv_heads, args.lists, args.width = 2, 1, 2, 16
-    with ExitStack() as stack:
-        if args.dry:
-            stack.enter_context(patch("torch.cuda.device_of", lambda x: nullcontext()))
+    with patch("torch.cuda.device_of", lambda x: nullcontext()) if args.dry else nullcontext():
         (tune if args.tune else compared)(args)
 
 
