@@ -97,9 +97,9 @@ class Cell:
         whole = (blocks >= 0) & (((blocks + 1) * self.size[1] - 1 <= first) | (not self.causal))
         parts = []
         for chosen in ((blocks >= 0) & ~whole, whole):
-            order = (~chosen).byte().argsort(-1, stable=True)
+            order = (~chosen).byte().argsort(dim=-1, stable=True)
             parts += [chosen.sum(-1, dtype=torch.int32), blocks.clamp(min=0).gather(-1, order).int()]
-        heads = [x.expand(1, self.q.shape[1], *x.shape[2:]).contiguous() for x in parts]
+        heads = [x.repeat_interleave(self.q.shape[1] // self.lists, 1) for x in parts]
         made = BlockMask.from_kv_blocks(
             *heads, BLOCK_SIZE=self.size, mask_mod=_causal if self.causal else noop_mask,
             seq_lengths=(self.tokens, self.tokens), compute_q_blocks=both,
