@@ -7,6 +7,7 @@
 | reference | always; all scores in memory                                                        |
 | gather    | not where tensors stand for others; for each block of queries its blocks of keys     |
 | scatter   | likewise; for each block of keys the queries that list it, where these are few        |
+| kernel    | a CUDA device with Triton, blocks of powers of two, causal, padding or no mask        |
 
 A row that sees nothing gives 0 and lse = −∞. Several calls over disjoint keys are joined by `merge`.
 """
@@ -23,14 +24,17 @@ from attlas.errors import UnknownName
 from attlas.masks import Mask, causal
 from attlas.masks.algebra import And
 from attlas.masks.pages import check_lists, sizes
+from attlas.ops import block_kernels
 from attlas.ops.block_gather import gather
 from attlas.ops.block_reference import plainly
 from attlas.ops.block_scatter import scatter
 from attlas.ops.block_work import Work
 from attlas.tracing import traced
 
-BlockRoute = Literal["auto", "reference", "gather", "scatter"]
-BLOCK_ROUTES: tuple[BlockRoute, ...] = ("auto", "reference", "gather", "scatter")
+BlockRoute = Literal["auto", "reference", "gather", "scatter", "kernel"]
+BLOCK_ROUTES: tuple[BlockRoute, ...] = (
+    "auto", "reference", "gather", "scatter", "kernel",
+)  # fmt: skip
 
 #: Rows that share a list, below which blocks of keys are not gathered for them.
 FEW = 16
@@ -103,8 +107,14 @@ def listed(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(out, lse) of lists that are known to be well formed: nothing is asked of the device."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if route == "reference" or traced():
+    if route == "reference" or (route != "kernel" and traced()):
         return plainly(q, k, v, blocks, size, mask, bias, scale, q_offset)
+    if route in ("auto", "kernel"):
+        why = block_kernels.refuses(q, k, v, blocks, size, mask, scale)
+        if why is None:
+            return block_kernels.attended(q, k, v, blocks, size, mask, bias, scale, q_offset)
+        if route == "kernel":
+            raise ValueError(f"route='kernel' cannot take this call: {why}")
     work = Work(blocks.long(), size, mask, scale, q_offset, *q.shape[1:3], *k.shape[1:3])
     if route == "scatter" or (route == "auto" and work.group * size[0] < FEW):
         return scatter(q, k, v, bias, work)
