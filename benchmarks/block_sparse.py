@@ -252,8 +252,8 @@ def tune(args: argparse.Namespace) -> None:
         usual, times = run.TILES[key], {}
         products = {"forward": 2, "queries": 3, "keys": 4}[kernel]
         pairs = args.heads * args.tokens[0] ** 2 * share / (2 if causal else 1)
-        for cut, tma in itertools.product(TRIED[kernel], (True, False)):
-            run.TILES[key] = run.Tile(*cut, tma)
+        for cut, tma in itertools.product(TRIED[kernel], args.tma):
+            run.TILES[key] = run.Tile(*cut, bool(tma))
             try:
                 it = {"it": steps[kernel]}
                 found = interleaved(it, rounds=args.rounds, device=args.device, queued=2)
@@ -282,6 +282,7 @@ def main() -> None:
     parser.add_argument("--million", action="store_true", help="1M tokens, one list, 1/32, causal")
     parser.add_argument("--tune", action="store_true", help="tiles instead")
     parser.add_argument("--only", nargs="+", default=list(TRIED), choices=list(TRIED))
+    parser.add_argument("--tma", type=int, nargs="+", default=[1, 0], choices=[0, 1])
     parser.add_argument("--dry", action="store_true", help="toys on a CPU, by Triton's interpreter")
     parser.add_argument("--name", default="block-sparse", help="of the file of results")
     args = parser.parse_args()

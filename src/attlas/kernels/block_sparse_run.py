@@ -121,7 +121,7 @@ class Call:
             "D": self.dim, "ROOM": self.room, "QB": self.size[0], "KB": self.size[1],
             "GROUP": self.group, "CAUSAL": listed.causal, "PADDED": self.valid is not None,
             "BIAS": bias is not None,
-            "PRECISION": "ieee" if q.itemsize == 2 else "tf32x3" if exact else "tf32",
+            "PRECISION": "ieee" if q.itemsize == 2 or exact else "tf32",
         }  # fmt: skip
 
     def forward(self) -> tuple[Tensor, Tensor]:
