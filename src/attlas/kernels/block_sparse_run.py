@@ -45,13 +45,13 @@ class Tile:
 #: By kernel, bytes of a number and room for a head's channels. Tensor cores of Hopper take 64 rows for
 #: every 4 warps. Of blocks with fewer rows or keys a tile has as many as they have.
 TILES = {
-    ("forward", 2, 64): Tile(128, 128, 8, 3, True), ("forward", 2, 128): Tile(128, 128, 8, 2, True),
+    ("forward", 2, 64): Tile(128, 128, 8, 3, True), ("forward", 2, 128): Tile(128, 128, 8, 3, True),
     ("forward", 2, 256): Tile(64, 64, 4, 2, True), ("forward", 4, 64): Tile(32, 32, 4, 2),
     ("forward", 4, 128): Tile(32, 32, 4, 2), ("forward", 4, 256): Tile(16, 16, 4, 2),
-    ("queries", 2, 64): Tile(128, 64, 8, 3, True), ("queries", 2, 128): Tile(128, 64, 8, 2, True),
+    ("queries", 2, 64): Tile(128, 64, 8, 3, True), ("queries", 2, 128): Tile(128, 64, 8, 3, True),
     ("queries", 2, 256): Tile(64, 32, 8, 2, True), ("queries", 4, 64): Tile(32, 32, 4, 2),
     ("queries", 4, 128): Tile(32, 16, 4, 2), ("queries", 4, 256): Tile(16, 16, 4, 1),
-    ("keys", 2, 64): Tile(64, 128, 8, 3, True), ("keys", 2, 128): Tile(64, 128, 8, 2, True),
+    ("keys", 2, 64): Tile(64, 128, 8, 3, True), ("keys", 2, 128): Tile(64, 64, 4, 2, True),
     ("keys", 2, 256): Tile(32, 64, 8, 2, True), ("keys", 4, 64): Tile(32, 32, 4, 2),
     ("keys", 4, 128): Tile(16, 32, 4, 2), ("keys", 4, 256): Tile(16, 16, 4, 1),
 }  # fmt: skip
