@@ -37,7 +37,7 @@ def random_lists(shape: tuple[int, ...], share: float = 0.4, causal: bool = Fals
 
 @pytest.mark.parametrize("pattern", ["none", "causal", "causal and padding", "window"])
 @pytest.mark.parametrize("name", SHAPES)
-def test_gathering_is_the_definition_forwards_and_backwards(name: str, pattern: str) -> None:
+def test_every_route_is_the_definition_forwards_and_backwards(name: str, pattern: str) -> None:
     shape = SHAPES[name]
     q, k, v = tensors(shape)
     bias = torch.randn(1, shape[2], shape[5], dtype=torch.float64, requires_grad=True)
@@ -47,7 +47,7 @@ def test_gathering_is_the_definition_forwards_and_backwards(name: str, pattern: 
     blocks, size = random_lists(shape, causal=pattern.startswith("causal")), shape[6:8]
 
     found = []
-    for route in ("reference", "gather"):
+    for route in ("reference", "gather", "scatter"):
         out, lse = ops.block_sparse(
             q, k, v, blocks, size=size, mask=mask, bias=bias, return_lse=True, route=route
         )
@@ -55,14 +55,36 @@ def test_gathering_is_the_definition_forwards_and_backwards(name: str, pattern: 
         weights = torch.linspace(0, 1, out.numel(), dtype=out.dtype).view_as(out)
         grads = torch.autograd.grad((out * weights).sum() + seen.sin().sum(), (q, k, v, bias))
         found.append((out, lse, *grads))
-    for plain, gathered in zip(*found, strict=True):
-        torch.testing.assert_close(gathered, plain, rtol=1e-9, atol=1e-9)
+    for plain, *others in zip(*found, strict=True):
+        for other in others:
+            torch.testing.assert_close(other, plain, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("pattern", ["none", "causal", "causal and padding"])
+@pytest.mark.parametrize("keys", [20, 50, 61])
+def test_packed_lists_of_single_tokens_are_the_definition(keys: int, pattern: str) -> None:
+    shape = (2, 4, 2, 4, 20, keys, 1, 8, 6)
+    q, k, v = tensors(shape)
+    valid = torch.rand(2, keys) > 0.2
+    mask = {"none": None, "causal": masks.causal,
+            "causal and padding": masks.causal & masks.padding(valid)}[pattern]  # fmt: skip
+    blocks = random_lists(shape, causal=pattern != "none")
+    found = []
+    for route in ("reference", "packed"):
+        out, lse = ops.block_sparse(
+            q, k, v, blocks, size=(1, 8), mask=mask, return_lse=True, route=route
+        )
+        seen = lse.masked_fill(lse == -torch.inf, 0.0)
+        grads = torch.autograd.grad(out.sin().sum() + seen.sin().sum(), (q, k, v))
+        found.append((out, lse, *grads))
+    for plain, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-9, atol=1e-9)
 
 
 def test_a_row_of_no_block_gives_nothing_and_gets_no_gradient() -> None:
     q, k, v = tensors(SHAPES["one block"])
     blocks = torch.full((1, 2, 1, 3), -1)
-    for route in ops.BLOCK_ROUTES:
+    for route in ("reference", "gather", "scatter"):
         out, lse = ops.block_sparse(q, k, v, blocks, size=16, return_lse=True, route=route)
         assert not out.any()
         assert (lse == -torch.inf).all()
@@ -94,12 +116,13 @@ def test_calls_over_disjoint_blocks_are_joined_by_merge() -> None:
     torch.testing.assert_close(ops.merge(parts)[0], whole, rtol=1e-9, atol=1e-9)
 
 
-def test_a_gradient_of_the_gradient() -> None:
+@pytest.mark.parametrize("route", ["gather", "scatter"])
+def test_a_gradient_of_the_gradient(route: ops.BlockRoute) -> None:
     shape = (1, 1, 1, 1, 4, 4, 2, 2, 8)
     blocks = random_lists(shape, 1.0, causal=True)
 
     def f(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return ops.block_sparse(q, k, v, blocks, size=2, mask=masks.causal, route="gather")
+        return ops.block_sparse(q, k, v, blocks, size=2, mask=masks.causal, route=route)
 
     assert torch.autograd.gradgradcheck(f, tensors(shape))
 

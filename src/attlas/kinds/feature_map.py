@@ -21,7 +21,7 @@ Map = Float[Tensor, "batch channels height width"]
 
 
 class FeatureMap(Configured, Network):
-    """A module that reads a feature map and gives one of the same shape."""
+    """A module that reads a feature map and gives one of the same shape, or smaller by its `stride`."""
 
     kind: ClassVar[Kind] = MODULE
     #: Whether it also reads the maps of earlier stages.
@@ -31,6 +31,8 @@ class FeatureMap(Configured, Network):
     #: The least height and width, and what both must be a multiple of; an instance may set its own.
     smallest = 1
     multiple = 1
+    #: How many rows and columns of the map become one; an instance that shrinks it sets its own.
+    stride = 1
 
     channels: int = option("of the map", at_least=1, kw_only=False)
     previous: Sequence[int] = option(
@@ -46,7 +48,9 @@ class FeatureMap(Configured, Network):
                 f"previous: {type(self).__name__} reads no earlier maps, got {self.previous}"
             )
 
-    def forward(self, x: Map, previous: Sequence[Tensor] | None = None) -> Map:
+    def forward(
+        self, x: Map, previous: Sequence[Tensor] | None = None
+    ) -> Float[Tensor, "batch channels rows columns"]:
         """The map, changed.
 
         Args:
@@ -60,7 +64,9 @@ class FeatureMap(Configured, Network):
         self._check(x, earlier)
         return self.mix(x, earlier)
 
-    def mix(self, x: Map, previous: Sequence[Tensor] = ()) -> Map:
+    def mix(
+        self, x: Map, previous: Sequence[Tensor] = ()
+    ) -> Float[Tensor, "batch channels rows columns"]:
         """The output; the map times its gate unless overridden."""
         return x * self.gate(x, previous)
 

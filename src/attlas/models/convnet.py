@@ -116,6 +116,11 @@ class ConvNetConfig(TypedConfig):
             )
         except (ValueError, TypeError) as error:
             raise ValueError(f"attention {name!r} in stage {stage}: {error}") from error
+        if made.stride != 1:
+            raise ValueError(
+                f"attention {name!r}: stride must be 1 in these blocks, whose convolutions shrink the "
+                f"map, got {made.stride}"
+            )
         for module in made.modules():  # a mechanism initialises itself; Transformers shall not
             mark_initialized(module)
         return made
