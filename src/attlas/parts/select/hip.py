@@ -160,7 +160,8 @@ def in_rows(
     """Tokens in rows of `size`; the last of them fills up the last row."""
     short = -x.shape[2] % size
     filled = torch.cat([x, x[:, :, -1:].expand(-1, -1, short, -1)], dim=2) if short else x
-    return filled.unflatten(2, (-1, size))
+    rows: Tensor = filled.unflatten(2, (-1, size))
+    return rows
 
 
 def _split(cells: Tensor, width: Tensor, finer: Tensor) -> Tensor:
