@@ -150,7 +150,7 @@ class Rows(nn.Module):
         self.row = nn.Parameter(old.weight.detach().mean(0))
 
     @property
-    def weight(self) -> nn.Parameter:
+    def weight(self) -> Tensor:
         """That of the table."""
         return self.old.weight
 
