@@ -44,7 +44,9 @@ def merge(
     each = torch.stack([lse for _, lse in parts])
     shares = softmax(each.movedim(0, -1)).movedim(-1, 0)[..., None]
     outs = torch.stack([out for out, _ in parts])
-    return (shares.to(outs.dtype) * outs).sum(0), torch.logsumexp(each, 0)
+    dead = each.amax(0) == -torch.inf  # of which the gradient would be −∞ − (−∞)
+    lse = torch.logsumexp(each.masked_fill(dead, 0.0), 0).masked_fill(dead, -torch.inf)
+    return (shares.to(outs.dtype) * outs).sum(0), lse
 
 
 def scores_of(
