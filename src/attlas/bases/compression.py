@@ -8,7 +8,7 @@ e is trained for each head and place in a block, and 0 at first; the network is 
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from attlas.inputs import Inputs
@@ -47,8 +47,8 @@ class Compression(nn.Module):
 
 
 def aligned(
-    x: Float[Tensor, "batch heads tokens width"], inputs: Inputs
-) -> Float[Tensor, "batch heads tokens width"]:
+    x: Shaped[Tensor, "batch heads tokens width"], inputs: Inputs
+) -> Shaped[Tensor, "batch heads tokens width"]:
     """What a row's last tokens have, in their order, with zeros behind them where there is padding."""
     if inputs.valid is None:
         return x

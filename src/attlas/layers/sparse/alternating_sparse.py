@@ -139,7 +139,7 @@ class AlternatingSparse(NativeSparse):
         return k, k[..., : -self.rotary]
 
     def keys_of(
-        self, k: Float[Tensor, "batch 1 keys kept"]
+        self, k: Float[Tensor, "batch _ keys kept"]
     ) -> Float[Tensor, "batch made keys key"]:
         """Keys made of latents, each with the rotary one."""
         latents, rotary = self.parts(k)
@@ -147,12 +147,14 @@ class AlternatingSparse(NativeSparse):
         return torch.cat((made, rotary.expand(-1, self.made_heads, -1, -1)), dim=-1)
 
     def values_of(
-        self, v: Float[Tensor, "batch 1 keys latents"]
+        self, v: Float[Tensor, "batch _ keys latents"]
     ) -> Float[Tensor, "batch made keys head_dim"]:
         """Values made of latents."""
         return self.each(v) @ self.up()[1].mT
 
-    def each(self, latents: Tensor) -> Float[Tensor, "batch latents keys latent"]:
+    def each(
+        self, latents: Float[Tensor, "batch _ keys joined"]
+    ) -> Float[Tensor, "batch latents keys latent"]:
         """Latents of one head of tokens; or of a head for each group, which takes its own."""
         if latents.shape[1] == 1:
             return rearrange(latents, "b 1 t (g c) -> b g t c", g=self.latents)

@@ -69,7 +69,8 @@ class NativeSparse(Chosen):
     roomy: ClassVar[bool] = False
     changes: ClassVar[tuple[str, ...]] = ("mask",)  # in `attend`, a pattern for each branch
     beyond: ClassVar[tuple[str, ...]] = (
-        "aggregate: compressed tokens have values beside those of the tokens",
+        "normalize: each branch has a softmax of its own, and weights are their gated sum",
+        "aggregate: compressed blocks have values beside those of the tokens",
     )
 
     block: int = option("l, tokens of a compressed block", default=32, at_least=1)
