@@ -7,7 +7,7 @@ speed of a listed pair beside that of a pair of cuDNN's: 0.74 means 0.74 / densi
 
     python benchmarks/block_sparse.py                        32k and 128k, densities 1/2 to 1/16
     python benchmarks/block_sparse.py --tokens 32768 --size 64 64 --no-flex
-    python benchmarks/block_sparse.py --million              1M tokens, density 1/32, ours alone
+    python benchmarks/block_sparse.py --million              1M tokens, causal, 1/32, ours alone
     python benchmarks/block_sparse.py --tune                 tiles of the kernels, fastest first
     TRITON_INTERPRET=1 python benchmarks/block_sparse.py --dry
 """
@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from functools import cache, partial
 from typing import Any
 from unittest.mock import patch
@@ -97,9 +97,9 @@ class Cell:
         whole = (blocks >= 0) & (((blocks + 1) * self.size[1] - 1 <= first) | (not self.causal))
         parts = []
         for chosen in ((blocks >= 0) & ~whole, whole):
-            order = (~chosen).byte().argsort(-1, stable=True)
+            order = (~chosen).byte().argsort(dim=-1, stable=True)
             parts += [chosen.sum(-1, dtype=torch.int32), blocks.clamp(min=0).gather(-1, order).int()]
-        heads = [x.expand(1, self.q.shape[1], *x.shape[2:]).contiguous() for x in parts]
+        heads = [x.repeat_interleave(self.q.shape[1] // self.lists, 1) for x in parts]
         made = BlockMask.from_kv_blocks(
             *heads, BLOCK_SIZE=self.size, mask_mod=_causal if self.causal else noop_mask,
             seq_lengths=(self.tokens, self.tokens), compute_q_blocks=both,
@@ -252,8 +252,8 @@ def tune(args: argparse.Namespace) -> None:
         usual, times = run.TILES[key], {}
         products = {"forward": 2, "queries": 3, "keys": 4}[kernel]
         pairs = args.heads * args.tokens[0] ** 2 * share / (2 if causal else 1)
-        for cut, tma in itertools.product(TRIED[kernel], (True, False)):
-            run.TILES[key] = run.Tile(*cut, tma)
+        for cut, tma in itertools.product(TRIED[kernel], args.tma):
+            run.TILES[key] = run.Tile(*cut, bool(tma))
             try:
                 it = {"it": steps[kernel]}
                 found = interleaved(it, rounds=args.rounds, device=args.device, queued=2)
@@ -279,9 +279,10 @@ def main() -> None:
     parser.add_argument("--backward", type=int, nargs="+", default=[0, 1], choices=[0, 1])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--flex", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--million", action="store_true", help="1M tokens of one list, 1/32")
+    parser.add_argument("--million", action="store_true", help="1M tokens, one list, 1/32, causal")
     parser.add_argument("--tune", action="store_true", help="tiles instead")
     parser.add_argument("--only", nargs="+", default=list(TRIED), choices=list(TRIED))
+    parser.add_argument("--tma", type=int, nargs="+", default=[1, 0], choices=[0, 1])
     parser.add_argument("--dry", action="store_true", help="toys on a CPU, by Triton's interpreter")
     parser.add_argument("--name", default="block-sparse", help="of the file of results")
     args = parser.parse_args()
@@ -294,9 +295,7 @@ def main() -> None:
     if args.dry:
         args.tokens, args.densities, args.size, args.rounds, args.flex = [100], [2], (16, 16), 1, False
         args.heads, args.kv_heads, args.lists, args.width = 2, 1, 2, 16
-    with ExitStack() as stack:
-        if args.dry:
-            stack.enter_context(patch("torch.cuda.device_of", lambda x: nullcontext()))
+    with patch("torch.cuda.device_of", lambda x: nullcontext()) if args.dry else nullcontext():
         (tune if args.tune else compared)(args)
 
 

@@ -176,7 +176,7 @@ def errors(name: str, device: str = "cpu") -> dict[str, tuple[float, float]]:
 def twice(device: str = "cpu") -> dict[str, tuple[float, float]]:
     """Of a gradient of a gradient, which goes by all pairs."""
     torch.manual_seed(0)
-    blocks = torch.tensor([[[[0, -1], [0, 1]]]], device=device)
+    blocks = torch.tensor([[[[0, -1], [0, 1]]]], dtype=torch.int32, device=device)
     given = [torch.randn(1, 1, 32, 16, device=device) for _ in range(3)]
     found = []
     for route, dtype in (("kernel", torch.float32), ("reference", torch.float64)):

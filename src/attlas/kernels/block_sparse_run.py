@@ -45,16 +45,18 @@ class Tile:
 #: By kernel, bytes of a number and room for a head's channels. Tensor cores of Hopper take 64 rows for
 #: every 4 warps. Of blocks with fewer rows or keys a tile has as many as they have.
 TILES = {
-    ("forward", 2, 64): Tile(128, 128, 8, 3, True), ("forward", 2, 128): Tile(128, 128, 8, 2, True),
+    ("forward", 2, 64): Tile(128, 128, 8, 3, True), ("forward", 2, 128): Tile(128, 128, 8, 3, True),
     ("forward", 2, 256): Tile(64, 64, 4, 2, True), ("forward", 4, 64): Tile(32, 32, 4, 2),
     ("forward", 4, 128): Tile(32, 32, 4, 2), ("forward", 4, 256): Tile(16, 16, 4, 2),
-    ("queries", 2, 64): Tile(128, 64, 8, 3, True), ("queries", 2, 128): Tile(128, 64, 8, 2, True),
-    ("queries", 2, 256): Tile(64, 32, 4, 2, True), ("queries", 4, 64): Tile(32, 32, 4, 2),
+    ("queries", 2, 64): Tile(128, 64, 8, 3, True), ("queries", 2, 128): Tile(128, 64, 8, 3, True),
+    ("queries", 2, 256): Tile(64, 32, 8, 2, True), ("queries", 4, 64): Tile(32, 32, 4, 2),
     ("queries", 4, 128): Tile(32, 16, 4, 2), ("queries", 4, 256): Tile(16, 16, 4, 1),
-    ("keys", 2, 64): Tile(64, 128, 8, 3, True), ("keys", 2, 128): Tile(64, 128, 8, 2, True),
+    ("keys", 2, 64): Tile(64, 128, 8, 3, True), ("keys", 2, 128): Tile(64, 64, 4, 2, True),
     ("keys", 2, 256): Tile(32, 64, 8, 2, True), ("keys", 4, 64): Tile(32, 32, 4, 2),
     ("keys", 4, 128): Tile(16, 32, 4, 2), ("keys", 4, 256): Tile(16, 16, 4, 1),
 }  # fmt: skip
+#: Rows at most of a tile that takes queries from several blocks.
+GATHERED = 32
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ class Call:
             "D": self.dim, "ROOM": self.room, "QB": self.size[0], "KB": self.size[1],
             "GROUP": self.group, "CAUSAL": listed.causal, "PADDED": self.valid is not None,
             "BIAS": bias is not None,
-            "PRECISION": "ieee" if q.itemsize == 2 else "tf32x3" if exact else "tf32",
+            "PRECISION": "ieee" if q.itemsize == 2 or exact else "tf32",
         }  # fmt: skip
 
     def forward(self) -> tuple[Tensor, Tensor]:
@@ -188,11 +190,13 @@ class Call:
     def by_keys(self, above: Tensor, top: Tensor) -> tuple[tuple[int, int], dict[str, Any]]:
         """How the kernel is cut whose programs have keys."""
         tile = self.tile("keys")
-        keys = min(self.size[1], tile.keys)
+        keys, rows = min(self.size[1], tile.keys), tile.queries
+        if self.size[0] < rows:  # of several blocks, whose places take registers
+            rows = min(rows, GATHERED)
         cut = {
-            "SHARE": self.share, "ROWS": tile.queries, "BK": keys,
+            "SHARE": self.share, "ROWS": rows, "BK": keys,
             "EDGE": self.queries % self.size[0] != 0,
-            "TMA": tile.tma and tile.queries <= self.size[0] and _by_tma(self.q, above, top),
+            "TMA": tile.tma and rows <= self.size[0] and _by_tma(self.q, above, top),
             **tile.compiled(keys >= tile.keys),
         }  # fmt: skip
         grid = (triton.cdiv(self.keys, keys), self.batch * self.kv_heads)

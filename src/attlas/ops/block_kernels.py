@@ -104,7 +104,7 @@ def attended(
         valid = valid if valid.stride(-1) == 1 else valid.contiguous()
     listed = Listed(blocks, size, hides, valid, scale, q_offset)
 
-    work = Work(blocks.long(), size, mask, scale, q_offset, *q.shape[1:3], *k.shape[1:3])
+    work = Work(blocks, size, mask, scale, q_offset, *q.shape[1:3], *k.shape[1:3])
     rows = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     with torch.cuda.device_of(q):  # Triton launches on the current device
         found: tuple[Tensor, Tensor] = BlockSparse.apply(*rows, bias, listed, work)  # type: ignore[no-untyped-call]

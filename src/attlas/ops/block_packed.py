@@ -86,14 +86,15 @@ class Plan:
     def of(cls, listed: Int[Tensor, "batch heads queries count"], there: int) -> Plan:
         """The plan of lists of `there` blocks, −1 standing for none."""
         count = listed.shape[3]
-        number, order = torch.where(listed < 0, there, listed).flatten(2).sort(stable=True)
-        every = torch.arange(there + 1, device=listed.device).expand(*number.shape[:2], -1)
-        begins = torch.searchsorted(number, every.contiguous())
+        number = torch.where(listed < 0, there, listed).int().flatten(2)
+        number, order = number.sort(stable=True)
+        every = torch.arange(there + 1, device=listed.device, dtype=torch.int32)
+        begins = torch.searchsorted(number, every.expand(*number.shape[:2], -1).contiguous())
         most = -(-(number.shape[2] + there * (ROWS - 1)) // ROWS)
         filled = -(-begins.diff(dim=-1) // ROWS) * ROWS
         ends = filled.cumsum(-1)
         shift = pad(ends - filled, (0, 1)) - begins
-        at = torch.arange(number.shape[2], device=listed.device) + shift.gather(-1, number)
+        at = torch.arange(number.shape[2], device=listed.device) + shift.gather(-1, number.long())
         at = torch.where(number == there, most * ROWS, at)
         tokens = at.new_zeros(*at.shape[:2], most * ROWS + 1).scatter(-1, at, order // count)
         first = torch.arange(0, most * ROWS, ROWS, device=listed.device).expand(*at.shape[:2], -1)
