@@ -49,8 +49,8 @@ from decode_cells import (
 Make = Callable[[Tensor, Tensor], Step]
 
 
-def candidates(quick: bool) -> dict[str, Make]:
-    """All ways to hold a cache, by name."""
+def candidates(quick: bool, only: list[str] | None = None) -> dict[str, Make]:
+    """All ways to hold a cache, by name, or those alone that are named."""
     sizes, widths = ((32,), (4, 2)) if quick else ((16, 32, 64), (8, 4, 3, 2))
     found: dict[str, Make] = {
         "dense": dense, "ragged at 1/2": ragged, f"tokens at 1/{SHARE}": tokens,
@@ -58,7 +58,8 @@ def candidates(quick: bool) -> dict[str, Make]:
     found |= {f"pages of {n}": partial(pages, page=n) for n in sizes}
     found |= {f"coded {bits}": partial(coded, bits=bits) for bits in widths}
     tokenwise = {f"coded {n} per token": partial(coded, bits=n, per_channel=False) for n in widths}
-    return found | tokenwise
+    found |= tokenwise
+    return found if only is None else {name: found[name] for name in only}
 
 
 def checked(make: Make) -> dict[str, object]:
@@ -96,11 +97,11 @@ def cells(quick: bool) -> Iterator[tuple[int, int]]:
     yield from [(1, 8192), (8, 131072)] if quick else product((1, 8), (8192, 32768, 131072))
 
 
-def checks(quick: bool) -> list[dict[str, object]]:
+def checks(quick: bool, only: list[str] | None) -> list[dict[str, object]]:
     """Every candidate against float64, before anything is timed."""
     rows = []
     for name, check in [
-        *((name, partial(checked, make)) for name, make in candidates(quick).items()),
+        *((name, partial(checked, make)) for name, make in candidates(quick, only).items()),
         *((f"scores and choice of pages of {n}", partial(checked_pages, n)) for n in (16, 32, 64)),
     ]:
         try:
@@ -111,17 +112,19 @@ def checks(quick: bool) -> list[dict[str, object]]:
     return rows
 
 
-def measure(quick: bool, rounds: int) -> None:
-    rows = checks(quick)
-    for batch, keys in cells(quick):
+def measure(options: argparse.Namespace) -> None:
+    quick, rounds, only = options.quick, options.rounds, options.candidates
+    rows = checks(quick, only)
+    for batch, keys in options.cells or cells(quick):
         cell = Cell(batch, keys)
         cell.add_baselines()
-        for name, make in candidates(quick).items():
+        for name, make in candidates(quick, only).items():
             cell.add_step(name, make)
-        for page in (16, 32):
-            cell.add_parts(page)
+        for page in (16, 32) if only is None else (16, 32, 64):
+            if only is None or f"pages of {page}" in only:
+                cell.add_parts(page)
         rows += cell.failed + cell.timed(rounds)
-        save("decode", DEVICE, rows)  # after each, so that a fault later loses nothing
+        save(options.name, DEVICE, rows)  # after each, so that a fault later loses nothing
         del cell
         gc.collect()
         torch.cuda.empty_cache()
@@ -182,9 +185,18 @@ def tune(rounds: int, only: str) -> None:
         torch.cuda.empty_cache()
 
 
+def sizes(given: str) -> tuple[int, int]:
+    """(batch, keys) of `batch:keys`."""
+    batch, keys = given.split(":")
+    return int(batch), int(keys)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="two cells, and fewer candidates")
+    parser.add_argument("--cells", nargs="+", type=sizes, help="batch:keys, in place of all")
+    parser.add_argument("--candidates", nargs="+", help="these alone, as dense or 'pages of 64'")
+    parser.add_argument("--name", default="decode", help="of the file of results")
     parser.add_argument("--tune", action="store_true", help="try tiles instead")
     parser.add_argument("--only", default="", help="part of the names whose tiles are tried")
     parser.add_argument("--rounds", type=int, default=11)
@@ -196,7 +208,7 @@ def main() -> None:
         if options.tune:
             tune(options.rounds, options.only)
         else:
-            measure(options.quick, options.rounds)
+            measure(options)
 
 
 if __name__ == "__main__":

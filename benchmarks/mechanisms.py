@@ -35,6 +35,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "gmm-attention": {"heads": 1},
     "dynamic-convolution-attention": {"heads": 1},
     "luong-attention": {"heads": 1},
+    "mega": {"heads": 1},
+    "mega-chunk": {"heads": 1},
+}
+#: Rows beside the registered layers': a layer with options that cost as much as a mechanism.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "softmax, T5 biases": ("softmax", {"position": "t5"}),
 }
 BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -83,10 +89,13 @@ class Bench:
 
     def layer(self, name: str, length: int, causal: bool = True) -> nn.Module:
         """The mechanism at the benchmark's width, causal where it can be."""
+        name, given = VARIANTS.get(name, (name, {}))
         entry = registry.find(name)
-        options = {"dim": self.dim, "heads": self.heads, **OPTIONS.get(name, {})}
+        options = {"dim": self.dim, "heads": self.heads, **OPTIONS.get(name, {}), **given}
         if name in ("super-attention", "factored-attention"):  # parameters of a fixed size
             options["length"] = max(1024, length + 1)
+        if name == "coulgat":
+            options["nodes"] = length
         causal = causal and entry.object.supports.causal
         made = registry.make(name, causal=causal, **options)
         return made.to(self.device, self.dtype)
@@ -187,6 +196,14 @@ def long_cache(layer: Any, length: int, bench: Bench) -> Any:
     with torch.no_grad():
         layer(prompt, cache=cache)
     held = cache.layers[0]
+    if held.keys is None:  # states alone, which no length changes
+        before = dict(held.states)
+
+        def again() -> None:
+            held.states, held.seen = dict(before), length
+
+        held.rewind = again
+        return cache
 
     def longer(t: Tensor, by: int) -> Tensor:
         shape = [length + by if size == PROMPT else size for size in t.shape]
@@ -237,7 +254,7 @@ def operations(bench: Bench, name: str) -> tuple[float, float]:
 
 def cells(bench: Bench, name: str, lengths: list[int], caches: list[int]) -> list[dict[str, Any]]:
     """All measurements of one mechanism; one that does not fit or fails says so and ends nothing."""
-    thing = registry.find(name).object
+    thing = registry.find(VARIANTS.get(name, (name, {}))[0]).object
     rows = []
     work = [(what, n) for n in lengths for what in ("forward", "forward+backward")]
     work += [("decode", n) for n in caches if thing.supports.causal]
@@ -312,7 +329,7 @@ def agree(name: str) -> str:
     from attlas.contract.measure import subject_of
     from attlas.contract.run import _judged, checks_of
 
-    subject = subject_of(name)
+    subject = subject_of(VARIANTS.get(name, (name, {}))[0])
     one = next(c for c in checks_of(subject) if c.name == "devices")
     result = _judged(subject, one, subject.expected_failures.get("devices"))
     return result.status if result.status == "passed" else f"{result.status}: {result.reason}"
@@ -340,7 +357,7 @@ def main() -> None:
         path.write_text(json.dumps(record, indent=1) + "\n")
     else:
         layers = [entry.name for entry in registry.entries(LAYER)]
-        names = options.names or layers
+        names = options.names or [*layers, *VARIANTS]
         kept = json.loads(path.read_text())["results"] if options.names and path.exists() else []
         rows = [row for row in kept if row["name"] not in names]
         for name in names:

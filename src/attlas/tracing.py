@@ -29,7 +29,8 @@ def any_length(tokens: int) -> bool:
     """Whether a program is made for every number of tokens (torch.export with a dynamic length), so that
     no number may decide how often a loop runs."""
     strict = torch.compiler.is_dynamo_compiling()  # in which it looks like a number
-    return torch.compiler.is_exporting() and (strict or not isinstance(tokens, int))
+    # `is_exporting()` itself is True in all that PyTorch 2.11 compiles.
+    return torch.compiler._is_exporting_flag and (strict or not isinstance(tokens, int))
 
 
 def stretches(tokens: int, size: int) -> list[slice]:

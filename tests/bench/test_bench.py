@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,38 @@ def test_nan_is_wrong() -> None:
         {"first": 1.0, "lost": 1.0}, 1.0, frozenset({"first", "lost"}),
     )  # fmt: skip
     assert "error" in running.measured(Cell("decode", "none", lambda: made), "cpu", 1e-3)[1]
+
+
+def test_gradients_reach_what_another_package_sees_through_views(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def tokens_first(q: Any, k: Any, v: Any, *, causal: bool) -> Any:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        run = torch.nn.functional.scaled_dot_product_attention
+        return lambda: run(
+            *(x.transpose(1, 2) for x in (q, k, v)), is_causal=causal, enable_gqa=True
+        )
+
+    monkeypatch.setattr(rivals, "flash_attention", tokens_first)
+    cell = next(c for c in cells.cells(CPU, FLOAT) if c.name.endswith("tokens, with backward"))
+    told = {row["candidate"]: row for row in running.measured(cell, "cpu", 1e-4)}
+    assert "error" not in told["flash-attn"]
+
+
+def test_what_a_first_run_compiles_costs_no_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(running, "ROUNDS", 7)
+    monkeypatch.setattr(running, "PATIENCE", 1.0)
+    calls: list[int] = []
+
+    def slow_at_first() -> torch.Tensor:
+        if not calls:
+            time.sleep(1.0)
+        calls.append(1)
+        return torch.ones(2)
+
+    made = Made({"first": slow_at_first}, {"first": 1.0}, 1.0, frozenset({"first"}))
+    running.measured(Cell("decode", "none", lambda: made), "cpu", 1e-3)
+    assert len(calls) == 2 + 7
 
 
 def test_a_candidate_that_fails_stops_no_other(

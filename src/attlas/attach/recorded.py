@@ -27,14 +27,18 @@ def recorded(
         with torch.cuda.stream(side):
             now = step()  # kernels are compiled and workspaces made
         current.wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
+        graph, broke = torch.cuda.CUDAGraph(), None
         try:
             # On the stream of the first step: what products work in was made there, outside of the graph.
             with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
-                again = step()
+                try:
+                    again = step()
+                except Exception as error:  # the capture's end has an error of its own, which tells less
+                    broke = error
+                    raise
         except Exception as error:  # whatever it is, the step itself has run
             _forget_capture(side)
-            return now, reason_of(error)
+            return now, reason_of(broke or error)
 
     def run() -> Any:
         with torch.cuda.device(device):

@@ -120,7 +120,8 @@ def _product(device: torch.device, dtype: torch.dtype) -> Made:
 
 
 def _prompt(sizes: Sizes, tokens: int, trained: bool, random: Callable[..., Tensor]) -> Made:
-    q, k, v = _qkv(sizes, 1, tokens, tokens, random)
+    q, k, v = leaves = _qkv(sizes, 1, tokens, tokens, random)
+    _trained(leaves, trained)
     runs: dict[str, Run] = {"attlas": lambda: ops.attend(q, k, v, mask=masks.causal)}
     runs |= rivals.sdpa(q, k, v, causal=True)
     if other := rivals.flash_attention(q, k, v, causal=True):
@@ -128,7 +129,7 @@ def _prompt(sizes: Sizes, tokens: int, trained: bool, random: Callable[..., Tens
     flops = 2.0 * sizes.heads * tokens**2 * sizes.width  # half of the pairs, two products
     moved = 2.0 * (q.nbytes + k.nbytes)
     if trained:
-        runs, moved, flops = _with_backward(runs, [q, k, v]), 2 * moved, 3.5 * flops
+        runs, moved, flops = _with_backward(runs, leaves), 2 * moved, 3.5 * flops
     return Made(runs, dict.fromkeys(runs, moved), flops, frozenset(runs))
 
 
@@ -172,18 +173,19 @@ def _recurrence(
 ) -> Made:
     heads, width = sizes.heads // 2, sizes.width
     call = recurrent_call(kind, 1, heads, tokens, width, random)
+    q, k, v = leaves = tuple(call[name] for name in ("q", "k", "v"))
+    _trained(leaves, trained)
     runs: dict[str, Run] = {"attlas": lambda: ops.recurrence(**call, scale=width**-0.5)[0]}
     exact = {"attlas"}
     if other := rivals.linear_attention(kind, call):
         runs["fla"] = other
         exact.add("fla")
-    q, k, v = (call[name] for name in ("q", "k", "v"))
     runs["SDPA, causal"] = lambda: scaled_dot_product_attention(q, k, v, is_causal=True)
     rows = heads * tokens
     flops = 2.0 * rows * width * (2 * 64 + 2 * width)  # chunks of 64 and their states
     nbytes = dict.fromkeys(runs, 4.0 * q.nbytes)
     if trained:
-        runs = _with_backward(runs, [q, k, v])
+        runs = _with_backward(runs, leaves)
         nbytes, flops = dict.fromkeys(runs, 12.0 * q.nbytes), 3 * flops
     return Made(runs, nbytes, flops, frozenset(exact))
 
@@ -219,10 +221,14 @@ def _qkv(
     return q, k, v
 
 
-def _with_backward(runs: dict[str, Run], leaves: list[Tensor]) -> dict[str, Run]:
-    """Each run with the gradients of `leaves`, which come behind its result."""
+def _trained(leaves: tuple[Tensor, ...], trained: bool) -> None:
+    """Gradients are wanted of these; before anyone looks at them through a view, which has none else."""
     for leaf in leaves:
-        leaf.requires_grad_()
+        leaf.requires_grad_(trained)
+
+
+def _with_backward(runs: dict[str, Run], leaves: tuple[Tensor, ...]) -> dict[str, Run]:
+    """Each run with the gradients of `leaves`, which come behind its result."""
 
     def whole(run: Run) -> tuple[Tensor, ...]:
         out = run()

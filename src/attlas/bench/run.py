@@ -102,16 +102,19 @@ def measured(cell: Cell, device: str, wrong: float) -> list[dict[str, Any]]:
             if not difference <= wrong:
                 rows[name]["error"] = f"its numbers differ by {difference:.2g} of the largest"
     runs = {name: each for name, each in made.runs.items() if "error" not in rows[name]}
-    for name, ms in _times(runs, rows, device).items():
+    for name, ms in _times(runs, device).items():
         rows[name] |= {"ms": ms, "nbytes": made.nbytes[name], "flops": made.flops}
     return list(rows.values())
 
 
-def _times(runs: Mapping[str, Run], rows: Mapping[str, Any], device: str) -> dict[str, float]:
-    """Interleaved medians, of fewer rounds where a round is long."""
-    spent = sum(rows[name]["first_s"] for name in runs) * (QUEUED if device == "cuda" else 1)
+def _times(runs: Mapping[str, Run], device: str) -> dict[str, float]:
+    """Interleaved medians, of fewer rounds where a round is long; first runs, which compile, tell not."""
+    began = clock(torch.device(device))
+    for each in runs.values():
+        each()
+    spent = (clock(torch.device(device)) - began) * (QUEUED if device == "cuda" else 1)
     rounds = max(3, min(ROUNDS, int(PATIENCE / max(spent, 1e-9))))
-    return interleaved(runs, rounds=rounds, device=device, warm=1) if runs else {}
+    return interleaved(runs, rounds=rounds, device=device, warm=0) if runs else {}
 
 
 def _joined(found: Tensor | tuple[Tensor, ...]) -> Tensor:

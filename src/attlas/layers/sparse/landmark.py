@@ -25,6 +25,8 @@ Training takes no `retrieve`; the paper's models have `position="rope"`.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Integer
@@ -50,6 +52,10 @@ class Landmark(Attention):
     """Causal attention that enters earlier blocks through their landmarks."""
 
     supports = Supports(bidirectional=False, cross=False, counts=True)
+    beyond: ClassVar[tuple[str, ...]] = (
+        "position: where blocks are retrieved, keys are rotated by their place in a block",
+        "score: there it tells how far off a block is said to stand",
+    )
 
     block: int = option("L, tokens of a block, its landmark included", default=51, at_least=2)
     retrieve: int | None = option(

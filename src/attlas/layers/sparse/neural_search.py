@@ -81,6 +81,7 @@ class NeuralAttentionSearch(Attention):
     expected_failures: ClassVar[dict[str, str]] = {
         "gradients-reach": "outside training a token's type is a choice, which has no gradient"
     }
+    beyond: ClassVar[tuple[str, ...]] = ("project: types are told beside the keys",)
     #: What is held would be dropped by a number of tokens that are there.
     roomy: ClassVar[bool] = False
 

@@ -65,7 +65,11 @@ class RoutingTransformer(Attention):
 
     supports = Supports(cross=False, queries="all", memory="quadratic")
     changes = ("mask", "normalize")
-    beyond: ClassVar[tuple[str, ...]] = ("project: tokens are routed as soon as they are projected",)
+    beyond: ClassVar[tuple[str, ...]] = (
+        "project: tokens are routed as soon as they are projected",
+        "normalize: each cluster has a softmax of its own",
+        "aggregate: memories have values beside those of the tokens",
+    )
     roomy: ClassVar[bool] = False  # hidden keys could be chosen
     expected_failures: ClassVar[dict[str, str]] = dict.fromkeys(
         ("causality", "decoding", "decoding-padded", "static-cache", "beams", "told-while-decoding"),
