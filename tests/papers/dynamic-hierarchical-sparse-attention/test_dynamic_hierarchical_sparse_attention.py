@@ -188,7 +188,7 @@ def test_dynamic_hierarchical_sparse_attention_learns_boundaries() -> None:
         return (sides + noise).flatten(1, 2), turns
 
     torch.manual_seed(0)
-    state = trained(*drawn(4000))
+    state = trained(*drawn(2500))
     model = Boundaries(24)
     model.load_state_dict(state)
     both, turns = drawn(1000)

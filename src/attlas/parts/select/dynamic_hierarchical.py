@@ -333,7 +333,8 @@ def ratios(weights: Float[Tensor, "tokens tokens"]) -> Float[Tensor, " inner"]:
     later = weights.double().flip(0).cumsum(0).flip(0)[at + WINDOW]
     steps = torch.arange(2 * WINDOW, device=weights.device) - WINDOW + 1
     sides = later.gather(1, at[:, None] + steps).unflatten(1, (2, WINDOW)).sum(-1) + 1e-6
-    return (sides.amax(-1) / sides.amin(-1)).to(weights.dtype)
+    found: Tensor = (sides.amax(-1) / sides.amin(-1)).to(weights.dtype)
+    return found
 
 
 def trained(
