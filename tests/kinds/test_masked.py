@@ -17,8 +17,6 @@ from attlas.kinds.masked import Masked
 class Near(Masked):
     """Toy: the last five tokens."""
 
-    nothing = {}
-
     def pattern(self, tokens):
         return None if tokens.seen <= 5 else masks.window(5)
 
