@@ -78,3 +78,30 @@ def test_roofline_command_refuses_by_name(option: str, value: str, name: str) ->
     refused = CliRunner().invoke(app, [option, value])
     assert isinstance(refused.exception, UserError)
     assert str(refused.exception).startswith(name)
+
+
+def test_roofline_command_shows_the_tiles_of_a_neighbourhood() -> None:
+    """Perfectly block-sparse: what is visited is what is visible, 24 × 48 of 64 × 64 keys."""
+    asked = ["--neighborhood", "64x64", "--window", "24x48", "--stride", "8x16"]
+    shown = CliRunner().invoke(app, [*asked, "--q-tile", "8x16", "--kv-tile", "8x8"])
+    assert shown.exit_code == 0, shown.output
+    words = shown.output.split()
+    assert {"8×16", "8×8", "28.12%", "0.0%", "3.56"} <= set(words)
+    best = CliRunner().invoke(app, ["--neighborhood", "4096", "--window", "512", "--causal", "1"])
+    assert best.exit_code == 0, best.output
+    assert "4096:512/1c" in best.output
+    assert "128" in best.output
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [({"--window": ""}, "window is needed"), ({"--window": "ax3"}, "window takes whole"),
+     ({"--stride": "3x3x3"}, "stride takes one number, or 2"), ({"--window": "99"}, "window="),
+     ({"--q-tile": "8x8"}, "q-tile and kv-tile"), ({"--causal": "yes"}, "causal takes"),
+     ({"--neighborhood": "4x4x4x4", "--window": "2"}, "shape takes")],
+)  # fmt: skip
+def test_roofline_command_refuses_neighbourhoods_by_name(given: dict[str, str], name: str) -> None:
+    asked = {"--neighborhood": "16x16", "--window": "3x3", **given}
+    refused = CliRunner().invoke(app, [word for pair in asked.items() for word in pair])
+    assert isinstance(refused.exception, UserError)
+    assert str(refused.exception).startswith(name)

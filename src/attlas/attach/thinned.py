@@ -110,7 +110,7 @@ class Thinned(Selector):
             if at is None:
                 heads = found
             else:
-                heads[rows, :, at] = found[0].transpose(0, 1).to(heads.dtype)
+                heads[rows, :, at] = found[0].to(heads.dtype)
         return heads.transpose(1, 2).contiguous()
 
 

@@ -14,7 +14,7 @@ QUEUED = 8
 
 def interleaved(
     candidates: Mapping[str, Callable[[], object]], *, rounds: int = 15, device: str = "cpu",
-    warm: int = 2,
+    warm: int = 2, queued: int = QUEUED,
 ) -> dict[str, float]:  # fmt: skip
     """Median milliseconds of each candidate; every round runs them all, each time in another order."""
     for run in candidates.values():
@@ -24,7 +24,7 @@ def interleaved(
     times: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            times[name].append(timed(candidates[name], device))
+            times[name].append(timed(candidates[name], device, queued))
     return {name: statistics.median(t) for name, t in times.items()}
 
 

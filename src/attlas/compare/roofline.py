@@ -11,6 +11,8 @@ from rich.table import Table
 from attlas.compare.intensity import experts as mixture
 from attlas.compare.intensity import grouped, positive
 from attlas.compare.intensity import latent as absorbed
+from attlas.compare.tiles import tiles_table
+from attlas.errors import UserError
 
 
 def roofline(
@@ -27,11 +29,27 @@ def roofline(
     batch: Annotated[int, typer.Option(help="Sequences decoded together.")] = 32,
     length: Annotated[int, typer.Option(help="Tokens in each cache.")] = 4096,
     ridge: Annotated[float, typer.Option(help="FLOP/byte from which on the machine computes.")] = 295.0,
+    neighborhood: Annotated[
+        str, typer.Option(help="Grid of neighbourhood attention, 128x128: shows its tiles instead.")
+    ] = "",
+    window: Annotated[str, typer.Option(help="Its keys along each axis, 13 or 13x13.")] = "",
+    stride: Annotated[str, typer.Option(help="Its queries that share a window.")] = "1",
+    dilation: Annotated[str, typer.Option(help="Tokens from one visible key to the next.")] = "1",
+    causal: Annotated[str, typer.Option(help="1 for its causal axes, 0 for others, 1x0x0.")] = "0",
+    q_tile: Annotated[str, typer.Option(help="Queries of a tile, 8x16; the best unless given.")] = "",
+    kv_tile: Annotated[str, typer.Option(help="Keys of a tile.")] = "",
 ) -> None:
     """FLOPs, bytes and FLOP/byte of a decode step: MHA, GQA, MQA, MLA and an MoE layer.
 
-    Sizes are DeepSeek-V3's unless given, and the ridge an H100's (989 TFLOP/s over 3.35 TB/s).
+    Sizes are DeepSeek-V3's unless given, and the ridge an H100's (989 TFLOP/s over 3.35 TB/s). With a
+    neighborhood, the share of tiles that it visits and the speedup that can be had.
     """
+    if neighborhood:
+        if not window:
+            raise UserError("window is needed with neighborhood, say 13x13")
+        table = tiles_table(neighborhood, window, stride, dilation, causal, q_tile, kv_tile)
+        Console().print(table)
+        return
     positive(ridge=ridge)
     sizes = {"heads": heads, "length": length, "batch": batch, "dtype_bytes": dtype_bytes}
     rows = {

@@ -37,6 +37,15 @@ def changes_nothing(subject: Subject) -> bool:
     return is_cache_part(subject) and subject.object.everything is not None
 
 
+def reads_prompts(subject: Subject) -> bool:
+    """Whether what the part does to a prompt could hang on padding."""
+    from attlas.attach.part import Recorder, Selector
+    from attlas.cache.part import CachePart
+
+    kinds = (CachePart, Recorder, Selector)
+    return inspect.isclass(subject.object) and issubclass(subject.object, kinds)
+
+
 def is_recorder(subject: Subject) -> bool:
     """Whether the part looks and changes nothing."""
     from attlas.attach import Recorder
@@ -252,7 +261,7 @@ def bytes_promised(subject: Subject) -> Iterator[Measure]:
         yield Measure(f"{case} within", off, 0.02, f"{held} bytes held, {promise} promised")
 
 
-@check("part", poisoned=False, when=lambda subject: is_cache_part(subject) or is_recorder(subject))
+@check("part", poisoned=False, when=reads_prompts)
 def padding(subject: Subject) -> Iterator[Measure]:
     """A prompt in a batch padded on the left continues as it does alone."""
     from attlas.attach import attach

@@ -4,6 +4,7 @@ from attlas.masks.algebra import Mask, Shifted
 from attlas.masks.bigbird import bigbird
 from attlas.masks.given import seen
 from attlas.masks.lower import at, block_mask, both, dense, density, grid, hides_nothing, sdpa_flags
+from attlas.masks.neighborhood import neighborhood
 from attlas.masks.pages import Pages, pages
 from attlas.masks.patterns import (
     block,
@@ -43,6 +44,7 @@ __all__ = [
     "grid",
     "hides_nothing",
     "keys",
+    "neighborhood",
     "padding",
     "pages",
     "per_head",

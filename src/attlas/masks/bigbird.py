@@ -13,11 +13,13 @@ Source: "Big Bird: Transformers for Longer Sequences".
 from __future__ import annotations
 
 import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
 
 from attlas.catalog.kinds import MASK
 from attlas.catalog.registry import mechanism
 from attlas.masks.algebra import Mask
-from attlas.masks.patterns import blocks, fixed_table, keys, window
+from attlas.masks.patterns import blocks, fixed_table
 
 
 @mechanism("bigbird-mask", paper="", kind=MASK, example={"length": 48, "heads": 2, "size": 4})
@@ -52,21 +54,56 @@ def bigbird(
         raise ValueError(f"length must be a multiple of size={size}, got {length}")
     if window_blocks % 2 == 0 or window_blocks < 1:
         raise ValueError(f"window_blocks must be odd, got {window_blocks}")
-    count = length // size
-    ends = keys({0, count - 1}, count)
-    local = window(window_blocks // 2 + 1) | ends | ends.T
-    if not random:
-        return blocks(local, size)
-    return blocks(local | fixed_table(_random_blocks(local, heads, count, random, seed)), size)
+    table = block_table(
+        torch.tensor([length // size]), length // size, heads=heads if random else 1,
+        window=window_blocks, random=random, seed=seed,
+    )  # fmt: skip
+    return blocks(fixed_table(table[0]), size)
 
 
-def _random_blocks(local: Mask, heads: int, count: int, random: int, seed: int) -> torch.Tensor:
-    """[heads, count, count] booleans: `random` blocks a row among those that `local` hides."""
-    from attlas.masks.lower import dense
+def block_table(
+    counts: Int[Tensor, " rows"], columns: int, *, heads: int, window: int, random: int, seed: int,
+    ends: bool = True, some: slice = slice(None),
+) -> Bool[Tensor, "rows heads q_blocks columns"]:  # fmt: skip
+    """Which blocks of keys each block of queries sees, in rows that have so many blocks.
 
-    generator = torch.Generator().manual_seed(seed)
-    draw = torch.rand(heads, count, count, generator=generator)
-    draw = draw.masked_fill(dense(local, count, count)[0], -1.0)
-    top = draw.topk(min(random, count), dim=-1)
-    chosen = torch.zeros(heads, count, count, dtype=torch.bool)
-    return chosen.scatter_(-1, top.indices, top.values >= 0)
+    What is drawn for a block of queries hangs on the seed and on the blocks that its row has, and so not
+    on the rows beside it.
+
+    Args:
+        counts: blocks of each row.
+        columns: blocks of the longest.
+        heads: each draws for itself.
+        window: blocks of the local window, odd.
+        random: blocks that are drawn.
+        seed: of the draw.
+        ends: whether the first and the last block see all and are seen by all.
+        some: blocks of queries that are asked for.
+    """
+    at = torch.arange(columns, device=counts.device)
+    i, j, count = at[some, None], at, counts[:, None, None, None]
+    local = ((i - j).abs() <= window // 2).expand(1, 1, -1, -1)
+    if ends:
+        local = local | (i == 0) | (j == 0) | (i == count - 1) | (j == count - 1)
+    there = (i < count) & (j < count)
+    free = there & ~local
+    if not random or not columns:
+        return (local & there).expand(len(counts), heads, -1, -1)
+    order = torch.where(free, _draw(heads, at[some], at, seed), -1)
+    best = order.topk(min(random, columns), dim=-1)
+    drawn = torch.zeros_like(order, dtype=torch.bool).scatter_(-1, best.indices, best.values >= 0)
+    return (local & there) | drawn
+
+
+def _draw(
+    heads: int, rows: Int[Tensor, " rows"], columns: Int[Tensor, " columns"], seed: int
+) -> Int[Tensor, "heads rows columns"]:
+    """A number from 0 on for every head and pair of blocks, which hangs on nothing else."""
+    head = torch.arange(heads, device=rows.device)
+    x = torch.full((heads, len(rows), len(columns)), seed + 1, device=rows.device)
+    for part in (head[:, None, None], rows[:, None], columns):
+        # Odd factors and shifts of a 64-bit mixer; products wrap around.
+        x = (x ^ part) * -7046029254386353131
+        x = (x ^ ((x >> 29) & 0x7FFFFFFFF)) * -4658895280553007687
+        x = x ^ ((x >> 32) & 0xFFFFFFFF)
+    return x & 0x7FFFFFFFFFFFFFFF

@@ -44,12 +44,12 @@ class Pages(ByTensor):
         table = self.listed.to(q.device)
         rows, columns = table.shape[2:]
         row, column = (q - self.first) // self.size[0], k // self.size[1]
-        inside = (q >= self.first) & (row < rows) & (column < columns)
+        inside = (q >= self.first) & (row < rows) & (column >= 0) & (column < columns)
         if not columns:
             return inside
         batch = b if self.batch is not None else torch.zeros_like(b)
         head = h if self.heads is not None else torch.zeros_like(h)
-        found = table[batch, head, row.clamp(0, rows - 1), column.clamp(max=columns - 1)]
+        found = table[batch, head, row.clamp(0, rows - 1), column.clamp(0, columns - 1)]
         return found & inside
 
     def reach(self, q_lo: Tensor, q_hi: Tensor, k_lo: Tensor, k_hi: Tensor) -> Reach:
@@ -59,7 +59,7 @@ class Pages(ByTensor):
         rows, columns = area.shape[2] - 1, area.shape[3] - 1
         (above, below), (left, right) = self._cells(q_lo, q_hi, k_lo, k_hi)
         r0, r1 = above.clamp(0, rows), (below + 1).clamp(0, rows)
-        c0, c1 = left.clamp(max=columns), (right + 1).clamp(max=columns)
+        c0, c1 = left.clamp(0, columns), (right + 1).clamp(0, columns)
         count = area[:, :, r1, c1] - area[:, :, r0, c1] - area[:, :, r1, c0] + area[:, :, r0, c0]
         return count > 0, count == (below - above + 1) * (right - left + 1)
 

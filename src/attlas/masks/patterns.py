@@ -160,7 +160,9 @@ class _Document(ByTensor):
         return f"document({tuple(self.held.shape)} ids)"
 
 
-class _Padding(ByTensor):
+class Padding(ByTensor):
+    """Keys that are valid tokens; see `padding`."""
+
     def __init__(self, valid: Tensor) -> None:
         super().__init__(valid)
         self.batch = valid.shape[0]
@@ -260,7 +262,7 @@ def padding(valid: Bool[Tensor, "batch keys"]) -> Mask:
     """Keys that are valid tokens; `valid` is True at tokens and False at padding."""
     if valid.ndim != 2 or valid.is_floating_point():
         raise ValueError(f"valid takes booleans [batch, keys], got {valid.dtype} {tuple(valid.shape)}")
-    return _Padding(valid)
+    return Padding(valid)
 
 
 def keys(indices: Iterable[int], length: int) -> Mask:

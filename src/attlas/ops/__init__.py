@@ -10,6 +10,7 @@ from attlas.ops.fused import fused
 from attlas.ops.latent import latent_attend
 from attlas.ops.lookahead import LookaheadKeys, lookahead_attend, lookahead_refuses
 from attlas.ops.memory_efficient import memory_efficient
+from attlas.ops.neighborhood import neighborhood
 from attlas.ops.pages import best_pages, page_bounds, page_means, page_scores
 from attlas.ops.recurrence import recurrence
 from attlas.ops.reference import (
@@ -48,6 +49,7 @@ __all__ = [
     "lookahead_refuses",
     "memory_efficient",
     "merge",
+    "neighborhood",
     "page_bounds",
     "page_means",
     "page_scores",

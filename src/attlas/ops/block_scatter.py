@@ -60,8 +60,8 @@ class _Scattered(torch.autograd.Function):
             summed[met.rows] = summed[met.rows] * shrink[..., None] + own
         lse = top + total.log()
         out = (summed / total.clamp(min=torch.finfo(total.dtype).tiny)[..., None]).to(q.dtype)
-        out, lse = (work.queries_of(x.view(*shape[:4], -1)) for x in (out, lse))
-        lse = lse[..., 0]
+        out = work.queries_of(out.view(*shape[:4], v.shape[3]))
+        lse = work.queries_of(lse.view(*shape[:4], 1))[..., 0]
         ctx.work = work
         ctx.save_for_backward(q, k, v, bias, out, lse)
         return out, lse

@@ -7,6 +7,8 @@
 | reference | always; all scores in memory                                                        |
 | gather    | not where tensors stand for others; for each block of queries its blocks of keys     |
 | scatter   | likewise; for each block of keys the queries that list it, where these are few        |
+| kernel    | a CUDA device with Triton, blocks of powers of two, causal, padding or no mask        |
+| packed    | lists of single tokens, no bias, masks as the kernel; the kernel's way for few rows    |
 
 A row that sees nothing gives 0 and lse = −∞. Several calls over disjoint keys are joined by `merge`.
 """
@@ -19,18 +21,23 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from attlas import masks
 from attlas.errors import UnknownName
-from attlas.masks import Mask, causal
+from attlas.masks import Mask
 from attlas.masks.algebra import And
 from attlas.masks.pages import check_lists, sizes
+from attlas.ops import block_kernels
 from attlas.ops.block_gather import gather
+from attlas.ops.block_packed import packed
 from attlas.ops.block_reference import plainly
 from attlas.ops.block_scatter import scatter
 from attlas.ops.block_work import Work
 from attlas.tracing import traced
 
-BlockRoute = Literal["auto", "reference", "gather", "scatter"]
-BLOCK_ROUTES: tuple[BlockRoute, ...] = ("auto", "reference", "gather", "scatter")
+BlockRoute = Literal["auto", "reference", "gather", "scatter", "kernel", "packed"]
+BLOCK_ROUTES: tuple[BlockRoute, ...] = (
+    "auto", "reference", "gather", "scatter", "kernel", "packed",
+)  # fmt: skip
 
 #: Rows that share a list, below which blocks of keys are not gathered for them.
 FEW = 16
@@ -103,12 +110,51 @@ def listed(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(out, lse) of lists that are known to be well formed: nothing is asked of the device."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if route == "reference" or traced():
+    if route == "reference" or (route != "kernel" and traced()):
         return plainly(q, k, v, blocks, size, mask, bias, scale, q_offset)
+    few = q.shape[1] // max(blocks.shape[1], k.shape[1]) * size[0] < FEW
+    if route in ("auto", "kernel", "packed"):
+        why = block_kernels.refuses(q, k, v, blocks, size, mask, scale)
+        packs = _packs(size, mask, bias)
+        if route == "packed" and packs is not None:
+            raise ValueError(f"route='packed' cannot take this call: {packs}")
+        if route == "packed" or (route == "auto" and few and why is None and packs is None):
+            return _packed(q, k, v, blocks, size[1], mask, scale, q_offset)
+        if why is None:
+            return block_kernels.attended(q, k, v, blocks, size, mask, bias, scale, q_offset)
+        if route == "kernel":
+            raise ValueError(f"route='kernel' cannot take this call: {why}")
     work = Work(blocks.long(), size, mask, scale, q_offset, *q.shape[1:3], *k.shape[1:3])
-    if route == "scatter" or (route == "auto" and work.group * size[0] < FEW):
+    if route == "scatter" or (route == "auto" and few):
         return scatter(q, k, v, bias, work)
     return gather(q, k, v, bias, work)
+
+
+def _packs(size: tuple[int, int], mask: Mask | None, bias: Tensor | None) -> str | None:
+    """Why lists of single tokens cannot be packed, None when they can."""
+    if size[0] != 1:
+        return f"blocks have {size[0]} queries, not 1"
+    if bias is not None:
+        return "keys have a bias"
+    return None if block_kernels.inside(mask) else f"{mask!r} is not causal, padding, or both"
+
+
+def _packed(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, size: int, mask: Mask | None, scale: float,
+    q_offset: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    held = block_kernels.inside(mask)
+    assert held is not None
+    hides, valid = held
+    beside = None if valid is None else masks.padding(valid)
+
+    def attended(
+        q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, size: tuple[int, int], causal: bool, offset: int
+    ) -> tuple[Tensor, Tensor]:
+        within = masks.both(masks.causal if causal else None, beside)
+        return listed(q, k, v, blocks, size, within, scale=scale, q_offset=offset)
+
+    return packed(q, k, v, blocks, size, hides, q_offset, attended)
 
 
 def check_call(
@@ -164,4 +210,4 @@ def hides_future(mask: Mask | None) -> bool:
     """Whether a pattern is `causal`, or `causal` and something else."""
     if isinstance(mask, And):
         return hides_future(mask.left) or hides_future(mask.right)
-    return mask == causal
+    return mask == masks.causal

@@ -13,6 +13,9 @@ from torch.nn.functional import pad
 
 from attlas.errors import at_least_one
 
+#: Pages so few, and rows so many, that the best are found one after the other.
+FEW, MANY = 8, 1024
+
 
 def page_bounds(
     k: Float[Tensor, "batch kv_heads tokens dim"], page: int
@@ -82,9 +85,22 @@ def best_pages(
     from attlas.ops.decode_kernels import choice_refused, choose_pages
 
     count = min(count, scores.shape[-1])
+    if count <= FEW and scores.shape[:-1].numel() >= MANY:
+        return _largest(scores, count)
     if choice_refused(scores) is None:
         return choose_pages(scores, count)
     return reference_best_pages(scores, count)
+
+
+def _largest(scores: Tensor, count: int) -> Tensor:
+    """`best_pages` of a few, one after the other: as many passes over the scores, and no sorting."""
+    left, found = scores.clone(), []
+    for _ in range(count):
+        top, at = left.max(dim=-1, keepdim=True)
+        found.append(torch.where(top > -torch.inf, at, scores.shape[-1]))
+        left.scatter_(-1, at, -torch.inf)
+    chosen = torch.cat(found, dim=-1).sort(dim=-1).values
+    return torch.where(chosen == scores.shape[-1], -1, chosen).to(torch.int32)
 
 
 def reference_best_pages(scores: Tensor, count: int) -> Tensor:

@@ -43,8 +43,16 @@ def merge(
         raise ValueError("merge takes at least one (out, lse)")
     each = torch.stack([lse for _, lse in parts])
     shares = softmax(each.movedim(0, -1)).movedim(-1, 0)[..., None]
-    outs = torch.stack([out for out, _ in parts])
-    return (shares.to(outs.dtype) * outs).sum(0), torch.logsumexp(each, 0)
+    if each.requires_grad:  # where no part sees anything its gradient would be that of −∞ − (−∞)
+        dead = each.amax(0) == -torch.inf
+        lse = torch.logsumexp(each.masked_fill(dead, 0.0), 0).masked_fill(dead, -torch.inf)
+    else:
+        lse = torch.logsumexp(each, 0)
+    # One after the other: side by side they would take the memory of all outputs again, twice.
+    total = shares[0] * parts[0][0]
+    for share, (out, _) in zip(shares[1:], parts[1:], strict=True):
+        total = torch.addcmul(total, share, out.to(total.dtype))
+    return total.to(parts[0][0].dtype), lse
 
 
 def scores_of(

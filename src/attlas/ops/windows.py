@@ -109,6 +109,9 @@ def refuses(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> str | None:
         return "not on a CUDA device"
     if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
         return f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}, not all of one of {DTYPES}"
+    trained = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, bias))
+    if q.dtype == torch.float32 and trained:
+        return "gradients of 32-bit numbers take it twice as long as SDPA"
     if q.shape[2] > TOKENS:
         return f"windows have {q.shape[2]} tokens, at most {TOKENS}"
     if max(q.shape[-1], v.shape[-1]) > WIDTH:

@@ -59,7 +59,7 @@ class MoBA(Attention):
         own: Int[Tensor, "rows queries"],
     ) -> Float[Tensor, "batch heads queries blocks"]:
         """How well each block fits each query: ∞ for its own, −∞ for later ones."""
-        scores = ops.grouped_product(q, means.mT)
+        scores = ops.grouped_product(ops.wide(q), ops.wide(means).mT)  # equal ones are few then
         block, own = torch.arange(scores.shape[-1], device=q.device), own[:, None, :, None]
         return scores.masked_fill(block > own, -torch.inf).masked_fill(block == own, torch.inf)
 
