@@ -15,7 +15,7 @@ under this mask and half under its own, so that it works in both modes. Every we
     adapter = attlas.make("block-attention-rag", folder="passages")
     with adapter.inject(model):
         cache = adapter.context(passages)                  # ids; read from memory or the folder if known
-        model.generate(torch.cat([*passages, question])[None], past_key_values=cache)
+        model.generate(torch.cat([*passages, question])[None], **with_cache(model, cache))
         with adapter.passages([len(p) for p in passages]): # the same in one pass, to train by
             model(ids, labels=labels)
 
