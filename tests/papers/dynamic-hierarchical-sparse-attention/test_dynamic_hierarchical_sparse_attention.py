@@ -10,19 +10,11 @@ import attlas
 from attlas import masks
 from attlas.attach import attach
 from attlas.attach.thinned import Text
+from attlas.cache.boundaries import WINDOW, Boundaries, ratios, trained, windows
 from attlas.calibration import calibrate
 from attlas.contract.parts import prompt, small_llama
 from attlas.hf.caches import DynamicCache, with_cache
-from attlas.parts.select.dynamic_hierarchical import (
-    WINDOW,
-    Boundaries,
-    DynamicHierarchical,
-    peaks,
-    pooled,
-    ratios,
-    trained,
-    windows,
-)
+from attlas.parts.select.dynamic_hierarchical import DynamicHierarchical, peaks, pooled
 
 
 def part(**options: object) -> DynamicHierarchical:
@@ -188,7 +180,7 @@ def test_dynamic_hierarchical_sparse_attention_learns_boundaries() -> None:
         return (sides + noise).flatten(1, 2), turns
 
     torch.manual_seed(0)
-    state = trained(*drawn(2500))
+    state = trained(*drawn(4000))
     model = Boundaries(24)
     model.load_state_dict(state)
     both, turns = drawn(1000)
