@@ -25,9 +25,11 @@ class Part(Configured):
 
     #: Stages of attention that it changes beside those whose hooks it overrides.
     changes: ClassVar[tuple[str, ...]] = ()
-    #: What `attlas compare --preset cache` compares this part with the others at, each as it stands
+    #: What `attlas compare` compares this part with the others of its preset at, each as it stands
     #: behind the part's name in `--methods`: "(keep=0.5)", "(bits=4)+other(keep=0.25)". Not inherited.
     comparable: ClassVar[tuple[str, ...]] = ()
+    #: The preset that does: "cache", or "prefill" of parts that thin out a prompt and tell its `density`.
+    preset: ClassVar[str] = "cache"
     #: Points of the residual stream that the part is shown, see `stream`.
     points: ClassVar[tuple[str, ...]] = ()
     #: What is done to a prompt hangs on the call that brings it, so that it may not be cut in pieces.

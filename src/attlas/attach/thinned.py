@@ -29,7 +29,7 @@ from attlas.positions.base import ScoreMod
 from attlas.storage.layer import StoredLayer
 
 #: Tokens of a side of the blocks by which the share of pairs that are read is told.
-GRAIN = 64
+GRAIN = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +79,7 @@ class Thinned(Selector):
     kind: ClassVar[Kind] = SELECT
     #: A pattern chooses which pairs may meet.
     changes: ClassVar[tuple[str, ...]] = ("mask",)
+    preset: ClassVar[str] = "prefill"
     #: Blocks of queries begin where the call does.
     whole_prompts: ClassVar[bool | None] = True
 
@@ -97,8 +98,12 @@ class Thinned(Selector):
     def attended(self, text: Text) -> Float[Tensor, "batch heads queries v_dim"]:
         """Attention under the pattern."""
         mask = self.pattern(text) & masks.causal
-        self.density[text.layer] = density_of(mask, text)
+        self.density[text.layer] = self.share(mask, text)
         return text.attend(mask)
+
+    def share(self, mask: Mask, text: Text) -> Float[Tensor, " heads"]:
+        """The share of the causal pairs that are read; a number a head."""
+        return density_of(mask, text)
 
     def attend(self, call: Call) -> Float[Tensor, "batch query heads value_dim"] | None:
         """The thinned attention; None where there is no prompt to thin out."""

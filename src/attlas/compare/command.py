@@ -34,7 +34,10 @@ def compare(
         typer.Option(help="needle,speed,...; all of `attlas list --kind task` unless given."),
     ] = None,
     lengths: Annotated[list[str] | None, typer.Option(help="Tokens of context: 1024,2048.")] = None,
-    preset: Annotated[str, typer.Option(help="quick, full, or cache: the whole family.")] = "quick",
+    preset: Annotated[
+        str,
+        typer.Option(help="quick, full, cache: all caches, or prefill: what thins out prompts."),
+    ] = "quick",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, or auto.")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto.")] = "auto",
     out: Annotated[
@@ -51,7 +54,7 @@ def compare(
     if preset not in PRESETS:
         raise UnknownName("preset", preset, PRESETS)
     chosen = PRESETS[preset]
-    planned_methods = parse_methods(methods or chosen.methods or comparable())
+    planned_methods = parse_methods(methods or chosen.methods or comparable(preset))
     planned_tasks = parse_tasks(tasks or [])
     asked = parse_lengths(lengths or [])
     where = device_here(device)

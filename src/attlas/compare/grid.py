@@ -73,11 +73,12 @@ class Grid:
 
     def cells(self, unit: Unit, method: str) -> list[Cell]:
         """The cells that a unit measures for one method."""
+        thinned = {m.label for m in self.methods if m.thins}
         return [
             Cell(method, task, unit.length, depth, metric.key)
             for depth in unit.context.asked(self.preset, unit.depth)
             for task, metric in self.metrics
-            if metric.context is unit.context
+            if metric.context is unit.context and (method in thinned or not metric.thinned)
         ]
 
     def rounds(self, unit: Unit) -> int:

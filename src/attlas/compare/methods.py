@@ -43,6 +43,11 @@ class Method:
     label: str
     named: tuple[Named, ...] = ()
 
+    @property
+    def thins(self) -> bool:
+        """Whether a part of it thins out the attention of a prompt, and so tells its density."""
+        return any(_preset(registry.find(name)) == "prefill" for name, _ in self.named)
+
     def parts(self) -> tuple[Any, ...]:
         """Fresh parts to attach, none for full attention.
 
@@ -67,12 +72,18 @@ def parse_methods(texts: Iterable[str]) -> tuple[Method, ...]:
     return tuple(found.values())
 
 
-def comparable() -> list[str]:
-    """Full attention and every method that a part says is comparable, by the part's name."""
+def comparable(preset: str = "cache") -> list[str]:
+    """Full attention and every method that a part of a preset says is comparable, by the part's name."""
     found = [FULL]
     for entry in registry.entries(*PARTS):
-        found += [entry.name + rest for rest in vars(entry.object).get("comparable", ())]
+        if _preset(entry) == preset:
+            found += [entry.name + rest for rest in vars(entry.object).get("comparable", ())]
     return found
+
+
+def _preset(entry: registry.Entry) -> str:
+    kind: Any = entry.object
+    return str(kind.preset)
 
 
 def parse_method(text: str) -> Method:

@@ -17,7 +17,7 @@ class Preset:
         continuation: tokens that are predicted after each of them.
         repeats: runs of each method by itself for speed and memory.
         decode: tokens decoded in each of these.
-        methods: compared when the user names none; empty for all that say that they are comparable.
+        methods: compared when the user names none; empty for all that say that they are comparable in it.
     """
 
     name: str
@@ -82,6 +82,18 @@ PRESETS = {
         continuation=128,
         repeats=2,
         decode=16,
+        methods=(),
+    ),
+    # One length: budgets in tokens are another share of another one.
+    "prefill": Preset(
+        name="prefill",
+        lengths=(4096,),
+        depths=(0.1, 0.5, 0.9),
+        needles=2,
+        contexts=2,
+        continuation=64,
+        repeats=2,
+        decode=8,
         methods=(),
     ),
 }

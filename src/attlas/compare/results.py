@@ -26,7 +26,9 @@ class Results(Journal):
         **get_type_hints(Cell), **dict.fromkeys(SETTING, str), "seed": int, "status": str, "n": int,
         "value": float | None,
     }  # fmt: skip
-    may_lack: ClassVar[Mapping[str, Any]] = dict.fromkeys(("low", "high", "sd", "floor"), float | None)
+    may_lack: ClassVar[Mapping[str, Any]] = {
+        **dict.fromkeys(("low", "high", "sd", "floor"), float | None), "by_head": list[list[float]],
+    }  # fmt: skip
 
     @property
     def finished(self) -> set[Cell]:

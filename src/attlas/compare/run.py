@@ -85,7 +85,7 @@ def _line(grid: Grid, cell: Cell, measure: Measure | None, outcome: Outcome) -> 
     if measure is not None and not math.isfinite(measure.value):
         status, measure = "not finite", None
     found = measure or Measure(0.0, 0)
-    return {
+    line = {
         "model": grid.model,
         **cell._asdict(),
         "value": found.value if measure else None,
@@ -103,6 +103,7 @@ def _line(grid: Grid, cell: Cell, measure: Measure | None, outcome: Outcome) -> 
         "device": grid.device,
         "dtype": grid.dtype,
     }
+    return line if found.by_head is None else line | {"by_head": found.by_head}
 
 
 def _finite(value: float | None) -> float | None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from attlas.attach import Part, attach
+from attlas.attach.part import Selector
 from attlas.cache.part import CachePart
 from attlas.cache.policy import CachePolicy
 from attlas.cache.prompt import Prompt, prefill
@@ -82,8 +83,11 @@ def shares(parts: Sequence[Part]) -> bool:
 
 
 def stepwise(parts: Sequence[Part]) -> bool:
-    """Whether what a method does with a token depends on tokens coming one at a time."""
-    return any(
+    """Whether what a method does with a token depends on tokens coming one at a time.
+
+    What thins out a prompt takes several tokens for a piece of one.
+    """
+    return any(isinstance(part, Selector) for part in parts) or any(
         not isinstance(part, CachePolicy) or part.while_decoding for part in cache_parts(parts)
     )
 

@@ -146,7 +146,11 @@ def measured(grid: Grid, bench: Bench, cell: Cell, tally: Tally) -> Measure:
             "metric has no `measure`"
         )
     found = metric.measure(samples)
-    floor = task.floor(metric, bench, cell.length, tally.kv_bytes)
+    beside = {
+        key: some for (name, key, at), some in tally.samples.items()
+        if (name, at) == (cell.task, cell.depth)
+    }  # fmt: skip
+    floor = task.floor(metric, bench, cell.length, tally.kv_bytes, beside)
     return found if floor is None else replace(found, floor=floor)
 
 

@@ -20,6 +20,7 @@ class Measure:
         high: upper end.
         floor: what the machine's own limits allow at best; None where no law is known.
         sd: standard deviation of the samples, so that means of several cells can be pooled.
+        by_head: the number of each head, layer by layer; None where heads have none of their own.
     """
 
     value: float
@@ -28,6 +29,7 @@ class Measure:
     high: float | None = None
     floor: float | None = None
     sd: float | None = None
+    by_head: tuple[tuple[float, ...], ...] | None = None
 
 
 def share(hits: int, n: int) -> Measure:

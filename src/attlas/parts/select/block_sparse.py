@@ -29,6 +29,7 @@ class BlockSparse(Thinned):
     """Each block of queries reads the blocks of keys whose mean fits its own mean best."""
 
     everything: ClassVar[dict[str, Any]] = {"keep": 10**6}
+    comparable: ClassVar[tuple[str, ...]] = ("(keep=9)", "(keep=4)")
 
     keep: int = option("blocks of keys that each block of queries reads", default=100, at_least=1)
     size: int = option("tokens of a block", default=64, at_least=1)

@@ -44,6 +44,7 @@ class HiP(Thinned):
     """Each block of queries reads the keys that a tree search finds, the first ones and the newest."""
 
     everything: ClassVar[dict[str, Any]] = {"keep": 10**6}
+    comparable: ClassVar[tuple[str, ...]] = ("(keep=192)", "(dense_layers=(), keep=96)")
 
     keep: int = option("tokens that the search keeps for a block of queries", default=512, at_least=1)
     q_block: int = option("tokens of a block of queries", default=32, at_least=1)

@@ -36,6 +36,7 @@ class PowerAttention(Thinned):
     """Let tokens read the newest blocks, the first ones, and those a power of two away."""
 
     everything: ClassVar[dict[str, Any]] = {"window_blocks": 10**6}
+    comparable: ClassVar[tuple[str, ...]] = ("(window_blocks=4)", "(size=32, window_blocks=2)")
     #: The pattern hangs on places alone.
     whole_prompts = False
 

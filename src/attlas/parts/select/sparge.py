@@ -34,6 +34,7 @@ class SpargePrefill(Thinned):
     """Let blocks of queries read the blocks of keys that hold most of their means' softmax."""
 
     everything: ClassVar[dict[str, Any]] = {"mass": 1.0}
+    comparable: ClassVar[tuple[str, ...]] = ("(mass=0.94, similar=-1.0)", "(mass=0.85, similar=-1.0)")
 
     mass: float = option("of the means' softmax that is read", default=0.98, above=0, at_most=1)
     similar: float = option(

@@ -24,7 +24,7 @@ from torch import Tensor
 from attlas import masks
 from attlas.attach.call import Call
 from attlas.attach.part import Selector
-from attlas.attach.thinned import is_prompt, only_causal
+from attlas.attach.thinned import Text, density_of, is_prompt, only_causal
 from attlas.catalog.registry import mechanism
 from attlas.masks import Mask
 from attlas.masks.algebra import Reach
@@ -36,9 +36,11 @@ from attlas.options import option
 class SparsePrefill(Selector):
     """Let the prompt's tokens attend to the first ones and to the newest."""
 
+    preset: ClassVar[str] = "prefill"
     #: A pattern chooses which pairs may meet.
     changes = ("mask",)
     everything: ClassVar[dict[str, Any]] = {"recent": 4096}
+    comparable: ClassVar[tuple[str, ...]] = ("(recent=512)", "(recent=224)")
 
     sinks: int = option("first tokens that all see", default=4, at_least=0)
     recent: int = option(
@@ -50,11 +52,16 @@ class SparsePrefill(Selector):
         super().setup()
         near = masks.window(self.recent)
         self.pattern = masks.causal & (near | masks.sinks(self.sinks) if self.sinks else near)
+        #: Of each layer, the share of visible pairs that its last prompt read, a number a head.
+        self.density: dict[int, Float[Tensor, " heads"]] = {}
 
     def attend(self, call: Call) -> Float[Tensor, "batch query heads value_dim"] | None:
         """Attention under the pattern; None where there is no prompt to thin out."""
         if not is_prompt(call):
             return None
+        end = call.forward_pass.offset + call.q.shape[2]
+        text = Text(call.layer, call.q, call.k[:, :, :end], call.v[:, :, :end], call.scaling)
+        self.density[call.layer] = density_of(self.pattern, text)
         heads = attend_with_sinks(
             call.q, call.k, call.v, mask=self._visible(call), score_mod=call.score_mod,
             scale=call.scaling, q_offset=call.forward_pass.offset, sinks=call.sinks,

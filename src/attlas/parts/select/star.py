@@ -31,6 +31,7 @@ class StarPrefill(Thinned):
     """Let blocks of a context attend to themselves and to the first block alone."""
 
     everything: ClassVar[dict[str, Any]] = {"hosts": 1}
+    comparable: ClassVar[tuple[str, ...]] = ("(hosts=14, question=64)", "(hosts=36, question=64)")
 
     hosts: int = option("blocks that the context is cut into", default=4, at_least=1)
     question: int = option("last tokens of a prompt, which read everything", default=0, at_least=0)

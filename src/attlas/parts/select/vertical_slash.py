@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 from attlas import masks, ops
 from attlas.attach.thinned import Text, Thinned
@@ -38,6 +39,10 @@ class VerticalSlash(Thinned):
     """Let tokens read the keys and the distances that the last queries weigh most, head by head."""
 
     everything: ClassVar[dict[str, Any]] = {"verticals": 10**6}
+    comparable: ClassVar[tuple[str, ...]] = (
+        "(verticals=300, slashes=160)",
+        "(verticals=300, slashes=100)",
+    )
 
     verticals: int = option("keys that all later tokens read", default=1000, at_least=1)
     slashes: int = option("distances at which each token reads", default=6096, at_least=1)
@@ -53,6 +58,21 @@ class VerticalSlash(Thinned):
             self.crossed(text, slash), (self.size, self.size), first=text.offset
         )
         return crossed | masks.Pages(vertical[:, :, None], (text.q.shape[2], 1), first=text.offset)
+
+    def share(self, mask: Mask, text: Text) -> Float[Tensor, " heads"]:
+        """By blocks that slashes cross, and by single keys in the others."""
+        crossed, single = (leaf for leaf in mask.leaves if isinstance(leaf, masks.Pages))
+        size, device = self.size, text.q.device
+        row, block = (
+            torch.arange(-(-x.shape[2] // size), device=device) for x in (text.q, text.k)
+        )
+        begun = block * size < text.offset + (row[:, None] + 1) * size
+        on = pad(crossed.listed, (0, len(block) - crossed.listed.shape[3]))
+        at = single.held[:, :, 0].long() // size
+        verticals = torch.zeros(*at.shape[:2], len(block), device=device)
+        verticals.scatter_add_(-1, at, torch.ones_like(at, dtype=verticals.dtype))
+        read = torch.where(on, size, verticals[:, :, None]) * begun
+        return read.mean(0).sum((-1, -2)) / (begun.sum() * size)
 
     def estimate(
         self, text: Text

@@ -29,6 +29,7 @@ class Alone:
         held: bytes of the cache after the context.
         read: of these, what one token reads, after the last one.
         peak: bytes, see `attlas.tasks.peak`.
+        density: share of the context's pairs that each head read, layer by layer; None: it tells none.
     """
 
     prefill: float
@@ -36,6 +37,7 @@ class Alone:
     held: int
     read: int
     peak: int
+    density: tuple[tuple[float, ...], ...] | None = None
 
 
 class AloneRun(Context):
@@ -67,7 +69,8 @@ class AloneRun(Context):
         device = bench.model.device
         ids = torch.tensor([read.context], device=device)
         decode = []
-        with attached(bench.model, method.parts()):
+        parts = method.parts()
+        with attached(bench.model, parts):
             peak = Peak(device)
             start = clock(device)
             cache = cache_of(forward(bench.model, ids, None))
@@ -78,7 +81,17 @@ class AloneRun(Context):
                 forward(bench.model, torch.tensor([[token]], device=device), cache)
                 decode.append(clock(device) - start)
             highest = peak.bytes()
-            return Alone(prefill, decode, held, bytes_read(cache), highest)
+            density = density_by_head(parts, bench.model) if method.thins else None
+            return Alone(prefill, decode, held, bytes_read(cache), highest, density)
+
+
+def density_by_head(parts: Sequence[Any], model: Any) -> tuple[tuple[float, ...], ...]:
+    """The share of a prompt's pairs that each head read, layer by layer; layers left alone read all."""
+    config = model.config.get_text_config(decoder=True)
+    told = next(part.density for part in parts if part.preset == "prefill")
+    every = [1.0] * config.num_attention_heads
+    layers = (told[i].tolist() if i in told else every for i in range(config.num_hidden_layers))
+    return tuple(map(tuple, layers))
 
 
 ALONE = AloneRun()

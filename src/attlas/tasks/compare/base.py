@@ -123,6 +123,7 @@ class Metric:
         drawn: "picture": in pareto.png and in the report; "page": in the report; "": nowhere.
         map: caption of its table by depth and length, for shares; empty for none.
         on_cuda: what it means on a GPU, where that is something else.
+        thinned: it is measured only of methods that thin out a prompt.
     """
 
     key: str
@@ -138,6 +139,7 @@ class Metric:
     drawn: str = "page"
     map: str = ""
     on_cuda: str = ""
+    thinned: bool = False
 
     @property
     def quality(self) -> bool:
@@ -167,8 +169,18 @@ class CompareTask(Configured):
         """What an observation says of this task's metrics of that context."""
         raise NotImplementedError
 
-    def floor(self, metric: Metric, bench: Bench, length: int, kv_bytes: int) -> float | None:
-        """The least that this machine could need, in the metric's unit; None where no law is known."""
+    def floor(
+        self, metric: Metric, bench: Bench, length: int, kv_bytes: int, samples: Mapping[str, Any]
+    ) -> float | None:
+        """The least that this machine could need, in the metric's unit; None where no law is known.
+
+        Args:
+            metric: whose number it stands beside.
+            bench: what it ran on.
+            length: tokens of the context.
+            kv_bytes: held by the cache after it.
+            samples: of this task's metrics at the same depth, by key.
+        """
         return None
 
     def derived(self, lines: Sequence[Line], method: str) -> Mapping[str, Measure | str]:

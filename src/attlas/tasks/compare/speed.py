@@ -1,7 +1,8 @@
 """Speed: prefill and decode times, each beside the least that this machine could need.
 
     prefill floor = max(operations / matmul rate, bytes / copy rate)
-        operations = 2 · weights · T + 2 · T² · heads · head_dim · layers     (half the square, ×4)
+        operations = 2 · weights · T + 2 · T² · heads · head_dim · layers · density
+                                                                              (half the square, ×4)
         bytes      = weights
     decode floor  = (bytes of weights + bytes of cache) / copy rate
 
@@ -10,6 +11,9 @@ read + written a second) and a square matrix product. Times are medians of repea
 method by itself, so that nothing shared flatters it; lower is better. A floor is a bound on any
 implementation of this computation, not a goal that PyTorch reaches.
 
+*density*: the share of the prompt's pairs that a method which thins them out reads, by whole blocks, on
+average over layers and heads; 1 for all others.
+
 *pays from*: the length from which on a token takes less time than with the full cache.
 """
 
@@ -17,6 +21,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+import torch
 
 from attlas.catalog.registry import mechanism
 from attlas.compare.methods import FULL
@@ -27,6 +33,13 @@ from attlas.tasks.compare.alone import ALONE, Alone
 from attlas.tasks.compare.base import COST, Bench, CompareTask, Context, Metric, Sample
 from attlas.tasks.record import Measure, median
 from attlas.tasks.roof import Roof
+
+
+def density(samples: Sequence[tuple[tuple[float, ...], ...]]) -> Measure:
+    """The mean over layers and heads, and each head's own mean over the runs."""
+    by_head = torch.tensor(samples, dtype=torch.float64).mean(0)
+    rows = tuple(tuple(round(x, 5) for x in row) for row in by_head.tolist())
+    return Measure(float(by_head.mean()), len(samples), by_head=rows)
 
 
 @mechanism("speed", paper="")
@@ -41,6 +54,9 @@ class Speed(CompareTask):
         Metric("pays_from", "pays from", COST, "lower",
                "tokens of context from which on a generated token takes less time than with the full "
                "cache", drawn=""),
+        Metric("density", "density %", COST, "lower",
+               "pairs of the context's tokens that attention reads, of those that full attention reads",
+               ALONE, density, scale=100.0, digits=1, drawn="picture", thinned=True),
     )  # fmt: skip
     how = (
         "Speed: each method runs by itself, several times in turn; times are medians. The floor is the "
@@ -55,23 +71,33 @@ class Speed(CompareTask):
     def samples(self, context: Context, seen: Alone) -> Iterator[Sample]:
         """One prefill and every token of a run."""
         yield "prefill_ms", None, 1e3 * seen.prefill
+        if seen.density is not None:
+            yield "density", None, seen.density
         for seconds in seen.decode:
             yield "decode_ms", None, 1e3 * seconds
 
-    def floor(self, metric: Metric, bench: Bench, length: int, kv_bytes: int) -> float:
+    def floor(
+        self, metric: Metric, bench: Bench, length: int, kv_bytes: int, samples: Mapping[str, Any]
+    ) -> float | None:
         """See the module."""
+        if metric.key == "density":
+            return None
         if metric.key == "prefill_ms":
-            return 1e3 * prefill_floor(bench.model, bench.roof, length)
+            read = density(samples["density"]).value if "density" in samples else 1.0
+            return 1e3 * prefill_floor(bench.model, bench.roof, length, read)
         return 1e3 * decode_floor(bench.model, bench.roof, kv_bytes)
 
     def derived(self, lines: Sequence[Line], method: str) -> Mapping[str, Measure | str]:
-        """The length from which on the method pays."""
-        found = None if method == FULL else break_even(lines, method)
+        """The length from which on the method pays; beside methods that read less, what full reads."""
+        if method == FULL:
+            beside = any(line["metric"] == "density" for line in lines)
+            return {"density": Measure(1.0, 1)} if beside else {}
+        found = break_even(lines, method)
         return {} if found is None else {"pays_from": found}
 
 
-def prefill_floor(model: Any, roof: Roof, length: int) -> float:
-    """Seconds below which no exact prefill of `length` tokens can come."""
+def prefill_floor(model: Any, roof: Roof, length: int, density: float = 1.0) -> float:
+    """Seconds below which no prefill of `length` tokens that reads such a share of pairs can come."""
     config = model.config.get_text_config(decoder=True)
     width: int = config.num_attention_heads * _head_dim(layer_config(config, 0))
     embedding = model.get_input_embeddings().weight
@@ -81,8 +107,8 @@ def prefill_floor(model: Any, roof: Roof, length: int) -> float:
     weights: int = sum(p.numel() for p in model.parameters()) - embedding.numel()
     if head is not None and not tied:
         weights -= head.weight.numel()
-    square: int = 2 * length**2 * width * config.num_hidden_layers
-    operations: int = 2 * weights * length + square
+    square = 2 * length**2 * width * config.num_hidden_layers * density
+    operations: float = 2 * weights * length + square
     return max(operations / roof.flops_per_second, _weight_bytes(model) / roof.bytes_per_second)
 
 
