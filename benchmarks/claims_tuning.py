@@ -206,6 +206,12 @@ CLAIMS: dict[str, tuple[Any, str, str, tuple[Expectation, ...]]] = {
 }  # fmt: skip
 
 
+def claimed(name: str) -> tuple[str, tuple[Expectation, ...]]:
+    """What is claimed of a mechanism, and when it holds."""
+    _, says, _, expects = CLAIMS[name]
+    return says, expects
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", choices=[*CLAIMS, []], default=[])
