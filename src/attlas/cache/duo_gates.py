@@ -20,7 +20,6 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from attlas import masks, ops
 from attlas.attach import attach
 from attlas.attach.call import Call
 from attlas.attach.part import Part
+from attlas.calibration.frozen import frozen
 from attlas.calibration.statistics import Calibration
 from attlas.errors import UserError
 from attlas.hf.sources import kv_heads
@@ -160,7 +160,7 @@ def fit_gates(
     fit = _resumed(partial, key, model) or Fit.begun(config.num_hidden_layers, heads)
     words = torch.cat([text.flatten() for text in texts]).unique().tolist()
     tick(fit.done, steps)
-    with torch.enable_grad(), _frozen(model):
+    with torch.enable_grad(), frozen(model):
         while fit.done < steps:
             text = texts[fit.done % len(texts)]
             ids, asked = passkeys(text[0].tolist(), words, random.Random(fit.done))
@@ -213,19 +213,6 @@ def _hidden(model: Any, ids: Tensor) -> Tensor:
     out = model(ids, use_cache=False, output_hidden_states=True, logits_to_keep=1)
     hidden: Tensor = out.hidden_states[-1]
     return hidden
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Any:
-    """The model's own weights ask for no gradients meanwhile."""
-    asking = [weight for weight in model.parameters() if weight.requires_grad]
-    for weight in asking:
-        weight.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for weight in asking:
-            weight.requires_grad_(True)
 
 
 def _key(texts: Sequence[Tensor], steps: int) -> str:

@@ -19,6 +19,7 @@ from attlas.attach import attach
 from attlas.attach.call import Call
 from attlas.attach.part import Part
 from attlas.calibration import Calibration
+from attlas.calibration.frozen import frozen
 from attlas.errors import UserError
 from attlas.options import option
 from attlas.storage.files import fingerprint
@@ -208,7 +209,7 @@ def loss(part: Rounding, model: nn.Module, text: Tensor, constants: Constants) -
 def _follow(part: Rounding, model: nn.Module, text: Tensor, state: Constants, step: int) -> None:
     """One step of Adam; the model's own weights get no gradients."""
     raw = {n: t for n, t in state.items() if not n.endswith(("first", "second"))}
-    with torch.enable_grad(), _frozen(model):
+    with torch.enable_grad(), frozen(model):
         leaves = {name: t.detach().requires_grad_() for name, t in raw.items()}
         gradients = torch.autograd.grad(
             loss(part, model, text, finished(leaves)), list(leaves.values()), allow_unused=True
@@ -227,21 +228,6 @@ def _moments(raw: Constants) -> Constants:
     """Constants and, beside them, running means of their gradients and of the squares."""
     zeros = {f"{n}.{m}": torch.zeros_like(t) for n, t in raw.items() for m in ("first", "second")}
     return raw | zeros
-
-
-class _frozen:  # noqa: N801
-    """Within it the model's weights want no gradients."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.wanting = [p for p in model.parameters() if p.requires_grad]
-
-    def __enter__(self) -> None:
-        for p in self.wanting:
-            p.requires_grad_(False)
-
-    def __exit__(self, *error: object) -> None:
-        for p in self.wanting:
-            p.requires_grad_(True)
 
 
 def _eye(scores: Tensor) -> Bool[Tensor, "queries keys"]:

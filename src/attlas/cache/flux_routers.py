@@ -18,7 +18,6 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from attlas.attach.call import Call
 from attlas.attach.part import Part
 from attlas.attach.thinned import is_prompt, texts
 from attlas.cache.duo_gates import SHORTEST, passkeys, streaming
+from attlas.calibration.frozen import frozen
 from attlas.calibration.statistics import Calibration
 from attlas.errors import UserError
 from attlas.options import option
@@ -242,16 +242,3 @@ class State:
                     states.setdefault(int(place), {})[what] = tensor
             optimiser.load_state_dict({**optimiser.state_dict(), "state": states})
         return int(found.about["done"])
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Any:
-    """The model's own weights ask for no gradients meanwhile."""
-    asking = [weight for weight in model.parameters() if weight.requires_grad]
-    for weight in asking:
-        weight.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for weight in asking:
-            weight.requires_grad_(True)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attlas.ops.block_work import Work, differentiable, spread
+from attlas.ops.block_work import Back, Work, differentiable, spread
 from attlas.ops.memory_efficient import at_least_float32
 
 #: Scores of a chunk: so few that what is gathered for it is still in a core's caches when it is read.
@@ -53,27 +53,21 @@ class _Gathered(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, bias, out, lse = ctx.saved_tensors
+        q, k, v, bias, *_ = ctx.saved_tensors
         work: Work = ctx.work
         if torch.is_grad_enabled():  # the gradient will itself be differentiated
             return *differentiable(q, k, v, bias, work, (d_out, d_lse)), None
-        batch = len(q)
-        delta = (at_least_float32(d_out) * at_least_float32(out)).sum(-1) - d_lse
-        safe = lse.masked_fill(lse == -torch.inf, torch.inf)
-        rows, d_rows = work.rows(q), work.rows(d_out)
-        delta, safe = (work.rows(x[..., None]) for x in (delta, safe))
-        pages, extra = (work.pages(k), work.pages(v)), spread(bias, k, work)
-        d_q = at_least_float32(torch.zeros_like(rows))
-        d_pages = [at_least_float32(torch.zeros_like(page)) for page in pages]
-        d_extra = None if extra is None else torch.zeros_like(extra)
-        for chunk in work.chunks(batch, SCORES):
-            places, listed = work.places(batch, chunk)
+        rows, d_rows, delta, top, pages, extra, d_q, d_pages, d_extra = Back.of(
+            ctx.saved_tensors, d_out, d_lse, work
+        )
+        for chunk in work.chunks(len(q), SCORES):
+            places, listed = work.places(len(q), chunk)
             keys, values = (_taken(page, places) for page in pages)
             own = None if extra is None else _taken(extra, places)[..., 0]
             mine, d_mine = rows[:, :, chunk], d_rows[:, :, chunk]
-            added = work.added(own, listed, chunk, safe.dtype)
+            added = work.added(own, listed, chunk, top.dtype)
             scores = at_least_float32((mine * work.scale) @ keys.mT).add_(added)
-            weights = scores.sub_(safe[:, :, chunk]).exp_()
+            weights = scores.sub_(top[:, :, chunk]).exp_()
             _give(d_pages[1], places, weights.to(v.dtype).mT @ d_mine)
             d_scores = at_least_float32(d_mine @ values.mT).sub_(delta[:, :, chunk]).mul_(weights)
             if d_extra is not None:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from attlas.ops.block_work import Work, differentiable, spread
+from attlas.ops.block_work import Back, Work, differentiable, spread
 from attlas.ops.memory_efficient import at_least_float32
 
 #: Scores held at once: 4 MiB in float32.
@@ -68,22 +68,19 @@ class _Scattered(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, bias, out, lse = ctx.saved_tensors
+        q, k, v, bias, *_ = ctx.saved_tensors
         work: Work = ctx.work
         if torch.is_grad_enabled():  # the gradient will itself be differentiated
             return *differentiable(q, k, v, bias, work, (d_out, d_lse)), None
-        delta = (at_least_float32(d_out) * at_least_float32(out)).sum(-1) - d_lse
-        safe = lse.masked_fill(lse == -torch.inf, torch.inf)
-        rows, d_rows = (work.rows(x).flatten(0, 2) for x in (q, d_out))
-        delta, safe = (work.rows(x[..., None]).flatten(0, 2) for x in (delta, safe))
-        pages, extra = (work.pages(k), work.pages(v)), spread(bias, k, work)
-        d_q = at_least_float32(torch.zeros_like(rows))
-        d_pages = [at_least_float32(torch.zeros_like(page)) for page in pages]
-        d_extra = None if extra is None else torch.zeros_like(extra)
+        back = Back.of(ctx.saved_tensors, d_out, d_lse, work)
+        rows, d_rows, delta, top, d_q = (
+            x.flatten(0, 2) for x in (back.rows, back.d_rows, back.delta, back.top, back.d_q)
+        )
+        pages, extra, d_pages, d_extra = back.pages, back.extra, back.d_pages, back.d_extra
         for met in meetings(work, len(q)):
             keys, values = (page[met.page] for page in pages)
             mine, d_mine = rows[met.rows], d_rows[met.rows]
-            weights = _scores(mine, keys, extra, met, work).sub_(safe[met.rows]).exp_()
+            weights = _scores(mine, keys, extra, met, work).sub_(top[met.rows]).exp_()
             d_pages[1][met.page] += _summed(weights.to(v.dtype), d_mine)
             d_scores = at_least_float32(d_mine @ values.mT).sub_(delta[met.rows]).mul_(weights)
             if d_extra is not None:
@@ -91,7 +88,7 @@ class _Scattered(torch.autograd.Function):
             d_scores = (d_scores * work.scale).to(q.dtype)
             d_q[met.rows] += d_scores @ keys
             d_pages[0][met.page] += _summed(d_scores, mine)
-        return *work.gradients(d_q.view(work.rows(q).shape), d_pages, d_extra, q, bias), None
+        return *work.gradients(back.d_q, d_pages, d_extra, q, bias), None
 
 
 def meetings(work: Work, batch: int) -> Iterator[_Meeting]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,7 +63,7 @@ class Work:
         return pages.view(batch, self.kv_heads, -1, pages.shape[-1])[:, :, : self.keys]
 
     def gradients(
-        self, d_rows: Tensor, d_pages: list[Tensor], d_extra: Tensor | None, q: Tensor,
+        self, d_rows: Tensor, d_pages: tuple[Tensor, Tensor], d_extra: Tensor | None, q: Tensor,
         bias: Tensor | None,
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
         """Those of queries, keys, values and biases, from what their rows and pages got."""
@@ -146,6 +147,56 @@ class Work:
     def _per_row(self) -> int:
         """Blocks of keys of a row of the batch, over all heads."""
         return self.kv_heads * -(-self.keys // self.size[1])
+
+
+class Back(NamedTuple):
+    """What a backward pass begins with, cut as `Work` cuts it, and what it adds to.
+
+    Attributes:
+        rows: queries.
+        d_rows: gradient of the output.
+        delta: rowsum(dO ∘ O) − dlse.
+        top: lse, +∞ where a row sees nothing.
+        pages: keys and values.
+        extra: biases, or None.
+        d_q: zeros for the gradient of `rows`, as the others.
+        d_pages: of keys and values.
+        d_extra: of biases.
+    """
+
+    rows: Tensor
+    d_rows: Tensor
+    delta: Tensor
+    top: Tensor
+    pages: tuple[Tensor, Tensor]
+    extra: Tensor | None
+    d_q: Tensor
+    d_pages: tuple[Tensor, Tensor]
+    d_extra: Tensor | None
+
+    @classmethod
+    def of(
+        cls, saved: tuple[Tensor | None, ...], d_out: Tensor, d_lse: Tensor, work: Work
+    ) -> Back:
+        """Of what the forward pass saved: q, k, v, bias, out and lse."""
+        q, k, v, bias, out, lse = saved
+        assert q is not None
+        assert k is not None
+        assert v is not None
+        assert out is not None
+        assert lse is not None
+        delta = (at_least_float32(d_out) * at_least_float32(out)).sum(-1) - d_lse
+        top = lse.masked_fill(lse == -torch.inf, torch.inf)
+        rows, d_rows = work.rows(q), work.rows(d_out)
+        pages, extra = (work.pages(k), work.pages(v)), spread(bias, k, work)
+
+        def zeros(x: Tensor) -> Tensor:
+            return at_least_float32(x.new_zeros(x.shape))
+
+        return cls(
+            rows, d_rows, work.rows(delta[..., None]), work.rows(top[..., None]), pages, extra,
+            zeros(rows), (zeros(pages[0]), zeros(pages[1])), None if extra is None else zeros(extra),
+        )  # fmt: skip
 
 
 def differentiable(
