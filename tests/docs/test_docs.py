@@ -109,6 +109,13 @@ def test_which_cache_is_generated_from_the_results(monkeypatch):
     assert (ROOT / "docs" / "which-cache.md").read_text() == page(ROOT / "benchmarks" / "cache")
 
 
+def test_which_prefill_is_generated_from_the_results(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from which_prefill import page
+
+    assert (ROOT / "docs" / "which-prefill.md").read_text() == page(ROOT / "benchmarks" / "prefill")
+
+
 def test_the_readme_counts_what_there_is():
     counts = Counter(entry.kind.name for entry in registry.entries())
     text = (ROOT / "README.md").read_text()

@@ -46,7 +46,10 @@ class Method:
     @property
     def thins(self) -> bool:
         """Whether a part of it thins out the attention of a prompt, and so tells its density."""
-        return any(_preset(registry.find(name)) == "prefill" for name, _ in self.named)
+        names = {name for name, _ in self.named}
+        return any(
+            entry.name in names and _preset(entry) == "prefill" for entry in registry.entries(*PARTS)
+        )
 
     def parts(self) -> tuple[Any, ...]:
         """Fresh parts to attach, none for full attention.

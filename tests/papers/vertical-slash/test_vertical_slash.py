@@ -52,3 +52,18 @@ def test_blocks_hold_what_a_slash_crosses():
     small, large = (masks.dense(p.pattern(of) & masks.causal, 29, 41) for p in (fine, coarse))
     assert (small <= large).all()
     assert large.float().mean() < 0.6
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(24, 24), (13, 30)])
+def test_density_counts_single_keys_and_crossed_blocks(queries, keys):
+    of = text(queries, keys)
+    for first in (1, 20):  # the second lists keys that early queries do not see
+        part = VerticalSlash(verticals=20, slashes=3, first=first, near=1, last=5, size=1)
+        part.attended(of)
+        seen = masks.dense(part.pattern(of) & masks.causal, queries, keys)
+        pairs = torch.ones(queries, keys).tril(keys - queries).sum()
+        torch.testing.assert_close(part.density[0], seen.float().mean(0).sum((1, 2)) / pairs)
+    # Single keys count as such in blocks of four.
+    coarse = VerticalSlash(verticals=8, slashes=1, first=8, near=1, last=5, size=4)
+    coarse.attended(of)
+    assert (coarse.density[0] < 0.75).all()
