@@ -67,7 +67,7 @@ def attend(
     k: Float[Tensor, "batch kv_heads keys dim"],
     v: Float[Tensor, "batch v_heads keys v_dim"],
     *,
-    mask: Mask | Bool[Tensor, "b h queries keys"] | None = None,
+    mask: Mask | Bool[Tensor, "b h #queries #keys"] | None = None,
     score_mod: ScoreMod | None = None,
     scale: float | None = None,
     dropout: float = 0.0,

@@ -53,12 +53,13 @@ class _Gathered(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, bias, *_ = ctx.saved_tensors
+        saved = ctx.saved_tensors  # once: under checkpointing asking computes it again
+        q, k, v, bias, *_ = saved
         work: Work = ctx.work
         if torch.is_grad_enabled():  # the gradient will itself be differentiated
             return *differentiable(q, k, v, bias, work, (d_out, d_lse)), None
         rows, d_rows, delta, top, pages, extra, d_q, d_pages, d_extra = Back.of(
-            ctx.saved_tensors, d_out, d_lse, work
+            saved, d_out, d_lse, work
         )
         for chunk in work.chunks(len(q), SCORES):
             places, listed = work.places(len(q), chunk)

@@ -68,11 +68,12 @@ class _Scattered(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, bias, *_ = ctx.saved_tensors
+        saved = ctx.saved_tensors  # once: under checkpointing asking computes it again
+        q, k, v, bias, *_ = saved
         work: Work = ctx.work
         if torch.is_grad_enabled():  # the gradient will itself be differentiated
             return *differentiable(q, k, v, bias, work, (d_out, d_lse)), None
-        back = Back.of(ctx.saved_tensors, d_out, d_lse, work)
+        back = Back.of(saved, d_out, d_lse, work)
         rows, d_rows, delta, top, d_q = (
             x.flatten(0, 2) for x in (back.rows, back.d_rows, back.delta, back.top, back.d_q)
         )

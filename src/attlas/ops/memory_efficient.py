@@ -44,7 +44,7 @@ def memory_efficient(
     k: Float[Tensor, "batch kv_heads keys dim"],
     v: Float[Tensor, "batch v_heads keys v_dim"],
     *,
-    mask: Mask | Bool[Tensor, "b h queries keys"] | None = None,
+    mask: Mask | Bool[Tensor, "b h #queries #keys"] | None = None,
     score_mod: ScoreMod | None = None,
     scale: float | None = None,
     q_offset: int | None = None,

@@ -30,7 +30,8 @@ def prototype(case: Case) -> Iterator[Check]:
     own = {f"{name}_proj.weight": part for name, part in zip("qkv", parts, strict=True)}
     load_weights(layer, {**own, **case.params, "o_proj.weight": layer.o_proj.weight})
     *prepared, inputs = layer.prepare(x)
-    yield case.compare("mid.bias", layer.importance(inputs))
+    if "bias" in case.mids:
+        yield case.compare("mid.bias", layer.importance(inputs))
     if "mask" in case.mids:
         pairs = inputs.visible(*prepared[:2])
         full = torch.ones(*q.shape[:3], k.shape[2], dtype=torch.bool)

@@ -22,8 +22,10 @@ def sparge_block_map(case: Case) -> Iterator[Check]:
         "similar": config["simthreshd1"], "sink": config.get("attention_sink", False),
     }  # fmt: skip
     mean, cosine = means(k, size[1])
-    yield case.compare("mid.k_pool", mean)
-    yield case.compare("mid.k_block_similar", cosine > options["similar"])
+    if "k_pool" in case.mids:
+        yield case.compare("mid.k_pool", mean)
+    if "k_block_similar" in case.mids:
+        yield case.compare("mid.k_block_similar", cosine > options["similar"])
     chosen = block_map(
         q, k, mask=mask, scale=q.shape[-1] ** -0.5, q_offset=0, q_block=size[0], k_block=size[1],
         **options,

@@ -46,7 +46,7 @@ from attlas.tracing import any_length, stretches
 
 @mechanism(
     "landmark-attention", example={"block": 3, "retrieve": 2},
-    reduces_to=Reduction("softmax", {"block": 10**6}),
+    reduces_to=Reduction("softmax", {"block": 64, "retrieve": None}),
 )  # fmt: skip
 class Landmark(Attention):
     """Causal attention that enters earlier blocks through their landmarks."""
