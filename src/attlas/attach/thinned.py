@@ -9,7 +9,7 @@ causal stay as they are. Recorders are shown the weights of full attention.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -22,6 +22,7 @@ from attlas.attach.call import Call
 from attlas.attach.part import Selector
 from attlas.catalog.kinds import SELECT, Kind
 from attlas.masks import Mask
+from attlas.masks.kept import kept_by_mask
 from attlas.masks.pages import parted
 from attlas.ops.delta import attend_with_sinks
 from attlas.options import option
@@ -109,14 +110,20 @@ class Thinned(Selector):
         """The thinned attention; None where there is no prompt to thin out."""
         if not is_prompt(call) or call.layer in self.dense_layers:
             return None
-        heads = call.q.new_zeros(*call.q.shape[:3], call.v.shape[3])
-        for rows, at, text in texts(call):
-            found = self.attended(text)
-            if at is None:
-                heads = found
-            else:
-                heads[rows, :, at] = found[0].to(heads.dtype)
-        return heads.transpose(1, 2).contiguous()
+        return by_texts(call, lambda row, text: self.attended(text))
+
+
+def by_texts(
+    call: Call, attended: Callable[[int | None, Text], Tensor]
+) -> Float[Tensor, "batch query heads value_dim"]:
+    """What `attended` gives for the texts of a call, told the row of each, or None of one of all rows."""
+    heads = call.q.new_zeros(*call.q.shape[:3], call.v.shape[3])
+    for row, at, text in texts(call):
+        if at is None:
+            heads = attended(None, text)
+        else:
+            heads[row, :, at] = attended(row, text)[0].to(heads.dtype)
+    return heads.transpose(1, 2).contiguous()
 
 
 def texts(call: Call) -> Iterator[tuple[int, Tensor | None, Text]]:
@@ -177,12 +184,20 @@ def density_of(mask: Mask, text: Text) -> Float[Tensor, " heads"]:
         every = -(-last.clamp(max=keys) // k_block)
         share = there.mean(0).sum(-1) / every.sum()
     else:
-        some, whole = (
-            masks.grid(m, queries, keys, q_block=GRAIN, k_block=GRAIN, device=text.q.device)[0]
-            for m in (mask, masks.causal)
-        )
-        share = some.float().mean(0).sum((-1, -2)) / whole.sum()
+        share = _by_blocks(mask, queries, keys, text.q.device)
     return share.expand(heads)
+
+
+@kept_by_mask(64)  # which a pattern has alike in every layer
+def _by_blocks(
+    mask: Mask, queries: int, keys: int, device: torch.device
+) -> Float[Tensor, " heads"]:
+    some, whole = (
+        masks.grid(m, queries, keys, q_block=GRAIN, k_block=GRAIN, device=device)[0]
+        for m in (mask, masks.causal)
+    )
+    share: Tensor = some.float().mean(0).sum((-1, -2)) / whole.sum()
+    return share
 
 
 def _of_row(mod: ScoreMod | None, row: int, columns: Tensor) -> ScoreMod | None:

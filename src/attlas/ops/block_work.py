@@ -52,10 +52,10 @@ class Work:
         x = x.unflatten(3, (self.group, self.size[0])).transpose(2, 3)
         return x.flatten(1, 2).flatten(2, 3)[:, :, : self.queries]
 
-    def pages(self, x: Tensor, value: float = 0.0) -> Tensor:
+    def pages(self, x: Tensor) -> Tensor:
         """What keys have, a block a row: [batch · kv_heads · k_blocks, k_block, width]."""
         short = -self.keys % self.size[1]
-        x = pad(x, (0, 0, 0, short), value=value) if short else x
+        x = pad(x, (0, 0, 0, short)) if short else x
         return x.reshape(-1, self.size[1], x.shape[3])
 
     def keys_of(self, pages: Tensor, batch: int) -> Tensor:

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from attlas import masks
 from attlas.attach.call import Call
 from attlas.attach.part import Selector
-from attlas.attach.thinned import Text, Thinned, density_of, is_prompt, texts
+from attlas.attach.thinned import Text, Thinned, by_texts, density_of, is_prompt, texts
 from attlas.cache.duo_gates import streaming
 from attlas.cache.flux_routers import Recipe, fit_routers, made, unrotated
 from attlas.cache.rotations import rotation_of
@@ -143,18 +143,15 @@ class FluxAttention(Calibrated, Thinned):
         if bool(full.all()):
             self.density[call.layer] = call.q.new_ones(call.q.shape[1])
             return None
-        heads = call.q.new_zeros(*call.q.shape[:3], call.v.shape[3])
-        for row, at, text in texts(call):
-            own = full if at is None else full[row][None]
+
+        def attended(row: int | None, text: Text) -> Tensor:
+            own = full if row is None else full[row][None]
             every = masks.padding(own[:, None].expand(-1, text.k.shape[2]))
             pattern = masks.causal & (streaming(self.sinks, self.recent) | every)
             self.density[call.layer] = density_of(pattern, text)
-            found = text.attend(pattern)
-            if at is None:
-                heads = found
-            else:
-                heads[row, :, at] = found[0].to(heads.dtype)
-        return heads.transpose(1, 2).contiguous()
+            return text.attend(pattern)
+
+        return by_texts(call, attended)
 
     def mask(self, call: Call) -> Bool[Tensor, "batch heads 1 keys"] | None:
         """What a generated token sees in rows whose layer is sparse."""
