@@ -31,8 +31,8 @@ from attlas.options import option
 from attlas.supports import Supports
 from attlas.tracing import stretches
 
-#: Queries whose gates are held at once.
-ROWS = 256
+#: Queries whose gates are held at once, at least, and gates that are where there are few blocks.
+ROWS, GATES = 256, 1 << 25
 
 
 @mechanism(
@@ -69,9 +69,10 @@ class MoBA(Attention):
     ) -> Int[Tensor, "batch heads queries topk"]:
         """The blocks that each query reads, ascending, −1 behind the last."""
         means = blocks.means(k)
+        rows_at_once = max(ROWS, GATES // max(1, q.shape[0] * q.shape[1] * blocks.count))
         return torch.cat([
             blocks.best(self.gate(q[:, :, rows], means, blocks.of_queries[:, rows]), self.topk)
-            for rows in stretches(q.shape[2], ROWS)
+            for rows in stretches(q.shape[2], rows_at_once)
         ], dim=2)  # fmt: skip
 
     def mask(
