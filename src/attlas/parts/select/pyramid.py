@@ -85,21 +85,22 @@ class PyramidPrefill(Thinned):
         """
         if text.score_mod is not None or text.seen is not None:
             raise UserError("pyramid-prefill reads means, and honours no changed scores or other masks")
-        size = {"q_block": self.q_block, "k_block": self.k_block}
+        q_block, k_block = self.q_block, self.k_block
         low, middle, high = self.similar
         levels = chosen_levels(
             text.q, text.k, mask=masks.causal, scale=text.scale, q_offset=text.offset,
             ends=dict(zip(LEVELS, self.ends, strict=True)), by=self.by, least=self.least,
-            similar=(low, middle, high), **size,
+            similar=(low, middle, high), q_block=q_block, k_block=k_block,
             generator=torch.Generator().manual_seed(self.seed + text.layer),
         )  # fmt: skip
         some, _ = masks.grid(
-            masks.causal, text.q.shape[2], text.k.shape[2], q_offset=text.offset, device=text.q.device,
-            **size,
+            masks.causal, text.q.shape[2], text.k.shape[2], q_block=q_block, k_block=k_block,
+            q_offset=text.offset, device=text.q.device,
         )  # fmt: skip
         share = torch.where(levels > 0, 1 / levels.clamp(min=1), 0.0).sum((-1, -2)).mean(0)
         self.density[text.layer] = share / some.sum()
         out, lse = pyramid_sparse_attention(
-            text.q, text.k, text.v, mask=masks.causal, scale=text.scale, levels=levels, **size
-        )
+            text.q, text.k, text.v, mask=masks.causal, scale=text.scale, levels=levels, q_block=q_block,
+            k_block=k_block,
+        )  # fmt: skip
         return beside_sinks(out, lse, text.sinks)
