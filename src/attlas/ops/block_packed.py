@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
-from attlas.ops.reference import merge
+from attlas.ops.packed_rows import joined, taken
 
 #: Queries of a block.
 ROWS = 128
@@ -39,20 +39,15 @@ def packed(
     """(out, lse) of queries that have a list each, of blocks of `size` keys; differentiable."""
     heads = torch.arange(q.shape[1], device=q.device) // (q.shape[1] // blocks.shape[1])
     listed = blocks.long().expand(len(q), -1, -1, -1)[:, heads]
-    parts = []
+    beside = None
     if causal:
         own = (offset + torch.arange(q.shape[2], device=q.device))[:, None] // size
-        parts.append(_own(q, k, v, (listed == own).any(-1), size, offset, attended))
+        beside = _own(q, k, v, (listed == own).any(-1), size, offset, attended)
         listed = torch.where(listed < own, listed, -1)
     plan = Plan.of(listed, -(-k.shape[2] // size))
-    rows = q.gather(2, plan.tokens[..., None].expand(-1, -1, -1, q.shape[3]))
+    rows = taken(q, plan.tokens, plan.rows)
     out, lse = attended(rows, k, v, plan.lists, (ROWS, size), False, 0)
-    for at in plan.rows.unbind(-1):
-        missing = at == out.shape[2]
-        each = at.clamp(max=out.shape[2] - 1)
-        got = out.gather(2, each[..., None].expand(-1, -1, -1, out.shape[3]))
-        parts.append((got, lse.gather(2, each).masked_fill(missing, -torch.inf)))
-    return merge(parts)
+    return joined(beside, out, lse, plan.rows)
 
 
 def _own(

@@ -102,6 +102,17 @@ def attend_with_sinks(
     heads, lse = attend(
         q, k, v, mask=mask, score_mod=score_mod, scale=scale, q_offset=q_offset, return_lse=True
     )
+    return beside_sinks(heads, lse, sinks)
+
+
+def beside_sinks(
+    heads: Float[Tensor, "batch heads queries v_dim"],
+    lse: Float[Tensor, "batch heads queries"],
+    sinks: Float[Tensor, " heads"] | None,
+) -> Float[Tensor, "batch heads queries v_dim"]:
+    """Outputs whose softmax logits without a value take part in, where there are any."""
+    if sinks is None:
+        return heads
     share = torch.sigmoid(lse - sinks.to(lse.dtype)[:, None])
     return heads * share[..., None].to(heads.dtype)
 

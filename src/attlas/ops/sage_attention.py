@@ -12,7 +12,7 @@ a tensor core holds: of a run of queries those whose places agree modulo 8, of a
 neighbours modulo 8. Integers round halves away from zero.
 
 Cost: n² products in 8 bits; the plain form here computes the same numbers in float32, a block of keys at
-a time. The kernel (`attlas.kernels.sage`) takes half precision, heads of 64 or 128, no smoothed queries:
+a time. The kernels (`attlas.kernels.sage`) take half precision, heads of 64 or 128, no smoothed queries:
 their correction is n² / block numbers, and GPUs from the H100 on multiply no 4-bit integers.
 Reduces to exact attention with bits and values both None.
 Source: "SageAttention2 Technical Report: Accurate 4 Bit Attention for Plug-and-play Inference
@@ -43,6 +43,9 @@ FP8 = 448.0
 VALUES = {"fp8": (torch.float8_e4m3fn, log2(FP8)), "fp16": (torch.float16, 0.0)}
 #: Added to the scales of threads' groups, which may hold no token.
 TINY = 1e-7
+
+#: Keys that share scales where the kernels take them; no more queries do.
+RUNS = (8, 16, 32, 64, 128, 256)
 
 Route = Literal["auto", "reference", "kernel"]
 
@@ -135,12 +138,18 @@ def sage_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if isinstance(mask, Mask) and hides_nothing(mask, queries, keys, offset):
         mask = None
-    reason = refuses(q, k, v, mask, bits, values, smooth_q) if route != "reference" else ""
+    runs = (q_block, k_block) if per == "block" else (q_run, k_run)
+    reason = "" if route == "reference" else refuses(
+        q, k, v, mask, bits, values, smooth_q, runs, scale
+    )  # fmt: skip
     if route == "kernel" and reason is not None:
         raise ValueError(f"route='kernel' cannot take this call: {reason}")
     if keys == 0 or 0 in q.shape:
         return q.new_zeros(*q.shape[:3], v.shape[3]), wide(q.new_full(q.shape[:3], -torch.inf))
 
+    if reason is None:
+        assert bits is not None
+        return _by_kernels(q, k, v, mask, scale, offset, bits, values, per, smooth_k, smooth_v, runs)
     k_mean = wide(k).mean(2, keepdim=True) if smooth_k else None
     smooth = wide(k) if k_mean is None else wide(k) - k_mean
     factor = scale * log2(e)
@@ -155,29 +164,34 @@ def sage_attention(
         codes, columns, unit = rows, smooth, smooth.new_ones(1)
         row_scale, column_scale = unit * factor, unit
     else:
-        sizes = (q_block, k_block) if per == "block" else (q_run, k_run)
-        ours, theirs = _integers(rows, smooth, bits, per, factor, *sizes)
+        ours, theirs = _integers(rows, smooth, bits, per, factor, *runs)
         row_scale = ours.each * (1.0 if per == "block" else factor)
         codes, columns, column_scale = ours.codes, theirs.codes, theirs.each
-    if reason is None:
-        from attlas.kernels.sage import sage_forward
-
-        with torch.cuda.device_of(q):
-            out, lse = sage_forward(
-                codes, columns, v_codes, row_scale, column_scale, v_scale, v_mean,
-                causal=mask is not None, offset=offset, lift=VALUES[values or "fp16"][1],
-                out_dtype=q.dtype,
-            )  # fmt: skip
-    else:
-        out, lse = _reference(
-            codes, columns, v_codes, row_scale, column_scale, added, q_block, mask, offset, values,
-            k_block,
-        )  # fmt: skip
-        out = out * repeated(v_scale, q.shape[1])
-        if v_mean is not None:
-            seen = (lse != -torch.inf)[..., None]
-            out = torch.where(seen, out + repeated(v_mean, q.shape[1]), out)
+    out, lse = _reference(
+        codes, columns, v_codes, row_scale, column_scale, added, q_block, mask, offset, values, k_block
+    )
+    out = out * repeated(v_scale, q.shape[1])
+    if v_mean is not None:
+        seen = (lse != -torch.inf)[..., None]
+        out = torch.where(seen, out + repeated(v_mean, q.shape[1]), out)
     return out.to(q.dtype), lse if common is None else lse + common
+
+
+def _by_kernels(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, scale: float, offset: int, bits: int,
+    values: str | None, per: str, smooth_k: bool, smooth_v: bool, runs: tuple[int, int],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(out, lse) of a call that `refuses` gives no reason against."""
+    from attlas.kernels.sage import sage_forward
+    from attlas.kernels.sage_codes import Bits, coded
+
+    made = Bits(LARGEST[bits], values == "fp8", per == "thread", *runs, smooth_k, smooth_v, TINY)
+    with torch.cuda.device_of(q):  # Triton launches on the current device
+        found: tuple[Tensor, Tensor] = sage_forward(
+            coded(q, k, v, scale, log2(e), made), causal=mask is not None, offset=offset,
+            lift=VALUES[values or "fp16"][1], out_dtype=q.dtype,
+        )  # fmt: skip
+    return found
 
 
 def _integers(
@@ -252,7 +266,7 @@ def _visible(mask: Mask | Tensor, q: Tensor, run: slice) -> Tensor:
 
 def refuses(
     q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, bits: int | None, values: str | None,
-    smooth_q: bool,
+    smooth_q: bool, runs: tuple[int, int], scale: float,
 ) -> str | None:  # fmt: skip
     """Why the kernel cannot take a call, None when it can."""
     if torch.compiler.is_compiling():
@@ -271,6 +285,10 @@ def refuses(
         return f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}"
     if q.shape[-1] != v.shape[-1] or q.shape[-1] not in (64, 128):
         return f"heads are {q.shape[-1]} and {v.shape[-1]} wide, not both 64 or both 128"
+    if not (runs[1] in RUNS and runs[0] <= RUNS[-1]):
+        return f"runs of {runs[0]} queries and {runs[1]} keys, not up to {RUNS[-1]} and one of {RUNS}"
+    if scale < 0.0:
+        return f"scale is {scale}, below 0"
     if not has_kernels(q.device):
         return "there is no Triton for the device"
     if values == "fp8" and torch.cuda.get_device_capability(q.device) < (8, 9):

@@ -31,8 +31,8 @@ from attlas.options import option
 from attlas.supports import Supports
 from attlas.tracing import stretches
 
-#: Queries whose gates are held at once.
-ROWS = 256
+#: Queries whose gates are held at once; on a GPU, where each step is a dozen launches, so many gates.
+ROWS, GATES = 256, 1 << 25
 
 
 @mechanism(
@@ -69,9 +69,10 @@ class MoBA(Attention):
     ) -> Int[Tensor, "batch heads queries topk"]:
         """The blocks that each query reads, ascending, −1 behind the last."""
         means = blocks.means(k)
+        gates = GATES // max(1, q.shape[0] * q.shape[1] * blocks.count) if q.is_cuda else 0
         return torch.cat([
             blocks.best(self.gate(q[:, :, rows], means, blocks.of_queries[:, rows]), self.topk)
-            for rows in stretches(q.shape[2], ROWS)
+            for rows in stretches(q.shape[2], max(ROWS, gates))
         ], dim=2)  # fmt: skip
 
     def mask(
