@@ -2,15 +2,13 @@
 
     python benchmarks/claims_distilled.py [NAME ...] [--seeds 3] [--device cuda] [--out FOLDER]
 
-SmolLM2-135M, frozen, is imitated on Shakespeare and on markets (texts that say who sells what where), and
-judged on others of both.
+SmolLM2-135M, frozen, is imitated on windows of Shakespeare, some with a needle, and judged on others.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from itertools import chain
 from typing import Any
 
 import torch
@@ -20,7 +18,7 @@ import attlas
 from attlas.kinds.expect import Expectation, Row, Within
 from attlas.models.load import load_tokenizer
 from attlas.tasks.text import shakespeare
-from claims_tuning import fitted, main, question
+from claims_tuning import GOODS, PLACES, fitted, main
 
 LENGTH, STEPS, ROWS, HELD_OUT, ASKED = 192, 80, 4, 0.1, 100
 
@@ -36,23 +34,33 @@ def texts(tokenizer: Any, held_out: bool, rows: int, rng: random.Random) -> Tens
     return torch.tensor(found)
 
 
-def markets(tokenizer: Any, rows: int, rng: random.Random) -> Tensor:
-    """As many tokens of questions and their answers."""
-    found = []
-    for _ in range(rows):
-        ids: list[int] = []
-        while len(ids) < LENGTH:
-            passages, asked, answer = question(rng, tokenizer)
-            ids += [*chain(*passages), *asked, answer]
-        found.append(ids[:LENGTH])
-    return torch.tensor(found)
+def needle(tokenizer: Any, held_out: bool, rng: random.Random) -> tuple[list[int], int]:
+    """(a window of the plays with a sentence put between two of its own, and that sentence again up to
+    its last word; that word's first token)."""
+    window = tokenizer.decode(texts(tokenizer, held_out, 1, rng)[0, : LENGTH - 24])
+    sentences, word = window.split(". "), rng.choice(GOODS)
+    sentences.insert(rng.randrange(len(sentences)), f"The secret word of {rng.choice(PLACES)} is {word}")
+    told = ". ".join(sentences)
+    asked = told[told.index("The secret word of ") :].split(" is ")[0] + " is"
+    ids: list[int] = tokenizer(f"{told}\n{asked}")["input_ids"]
+    return ids, tokenizer(f" {word}")["input_ids"][0]
 
 
-def right(model: Any, tests: list[Any]) -> float:
-    """% of questions whose answer begins right."""
+def needles(tokenizer: Any, rows: int, rng: random.Random) -> Tensor:
+    """Windows with a needle and its answer, cut in front to one length."""
+    found = [needle(tokenizer, False, rng) for _ in range(rows)]
+    rows_of = [[*ids, answer] for ids, answer in found]
+    shortest = min(map(len, rows_of))
+    return torch.tensor([ids[-shortest:] for ids in rows_of])
+
+
+def right(model: Any, tests: list[Any], adapter: Any = None) -> float:
+    """% of needles found; of the chunks that an adapter chooses among, half are read."""
     count = 0
-    for passages, asked, answer in tests:
-        ids = torch.tensor([[*chain(*passages), *asked]], device=model.device)
+    for told, answer in tests:
+        ids = torch.tensor([told], device=model.device)
+        if adapter is not None:
+            adapter.keep = max(1, int(adapter.labels(ids).sum()) // 2)
         with torch.no_grad():
             count += int(model(ids, use_cache=False).logits[0, -1].argmax()) == answer
     return 100 * count / len(tests)
@@ -60,24 +68,21 @@ def right(model: Any, tests: list[Any]) -> float:
 
 def chunkllm(seed: int, device: str) -> Iterator[Row]:
     model, tokenizer = attlas.load("smollm2").to(device).float(), load_tokenizer("smollm2")
-    tests = [question(random.Random(f"test/{seed}/{n}"), tokenizer) for n in range(ASKED)]
-    yield Row("full attention, answers", whole := right(model, tests), " %")
+    tests = [needle(tokenizer, True, random.Random(f"test/{seed}/{n}")) for n in range(ASKED)]
+    yield Row("full attention, needles", whole := right(model, tests), " %")
     ends = [i for t, i in tokenizer.get_vocab().items() if any(sign in t for sign in ".!?")]
     torch.manual_seed(seed)
-    # Twenty sentences are in a prompt of markets: half of the cache.
-    adapter, rng = attlas.make("chunkllm", ends=ends, keep=10), random.Random(seed)
+    adapter, rng = attlas.make("chunkllm", ends=ends), random.Random(seed)
     adapter.inject(model)
     held_out = texts(tokenizer, True, 16, random.Random(f"held out/{seed}")).to(device)
 
     def recalled(keep: int) -> float:
-        adapter.keep, before = keep, adapter.keep
-        found = adapter.recall(model, held_out)
-        adapter.keep = before
-        return 100 * found
+        adapter.keep = keep
+        return 100 * adapter.recall(model, held_out)
 
     def loss(step: int) -> Tensor:
-        both = texts(tokenizer, False, ROWS // 2, rng), markets(tokenizer, ROWS // 2, rng)
-        return adapter.loss(model, torch.cat(both).to(device), step / STEPS)
+        some = texts(tokenizer, False, ROWS, rng) if step % 2 else needles(tokenizer, ROWS, rng)
+        return adapter.loss(model, some.to(device), step / STEPS)
 
     yield Row("recall of 4, untrained", recalled(4), " %")
     fitted(adapter.trainable().values(), STEPS, 3e-3, loss)
@@ -86,17 +91,17 @@ def chunkllm(seed: int, device: str) -> Iterator[Row]:
     states, _ = adapter.taught(model, held_out)
     told = adapter.parts.ends(states[-1])[..., 0] > 0
     yield Row("ends told right", 100 * float((told == adapter.labels(held_out)).float().mean()), " %")
-    yield Row("half the cache, answers", half := right(model, tests), " %")
-    yield Row("answers below full attention", whole - half, " points", "lower")
+    yield Row("half the cache, needles", half := right(model, tests, adapter), " %")
+    yield Row("needles below full attention", whole - half, " points", "lower")
 
 
 CLAIMS: dict[str, tuple[Any, str, str, tuple[Expectation, ...]]] = {
     "chunkllm": (
         chunkllm, "trained, it chooses more than 85 % of the model's heaviest chunks, and with half of "
-        "the cache answers within 5 points of full attention",
+        "the cache finds needles within 5 points of full attention",
         f"SmolLM2-135M, {STEPS} steps of {ROWS} texts of {LENGTH} tokens; chunks of 16 held-out windows "
-        f"of Shakespeare; {ASKED} questions about 20 sentences, of which 10 are read",
-        (Within("recall of 4", least=85.0), Within("answers below full attention", most=5.0)),
+        f"of Shakespeare; {ASKED} needles in others, of whose chunks half are read",
+        (Within("recall of 4", least=85.0), Within("needles below full attention", most=5.0)),
     ),
 }  # fmt: skip
 
