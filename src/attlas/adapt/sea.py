@@ -214,8 +214,6 @@ class SEA(Masked):
 class Estimator(nn.Module):
     """A layer's estimate: random features, an encoder of each head and token, a causal decoder."""
 
-    projection: Tensor
-
     def __init__(self, heads: int, dim: int, columns: int, most: int, projection: Tensor) -> None:
         super().__init__()
         self.heads = heads
@@ -271,7 +269,7 @@ class Estimator(nn.Module):
         return logits, self.scale(z), total / (ranks.clamp(min=0) + 1)[:, None, :, None].to(v.dtype)
 
     def _features(self, x: Tensor) -> Tensor:
-        found: Tensor = (x @ self.projection.mT * x.shape[-1] ** -0.25).relu() + 1e-3
+        found: Tensor = (x @ self.get_buffer("projection").mT * x.shape[-1] ** -0.25).relu() + 1e-3
         return found
 
 
