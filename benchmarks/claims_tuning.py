@@ -212,15 +212,15 @@ def claimed(name: str) -> tuple[str, tuple[Expectation, ...]]:
     return says, expects
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", choices=[*CLAIMS, []], default=[])
+def main(claims: dict[str, Any] = CLAIMS, script: str = "claims_tuning") -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("names", nargs="*", choices=[*claims, []], default=[])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "claims")
     given = parser.parse_args()
-    for name in given.names or CLAIMS:
-        run, says, set_up, expects = CLAIMS[name]
+    for name in given.names or claims:
+        run, says, set_up, expects = claims[name]
         rows: list[Row] = []
         for seed in range(given.seeds):
             for row in run(seed, given.device):
@@ -230,7 +230,7 @@ def main() -> None:
         for row in rows:
             numbers[row.name].append(row.value)
         made = packed(
-            name, says, set_up, f"python benchmarks/claims_tuning.py {name} --seeds {given.seeds}",
+            name, says, set_up, f"python benchmarks/{script}.py {name} --seeds {given.seeds}",
             numbers, verdict([one.answer(rows) for one in expects]),
             {row.name: (row.unit, row.better) for row in rows},
             machine=machine(torch.device(given.device)),

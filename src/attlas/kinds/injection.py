@@ -48,6 +48,7 @@ class Injection:
         self.base = fingerprint(model)
         self.merged = self.undone = False
         self.replaced: dict[str, tuple[nn.Module, nn.Module]] = {}
+        self.added: list[str] = []
         self._handles: list[Any] = []
         self._flags = [(p, p.requires_grad) for p in model.parameters()]
         self._values: list[tuple[nn.Parameter, Tensor]] = []
@@ -75,6 +76,17 @@ class Injection:
         module.train(old.training)
         self.replaced[path] = (old, module)
         self._put(path, module)
+
+    def add(self, name: str, module: nn.Module) -> None:
+        """Put a module of the adapter's own into the model, which moves and copies it.
+
+        Raises:
+            ValueError: the model has a module of that name.
+        """
+        if name in self.model._modules:
+            raise UserError(f"{self.adapter.name} cannot be added: the model has a {name} already")
+        self.model.add_module(name, module.train(self.model.training))
+        self.added.append(name)
 
     def hook(self, handle: Any) -> None:
         """Remember a hook's handle, to be removed. A hook is a bound method, so that a deep copy of
@@ -110,6 +122,8 @@ class Injection:
             )
         for handle in self._handles:
             handle.remove()
+        for name in self.added:
+            delattr(self.model, name)
         for path, (old, new) in reversed(self.replaced.items()):
             old.train(new.training)
             self._put(path, self._moved(old))

@@ -4,7 +4,8 @@
 
 The pattern is asked for once a call of the model and given to each of its attention modules as the mask
 that they take anyway, so that caches, padding, sliding windows and `attach` work as before. A call that
-hides nothing is left as it is. A paper's file gives `pattern`, and what it trains as any adapter does.
+hides nothing is left as it is. A paper's file gives `pattern`, or `pattern_of` where each layer hides
+other pairs by what it is given, and what it trains as any adapter does.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from attlas import masks
@@ -27,6 +28,8 @@ from attlas.hf.sources import layers_of
 from attlas.kinds.adapter import Adapter
 from attlas.kinds.injection import Injection
 from attlas.masks import Mask
+from attlas.masks.algebra import Reach
+from attlas.masks.patterns import ByTensor
 
 #: Implementations of attention that take a mask of any pattern, with the one that adds it to scores.
 DENSE, ADDED = ("sdpa", "eager"), "eager"
@@ -74,8 +77,35 @@ class _Pass:
     """The call under way: its tokens, its pattern, and the masks made so far."""
 
     tokens: Tokens
-    pattern: Mask
+    pattern: Mask | None
     made: dict[Any, tuple[Tensor | None, Tensor]]
+
+
+class Shown(ByTensor):
+    """Pairs one by one, of the queries of a call and all columns up to its last.
+
+    Args:
+        pairs: True where they meet; heads are the queries', or one for all.
+        first: column of the first query.
+    """
+
+    def __init__(self, pairs: Bool[Tensor, "batch heads queries columns"], first: int) -> None:
+        super().__init__(pairs, fixed=True)
+        self.batch, self.first = len(pairs), first
+        self.heads = pairs.shape[1] if pairs.shape[1] > 1 else None
+
+    def visible(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        """Pairs of the table; columns behind the last, which a static cache has, are seen by none."""
+        pairs = self.tensor(k)
+        row = (q - self.first).clamp(0, pairs.shape[2] - 1)
+        inside = k.clamp(0, pairs.shape[3] - 1)
+        head = h if self.heads is not None else torch.zeros_like(h)
+        return pairs[b, head, row, inside] & (k == inside)
+
+    def reach(self, q_lo: Tensor, q_hi: Tensor, k_lo: Tensor, k_hi: Tensor) -> Reach:
+        """(some, every): only looked up pair by pair."""
+        some = (k_lo == k_lo) & (q_lo == q_lo)
+        return some, some & False
 
 
 class Masked(Adapter):
@@ -92,6 +122,18 @@ class Masked(Adapter):
         Later tokens are hidden by the model.
         """
         raise NotImplementedError
+
+    def pattern_of(
+        self, layer: int, hidden: Float[Tensor, "batch length dim"], tokens: Tokens
+    ) -> Mask | None:
+        """Which pairs may meet in one layer, besides `pattern`.
+
+        Args:
+            layer: its number.
+            hidden: what its attention is given.
+            tokens: what the model reads.
+        """
+        return None
 
     def check(self, model: Any) -> None:
         """Refuse models whose attention takes no mask, and implementations that take no pattern.
@@ -127,8 +169,9 @@ class Masked(Adapter):
         names = [*inspect.signature(base.forward).parameters]
         tokens = _tokens(base, dict(zip(names, args, strict=False)) | kwargs)
         pattern = self.pattern(tokens)
-        self._now = None if pattern is None else _Pass(tokens, pattern, {})
-        if pattern is not None and checkpoints(base):
+        hides = pattern is not None or type(self).pattern_of is not Masked.pattern_of
+        self._now = _Pass(tokens, pattern, {}) if hides else None
+        if hides and checkpoints(base):
             self._now = None
             raise UserError(
                 f"{self.name} cannot work with gradient checkpointing, which calls attention again when "
@@ -138,30 +181,39 @@ class Masked(Adapter):
     def _end(self, base: nn.Module, args: Any, output: Any) -> None:
         self._now = None
 
-    def _narrow(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _narrow(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         now = self._now
         if now is None:
             return None
         if "attention_mask" not in kwargs:
             raise UserError(f"{type(module).__name__} was called without attention_mask=")
         tokens, given = now.tokens, kwargs["attention_mask"]
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        own = self.pattern_of(module.layer_idx, hidden, tokens)
+        pattern = masks.both(now.pattern, own)
+        if pattern is None:
+            return None
         first, keys = 0, tokens.seen
         if tokens.cache is not None:
             keys, first = tokens.cache.get_mask_sizes(tokens.length, module.layer_idx)
         keys = keys if given is None else given.shape[-1]
+        if own is not None:
+            seen = _both(pattern, tokens, given, int(first), keys, module)
+            return args, kwargs | {"attention_mask": seen}
         key = id(given), int(first), keys  # layers of a kind are given one mask
         if key not in now.made:
             # With the mask itself, whose number another could take over when it is gone.
-            now.made[key] = given, _both(now, given, int(first), keys, module)
+            now.made[key] = given, _both(pattern, tokens, given, int(first), keys, module)
         return args, kwargs | {"attention_mask": now.made[key][1]}
 
 
-def _both(now: _Pass, given: Tensor | None, first: int, keys: int, module: nn.Module) -> Tensor:
+def _both(
+    pattern: Mask, tokens: Tokens, given: Tensor | None, first: int, keys: int, module: nn.Module
+) -> Tensor:
     """The model's mask, and the pattern in it, in the form in which attention takes it."""
-    tokens = now.tokens
     q = torch.arange(tokens.offset, tokens.seen, device=tokens.device)
     k = torch.arange(first, first + keys, device=tokens.device)
-    seen = masks.at(now.pattern if given is not None else now.pattern & masks.causal, q, k)
+    seen = masks.at(pattern if given is not None else pattern & masks.causal, q, k)
     if given is not None and given.dtype == torch.bool:
         return given & seen
     if given is None and implementation(module.config) != ADDED:
