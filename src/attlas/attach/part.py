@@ -31,7 +31,7 @@ class Part(Configured):
     #: The preset that does: "cache", or "prefill" of parts that thin out a prompt and tell its `density`.
     preset: ClassVar[str] = "cache"
     #: Points of the residual stream that the part is shown, see `stream`.
-    points: ClassVar[tuple[str, ...]] = ()
+    points = tuple[str, ...]()
     #: What is done to a prompt hangs on the call that brings it, so that it may not be cut in pieces.
     #: None: not of registered parts, whose contract looks at it; of others it is taken for granted.
     whole_prompts: ClassVar[bool | None] = None
@@ -102,6 +102,10 @@ class Part(Configured):
     def position(self, call: Call, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys as they are multiplied, after their rotation; what is cached stays."""
         return q, k
+
+    def values(self, call: Call, v: Tensor) -> Tensor:
+        """Values as they are weighed; what is cached stays."""
+        return v
 
     def score_mod(self, call: Call) -> ScoreMod | None:
         """A pointwise change of this call's scores, None for no change.
