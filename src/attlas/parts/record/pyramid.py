@@ -121,8 +121,8 @@ class Builder:
     def _coarsen(self) -> None:
         """Cells of twice the side."""
         self._cell *= 2
-        self._sums = pooled(self._sums, maxima=False)
-        self._maxima = pooled(self._maxima, maxima=True)
+        self._sums = _pooled(self._sums, maxima=False)
+        self._maxima = _pooled(self._maxima, maxima=True)
 
     def _grow(self) -> None:
         rows, columns = -(-self.queries // self._cell), -(-self.keys // self._cell)
@@ -148,9 +148,8 @@ class Builder:
         """
         if not self.queries:
             raise ValueError("a pattern needs at least one row of weights, got none")
-        starts = torch.arange(0, self.queries, self._cell)
-        height = (self.queries - starts).clamp(max=self._cell)
-        known = self.queries, self.keys, self._cell, self._sums / height[:, None], self._maxima.clone()
+        mass = self._sums / _heights(self.queries, self._cell)[:, None]
+        known = self.queries, self.keys, self._cell, mass, self._maxima.clone()
         if self._whole is not None:
             return Pyramid(*known, whole=_stacked(self._whole, self.keys))
         index, weight, rest = (torch.cat(each) for each in zip(*self._kept, strict=True))
@@ -169,7 +168,20 @@ def _strongest(weights: Float[Tensor, "block keys"]) -> tuple[Tensor, Tensor, Te
     return index.int().cpu(), F.pad(weight, (0, STRONGEST - count)).cpu(), rest.cpu()
 
 
-def pooled(x: Float[Tensor, "rows columns"], maxima: bool) -> Float[Tensor, "half halves"]:
+def coarser(
+    mass: Float[Tensor, "rows columns"], maxima: Float[Tensor, "rows columns"], cell: int, queries: int
+) -> tuple[Float[Tensor, "half halves"], Float[Tensor, "half halves"]]:
+    """(mass, maxima) in cells of twice the side; the last row of cells may hold fewer queries."""
+    sums = _pooled(mass * _heights(queries, cell)[:, None], maxima=False)
+    return sums / _heights(queries, 2 * cell)[:, None], _pooled(maxima, maxima=True)
+
+
+def _heights(queries: int, cell: int) -> Float[Tensor, " rows"]:
+    """Queries in each row of cells."""
+    return (queries - torch.arange(0, queries, cell)).clamp(max=cell).float()
+
+
+def _pooled(x: Float[Tensor, "rows columns"], maxima: bool) -> Float[Tensor, "half halves"]:
     """Two by two cells in one."""
     if not x.numel():
         return x

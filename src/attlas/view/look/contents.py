@@ -10,7 +10,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from attlas.errors import UserError
+from attlas.parts.record.multiscale_attention_view import Neuron
 from attlas.parts.record.pyramid import Pyramid
+
+__all__ = (
+    "Circuit", "Compare", "Contents", "Edge", "Flow", "Grid", "HeadOf", "Joint", "Neuron", "Node",
+    "Pyramid", "Table",
+)  # fmt: skip
 
 #: (layer, head), both from 0.
 HeadOf: TypeAlias = tuple[int, int]
@@ -25,27 +31,6 @@ class Grid:
 
     values: Float[Tensor, "layers heads"]
     meaning: str = ""
-
-
-@dataclass(frozen=True)
-class Neuron:
-    """One head's queries and keys over a window of tokens.
-
-    Attributes:
-        q: queries as they are multiplied (rotated where the model rotates), before scaling.
-        k: keys likewise, of the head that serves this one.
-        weights: after the softmax over all keys, not only those of the window.
-        first: the token that the window's first row belongs to.
-        scaling: score = scaling · q·k, before masks and biases.
-        causal: whether a query sees no later key.
-    """
-
-    q: Float[Tensor, "rows dim"]
-    k: Float[Tensor, "keys dim"]
-    weights: Float[Tensor, "rows keys"]
-    first: int
-    scaling: float
-    causal: bool = True
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ class Packer:
     """Collects tensors; `elements` holds them all."""
 
     def __init__(self) -> None:
-        self._blobs: list[str] = []
+        self._blobs: dict[str, int] = {}
 
     def put(self, x: Tensor, form: Form) -> Reference:
         """A reference to a tensor that the page will hold."""
@@ -36,9 +36,10 @@ class Packer:
         planes = array.reshape(-1, 1).view(np.uint8).T
         squeezer = zlib.compressobj(9, zlib.DEFLATED, -15)
         packed = squeezer.compress(np.ascontiguousarray(planes).tobytes()) + squeezer.flush()
-        self._blobs.append(base64.b64encode(packed).decode("ascii"))
+        # What is there already (keys that serve several heads) is not stored again.
+        number = self._blobs.setdefault(base64.b64encode(packed).decode("ascii"), len(self._blobs))
         return {
-            "blob": len(self._blobs) - 1, "dtype": array.dtype.name, "shape": list(x.shape),
+            "blob": number, "dtype": array.dtype.name, "shape": list(x.shape),
             "scale": scale,
         }  # fmt: skip
 
@@ -46,7 +47,7 @@ class Packer:
         """The elements of all tensors."""
         return "\n".join(
             f'<script type="application/octet-stream" id="blob-{number}">{blob}</script>'
-            for number, blob in enumerate(self._blobs)
+            for blob, number in self._blobs.items()
         )
 
 

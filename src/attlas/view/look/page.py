@@ -9,7 +9,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from attlas.parts.record.pyramid import Pyramid, pooled
+from attlas.parts.record.pyramid import Pyramid, coarser
 from attlas.view.look.contents import Contents, Grid, HeadOf, Joint, Neuron
 from attlas.view.look.pack import Packer, Reference, in_script
 
@@ -17,8 +17,8 @@ from attlas.view.look.pack import Packer, Reference, in_script
 TILE, STRIP = 256, 1024
 #: The page's programs, in the order in which they stand.
 PROGRAMS = (
-    "data", "state", "paint", "heads", "pattern", "axes", "lines", "neuron", "flow", "circuit",
-    "joint", "tables", "main",
+    "data", "state", "paint", "heads", "panel", "pattern", "moves", "text", "lines", "neuron", "joint",
+    "flow", "circuit", "tables", "main",
 )  # fmt: skip
 
 
@@ -108,8 +108,9 @@ def _pattern(at: HeadOf, pattern: Pyramid, packer: Packer) -> dict[str, Any]:
         )  # fmt: skip
         if max(mass.shape) <= TILE:
             break
-        cell, mass, maxima = cell * 2, pooled(mass, maxima=False) / 2, pooled(maxima, maxima=True)
-        cell, mass, maxima = cell * 2, pooled(mass, maxima=False) / 2, pooled(maxima, maxima=True)
+        for _ in range(2):  # each level has cells of four times the side of those below it
+            mass, maxima = coarser(mass, maxima, cell, pattern.queries)
+            cell *= 2
     for first in range(0, pattern.queries, STRIP):
         rows = slice(first, first + STRIP)
         found["strips"].append(
