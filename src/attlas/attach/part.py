@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -14,6 +15,9 @@ from attlas.errors import UserError
 from attlas.options import Configured, option
 from attlas.positions import ScoreMod
 from attlas.storage.layer import Chosen
+
+if TYPE_CHECKING:
+    from attlas.kinds.analysis import Scores
 
 
 class Part(Configured):
@@ -183,6 +187,8 @@ class Recorder(OnHeads):
     """Looks at attention weights, given block by block and never as a whole."""
 
     kind: ClassVar[Kind] = RECORD
+    #: The preset of `attlas inspect` that shows its scores of heads; none without.
+    inspects: ClassVar[str] = ""
 
     def update(
         self,
@@ -225,6 +231,10 @@ class Recorder(OnHeads):
     def result(self) -> Any:
         """What was recorded, layers stacked first."""
         raise NotImplementedError
+
+    def head_scores(self) -> Mapping[str, Scores]:
+        """Scores of the model's heads, by name, for `attlas inspect`; none unless overridden."""
+        return {}
 
 
 class Steerer(OnHeads):

@@ -89,7 +89,7 @@ def colours(tokenizer: Any, rng: random.Random) -> Pair:
 
 
 def greater_than(tokenizer: Any, rng: random.Random) -> Pair:
-    """A span of years; the end comes behind its beginning. Tokenizers that split numbers tell the tens."""
+    """A span of years that ends behind its beginning; the tens, where a tokenizer splits numbers."""
     event, century = rng.choice(whole(EVENTS, tokenizer, 1, "words")), rng.randint(11, 17)
     tens = rng.randint(2, 7)
     text = f"The {event} lasted from the year {century}{{}} to the year {century}"
