@@ -102,7 +102,8 @@ def test_it_writes_lines_of_heads_and_a_page_that_hold_what_was_found(folder, to
     shown = read_back(html)
     assert torch.allclose(shown.scores["sink"].values, wanted, atol=1e-4)
     assert len(shown.patterns) == 4
-    assert shown.circuit is not None and len(shown.circuit.edges) == 3
+    assert shown.circuit is not None
+    assert len(shown.circuit.edges) == 3
     assert shown.flow is not None
     assert "<i>not" not in html
 
@@ -130,7 +131,7 @@ def test_presets_are_what_papers_say(toys):
 
 
 def test_two_models_are_laid_side_by_side(folder, toys, tmp_path):
-    asked = ("--preset", "compare", "--with", "toy-sinks", "--out", tmp_path, "--text", "To be or not to be")
+    asked = ("--preset", "compare", "--with", "toy-sinks", "--out", tmp_path, "--text", "To be or not")
     assert run(folder, *asked, "--against", "+ablate-heads(scale=0.0)") == 0
     shown = read_back((tmp_path / "index.html").read_text(encoding="utf-8"))
     assert shown.compare is not None
@@ -164,7 +165,8 @@ def test_weights_alone_are_shown_without_a_text(folder, toys):
 def test_a_store_keeps_findings_whole_or_not_at_all(folder, tmp_path):
     subject = Subject(load(folder), input_ids=torch.tensor([[1, 2]]))
     store = Store(tmp_path, key_of(subject, "m"))
-    found = Findings({"s": Scores(torch.tensor([[1.0, torch.nan]]), "m")}, {"a": torch.ones(2)}, says=["x"])
+    scores = Scores(torch.tensor([[1.0, torch.nan]]), "m")
+    found = Findings({"s": scores}, {"a": torch.ones(2)}, says=["x"])
     store.save("a(b='c')", found)
     again = store.load("a(b='c')")
     assert again is not None
