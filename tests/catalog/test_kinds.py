@@ -19,6 +19,7 @@ from attlas.cli import main
 from attlas.contract import run
 from attlas.contract.measure import subject_of
 from attlas.kinds.adapter import Adapter
+from attlas.kinds.analysis import Analysis
 from attlas.kinds.feature_map import FeatureMap
 from attlas.kinds.study import Study
 from attlas.kinds.system import System
@@ -83,6 +84,10 @@ class ToySystem(System):
     """A toy."""
 
 
+class ToyAnalysis(Analysis):
+    """A toy."""
+
+
 class ToyTask(Task):
     """A toy."""
 
@@ -95,6 +100,7 @@ TOYS = {
     "layer": ToyLayer, "op": toy_op, "mask": toy_mask, "position": ToyPosition, "cache": ToyCache,
     "select": ToySelect, "record": ToyRecord, "steer": ToySteer, "patch": ToyPatch,
     "module": ToyModule, "adapter": ToyAdapter, "study": ToyStudy, "system": ToySystem, "task": ToyTask,
+    "analysis": ToyAnalysis,
 }  # fmt: skip
 GIVEN = {"op": OP, "mask": MASK}
 

@@ -35,19 +35,19 @@ def watch(held: Attachment) -> list[Any]:
     projects = held.overriding("project")
     if not projects and not any(wanted.values()):
         return []
-    blocks = dict(_blocks(held.tower.module))
+    found = dict(blocks(held.tower.module))
     undo: list[Any] = []
     for point, parts in wanted.items():
-        for number, block in blocks.items() if parts else ():
-            if point == "final" and number != max(blocks):
+        for number, block in found.items() if parts else ():
+            if point == "final" and number != max(found):
                 continue
             undo.append(_listen(held, number, point, block, parts))
-        if parts and not blocks:
+        if parts and not found:
             raise _cannot(held, parts[0], point, "its blocks cannot be told apart")
-    for number, block in blocks.items() if projects else ():
+    for number, block in found.items() if projects else ():
         module = _child(held, block, "attention", projects[0])
         undo.append(_before(module, _through(held, projects, number, "project", module)))
-    if projects and not blocks:
+    if projects and not found:
         raise _cannot(held, projects[0], "project", "its blocks cannot be told apart")
     return undo
 
@@ -103,7 +103,7 @@ def _after(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Callable[[]
     return hooks.after(module, after)
 
 
-def _blocks(base: nn.Module) -> Iterator[tuple[int, nn.Module]]:
+def blocks(base: nn.Module) -> Iterator[tuple[int, nn.Module]]:
     """(number, block) of each block with an attention, in a list of blocks; none where two lists
     have the same numbers."""
     found: dict[int, nn.Module] = {}
@@ -122,13 +122,18 @@ def _blocks(base: nn.Module) -> Iterator[tuple[int, nn.Module]]:
 
 def _child(held: Attachment, block: nn.Module, what: str, part: Any) -> nn.Module:
     """The attention or the MLP of a block, whose output is what it adds to the stream."""
-    name = next((n for n in _NAMES[what] if isinstance(getattr(block, n, None), nn.Module)), None)
-    if name is None:
+    found = child(block, what)
+    if found is None:
         raise _cannot(held, part, what, "its blocks have no such module")
-    child: nn.Module = getattr(block, name)
-    if hasattr(getattr(child, "output", None), "LayerNorm"):
+    if hasattr(getattr(found, "output", None), "LayerNorm"):
         raise _cannot(held, part, what, "that module adds the stream itself")
-    return child
+    return found
+
+
+def child(block: nn.Module, what: str) -> nn.Module | None:
+    """The "attention" or the "mlp" of a block, by the names that models give them; None without."""
+    named = (getattr(block, name, None) for name in _NAMES[what])
+    return next((found for found in named if isinstance(found, nn.Module)), None)
 
 
 def _cannot(held: Attachment, part: Any, point: str, why: str) -> UserError:

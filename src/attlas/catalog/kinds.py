@@ -81,14 +81,21 @@ STUDY = Kind(
     "study", ("attlas.studies",), ("attlas.contract.studies",), ("study",), "attlas study NAME"
 )
 SYSTEM = _alone("system", "attlas.systems", "attlas run NAME")
+ANALYSIS = Kind(
+    "analysis", ("attlas.analyses",), ("attlas.contract.analyses",), ("analysis",),
+    "attlas inspect MODEL --with NAME",
+)  # fmt: skip
 TASK = _alone("task", "attlas.tasks", "attlas compare --tasks NAME, or attlas train --task NAME")
 
 #: Every kind. A room belongs to one of them.
 KINDS = (
     LAYER, OP, MASK, POSITION, CACHE, SELECT, RECORD, STEER, PATCH, MODULE, ADAPTER, STUDY, SYSTEM, TASK,
+    ANALYSIS,
 )  # fmt: skip
 #: The kinds that attach to a pretrained model.
 PARTS = (CACHE, SELECT, RECORD, STEER, PATCH)
+#: The kinds that one paper may have in one file: it records with a part, steers with another, analyses.
+TOGETHER = (*PARTS, ANALYSIS)
 
 
 def kind_of(obj: Callable[..., Any], given: Kind | None = None) -> Kind:
@@ -105,7 +112,7 @@ def kind_of(obj: Callable[..., Any], given: Kind | None = None) -> Kind:
     kinds = [vars(c)["kind"] for c in carriers]
     found = kinds[0] if kinds else given
     if not isinstance(found, Kind):
-        bases = "Attention, Part's sub-bases, FeatureMap, Adapter, Study, System, Task"
+        bases = "Attention, Part's sub-bases, FeatureMap, Adapter, Study, System, Task, Analysis"
         raise TypeError(
             f"{name} is of no kind: derive it from a base class that carries one ({bases}), or give a "
             "function its kind: @mechanism(name, kind=OP)"

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from attlas import former as former_names
 from attlas.catalog.famous import famous
-from attlas.catalog.kinds import PARTS, Kind, kind_of, kind_of_module
+from attlas.catalog.kinds import TOGETHER, Kind, kind_of, kind_of_module
 from attlas.catalog.source import Declared, declared
 from attlas.catalog.stages import stages_of
 from attlas.errors import UnknownName, UserError
@@ -174,8 +174,7 @@ def mechanism(
             _discover()  # a user's object may take no name of ours
         found = kind_of(obj, kind)
         room = kind_of_module(obj.__module__)
-        # A paper may record with one part and steer with another, in one file.
-        if room not in (None, found) and not {room, found} <= set(PARTS):
+        if room not in (None, found) and not {room, found} <= set(TOGETHER):
             raise TypeError(
                 f"{obj.__qualname__} is a {found.name}, and {obj.__module__} is no room for it; move "
                 f"it to {' or '.join(found.rooms)}"

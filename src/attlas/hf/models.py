@@ -42,6 +42,7 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutput,
 )
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import can_return_tuple, logging
 
 __all__ = [
@@ -58,6 +59,7 @@ __all__ = [
     "BaseModelOutputWithNoAttention",
     "BaseModelOutputWithPast",
     "CausalLMOutputWithPast",
+    "Conv1D",
     "Dinov2Config",
     "Dinov2Model",
     "GenerationMixin",

@@ -1,0 +1,1 @@
+"""Analyses: papers that look inside of a whole model, one paper a file."""
