@@ -308,8 +308,8 @@ def _look(held: Attachment, call: Call, recorded: bool) -> None:
     """Show the call to recorders, unless they have seen its weights, and to observers."""
     if held.again or recording():
         return
-    recorders = [] if recorded else held.recorders_of(call.layer)
     with torch.no_grad():
+        recorders = [] if recorded else [r for r in held.recorders_of(call.layer) if not r.whole(call)]
         if recorders:
             chosen = [recorder.where.heads_of(call.layer) for recorder in recorders]
             union = sorted({head for heads in chosen for head in heads or ()})

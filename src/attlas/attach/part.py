@@ -207,6 +207,10 @@ class Recorder(OnHeads):
             keys: original positions of its keys, per head where a cache dropped tokens (-1: empty).
         """
 
+    def whole(self, call: Call) -> bool:
+        """Take in a call whose weights no part changes, without them; False asks for them by `update`."""
+        return False
+
     def take_back(self, seen: int) -> None:
         """Forget what tokens behind the first `seen` left in the record.
 

@@ -24,6 +24,7 @@ from attlas.ops.reference import (
     scores_of,
     softmax,
 )
+from attlas.ops.row_statistics import RowStatistics, row_statistics
 from attlas.ops.running import running_mean
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "BlockRoute",
     "LookaheadKeys",
     "Route",
+    "RowStatistics",
     "as_dense",
     "as_lists",
     "attend",
@@ -58,6 +60,7 @@ __all__ = [
     "recurrence",
     "reference",
     "repeated",
+    "row_statistics",
     "running_mean",
     "scores_of",
     "softmax",

@@ -55,8 +55,12 @@ class RowRecorder(Recorder):
         raise NotImplementedError
 
     def update(self, call: Call, weights: Tensor, queries: Tensor, keys: Tensor) -> None:
-        """Measure a block and append it; rows that were repeated since are repeated here."""
-        fresh, known = self.measure(call, weights, queries, keys), self._rows[call.layer]
+        """Measure a block and append it."""
+        self._append(call, self.measure(call, weights, queries, keys))
+
+    def _append(self, call: Call, fresh: Tensor) -> None:
+        """Put values behind those of the layer; rows that were repeated since are repeated here."""
+        known = self._rows[call.layer]
         if known and len(known[0]) != len(fresh):
             known[:] = [repeated(block, len(fresh), self) for block in known]
         known.append(fresh)
