@@ -81,6 +81,8 @@ def compared(model: Any, softmax: Any, tokens: int, args: Any, compile: Any) -> 
             rounds=args.rounds, device=args.device, queued=1,
         )  # fmt: skip
     row |= {"why_not_captured": [ours.why_not_captured, theirs.why_not_captured]}
+    read_here = sum(p.nbytes for p in model.parameters()) - model.get_input_embeddings().weight.nbytes
+    row["weight_bytes"] = read_here
     for who, ms in (("ours", timed["ours_ms"]), ("softmax", timed["theirs_ms"])):
         row |= {f"{who}_step_ms": ms / args.steps, f"{who}_tokens_s": 1e3 * args.steps / ms}
     return row | {"ratio": timed["ratio"]}
@@ -93,6 +95,7 @@ def main() -> None:
     parser.add_argument("--contexts", nargs="+", type=int, default=CONTEXTS)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--steps", type=int, default=16, help="tokens of a timed call")
+    parser.add_argument("--compile", nargs="+", default=["auto", "True", "False"], help="of attach")
     parser.add_argument("--small", action="store_true", help="a model to try this file with")
     args = parser.parse_args()
     shape = {**SHAPE, "hidden_size": 64, "num_hidden_layers": 2} if args.small else SHAPE
@@ -101,7 +104,8 @@ def main() -> None:
     for name in args.mechanisms:
         model = decoder(name, args.device, shape)
         for tokens in args.contexts:
-            for compile in ("auto", True, False):
+            for word in args.compile:
+                compile = {"True": True, "False": False}.get(word, word)
                 row = {"mechanism": name, "context": tokens, "compile": compile}
                 rows.append(show(row | compared(model, softmax, tokens, args, compile)))
                 save("decode-recurrent", args.device, rows)

@@ -1,11 +1,14 @@
 """Whole methods beside cuDNN's attention: what chooses or rounds is timed with what reads.
 
 MoBA (blocks of 512, three a query; causal), SageAttention's 8 bits with values in FP8, and the latter's
-integers alone. bfloat16, interleaved in one run; `ratio` is how many times as fast as cuDNN. Before
-anything is timed both are held against float64, the gradients of MoBA too: what is more than twice as far
-off as the plain form stops the run.
+integers alone; HiP by its own sizes and in blocks that a GPU likes, and its search alone, forward, since
+nothing trains through it. bfloat16, interleaved in one run; `ratio` is how many times as fast as cuDNN.
+Before anything is timed the first two are held against float64, the gradients of MoBA too: what is more
+than twice as far off as the plain form stops the run. HiP's choice sees random keys: its time is that of
+any, what it finds means nothing.
 
     python benchmarks/selected.py                            8k, 32k and 128k; 16 heads of 128
+    python benchmarks/selected.py --methods hip --heads 32 --kv-heads 8 --name selected-hip
     python benchmarks/selected.py --heads 32 --kv-heads 8 --name selected-grouped
     python benchmarks/selected.py --tune --tokens 32768      tiles of SageAttention's kernel
     python benchmarks/selected.py --profile --tokens 131072  the kernels of each method
@@ -26,12 +29,19 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import attlas
 from attlas import masks, ops
+from attlas.attach.thinned import Text
 from attlas.bases.blocks import Blocks
 from attlas.ops.sage_attention import LARGEST, TINY, VALUES, sage_attention
+from attlas.parts.select.hip import HiP
 from common import interleaved, save, show
 
 #: MoBA's own sizes.
 BLOCK, TOPK = 512, 3
+#: HiP: as published, and with blocks that fill a tile.
+HIPS = {
+    "hip": HiP(dense_layers=()),
+    "hip, blocks of 128 and 32": HiP(q_block=128, k_block=32, stride=4, dense_layers=()),
+}
 #: Tiles that are tried: queries, keys, warps, stages.
 TRIED = [(128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4), (64, 128, 4, 2),
          (64, 128, 4, 3), (64, 64, 4, 3), (64, 64, 4, 4), (128, 64, 4, 3)]  # fmt: skip
@@ -63,6 +73,16 @@ def rounded(q: Tensor, k: Tensor, v: Tensor) -> object:
 
     made = Bits(LARGEST[8], True, True, 32, 64, True, True, TINY)
     return coded(q, k, v, q.shape[-1] ** -0.5, log2(e), made)
+
+
+def hip(part: HiP, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """HiP's search and its attention."""
+    return part.attended(Text(0, q, k, v, q.shape[-1] ** -0.5))
+
+
+def searched(part: HiP, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """HiP's search alone."""
+    return part.lists(Text(0, q, k, v, q.shape[-1] ** -0.5))
 
 
 def cudnn(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
@@ -139,17 +159,14 @@ def compared(args: argparse.Namespace) -> None:
     rows = []
     for tokens, causal in itertools.product(args.tokens, (True, False)):
         given, up = made(args, tokens)
-        methods: dict[str, Callable[..., object]] = {
-            "cudnn": partial(cudnn, causal=causal), "sage 8 bits": partial(sage, causal=causal),
-            "sage's integers": rounded,
-        }  # fmt: skip
-        if causal:
-            methods["moba"] = moba
-        for both in (False, True) if causal else (False,):
+        methods = {"cudnn": partial(cudnn, causal=causal)} | chosen_methods(args.methods, causal)
+        for both in (False, True) if "moba" in methods else (False,):
             runs = {
                 name: partial(passed, method, given, up if both else None)
-                for name, method in methods.items() if not (both and name.startswith("sage"))
+                for name, method in methods.items() if not both or name in ("cudnn", "moba")
             }  # fmt: skip
+            if len(runs) == 1:
+                continue
             queued = 8 if tokens < 2**14 else 2
             times = interleaved(runs, rounds=args.rounds, device="cuda", queued=queued)
             for name in runs:
@@ -158,8 +175,23 @@ def compared(args: argparse.Namespace) -> None:
                            "causal": causal, "method": name, "passes": "both" if both else "forward",
                            "ms": times[name], "cudnn_ms": times["cudnn"],
                            "ratio": times["cudnn"] / times[name]}  # fmt: skip
+                    if name in HIPS:
+                        row["density"] = HIPS[name].density[0].mean().item()
                     rows.append(show(row))
         save(args.name, "cuda", rows)
+
+
+def chosen_methods(names: list[str], causal: bool) -> dict[str, Callable[..., object]]:
+    """Those of the methods that do causal attention, or that does not look at the order."""
+    found: dict[str, Callable[..., object]] = {}
+    if "sage" in names:
+        found |= {"sage 8 bits": partial(sage, causal=causal), "sage's integers": rounded}
+    if "moba" in names and causal:
+        found["moba"] = moba
+    if "hip" in names and causal:
+        found |= {name: partial(hip, part) for name, part in HIPS.items()}
+        found |= {f"{name}: search": partial(searched, part) for name, part in HIPS.items()}
+    return found
 
 
 @torch.no_grad()
@@ -206,6 +238,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 32768, 131072])
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--kv-heads", type=int, help="as many as heads unless given")
+    parser.add_argument("--methods", nargs="+", default=["moba", "sage"], help="and hip")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tune", action="store_true", help="tiles instead")
     parser.add_argument("--profile", action="store_true", help="kernels instead")

@@ -13,8 +13,9 @@ from torch import nn
 
 from attlas.hf import interface
 
-#: Programs that one process may compile of one function, for models of several kinds.
-PROGRAMS = 64
+#: Programs that one process may compile of one function, for models of several kinds: a layer may need
+#: some of its own.
+PROGRAMS = 256
 
 
 def recorded(

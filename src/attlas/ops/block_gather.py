@@ -22,6 +22,9 @@ from attlas.ops.memory_efficient import at_least_float32
 
 #: Scores of a chunk: so few that what is gathered for it is still in a core's caches when it is read.
 SCORES = 2**19
+#: Times as many on a GPU, at most: as many as there are rows for a list, so that what is gathered for
+#: them stays as large, and launches do not cost more than the work.
+ON_GPU = 128
 
 
 def gather(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, work: Work) -> tuple[Tensor, Tensor]:
@@ -39,7 +42,7 @@ class _Gathered(torch.autograd.Function):
         pages, extra = (work.pages(k), work.pages(v)), spread(bias, k, work)
         out = rows.new_empty(*rows.shape[:4], v.shape[3])
         lse = at_least_float32(rows.new_empty(rows.shape[:4]))
-        for chunk in work.chunks(batch, SCORES):
+        for chunk in work.chunks(batch, _at_once(q, work)):
             places, listed = work.places(batch, chunk)
             keys, values = (_taken(page, places) for page in pages)
             own = None if extra is None else _taken(extra, places)[..., 0]
@@ -61,7 +64,7 @@ class _Gathered(torch.autograd.Function):
         rows, d_rows, delta, top, pages, extra, d_q, d_pages, d_extra = Back.of(
             saved, d_out, d_lse, work
         )
-        for chunk in work.chunks(len(q), SCORES):
+        for chunk in work.chunks(len(q), _at_once(q, work)):
             places, listed = work.places(len(q), chunk)
             keys, values = (_taken(page, places) for page in pages)
             own = None if extra is None else _taken(extra, places)[..., 0]
@@ -77,6 +80,11 @@ class _Gathered(torch.autograd.Function):
             d_q[:, :, chunk] = d_scores @ keys
             _give(d_pages[0], places, d_scores.mT @ mine)
         return *work.gradients(d_q, d_pages, d_extra, q, bias), None
+
+
+def _at_once(q: Tensor, work: Work) -> int:
+    """Scores of a chunk on this device."""
+    return SCORES if q.device.type == "cpu" else SCORES * min(ON_GPU, work.group * work.size[0])
 
 
 def _attended(

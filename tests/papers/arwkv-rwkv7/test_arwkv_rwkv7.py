@@ -105,6 +105,18 @@ def test_token_before_steps_over_padding() -> None:
     assert last.item() == 9.0
 
 
+def test_cache_holds_the_last_token_and_not_the_prompt() -> None:
+    layer = _made()
+    cache = layer.init_cache()
+    strides = set()
+    for tokens in (40, 1, 3):
+        layer(torch.randn(1, tokens, 16, dtype=torch.float64), cache=cache)
+        held = cache.layers[0].states["previous"]
+        assert held.untyped_storage().nbytes() == held.nbytes
+        strides.add(held.stride())
+    assert len(strides) == 1
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [

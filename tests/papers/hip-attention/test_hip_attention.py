@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import tiny_models
 from attlas import masks, ops
@@ -52,6 +54,20 @@ def test_lists_hold_the_sinks_and_what_is_recent_and_no_later_block(k_block, rec
             assert len(found) <= 8 // k_block + len(always) + 1
 
 
+def test_a_search_holds_nothing_of_the_square_of_the_length():
+    of, sizes = text(2048, 2048, heads=1, kv_heads=1), []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            found = func(*args, **(kwargs or {}))
+            sizes.extend(x.numel() for x in tree_leaves(found) if isinstance(x, torch.Tensor))
+            return found
+
+    with Sizes():
+        HiP(keep=4, q_block=4, k_block=1, sinks=1, recent=4).lists(of)
+    assert max(sizes) < 2048 * 512 / 8
+
+
 def test_what_comes_later_changes_no_row_before_it():
     of = text(40, 40)
     part = HiP(keep=4, q_block=4, k_block=2, sinks=2, recent=3)
@@ -64,8 +80,10 @@ def test_what_comes_later_changes_no_row_before_it():
 @pytest.mark.parametrize("tokens", [256, 1024, 4096])
 def test_hip_attention_scores_k_log_t_keys_a_query(tokens, monkeypatch):
     """At most 2k blocks a level, one level for each doubling from k to the length."""
-    scored, scores = [], hip._scores
-    monkeypatch.setattr(hip, "_scores", lambda q, k, at: scored.append(at.shape[-1]) or scores(q, k, at))
+    scored, scores = [], hip.block_products
+    monkeypatch.setattr(
+        hip, "block_products", lambda q, k, at: scored.append(at.shape[-1]) or scores(q, k, at)
+    )
     keep, q, k = 16, torch.randn(1, 1, 3, 2, 8), torch.randn(1, 1, tokens, 1, 8)
     found = descend(q, k, torch.tensor([tokens, tokens // 2, 1]), keep=keep)
     levels = math.ceil(math.log2(tokens / keep))

@@ -5,6 +5,7 @@ import torch
 
 from attlas import masks, ops
 from attlas.attach.thinned import Text
+from attlas.parts.select import vertical_slash
 from attlas.parts.select.vertical_slash import VerticalSlash
 
 
@@ -20,6 +21,18 @@ def test_all_keys_or_all_distances_are_full_attention(options, queries, keys):
     torch.testing.assert_close(
         part.attended(of), ops.attend(of.q, of.k, of.v, mask=masks.causal, scale=of.scale)
     )
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(24, 24), (13, 30), (300, 300)])
+@pytest.mark.parametrize("verticals", [1, 9])
+def test_blocks_and_single_keys_apart_are_attention_under_the_pattern(
+    queries, keys, verticals, monkeypatch
+):
+    monkeypatch.setattr(vertical_slash, "ROWS", 8)
+    of = text(queries, keys)
+    part = VerticalSlash(verticals=verticals, slashes=3, first=1, near=1, last=5, size=4)
+    out = ops.attend(of.q, of.k, of.v, mask=part.pattern(of) & masks.causal, scale=of.scale)
+    torch.testing.assert_close(part.attended(of), out)
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(24, 24), (13, 30)])

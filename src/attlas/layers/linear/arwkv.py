@@ -221,5 +221,6 @@ class ARWKV(RecurrentAttention):
             heads = heads * rearrange(gate, "b t (h d) -> b h t d", d=self.head_dim)
         if inputs.cache is not None:
             _, last = token_before(inputs.x, inputs.valid_now, inputs.recall("previous"))
-            inputs.remember("previous", last)
+            # By itself: a view would hold all tokens of the prompt, and lie otherwise than a step's.
+            inputs.remember("previous", last.clone(memory_format=torch.contiguous_format))
         return super().output(heads, inputs)

@@ -28,12 +28,11 @@ from attlas import masks
 from attlas.attach.thinned import Text, Thinned
 from attlas.catalog.registry import mechanism
 from attlas.masks import Mask
+from attlas.ops.cells import block_products
 from attlas.options import option
 
 #: The block of keys that is scored for a cell: of (cells, how many there are, blocks in all).
 Representative: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
-#: Numbers of keys that are gathered at once: bounds the memory of a round.
-AT_ONCE = 1 << 24
 
 
 @mechanism(
@@ -81,10 +80,13 @@ class HiP(Thinned):
             representative={"middle": middle, "first": first_of}[self.representative],
         )  # fmt: skip
         last = int(there.max())
-        begin, end = torch.arange(sinks, device=device), torch.arange(last, device=device)
+        begin, oldest = torch.arange(sinks, device=device), old.clamp(min=sinks)
+        # The newest of each row alone: of all blocks there would be the square of the prompt's length.
+        newest = max(0, int((there - oldest).max()))
+        end = oldest[:, None] + torch.arange(newest, device=device)
         always = (
             torch.where(begin < there[:, None], begin, -1),
-            torch.where((end >= old[:, None].clamp(min=sinks)) & (end < there[:, None]), end, -1),
+            torch.where(end < there[:, None], end, -1),
         )
         found = torch.where(found >= 0, found + sinks, -1)
         listed = torch.cat([found, *(x.expand(*found.shape[:3], -1) for x in always)], dim=-1)
@@ -140,7 +142,7 @@ def descend(
         cells = _split(cells, width, finer)
         if bool(((cells >= 0).sum(-1, keepdim=True) > few).any()):
             at = (representative or middle)(cells, finer.clamp(min=1), length)
-            cells = _best(cells, _scores(q, k, at.clamp(min=0)), few)
+            cells = _best(cells, block_products(q, k, at.clamp(min=0)), few)
         width = finer
     return cells
 
@@ -184,21 +186,3 @@ def _best(cells: Tensor, scores: Tensor, few: Tensor) -> Tensor:
     behind = torch.iinfo(kept.dtype).max
     kept = torch.where(kept < 0, behind, kept).sort(dim=-1).values
     return torch.where(kept == behind, -1, kept)
-
-
-def _scores(q: Tensor, k: Tensor, at: Tensor) -> Tensor:
-    """The largest product of a row's queries with the keys of each of its blocks, [b, h, rows, cells]."""
-    batch, heads, rows, cells = at.shape
-    kv_heads, blocks, size, dim = k.shape[1:]
-    flat = k.reshape(-1, size * dim)
-    own = torch.arange(batch * kv_heads, device=k.device).view(batch, kv_heads, 1, 1, 1) * blocks
-    index = at.unflatten(1, (kv_heads, -1)) + own
-    grouped = q.unflatten(1, (kv_heads, -1))
-    step = max(1, AT_ONCE // max(1, batch * heads * cells * size * dim))
-    found = []
-    for row in range(0, rows, step):
-        keys = flat[index[:, :, :, row : row + step]].unflatten(-1, (size, dim)).flatten(-3, -2)
-        products = (grouped[:, :, :, row : row + step] @ keys.mT).amax(-2)
-        found.append(products.unflatten(-1, (cells, size)).amax(-1))
-    scores: Tensor = torch.cat(found, dim=3).flatten(1, 2)
-    return scores

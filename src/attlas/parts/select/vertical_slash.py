@@ -5,8 +5,9 @@
     slash     the s distances d of largest Σ_i A_i,i−d     the shortest always among them
     pairs     j in vertical, or the blocks of queries and of keys that a slash crosses; j ≤ i
 
-Verticals are single keys, and slashes are read in whole blocks. A change of scores by the model (ALiBi,
-soft caps) is not part of the estimate. Decoding reads everything.
+Verticals are single keys, and slashes are read in whole blocks: two attentions over keys apart, joined
+by their sums, so that no single key makes its block one that is looked at pair by pair. A change of
+scores by the model (ALiBi, soft caps) is not part of the estimate. Decoding reads everything.
 
 Cost: last·n scores, and v + 2·s keys a query at most. Reduces to full attention where v covers the
 prompt.
@@ -28,7 +29,13 @@ from attlas import masks, ops
 from attlas.attach.thinned import Text, Thinned
 from attlas.catalog.registry import mechanism
 from attlas.masks import Mask
+from attlas.ops.memory_efficient import at_least_float32
+from attlas.ops.reference import softmax
 from attlas.options import option
+from attlas.tracing import stretches
+
+#: Queries that meet all single keys at once.
+ROWS = 2048
 
 
 @mechanism(
@@ -58,6 +65,42 @@ class VerticalSlash(Thinned):
             self.crossed(text, slash), (self.size, self.size), first=text.offset
         )
         return crossed | masks.Pages(vertical[:, :, None], (text.q.shape[2], 1), first=text.offset)
+
+    def attended(self, text: Text) -> Float[Tensor, "batch heads queries v_dim"]:
+        """The blocks, and beside them the single keys of the other blocks."""
+        if text.score_mod is not None or text.sinks is not None or text.seen is not None:
+            return super().attended(text)
+        pattern = self.pattern(text)
+        self.density[text.layer] = self.share(pattern & masks.causal, text)
+        crossed, single = (leaf for leaf in pattern.leaves if isinstance(leaf, masks.Pages))
+        of_blocks = ops.attend(
+            text.q, text.k, text.v, mask=crossed & masks.causal, scale=text.scale, return_lse=True
+        )
+        return ops.merge([of_blocks, self.singles(text, crossed, single.held[:, :, 0].long())])[0]
+
+    def singles(
+        self, text: Text, crossed: masks.Pages, at: Int[Tensor, "batch heads verticals"]
+    ) -> tuple[Float[Tensor, "batch heads queries v_dim"], Float[Tensor, "batch heads queries"]]:
+        """(out, lse) over single keys, without those in blocks that a slash crosses."""
+        size, device, keys = self.size, text.q.device, text.k.shape[2]
+        listed = pad(crossed.listed, (0, -(-keys // size) - crossed.listed.shape[3]))
+        block = (at // size)[:, :, None].expand(-1, -1, listed.shape[2], -1)
+        beside = listed.gather(-1, block)
+        of_group = at.unflatten(1, (text.k.shape[1], -1)).flatten(2, 3)[..., None]
+        k, v = (
+            x.gather(2, of_group.expand(-1, -1, -1, x.shape[3])).view(*at.shape, x.shape[3])
+            for x in (text.k, text.v)
+        )
+        found = []
+        for rows in stretches(text.q.shape[2], ROWS):
+            row = torch.arange(text.q.shape[2], device=device)[rows]
+            hidden = (at[:, :, None] > text.offset + row[:, None]) | beside[:, :, row // size]
+            scores = at_least_float32(text.q[:, :, rows] @ k.mT) * text.scale
+            scores = scores.masked_fill(hidden, -torch.inf)
+            weights = softmax(scores).to(v.dtype)
+            found.append((weights @ v, torch.logsumexp(scores, -1)))
+        out, lse = (torch.cat(x, dim=2) for x in zip(*found, strict=True))
+        return out, lse
 
     def share(self, mask: Mask, text: Text) -> Float[Tensor, " heads"]:
         """By blocks that slashes cross, and by single keys in the others."""
