@@ -192,7 +192,7 @@ def test_heads_are_means_over_all_rows() -> None:
     for name, value in part.result().items():
         counts = torch.tensor([15.0, 23.0] if name == "copying" else [16.0, 24.0])
         expected = (value * counts[:, None]).sum(1) / counts.sum()
-        torch.testing.assert_close(part.of_heads()[name], expected, msg=name)
+        torch.testing.assert_close(part.head_scores()[name].values, expected, msg=name)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

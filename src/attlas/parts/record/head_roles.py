@@ -35,6 +35,7 @@ from attlas.attach.blocks import weight_blocks
 from attlas.attach.call import Call, ForwardPass
 from attlas.catalog.registry import mechanism
 from attlas.errors import UserError
+from attlas.kinds.analysis import Scores
 from attlas.ops.row_features import of_weights, pair_features, products
 from attlas.options import option
 from attlas.parts.record.rows import RowRecorder, repeated
@@ -46,6 +47,15 @@ NAMES = {
     "distance": "distance", "peak": "peak", "duplicate": "duplicate", "induction": "induction",
     "copying": "copying",
 }  # fmt: skip
+#: What a large one says.
+MEANINGS = {
+    "entropy": "spreads widely, in nats", "sink": "rests on the first tokens",
+    "self": "looks at the token itself", "previous": "looks at the token before",
+    "distance": "looks far back, in tokens", "peak": "is sure of one token",
+    "duplicate": "finds the same token earlier",
+    "induction": "finds what came after the same token earlier",
+    "copying": "looks at what in fact comes next",
+}  # fmt: skip
 #: Those that hang on token ids, and the column of one of them.
 BY_ID = ("duplicate", "induction", "copying")
 COPYING = list(NAMES).index("copying")
@@ -56,6 +66,8 @@ HELD = 2**20
 @mechanism("head-roles", paper="")
 class HeadRoles(RowRecorder):
     """Records what each head does, {name: [layers, batch, heads]}; with rows [..., tokens]."""
+
+    inspects = "roles"
 
     sinks: int = option("how many first tokens count as sinks", default=1, at_least=1)
     rows: bool = option("give every query's numbers instead of their means", default=False)
@@ -220,10 +232,11 @@ class HeadRoles(RowRecorder):
         sums, counts = self._sums()
         return self._named(sums / counts.clamp(min=1)[:, None])
 
-    def of_heads(self) -> dict[str, Float[Tensor, "layers heads"]]:
+    def head_scores(self) -> dict[str, Scores]:
         """By name, means over the valid queries of all rows."""
         sums, counts = self._sums()
-        return self._named(sums.sum(1) / counts.sum(0).clamp(min=1))
+        found = self._named(sums.sum(1) / counts.sum(0).clamp(min=1))
+        return {name: Scores(values, MEANINGS[name]) for name, values in found.items()}
 
     def _sums(self) -> tuple[Tensor, Tensor]:
         """([layers, batch, heads, statistics] summed over queries, [batch, statistics] how many)."""
