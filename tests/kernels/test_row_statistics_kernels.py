@@ -106,6 +106,9 @@ def errors(name: str, device: str = "cpu") -> list[tuple[str, float, float]]:
     plain = ops.row_statistics(q, k, **more, **asked)
     true = ops.row_statistics(q.double(), k.double(), **more, **asked)
     found = []
+    # A weight is as far off as its score is rounded, by an amount that grows with the score.
+    scores = ops.grouped_product(q.double(), k.double().mT) * q.shape[-1] ** -0.5
+    largest = scores.abs().max().item()
     for what in WHAT:
         a, b, x = (getattr(s, what) for s in (ours, plain, true))
         if x is None:
@@ -114,7 +117,7 @@ def errors(name: str, device: str = "cpu") -> list[tuple[str, float, float]]:
         dead = x == -torch.inf
         assert torch.equal(a == -torch.inf, dead), what
         a, b, x = (y.double().masked_fill(dead, 0.0) for y in (a, b, x))
-        unit = 4 * torch.finfo(torch.float32).eps * max(1.0, x.abs().max().item())
+        unit = 4 * torch.finfo(torch.float32).eps * max(1.0, largest, x.abs().max().item())
         found.append((what, (a - x).abs().max().item(), 2 * (b - x).abs().max().item() + unit))
     same = (ours.peak_at == plain.peak_at).double().mean().item()  # but for ties
     return [*found, ("peak_at", 1 - same, 0.001)]

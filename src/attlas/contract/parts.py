@@ -78,13 +78,13 @@ def calibrated(part: Any) -> Any:
     return part
 
 
-def small_llama(dtype: torch.dtype = torch.float64) -> Any:
-    """A Llama with random weights: 6 layers, 4 query heads over 2 key heads of width 8."""
+def small_llama(dtype: torch.dtype = torch.float64, layers: int = 6) -> Any:
+    """A Llama with random weights: 4 query heads over 2 key heads of width 8."""
     from attlas.hf.models import LlamaForCausalLM
 
     torch.manual_seed(0)
     config = find("llama").config(
-        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=6,
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=layers,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
         initializer_range=0.3, pad_token_id=0, bos_token_id=1, eos_token_id=None,
     )  # fmt: skip

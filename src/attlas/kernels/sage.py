@@ -159,9 +159,9 @@ def forward(
 class Tiles:
     """Queries and keys of a block, and what runs it."""
 
-    queries: int = 128
+    queries: int = 64
     keys: int = 128
-    warps: int = 8
+    warps: int = 4
     stages: int = 3
 
 
@@ -186,7 +186,7 @@ def sage_forward(
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     strides = [n for x in (q, k, v, out) for n in x.stride()[:3]]
     tma = q.is_cuda and torch.cuda.get_device_capability(q.device) >= (9, 0)
-    cut = cut or Tiles(stages=3 if tma else 2)
+    cut = cut or (Tiles() if tma else Tiles(128, 128, 8, 2))
     if tma:
         k, v = (
             TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, *size])
