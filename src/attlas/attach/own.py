@@ -21,7 +21,7 @@ from attlas.masks import Mask
 
 #: Hooks that need the layer's scores and keys to be those of softmax attention.
 SOFTMAX_HOOKS = (
-    "position", "values", "score_mod", "mask", "normalize", "select", "attend", "observe",
+    "position", "read_values", "score_mod", "mask", "normalize", "select", "attend", "observe",
     "cache_layers",
 )  # fmt: skip
 

@@ -107,7 +107,7 @@ class Part(Configured):
         """Queries and keys as they are multiplied, after their rotation; what is cached stays."""
         return q, k
 
-    def values(self, call: Call, v: Tensor) -> Tensor:
+    def read_values(self, call: Call, v: Tensor) -> Tensor:
         """Values as they are weighed; what is cached stays."""
         return v
 

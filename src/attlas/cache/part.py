@@ -27,7 +27,7 @@ from attlas.storage.rows import Rows
 
 #: Hooks that work in Python on every call.
 _EVERY_CALL = (
-    "position", "values", "score_mod", "mask", "normalize", "output", "attend", "select", "stream",
+    "position", "read_values", "score_mod", "mask", "normalize", "output", "attend", "select", "stream",
     "project",
 )  # fmt: skip
 

@@ -120,7 +120,7 @@ class Replace(_AtTokens):
         """Queries and keys, the chosen replaced."""
         return self._projected(call, q, "q"), self._projected(call, k, "k")
 
-    def values(self, call: Call, v: Tensor) -> Tensor:
+    def read_values(self, call: Call, v: Tensor) -> Tensor:
         """Values, the chosen replaced."""
         return self._projected(call, v, "v")
 

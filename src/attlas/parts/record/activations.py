@@ -93,7 +93,7 @@ class Activations(Recorder):
         """Keep queries and keys that are differentiated by."""
         return self._differentiable(call, "q", q), self._differentiable(call, "k", k)
 
-    def values(self, call: Call, v: Tensor) -> Tensor:
+    def read_values(self, call: Call, v: Tensor) -> Tensor:
         """Keep values that are differentiated by."""
         return self._differentiable(call, "v", v)
 
