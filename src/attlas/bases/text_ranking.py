@@ -5,11 +5,12 @@
     kernels  score = Σ_k w_k Σ_i ln Σ_j exp(−(cos(q_i, p_j) − μ_k)² / 2σ_k²)
     loss     −ln softmax(scores of a query's passages)[relevant]
 
-The kernels compare word vectors alone. Order is taken from a cross-encoder in its input, words of the query and of the passage shuffled among
-themselves; or in its positions, which stand in another order, or are all 0.
+The kernels compare word vectors alone. Order is taken from a cross-encoder in its input, words of the
+query and of the passage shuffled among themselves; or in its positions, which stand in another order,
+or are all 0.
 
 Tokens are of five types: padding, markers ([CLS], [SEP]), the query's, stop-words and content words
-of the passage. A type that is removed is seen by no token; [CLS], from which the score is read, still asks.
+of the passage. A type that is removed is seen by no token; [CLS], where the score is read, still asks.
 """
 
 from __future__ import annotations
@@ -185,7 +186,8 @@ def on(pairs: Pairs, device: torch.device) -> Pairs:
 def permuted(there: Bool[Tensor, "rows tokens"]) -> Int[Tensor, "rows tokens"]:
     """The positions of each row's tokens in random order; padding keeps its own."""
     places = torch.arange(there.shape[1], device=there.device)
-    order = torch.rand(there.shape, device=there.device).masked_fill(~there, 2).argsort(dim=1, stable=True)
+    drawn = torch.rand(there.shape, device=there.device).masked_fill(~there, 2)
+    order = drawn.argsort(dim=1, stable=True)
     # The tokens that are there come first in `order`; the k-th of them takes the k-th place.
     return torch.empty_like(order).scatter_(1, order, places.expand_as(order))
 
@@ -201,7 +203,7 @@ def shuffled(one: Candidates, rng: random.Random) -> Candidates:
 
 @dataclass(frozen=True)
 class Training:
-    """How a ranker is fine-tuned: AdamW, its rate warmed up for a tenth of the steps, then linear to 0."""
+    """How a ranker is fine-tuned: by AdamW, its rate warmed up, then falling to 0 along a line."""
 
     steps: int = 300
     batch: int = 8
