@@ -1,8 +1,8 @@
 """Transformer brain encoder: responses of brain areas from the patches of a frozen backbone.
 
-    t_a   = norm(0 + self-attention of all areas' 0 + e_a)             e_a: the area's query
+    t_a   = norm(0)                                                    e_a: the area's query
     A_ap  = softmax_p(W_q (t_a + e_a) · W_k (x_p + P_p) / √d)          x: patch features, P: their places
-    t_a   = norm(t_a + W_o Σ_p A_ap W_v x_p);   t_a = norm(t_a + W_2 relu(W_1 t_a))
+    t_a   = norm(t_a + W_o Σ_p A_ap W_v x_p + b_o);   t_a = norm(t_a + W_2 relu(W_1 t_a))
     y_u   = w_u · norm(t_a) + b_u               for each unit u of the area; each hemisphere its own w
 
 `body="linear"` leaves t_a = W_o Σ_p A_ap W_v x_p. Then a constant score gives a linear readout of mean
@@ -71,11 +71,14 @@ class Routing(nn.Module):
 
 
 class Layer(nn.Module):
-    """A layer: self-attention of the areas, attention to the patches, ReLU units; normed after each."""
+    """A layer: attention to the patches, then ReLU units; normed before it and after each.
+
+    Areas do not see each other: the published program has weights for that and no longer uses them.
+    """
 
     def __init__(self, dim: int, heads: int, ff: int, dropout: float) -> None:
         super().__init__()
-        self.between, self.routing = Routing(dim, heads), Routing(dim, heads)
+        self.routing = Routing(dim, heads)
         self.up, self.down = nn.Linear(dim, ff), nn.Linear(ff, dim)
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim) for _ in range(3))
         self.dropout = nn.Dropout(dropout)
@@ -86,7 +89,7 @@ class Layer(nn.Module):
         self, t: Tensor, queries: Tensor, keys: Tensor, values: Tensor
     ) -> tuple[Tensor, Tensor]:
         """(the areas' tokens, the map)."""
-        t = self.norm1(t + self.dropout(self.between(t + queries, t + queries, t)[0]))
+        t = self.norm1(t)
         routed, found = self.routing(t + queries, keys, values)
         t = self.norm2(t + self.dropout(routed))
         return self.norm3(t + self.dropout(self.down(self.dropout(relu(self.up(t)))))), found

@@ -11,7 +11,7 @@ from attlas.systems.transformer_brain_encoder import BrainEncoder
 
 #: Our names of a layer's parts, and theirs.
 NAMES = {"up": "linear1", "down": "linear2", "norm1": "norm1", "norm2": "norm2", "norm3": "norm3"}
-ROUTINGS = {"between": "self_attn", "routing": "multihead_attn"}
+ROUTING = "multihead_attn"
 
 
 @adapter("transformer-brain-encoder", mechanism="transformer-brain-encoder")
@@ -33,11 +33,13 @@ def transformer_brain_encoder(case: Case) -> Iterator[Check]:
             theirs, own = f"decoder.layers.{i}.", f"decoder.{i}."
             for name, said in NAMES.items():
                 ours[f"{own}{name}.{kind}"] = weights[f"{theirs}{said}.{kind}"]
-            for name, said in ROUTINGS.items():
-                joined = weights[f"{theirs}{said}.in_proj_{kind}"].chunk(3)
-                for letter, part in zip("qkv", joined, strict=True):
-                    ours[f"{own}{name}.{letter}_proj.{kind}"] = part
-                ours[f"{own}{name}.o_proj.{kind}"] = weights[f"{theirs}{said}.out_proj.{kind}"]
+            joined = weights[f"{theirs}{ROUTING}.in_proj_{kind}"].chunk(3)
+            for letter, part in zip("qkv", joined, strict=True):
+                ours[f"{own}routing.{letter}_proj.{kind}"] = part
+            ours[f"{own}routing.o_proj.{kind}"] = weights[f"{theirs}{ROUTING}.out_proj.{kind}"]
+            # Self-attention of the areas: it has weights, which the published program does not use.
+            unused = (f"{theirs}self_attn.in_proj_{kind}", f"{theirs}self_attn.out_proj.{kind}")
+            case.without_effect(*(f"param.{name}" for name in unused))
         for i, name in enumerate(("lh_embed", "rh_embed")):
             ours[f"readout.{i}.{kind}"] = weights[f"{name}.{kind}"]
     load_weights(net, ours)
