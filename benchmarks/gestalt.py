@@ -1,6 +1,6 @@
 """DiSRT on the fetched ViT-S: the odd one of three found, by layer, with and without its positions.
 
-    python benchmarks/gestalt.py [--rows 20] [--seeds 3] > benchmarks/results/disrt-gestalt.json
+    python benchmarks/gestalt.py --rows 12 --seeds 1 > benchmarks/results/disrt-gestalt.json
 
 Pictures: outlines, and crops of the two photographs that scikit-learn carries (for another backdrop than
 lines); broken by shuffled patches of 14 pixels.

@@ -65,6 +65,8 @@ class Writer:
     def __init__(self, tokenizer: Any = None) -> None:
         self.tokenizer = tokenizer
         self._known: dict[str, list[int]] = {}
+        self.cls: int
+        self.sep: int
         self.cls, self.sep = (1, 2) if tokenizer is None else (
             tokenizer.cls_token_id, tokenizer.sep_token_id
         )  # fmt: skip
@@ -172,10 +174,12 @@ class TextRanker(nn.Module):
         if self.kind != "bi":
             written = on(writer.pairs(pairs), device)
             found = self.kernels(written) if self.kind == "kernels" else self.cross(written, None, places)
-            return found.unflatten(0, (len(some), -1))
+            grid: Tensor = found.unflatten(0, (len(some), -1))
+            return grid
         queries = self.texts(on(writer.pairs([(one.query, None) for one in some]), device))
         passages = self.texts(on(writer.pairs([(passage, None) for _, passage in pairs]), device))
-        return (passages.unflatten(0, (len(some), -1)) @ queries[..., None])[..., 0] / TEMPERATURE
+        products: Tensor = passages.unflatten(0, (len(some), -1)) @ queries[..., None]
+        return products[..., 0] / TEMPERATURE
 
 
 def on(pairs: Pairs, device: torch.device) -> Pairs:
@@ -250,7 +254,7 @@ def fine_tune(
     # The head is new: it learns faster than the encoder, which knows much already.
     new = [weight for name, weight in ranker.named_parameters() if name.startswith("head")]
     old = [weight for name, weight in ranker.named_parameters() if not name.startswith("head")]
-    groups = [{"params": old}, {"params": new, "lr": 10 * how.rate}]
+    groups: list[dict[str, Any]] = [{"params": old}, {"params": new, "lr": 10 * how.rate}]
     adam = torch.optim.AdamW([group for group in groups if group["params"]], lr=how.rate)
     warm = max(1, how.steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(

@@ -239,7 +239,8 @@ class TransformerBrainEncoder(System):
             for some in pixels.split(32)
         ]
         states = torch.cat([piece.last_hidden_state[:, -GRID * GRID :] for piece in pieces])
-        return states.mT.unflatten(2, (GRID, GRID))
+        grid: Tensor = states.mT.unflatten(2, (GRID, GRID))
+        return grid
 
     def _made(self, seed: int, width: int) -> nn.Module:
         with torch.random.fork_rng(devices=()):
@@ -301,10 +302,11 @@ class TransformerBrainEncoder(System):
         """Where each area looks; of encoder "attention" alone."""
         _check(inputs)
         x = self.features(inputs)
-        if not isinstance(getattr(self, "net", None), BrainEncoder):
+        net: Any = getattr(self, "net", None)
+        if not isinstance(net, BrainEncoder):
             raise UserError("encoder takes 'attention' for maps, and fit first")
-        found: Tensor = self.net.tokens(x, sines(*x.shape[1:]))[1]
-        return found.unflatten(-1, (GRID, GRID))
+        found: Tensor = net.tokens(x, sines(*x.shape[1:]))[1].unflatten(-1, (GRID, GRID))
+        return found
 
     def guess(self, inputs: Sequence[Scene], seed: int) -> list[tuple[float, ...]]:
         """The mean response of each unit, whatever the picture."""

@@ -1,6 +1,6 @@
 """bert-ranking-attention: every clause of the catalogue row's works_when that needs no training.
 
-Which ranker is best, and what a type's removal costs: benchmarks/claims/bert-ranking-attention.json.
+Which ranker is best after a long tuning, and what a type's removal costs it, is not shown here.
 """
 
 from __future__ import annotations

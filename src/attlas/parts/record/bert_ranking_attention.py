@@ -6,8 +6,8 @@ The text is [CLS] query [SEP] passage [SEP]: markers are known by their ids, wha
 of them is the query, what stands behind it the passage, whose stop-words are known by their ids too.
 In the paper markers get most of the attention, and stop-words about as much as other words.
 
-How rankers of the paper's kinds compare on the plays, and what it costs to remove a type from the input,
-`python benchmarks/claims_ranking.py` measures; rankers: `attlas.bases.text_ranking`.
+Rankers of the paper's kinds, their tuning on the plays, and the removal of a type of tokens from what
+others see are in `attlas.bases.text_ranking`.
 
 Shapes: [layers, batch, heads, tokens, 4], types last.
 Cost: one pass over the weights, held a block at a time; four numbers a query.

@@ -6,8 +6,8 @@
     top-k        the k largest units of each token are kept, the others are 0
 
 Features of local texture alone are those of the broken versions: ties, which count 1/3. Besides
-triplets there are illusory contours (a square of four notched discs, or turned ones), proximity (dots in rows or in
-columns) and figure and ground (a region that stands out by its texture, or the region around it).
+triplets there are illusory contours (a square of four notched discs, or turned ones), proximity (dots
+in rows or in columns) and figure and ground (a disc whose stripes are other than those around it).
 
 As a task of `attlas train` a vision transformer tells images, outlines that close, from broken ones. Its
 title and the triplets rest on a digest of the paper; of its texture synthesis only that amplitudes are
@@ -116,7 +116,8 @@ def shuffle(
     order = torch.rand(pieces.shape[0], pieces.shape[2], generator=rng).argsort(1)
     mixed = pieces.gather(2, order[:, None, :, None, None].expand_as(pieces))
     side = pictures.shape[-1] // patch
-    return mixed.unflatten(2, (side, side)).transpose(3, 4).flatten(4, 5).flatten(2, 3)
+    whole: Tensor = mixed.unflatten(2, (side, side)).transpose(3, 4).flatten(4, 5).flatten(2, 3)
+    return whole
 
 
 def texture(
@@ -127,7 +128,9 @@ def texture(
     noise = torch.rand(len(pictures), 1, *pictures.shape[-2:], generator=rng)
     phase = torch.fft.rfft2(noise).angle()
     phase[..., 0, 0] = 0
-    return torch.fft.irfft2(amplitude * torch.polar(torch.ones_like(phase), phase), s=pictures.shape[-2:])
+    turned = amplitude * torch.polar(torch.ones_like(phase), phase)
+    found: Tensor = torch.fft.irfft2(turned, s=pictures.shape[-2:])
+    return found
 
 
 def outlines(rng: Generator, rows: int, size: int) -> Float[Tensor, "rows 3 size size"]:
