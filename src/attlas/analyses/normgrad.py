@@ -90,7 +90,7 @@ def saliency(
     aggregate: Aggregate = "norm",
     *,
     averaged: bool = False,
-) -> Float[Tensor, "rows *places"]:
+) -> Float[Tensor, "rows ..."]:
     """Both phases, from the sides of the outer products.
 
     Args:
@@ -106,7 +106,8 @@ def saliency(
     if aggregate == "sum":
         return a.sum(dim=1) * b.sum(dim=1)
     if aggregate == "norm":
-        return a.norm(dim=1) * b.norm(dim=1)
+        length: Tensor = a.norm(dim=1) * b.norm(dim=1)
+        return length
     if aggregate == "positive-norm":
         same = a.clamp(min=0).norm(dim=1) * b.clamp(min=0).norm(dim=1)
         return torch.hypot(same, a.clamp(max=0).norm(dim=1) * b.clamp(max=0).norm(dim=1))
@@ -122,7 +123,8 @@ def combined(
     """The weighted geometric mean of maps between 0 and 1; of equal weights unless given."""
     given = torch.tensor(weights or [1.0] * len(maps), dtype=maps[0].dtype, device=maps[0].device)
     shares = (given / given.sum())[:, None, None, None]
-    return (torch.stack(list(maps)) ** shares).prod(dim=0)
+    found: Tensor = (torch.stack(list(maps)) ** shares).prod(dim=0)
+    return found
 
 
 def class_correlation(
@@ -161,7 +163,8 @@ class NormGrad(Analysis):
         names = self._names(subject)
         if self.weights and (len(self.weights) != len(names) or min(self.weights) < 0):
             raise UserError(
-                f"weights takes {len(names)} numbers of at least 0, one for each layer, got {self.weights}"
+                f"weights takes {len(names)} numbers of at least 0, one for each layer, got "
+                f"{self.weights}"
             )
         if self.weights and not sum(self.weights):
             raise UserError("weights takes at least one that is not 0")

@@ -33,7 +33,8 @@ from attlas.inspect.subject import Subject
 from attlas.kinds.analysis import Analysis, Findings, Table
 from attlas.options import option
 
-#: Patches whose distances to all others are worked out at once; sides beyond which every second is left out.
+#: Patches whose distances to all others are worked out at once; the side beyond which every second
+#: place has a patch.
 BLOCK, SIDE = 256, 64
 
 
@@ -75,7 +76,8 @@ def _at_one_scale(
         values = torch.cdist(patches[:, block], patches, compute_mode="donot_use_mm_for_euclid_dist")
         apart = values / (1 + distance * torch.cdist(at[block], at))
         found.append(apart.topk(count, dim=-1, largest=False).values.mean(dim=-1))
-    return (1 - torch.cat(found, dim=1).neg().exp()).unflatten(1, (tall, broad))
+    flat: Tensor = 1 - torch.cat(found, dim=1).neg().exp()
+    return flat.reshape(-1, tall, broad)
 
 
 @mechanism("salient-relevance", paper="salient-relevance")

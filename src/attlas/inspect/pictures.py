@@ -107,18 +107,22 @@ def as_map(
     patch = getattr(subject.config, "patch_size", None)
     assert subject.pixel_values is not None
     if x.ndim != 3 or patch is None:
-        raise UserError(f"features must be [rows, channels, height, width] or tokens, got {list(x.shape)}")
+        raise UserError(
+            f"features must be [rows, channels, height, width] or tokens, got {list(x.shape)}"
+        )
     high, wide = (side // patch for side in subject.pixel_values.shape[-2:])
     if x.shape[1] < high * wide:
         raise UserError(f"{x.shape[1]} tokens do not hold {high} x {wide} patches")
-    return x[:, x.shape[1] - high * wide :].transpose(1, 2).unflatten(2, (high, wide))
+    patches: Tensor = x[:, x.shape[1] - high * wide :].transpose(1, 2)
+    return patches.reshape(*patches.shape[:2], high, wide)
 
 
 def resized(
     maps: Float[Tensor, "rows height width"], size: Sequence[int]
 ) -> Float[Tensor, "rows tall broad"]:
     """Maps at another size, bilinear."""
-    return F.interpolate(maps[:, None], size=tuple(size), mode="bilinear", align_corners=False)[:, 0]
+    found: Tensor = F.interpolate(maps[:, None], size=tuple(size), mode="bilinear")
+    return found[:, 0]
 
 
 def from_0_to_1(maps: Float[Tensor, "rows height width"]) -> Float[Tensor, "rows height width"]:

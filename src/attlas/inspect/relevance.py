@@ -29,7 +29,7 @@ Rule = Literal["epsilon", "alpha-beta"]
 TINY = 1e-9
 
 
-class RelevanceRules(TorchFunctionMode):  # type: ignore[misc]
+class RelevanceRules(TorchFunctionMode):
     """While it is open, backward passes of what is computed give c, with relevance R = x ∘ c.
 
     Args:
@@ -133,13 +133,14 @@ def _product(func: Any, x: Any, y: Any, *args: Any, **given: Any) -> Any:
 
 
 def _layer_norm(
-    func: Any, x: Tensor, shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None,
-    *args: Any, **given: Any,
+    func: Any, x: Tensor, shape: Sequence[int], weight: Tensor | None = None,
+    bias: Tensor | None = None, *args: Any, **given: Any,
 ) -> Tensor:  # fmt: skip
     found: Tensor = func(x, shape, weight, bias, *args, **given)
     axes = tuple(range(-len(shape), 0))
     centred = x - x.mean(dim=axes, keepdim=True)
-    return _valued(found.detach(), _linear(centred, func(x.detach(), shape, None, None, *args, **given), weight))
+    normed = func(x.detach(), shape, None, None, *args, **given)
+    return _valued(found.detach(), _linear(centred, normed, weight))
 
 
 def _rms_norm(

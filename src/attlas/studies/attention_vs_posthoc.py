@@ -1,16 +1,16 @@
 """Attention against explanations after the fact, where all of them have closed forms.
 
-One layer of attention without biases reads a text whose first token is [cls]; logits are w · Σ_t α_t v_t of
-the [cls] row, the mean over heads, each with its own w:
+One layer of attention without biases reads a text whose first token is [cls]; logits are w · Σ_t α_t v_t
+of the [cls] row, the mean over heads, each with its own w:
 
     attention   α_t, the mean or the largest over heads
     gradient    mean_h α_t [ (W_kᵀ q/√d) ((v_t − v̄) · w) + W_vᵀ w ],    v̄ = Σ_s α_s v_s
     LIME        3/2 mean_h Σ_{t of the word} (α_t v_t − α'_t v'_t) · w
 
-The gradient is the logit's by the embedding of word t, which q, made of [cls] alone, does not depend on. LIME
-fits a line to logits of documents in which random words are masked; its coefficients tend to the closed
-form as documents grow long. Primes: the document with every word masked. Attention is positive, and
-cannot tell a word that speaks for a class from one that speaks against it; gradient and LIME can.
+The gradient is the logit's by the embedding of word t, which q, made of [cls] alone, does not depend on.
+LIME fits a line to logits of documents in which random words are masked; its coefficients tend to the
+closed form as documents grow long. Primes: the document with every word masked. Attention is positive,
+and cannot tell a word that speaks for a class from one that speaks against it; gradient and LIME can.
 
 Cost: closed forms are one pass; LIME takes a forward pass for every sample.
 Source: "Attention Meets Post-hoc Interpretability: A Mathematical Perspective".
@@ -76,13 +76,14 @@ class ClsReader(nn.Module):
     def forward(self, e: Float[Tensor, "*rows tokens dim"]) -> Float[Tensor, "*rows classes"]:
         """Logits of embedded documents."""
         seen = self.read(e)
-        return torch.einsum("...ht,...htv,hcv->...c", seen.weights, seen.values, self.w) / len(self.w)
+        logits = torch.einsum("...ht,...htv,hcv->...c", seen.weights, seen.values, self.w)
+        return logits / len(self.w)
 
 
 def gradient(
     model: ClsReader, e: Float[Tensor, "tokens dim"], label: int
 ) -> Float[Tensor, "tokens dim"]:
-    """The closed form of the logit's gradient; right at all tokens but the first, whose query is fixed."""
+    """The closed form of the logit's gradient; right at all tokens but the first: its query is fixed."""
     seen, w = model.read(e), model.w[:, label]
     says = torch.einsum("htv,hv->ht", seen.values, w)
     apart = says - (seen.weights * says).sum(dim=-1, keepdim=True)
@@ -108,7 +109,8 @@ def lime(
     e, there = model.embed(ids), model.embed(masked)
     seen, blank = model.read(e), model.read(there, asking=e[0])
     w = model.w[:, label]
-    says = [(one.weights * torch.einsum("htv,hv->ht", one.values, w)).mean(dim=0) for one in (seen, blank)]
+    says = [(one.weights * torch.einsum("htv,hv->ht", one.values, w)).mean(dim=0)
+            for one in (seen, blank)]  # fmt: skip
     return 1.5 * torch.stack([((says[0] - says[1]) * (ids == word)).sum() for word in words])
 
 

@@ -25,7 +25,8 @@ def normgrad(case: Case) -> Iterator[Check]:
     case.sizes(case.inputs["image"], "_ _ image _")
     case.without_effect("config.seed")
     held, size = case.params, case.inputs["image"].shape[-2:]
-    (first, second), (classes, features) = [held[f"{i}.weight"].shape for i in (0, 3)], held["7.weight"].shape
+    first, second = (held[f"{i}.weight"].shape for i in (0, 3))
+    classes, features = held["7.weight"].shape
     side = int((features // second[0]) ** 0.5)
     net = nn.Sequential(
         nn.Conv2d(first[1], first[0], 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),

@@ -82,7 +82,7 @@ def test_normgrad_is_found_without_making_outer_products(extract, aggregate) -> 
 def test_normgrad_is_the_product_of_two_norms_and_takes_tokens_too() -> None:
     x, g = _features().flatten(2), _features().flatten(2).flip(1)
     torch.testing.assert_close(saliency(x, g), x.norm(dim=1) * g.norm(dim=1))
-    with pytest.raises(UserError, match="conv3x3.* needs a map"):
+    with pytest.raises(UserError, match=r"conv3x3.* needs a map"):
         saliency(x, g, "conv3x3")
 
 

@@ -11,7 +11,8 @@ from attlas.contract.cases import Case, Check, adapter
 from attlas.inspect.relevance import RelevanceRules, relevance
 
 NET = (
-    "Conv3x3 pad1 - ReLU - MaxPool2 - Conv3x3 pad1 - ReLU - MaxPool2 - flatten - Linear(8) - ReLU - Linear"
+    "Conv3x3 pad1 - ReLU - MaxPool2 - Conv3x3 pad1 - ReLU - MaxPool2 - flatten - Linear(8) - ReLU - "
+    "Linear"
 )
 
 

@@ -2,8 +2,8 @@
 
     R_l = (mean over heads of A_l + I), rows divided by their sums
     rollout   J_0 = R_0,   J_l = R_l J_{l−1}
-    flow      the largest flow from token i above layer l to token j of the input, in the graph whose edge
-              from (layer m + 1, i) down to (layer m, j) holds R_m[i, j]; each i's flows divided by their sum
+    flow      the largest flow from token i above layer l to token j of the input, in the graph whose
+              edge from (layer m + 1, i) down to (layer m, j) holds R_m[i, j]; divided by i's sum
     raw       the mean over heads alone
 
 What a token matters, by any of the three: its largest share over the queries, as the published code
@@ -113,8 +113,8 @@ def by_networkx(maps: Float[Tensor, "layers tokens tokens"]) -> Callable[[int, i
 class AttentionRolloutFlow(Weights):
     """Records the mean over (chosen) heads of every (chosen) layer's map, in original positions.
 
-    The result is {"raw": [layers, batch, tokens, tokens], "rollout": likewise}; `flow` is worked out when
-    it is asked for.
+    The result is {"raw": [layers, batch, tokens, tokens], "rollout": likewise}; `flow` is worked out
+    when it is asked for.
     """
 
     def measure(
@@ -133,8 +133,8 @@ class AttentionRolloutFlow(Weights):
         found: Tensor = super().result()[:, :, 0]
         if found.shape[-2] != found.shape[-1]:
             raise UserError(
-                f"rollout needs the maps of a whole text from its first token on; {found.shape[-2]} queries "
-                f"and {found.shape[-1]} keys were recorded"
+                "rollout needs the maps of a whole text from its first token on; "
+                f"{found.shape[-2]} queries and {found.shape[-1]} keys were recorded"
             )
         return found
 

@@ -1,4 +1,4 @@
-"""Shapes on noise: one shape of one brightness pasted on a noisy picture, told apart by a convolutional net.
+"""Shapes on noise: one shape of one colour on a noisy picture, told apart by a convolutional network.
 
     disc · square · triangle · cross
 
