@@ -145,7 +145,8 @@ def _iou(scores, masks) -> torch.Tensor:
 
 
 def test_salient_relevance_covers_a_shape_better_than_raw_relevance_of_the_same_area() -> None:
-    # Of 100 pictures and two nets: 0.415 against 0.222 and 0.381 against 0.219, better in 94 % or more.
+    # Three nets, 100 pictures each: 0.44, 0.38, 0.44 against 0.23, 0.23, 0.26, better in 97 % or more.
+    # Positive relevance blurred by a 7 × 7 mean reaches 0.41, 0.33, 0.44: most of it is smoothing.
     net, (pixels, classes, masks) = shapes_net(), shown(0, 40)
     found = SalientRelevance().look(Subject(net, pixel_values=pixels, labels=classes))
     area, raw = (_iou(found.arrays[name], masks) for name in ("saliency", "relevance"))
