@@ -79,7 +79,7 @@ function drawAxes(context, wide, high) {
   context.textBaseline = "middle";
   context.fillStyle = styles.soft;
   context.textAlign = "left";
-  context.fillText("key →", LEFT, 8);
+  context.fillText("key →", LEFT, px >= 11.5 ? 8 : TOP - 30);
   context.textAlign = "right";
   context.fillText("query ↓", LEFT - 8, TOP - 10);
   const named = px >= 11.5;

@@ -22,7 +22,7 @@ function setUpPattern() {
     make("div", { class: "steps" }, make("label", { for: "measure" }, "Colour"), choice,
       zoom("+", "Zoom in", 0.5), zoom("−", "Zoom out", 2),
       make("button", { type: "button", onclick: () => see({ top: 0, left: 0, span: longest }) }, "Whole text")),
-    canvas, make("p", { class: "readout", id: "pattern-value" }), make("ul", { class: "chips", id: "strongest", "aria-label": "Strongest keys of this query" }),
+    make("p", { class: "readout one", id: "pattern-value" }), canvas, make("ul", { class: "chips", id: "strongest", "aria-label": "Strongest keys of this query" }),
     make("p", { class: "note", id: "plot-keys" }, "Drag to move; scroll to zoom once the pattern has focus. Arrows move the cursor (with Shift by ten), + and − zoom, 0 shows the whole text, Page Up and Down scroll, Enter opens the neurons."));
   plot = { canvas, side: 0, unit: 1 };
   seen.span = longest;
@@ -30,7 +30,7 @@ function setUpPattern() {
   setUpMoves(canvas);
   watch((changes, from, before) => {
     if ("head" in changes || "token" in changes || "key" in changes) {
-      if ("token" in changes && from !== "pattern") showToken(from === "search" || from === "link");
+      if ("token" in changes && from !== "pattern" && from !== "begin") showToken(from === "search" || from === "link");
       panel.draw();
     }
   });
