@@ -22,7 +22,10 @@ from attlas.view.look.contents import (
 )
 
 EVIL = "</script><script>alert(1)</script>&{data}<img src=x onerror=alert(2)>"
-WORDS = "the old keeper counted lights of fishing boats and drew a small circle for each one".split()
+WORDS = [
+    "the", "old", "keeper", "counted", "lights", "of", "fishing", "boats", "and", "drew", "a", "small",
+    "circle", "for", "each", "one",
+]  # fmt: skip
 
 
 def causal(tokens: int, seed: int = 0, *, previous: float = 4.0) -> Tensor:

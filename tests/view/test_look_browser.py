@@ -10,7 +10,7 @@ import torch
 from attlas.parts.record.pyramid import Builder
 from attlas.view.look.atlas import Atlas
 from attlas.view.look.contents import Flow, Grid, Pyramid
-from browsing import opened
+from browsing import opened, until
 from view.look_examples import WORDS, example
 
 CHECKS = Path(__file__).with_name("look_checks.js").read_text("utf-8")
@@ -71,8 +71,9 @@ def test_a_click_and_keys_move_over_the_grid(atlas, tmp_path):
         assert page.inner_text("#head-title") == "Layer 4, head 0"
         for key in ("ArrowUp", "ArrowRight", "ArrowRight"):
             page.keyboard.press(key)
-        assert page.evaluate("document.activeElement.getAttribute('aria-label')").startswith("Layer 3, head 2:")
-        page.wait_for_function("document.getElementById('status').textContent.startsWith('Layer 3, head 2')")
+        focused = page.evaluate("document.activeElement.getAttribute('aria-label')")
+        assert focused.startswith("Layer 3, head 2:")
+        until(page, "document.getElementById('status').textContent.startsWith('Layer 3, head 2')")
         page.keyboard.press("Enter")
         assert page.inner_text("#head-title") == "Layer 3, head 2"
         assert "was not recorded" in page.inner_text("#view-pattern")
@@ -89,9 +90,12 @@ def test_keys_alone_reach_and_use_everything(atlas, tmp_path):
         for _ in range(60):
             page.keyboard.press("Tab")
             name, ringed = page.evaluate(
-                """() => { const e = document.activeElement, s = getComputedStyle(e);
-                const svg = e.closest("svg") && getComputedStyle(e.querySelector("rect")).strokeWidth === "2px";
-                return [e.id || e.getAttribute("role") || e.tagName, svg || s.outlineStyle !== "none"]; }"""
+                """() => {
+                  const e = document.activeElement, style = (x) => getComputedStyle(x);
+                  const box = e.closest("svg") && style(e.querySelector("rect")).strokeWidth === "2px";
+                  const name = e.id || e.getAttribute("role") || e.tagName;
+                  return [name, box || style(e).outlineStyle !== "none"];
+                }"""
             )
             if name == "BODY":
                 break
@@ -106,8 +110,8 @@ def test_keys_alone_reach_and_use_everything(atlas, tmp_path):
         page.keyboard.press("Shift+ArrowLeft")
         after = cursor(page)
         assert after["token"] == before["token"] + 1
-        assert after["key"] == before["token"] - 10
-        page.wait_for_function("document.getElementById('status').textContent.includes('query 21')")
+        assert after["key"] == after["token"] - 10
+        until(page, "document.getElementById('status').textContent.includes('query 21')")
         weight = atlas.patterns[1, 2].whole[after["token"], after["key"]]
         assert page.inner_text("#pattern-value").endswith(f"weight {weight:.4f}") or weight < 1e-3
         for view in VIEWS[1:]:
@@ -120,11 +124,11 @@ def test_links_lead_to_a_place_and_keep_it(atlas, tmp_path):
     with opened(atlas, tmp_path, "#head=4.0&score=sink&token=33&view=text&side=b") as page:
         assert page.inner_text("#head-title") == "Layer 4, head 0"
         assert page.input_value("#score") == "sink"
-        page.wait_for_function("document.querySelector('#reading .now')?.dataset.token === '33'")
+        until(page, "document.querySelector('#reading .now')?.dataset.token === '33'")
         page.click("#tab-lines")
         assert "view=lines" in page.evaluate("location.hash")
         page.evaluate("location.hash = '#head=1.2&token=7&view=neurons'")
-        page.wait_for_function("document.getElementById('head-title').textContent === 'Layer 1, head 2'")
+        until(page, "document.getElementById('head-title').textContent === 'Layer 1, head 2'")
         page.wait_for_selector("#neuron-value:has-text('Query 7')")
     for wrong in ("#head=99.1&token=-4", "#head=<b>&score=none&view=x&token=1e9", "#%E0%A4%A"):
         with opened(atlas, tmp_path, wrong) as page:
@@ -209,9 +213,10 @@ def test_32k_tokens_scroll_without_a_stall(tmp_path):
     tokens = 32768
     builder = Builder()
     for first in range(0, tokens, 2048):
+        own = torch.arange(first, first + 2048)
         rows = torch.rand(2048, tokens) ** 12
-        rows = rows.masked_fill(torch.arange(tokens)[None] > torch.arange(first, first + 2048)[:, None], 0)
-        rows[torch.arange(2048), torch.arange(first, first + 2048)] += 20
+        rows = rows.masked_fill(torch.arange(tokens)[None] > own[:, None], 0)
+        rows[torch.arange(2048), own] += 20
         builder.add(rows / rows.sum(dim=1, keepdim=True))
     atlas = Atlas("long", [" " + WORDS[i % len(WORDS)] for i in range(tokens)],
                   {"s": Grid(torch.rand(2, 2))}, {(0, 0): builder.result()})  # fmt: skip

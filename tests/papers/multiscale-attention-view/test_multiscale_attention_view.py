@@ -12,7 +12,7 @@ from attlas.contract.parts import prompt, small_llama
 from attlas.hf.caches import cache_of, with_cache
 from attlas.parts.record.multiscale_attention_view import MultiscaleAttentionView
 from attlas.view.look.atlas import Atlas, read_back
-from browsing import opened
+from browsing import opened, until
 from real_models import fetched
 
 SENTENCE = "The keeper counted the lights of the fishing boats, and drew a small circle for each of them."
@@ -89,7 +89,7 @@ def test_multiscale_attention_view_pages_are_small_and_know_no_address(pages, na
 def test_multiscale_attention_view_pages_open_offline_with_all_three_views(pages, name, tmp_path):
     atlas, _ = pages[name]
     with opened(atlas, tmp_path, "#head=2.1&token=6&view=neurons") as page:
-        page.wait_for_function("document.querySelectorAll('.neurons tbody tr').length > 5")
+        until(page, "document.querySelectorAll('.neurons tbody tr').length > 5")
         words = page.inner_text("#neuron-value")
         found = re.search(r"Query 6 .*, key (\d+) .*score (-?[\d.]+), weight ([\d.e-]+)", words)
         key, score, weight = int(found[1]), float(found[2]), float(found[3])

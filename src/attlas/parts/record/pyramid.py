@@ -187,7 +187,8 @@ def _pooled(x: Float[Tensor, "rows columns"], maxima: bool) -> Float[Tensor, "ha
         return x
     blocks = F.pad(x, (0, x.shape[1] % 2, 0, x.shape[0] % 2))
     blocks = blocks.unflatten(1, (-1, 2)).unflatten(0, (-1, 2))
-    return blocks.amax(dim=(1, 3)) if maxima else blocks.sum(dim=(1, 3))
+    found: Tensor = blocks.amax(dim=(1, 3)) if maxima else blocks.sum(dim=(1, 3))
+    return found
 
 
 def _stacked(blocks: list[Tensor], keys: int) -> Tensor:

@@ -1,5 +1,7 @@
 // A head's pattern: cells of the whole text where it is seen from afar, each query's keys from near.
-const LEFT = 92, TOP = 66; // room for the tokens' names
+const LEFT = 92; // room for the queries' names
+let TOP = 34; // and for the keys' names, or only for numbers
+const NAMED = 11.5; // pixels of a token from which on its name is shown
 const seen = { top: 0, left: 0, span: 0 }; // tokens at the edges, and a side's length in tokens
 const sheet = document.createElement("canvas"); // a pixel for `unit` tokens
 let plot = null;
@@ -46,7 +48,7 @@ function see(to) {
 
 // Brings the cursor's query into sight; from near where the whole would hide it.
 function showToken(near) {
-  const span = near ? Math.min(seen.span, 64) : seen.span;
+  const span = near ? Math.min(seen.span, 40) : seen.span;
   if (state.token < seen.top || state.token >= seen.top + seen.span || span !== seen.span) {
     const key = state.key ?? state.token;
     see({ span, top: Math.round(state.token - span / 2), left: Math.round(key - span / 2) });
@@ -123,6 +125,7 @@ function drawPattern() {
   if (!pattern || !plot.canvas.clientWidth) return;
   const available = plot.canvas.clientWidth;
   const side = Math.min(available - LEFT, Math.max(300, Math.min(window.innerHeight - 190, 680)));
+  TOP = side / seen.span >= NAMED ? 66 : 34;
   const { context, ratio } = fitted(plot.canvas, side + TOP + 2);
   let unit = 1;
   while (seen.span / unit > side * ratio) unit *= 2;
