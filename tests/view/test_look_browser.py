@@ -49,7 +49,7 @@ def dense(page, name):
 
 
 def test_data_in_the_browser_equals_the_tensors(atlas, tmp_path):
-    long = example(600)
+    long = example(520)
     for each in (atlas, long):
         with opened(each, tmp_path) as page:
             for (layer, head), pattern in each.patterns.items():
@@ -118,6 +118,32 @@ def test_keys_alone_reach_and_use_everything(atlas, tmp_path):
             page.focus(f"#tab-{VIEWS[VIEWS.index(view) - 1]}")
             page.keyboard.press("ArrowRight")
             assert page.is_visible(f"#view-{view}"), view
+
+
+def test_a_drag_moves_and_the_wheel_zooms_once_the_pattern_has_focus(tmp_path):
+    with opened(example(600), tmp_path, "#head=1.2") as page:
+        box = page.locator("#plot").bounding_box()
+        x, y = box["x"] + 300, box["y"] + 300
+        page.mouse.move(x, y)
+        page.mouse.wheel(0, -240)  # scrolls the page
+        assert page.evaluate("seen.span") == 600
+        page.focus("#plot")
+        page.mouse.move(x, y)
+        page.mouse.wheel(0, -240)
+        until(page, "seen.span === 300")
+        before = page.evaluate("({ ...seen })")
+        page.mouse.down()
+        page.mouse.move(x - 60, y - 40, steps=4)
+        page.mouse.up()
+        after = page.evaluate("({ ...seen, px: plot.px })")
+        assert after["left"] - before["left"] == pytest.approx(60 / after["px"])
+        assert after["top"] - before["top"] == pytest.approx(40 / after["px"])
+        page.mouse.click(x, y)
+        found = cursor(page)
+        left, top = page.evaluate("[LEFT, TOP]")
+        box = page.locator("#plot").bounding_box()
+        assert found["key"] == int(after["left"] + (x - box["x"] - left) / after["px"])
+        assert found["token"] == int(after["top"] + (y - box["y"] - top) / after["px"])
 
 
 def test_links_lead_to_a_place_and_keep_it(atlas, tmp_path):
