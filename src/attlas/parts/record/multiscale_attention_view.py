@@ -64,8 +64,6 @@ class MultiscaleAttentionView(Recorder):
     takes. The record is of one sequence: it grows while a cache carries the sequence on.
     """
 
-    changes = ("project",)
-
     first: int = option("the first token of the window", default=0, at_least=0)
     tokens: int = option("tokens of the window at most", default=64, at_least=1)
 

@@ -43,7 +43,9 @@ class Atlas(Contents):
         """
         layers, heads = self.shape
         if not (0 <= layer < layers and 0 <= head < heads):
-            raise UserError(f"head({layer}, {head}) takes a layer below {layers} and a head below {heads}")
+            raise UserError(
+                f"head({layer}, {head}) takes a layer below {layers} and a head below {heads}"
+            )
         at = layer, head
         return replace(
             self,

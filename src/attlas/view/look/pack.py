@@ -1,4 +1,4 @@
-"""Tensors in a page: deflated, in base64, each in an element of its own that is unpacked when it is needed.
+"""Tensors in a page: deflated, in base64, each in an element of its own, unpacked when it is needed.
 
 A reference {"blob", "dtype", "shape", "scale"} stands for a tensor; its value is what is stored times
 the scale. Bytes of equal rank stand together, which deflates better. Text in the page's JSON is ASCII.
@@ -57,12 +57,12 @@ class Unpacker:
     def __init__(self, html: str) -> None:
         self._blobs = {int(number): blob for number, blob in _ELEMENT.findall(html)}
 
-    def floats(self, reference: Mapping[str, Any]) -> Float[Tensor, "..."]:
+    def floats(self, reference: Mapping[str, Any]) -> Float[Tensor, ...]:
         """A tensor of shares or other numbers."""
         array = self._array(reference).astype(np.float64) * reference["scale"]
         return torch.from_numpy(array).float()
 
-    def index(self, reference: Mapping[str, Any]) -> Int[Tensor, "..."]:
+    def index(self, reference: Mapping[str, Any]) -> Int[Tensor, ...]:
         """A tensor of whole numbers from -1 on."""
         array = self._array(reference)
         signed = array.astype(np.int64)

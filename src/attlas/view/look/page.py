@@ -31,7 +31,10 @@ def page(contents: Contents, start: str = "") -> str:
     programs.insert(-1, shared.joinpath("sort.js").read_text("utf-8"))
     filled = {
         "title": escape(visible(contents.model)),
-        "css": shared.joinpath("page.css").read_text("utf-8") + own.joinpath("look.css").read_text("utf-8"),
+        "css": "".join(
+            place.read_text("utf-8")
+            for place in (shared.joinpath("page.css"), own.joinpath("look.css"))
+        ),
         "data": in_script(data),
         "blobs": packer.elements(),
         "js": "\n".join(programs),

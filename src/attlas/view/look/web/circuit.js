@@ -80,6 +80,7 @@ function setUpCircuit() {
   watch((changes) => {
     if ("head" in changes) nodes.forEach((node, i) => groups[i].classList.toggle("lit", node[0] === "head" && nameOf([node[1], node[2]]) === headName()));
   });
-  section.append(make("p", { class: "note" }, shown(meaning)), svg, value,
+  section.append(make("p", { class: "note" }, shown(meaning)),
+    make("div", { class: "scroll plain", role: "region", "aria-label": "Graph of the circuit", tabindex: 0 }, svg), value,
     make("p", { class: "note" }, "Point at a node, or move with the arrows, to see its edges; Enter opens a head. Red edges are negative."));
 }

@@ -99,5 +99,5 @@ const brief = (text, length = 14) => {
   return whole.length > length ? whole.slice(0, length - 1).join("") + "…" : whole.join("");
 };
 const number = (x, digits = 4) =>
-  Number.isNaN(x) || x === null ? "none" : x !== 0 && Math.abs(x) < 10 ** (1 - digits) ? x.toExponential(1)
+  Number.isNaN(x) || x === null ? "none" : x !== 0 && Math.abs(x) < 0.9 * 10 ** -digits ? x.toExponential(1)
     : Math.abs(x) >= 1000 ? x.toFixed(0) : x.toFixed(digits);

@@ -29,7 +29,7 @@ function setUpHeads() {
   const side = byId("side");
   byId("sides").hidden = !atlas.compare;
   if (atlas.compare) {
-    const names = { a: `A: ${shown(atlas.model)}`, b: `B: ${shown(atlas.compare.model)}`, difference: "A − B" };
+    const names = { a: `A: ${brief(atlas.model, 40)}`, b: `B: ${brief(atlas.compare.model, 40)}`, difference: "A − B" };
     for (const [value, name] of Object.entries(names)) side.append(make("option", { value }, name));
     side.addEventListener("change", () => change({ side: side.value }, "heads"));
   }

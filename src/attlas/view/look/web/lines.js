@@ -6,7 +6,7 @@ function setUpLines() {
   if (!panel) return;
   const draw = framed(() => drawLines(chosen, place));
   const chosen = windowChoice("lines", [16, 24, 32, 48], () => draw());
-  const place = make("div");
+  const place = make("div", { class: "scroll plain", role: "region", "aria-label": "Lines between tokens", tabindex: 0 });
   panel.body.append(chosen.element, make("p", { class: "readout", id: "lines-value" }), place,
     make("p", { class: "note" }, "Queries stand left, keys right. Point at a token, or move with the arrows, to see its lines alone; Enter chooses a query."));
   panel.draw = draw;

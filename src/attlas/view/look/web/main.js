@@ -19,7 +19,7 @@ async function begin() {
   await setUpFlow();
   const first = { ...bestHead(), score: scoreNames()[0] || null, view: views.find((each) => panels[each]) || "pattern", token: Math.min(12, tokens.length - 1) };
   const link = { ...fromLink(atlas.start), ...fromLink(location.hash) };
-  change({ ...first, ...link }, "link");
+  change({ ...first, ...link }, "token" in link ? "link" : "begin");
   if (!atlas.layers) byId("heads").hidden = byId("head").hidden = true;
   else if (!Object.keys(panels).length) byId("head").hidden = true;
   window.addEventListener("hashchange", () => change(fromLink(location.hash), "link"));

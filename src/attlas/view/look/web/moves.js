@@ -82,7 +82,7 @@ function drawAxes(context, wide, high) {
   context.fillText("key →", LEFT, 8);
   context.textAlign = "right";
   context.fillText("query ↓", LEFT - 8, TOP - 10);
-  const named = px >= 11.5;
+  const named = px >= NAMED;
   const round = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000].find((x) => x * px >= 58) || 50000;
   const each = (from, count, draw) => {
     const step = named ? 1 : round;

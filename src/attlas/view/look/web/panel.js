@@ -43,7 +43,7 @@ function setUpPanel() {
 function nameHead() {
   byId("head-title").textContent = state.layer === null ? "Choose a head" : `Layer ${state.layer}, head ${state.head}`;
   const at = state.layer * atlas.heads + state.head;
-  const told = state.layer === null ? [] : Object.entries(grids.a).map(([name, values]) => `${shown(name)} ${number(values[at], 3)}`);
+  const told = state.layer === null ? [] : Object.entries(grids.a).slice(0, 6).map(([name, values]) => `${shown(name)} ${number(values[at], 3)}`);
   byId("head-scores").textContent = told.join(" · ");
 }
 

@@ -1,5 +1,7 @@
 // A head's pattern: cells of the whole text where it is seen from afar, each query's keys from near.
-const LEFT = 92, TOP = 66; // room for the tokens' names
+const LEFT = 92; // room for the queries' names
+let TOP = 34; // and for the keys' names, or only for numbers
+const NAMED = 11.5; // pixels of a token from which on its name is shown
 const seen = { top: 0, left: 0, span: 0 }; // tokens at the edges, and a side's length in tokens
 const sheet = document.createElement("canvas"); // a pixel for `unit` tokens
 let plot = null;
@@ -22,7 +24,7 @@ function setUpPattern() {
     make("div", { class: "steps" }, make("label", { for: "measure" }, "Colour"), choice,
       zoom("+", "Zoom in", 0.5), zoom("−", "Zoom out", 2),
       make("button", { type: "button", onclick: () => see({ top: 0, left: 0, span: longest }) }, "Whole text")),
-    canvas, make("p", { class: "readout", id: "pattern-value" }), make("ul", { class: "chips", id: "strongest", "aria-label": "Strongest keys of this query" }),
+    make("p", { class: "readout one", id: "pattern-value" }), canvas, make("ul", { class: "chips", id: "strongest", "aria-label": "Strongest keys of this query" }),
     make("p", { class: "note", id: "plot-keys" }, "Drag to move; scroll to zoom once the pattern has focus. Arrows move the cursor (with Shift by ten), + and − zoom, 0 shows the whole text, Page Up and Down scroll, Enter opens the neurons."));
   plot = { canvas, side: 0, unit: 1 };
   seen.span = longest;
@@ -30,7 +32,7 @@ function setUpPattern() {
   setUpMoves(canvas);
   watch((changes, from, before) => {
     if ("head" in changes || "token" in changes || "key" in changes) {
-      if ("token" in changes && from !== "pattern") showToken(from === "search" || from === "link");
+      if ("token" in changes && from !== "pattern" && from !== "begin") showToken(from === "search" || from === "link");
       panel.draw();
     }
   });
@@ -46,7 +48,7 @@ function see(to) {
 
 // Brings the cursor's query into sight; from near where the whole would hide it.
 function showToken(near) {
-  const span = near ? Math.min(seen.span, 64) : seen.span;
+  const span = near ? Math.min(seen.span, 40) : seen.span;
   if (state.token < seen.top || state.token >= seen.top + seen.span || span !== seen.span) {
     const key = state.key ?? state.token;
     see({ span, top: Math.round(state.token - span / 2), left: Math.round(key - span / 2) });
@@ -123,6 +125,7 @@ function drawPattern() {
   if (!pattern || !plot.canvas.clientWidth) return;
   const available = plot.canvas.clientWidth;
   const side = Math.min(available - LEFT, Math.max(300, Math.min(window.innerHeight - 190, 680)));
+  TOP = side / seen.span >= NAMED ? 66 : 34;
   const { context, ratio } = fitted(plot.canvas, side + TOP + 2);
   let unit = 1;
   while (seen.span / unit > side * ratio) unit *= 2;
