@@ -9,8 +9,9 @@ skipped. Each is measured in a process of its own, one after the other, with Smo
     transformer-lens  `run_with_cache` of all patterns, and the same nine statistics of them
     bertviz           a forward pass with all maps, and the page of `model_view`
 
-A process that may take `--room` GiB at most and gives up tells why. Seconds are of the clock, which on a
-shared machine are rough, and of the processor; peaks are those of the process, the model included.
+A process that may take `--room` GiB at most and gives up tells why. Seconds are of the clock, rough on a
+shared machine, and of the processor, which count threads that wait for each other: there `--threads 1`.
+Peaks are those of the process, the model included.
 """
 
 from __future__ import annotations
@@ -138,7 +139,7 @@ def measure(tool: str, length: int) -> None:
     print(json.dumps(told))
 
 
-def asked(tool: str, length: int, room: int, limit: int) -> dict[str, object]:
+def asked(tool: str, length: int, room: int, limit: int, threads: str) -> dict[str, object]:
     """What a process of its own tells of a tool, or why it gave up."""
     command = [sys.executable, __file__, "--measure", tool, str(length)]
 
@@ -148,7 +149,7 @@ def asked(tool: str, length: int, room: int, limit: int) -> dict[str, object]:
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=limit, preexec_fn=bounded,
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": threads},
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         return {"gave_up": f"not done after {limit} s"}
@@ -164,6 +165,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 2048, 8192])
     parser.add_argument("--room", type=int, default=16, help="GiB that a process may take")
     parser.add_argument("--limit", type=int, default=900, help="seconds that it may take")
+    parser.add_argument("--threads", default=str(os.cpu_count()))
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.measure:
@@ -175,9 +177,8 @@ def main() -> None:
             if find_spec(package) is None:
                 print(f"{tool} is not installed: skipped", flush=True)
                 continue
-            rows.append(
-                show({"tool": tool, "length": length, **asked(tool, length, given.room, given.limit)})
-            )
+            told = asked(tool, length, given.room, given.limit, given.threads)
+            rows.append(show({"tool": tool, "length": length, "threads": given.threads, **told}))
     save("beside-lens", "cpu", rows)
 
 
