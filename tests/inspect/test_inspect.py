@@ -16,7 +16,6 @@ from attlas.errors import UserError
 from attlas.inspect import find
 from attlas.inspect import look as looking
 from attlas.inspect.look import Looked, interesting, look
-from attlas.inspect.page import atlas
 from attlas.inspect.store import Store, key_of
 from attlas.inspect.subject import Subject
 from attlas.kinds.analysis import Analysis, Findings, Scores
@@ -159,7 +158,7 @@ def test_weights_alone_are_shown_without_a_text(folder, toys):
     subject = Subject(load(folder))
     values = torch.ones(2, 4)
     looked = Looked(subject, "m", {"w": Findings(heads={"w": Scores(values, "w")})})
-    assert read_back(atlas(looked).page()).scores["w"].values.sum() == 8
+    assert read_back(looked.atlas().page()).scores["w"].values.sum() == 8
 
 
 def test_a_store_keeps_findings_whole_or_not_at_all(folder, tmp_path):

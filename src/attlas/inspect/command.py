@@ -165,11 +165,9 @@ def _other(
 
 def _write(looked: Looked, out: Path) -> None:
     """heads.jsonl and the page."""
-    from attlas.inspect.page import atlas
-
     lines = (json.dumps(line, ensure_ascii=False) for line in looked.lines())
     (out / "heads.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    atlas(looked).write(out / "index.html")
+    looked.atlas().write(out / "index.html")
 
 
 def _tell(looked: Looked, console: Console) -> None:

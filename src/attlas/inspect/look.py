@@ -20,6 +20,7 @@ from attlas.attach import attach
 from attlas.attach.part import Part, Recorder
 from attlas.calibration.run import windows
 from attlas.errors import UserError
+from attlas.inspect import page
 from attlas.inspect.find import Named, chosen
 from attlas.inspect.store import Store
 from attlas.inspect.subject import Subject
@@ -27,6 +28,9 @@ from attlas.kinds.analysis import Analysis, Findings, Scores, evaluating
 from attlas.parts.record.multiscale_attention_view import MultiscaleAttentionView, Neuron
 from attlas.parts.record.patterns import PatternRecorder
 from attlas.parts.record.pyramid import Pyramid
+from attlas.view.look.atlas import Atlas
+from attlas.view.look.contents import Compare
+from attlas.view.look.contents import Table as TableOf
 
 #: Heads whose patterns are drawn unless more are asked for.
 DRAWN = 4
@@ -75,11 +79,37 @@ class Looked:
             for layer in range(layers) for head in range(heads)
         ]  # fmt: skip
 
+    @property
+    def words(self) -> list[str]:
+        """The tokens of the first text as they are read; their numbers without a tokenizer."""
+        ids, tokenizer = self.subject.input_ids, self.subject.tokenizer
+        numbers = [] if ids is None else ids[0].tolist()
+        if tokenizer is None:
+            return [str(number) for number in numbers]
+        return [tokenizer.decode([number]) for number in numbers]
+
+    def atlas(self) -> Atlas:
+        """Everything that was found, to be written as a page or shown in a notebook."""
+        against = self.against
+        arrays = {name: x for found in self.findings.values() for name, x in found.arrays.items()}
+        tables = [table for found in self.findings.values() for table in found.tables]
+        return Atlas(
+            model=self.name,
+            tokens=self.words or ["(no text)"],
+            scores=page.grids(self.scores),
+            patterns=self.patterns,
+            neurons=self.neurons,
+            flow=page.flow(arrays["flow"]) if "flow" in arrays else None,
+            circuit=page.circuit(arrays["circuit"], self.subject.layers) if "circuit" in arrays else None,
+            joint=dict(page.joint(arrays["joint"], self.words)) if "joint" in arrays else {},
+            tables=[TableOf(t.title, t.columns, t.rows) for t in tables],
+            says=[sentence for found in self.findings.values() for sentence in found.says],
+            compare=None if against is None else Compare(against[0], page.grids(against[1])),
+        )
+
     def _repr_html_(self) -> str:
         """The page, in a frame."""
-        from attlas.inspect.page import atlas
-
-        return atlas(self)._repr_html_()
+        return self.atlas()._repr_html_()
 
 
 def _number(value: float) -> float | None:

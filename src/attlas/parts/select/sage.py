@@ -35,6 +35,7 @@ class SagePrefill(Thinned):
 
     everything: ClassVar[dict[str, Any]] = {"bits": None, "values": None}
     changes: ClassVar[tuple[str, ...]] = ("score", "aggregate")
+    beyond: ClassVar[tuple[str, ...]] = ("mask: it is that of what thins prompts; all pairs are read",)
     comparable: ClassVar[tuple[str, ...]] = ("(bits=8)", "(bits=4)")
 
     bits: Literal[4, 8] | None = option("of queries and keys; None leaves them", default=8)

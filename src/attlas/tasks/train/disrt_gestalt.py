@@ -35,7 +35,7 @@ from attlas.tasks.train.base import Batch, Sizes, Task, integers
 Breaking = Literal["shuffle", "texture"]
 
 
-@mechanism("disrt-gestalt", example={"size": 32, "patch": 8})
+@mechanism("disrt-gestalt", paper="disrt-gestalt", example={"size": 32, "patch": 8})
 class Gestalt(Task):
     """Images against versions whose parts are the same and whose whole is broken."""
 
