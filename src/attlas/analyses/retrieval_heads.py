@@ -95,16 +95,21 @@ def copy_scores(
 
 
 def find_needle(ids: Sequence[int], needle: Sequence[int]) -> tuple[int, int]:
-    """The first window of the needle's length that holds more than nine tenths of its different tokens.
+    """Where the needle stands, [first, end).
+
+    Where its tokens are other ones in the prompt, behind a space say, it is the first window of its
+    length with more than nine tenths of its different tokens, as in the published program.
 
     Raises:
         ValueError: there is none.
     """
-    wanted = set(needle)
-    for first in range(len(ids) - len(needle) + 1):
-        window = set(ids[first : first + len(needle)])
-        if len(window & wanted) > 0.9 * len(wanted):
-            return first, first + len(needle)
+    wanted, length = set(needle), len(needle)
+    windows = [ids[first : first + length] for first in range(len(ids) - length + 1)]
+    near = (len(wanted.intersection(window)) > 0.9 * len(wanted) for window in windows)
+    for fits in ((list(window) == list(needle) for window in windows), near):
+        first = next((at for at, fit in enumerate(fits) if fit), None)
+        if first is not None:
+            return first, first + length
     raise UserError("the prompt does not hold the needle")
 
 
@@ -258,7 +263,8 @@ class RetrievalHeads(Analysis):
     @classmethod
     def sample(cls) -> Subject:
         """A small Llama that reads single characters."""
-        from attlas.contract.analyses import Letters, small_llama
+        from attlas.contract.analyses import Letters
+        from attlas.contract.parts import small_llama
         from attlas.inspect.subject import Subject
 
         return Subject(small_llama(), tokenizer=Letters())

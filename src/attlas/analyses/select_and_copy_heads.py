@@ -5,13 +5,8 @@
     answer  = argmax_i S(i)
 
 N is the prompt's last token, t_i the one that stands for option i: the end of its line. The head whose
-answers are right most often on some labelled prompts answers the others. Without labels a head is chosen
-that puts much weight on the options' tokens and chooses each of them now and then,
-
-    S_free = mean Σ_i A[N, t_i] · H(its choices) / log options
-
-No code is published. That q and k are taken before rotation is how we read the paper; the form of S_free
-is ours.
+answers are right most often on some labelled prompts answers the others. No code is published: that q
+and k are taken before rotation is how we read the paper.
 
 Cost: one pass over the prompts; the weights of the last query and keys of the options are kept.
 
@@ -141,7 +136,7 @@ class SelectAndCopyHeads(Analysis):
     batch: int = option("prompts that are read at once", default=16, at_least=1)
 
     def run(self, subject: Subject, tick: Callable[[float], None]) -> Findings:
-        """Scores of all prompts, a head by three ways of choosing, and the letters' own answers."""
+        """Scores of all prompts, the best head by either, and the letters' own answers."""
         assert subject.prompts is not None
         asked = self.asked(subject.prompts, subject)
         if len(asked) < 2:
@@ -153,21 +148,16 @@ class SelectAndCopyHeads(Analysis):
         first, others = right_share(said[:half], chosen.right), right_share(said[half:], held.right)
         rows.append(("letters", "", float(first), float(others)))
         known = {n: right_share(s[:, :, :half], chosen.right) for n, s in scores.items()}
-        free = label_free(scores["attention"][:, :, :half])
-        for what, by, use in (
-            ("QK-score", known["qk"], "qk"), ("weights", known["attention"], "attention"),
-            ("no labels", free, "qk"),
-        ):  # fmt: skip
-            (layer, head), *_ = Scores(by, what).top(1)
-            right = right_share(scores[use][layer, head, half:], held.right)
-            rows.append((what, f"{layer}.{head}", float(by[layer, head]), float(right)))
+        for what, name in (("QK-score", "qk"), ("weights", "attention")):
+            (layer, head), *_ = Scores(known[name], what).top(1)
+            right = right_share(scores[name][layer, head, half:], held.right)
+            rows.append((what, f"{layer}.{head}", float(known[name][layer, head]), float(right)))
         meanings = {
             "qk-score": "share of multiple-choice answers that its QK-score gets right",
             "option-weights": "share that its weights get right",
         }
         every = {"qk-score": scores["qk"], "option-weights": scores["attention"]}
         told = {n: Scores(right_share(s, asked.right), meanings[n]) for n, s in every.items()}
-        told["chooses-options"] = Scores(free, "weight on options times how evenly it chooses them")
         columns = ("chosen by", "head", "on the first half", "on the others")
         return Findings(heads=told, tables=[Table("Right answers", columns, rows)])
 
@@ -193,21 +183,10 @@ class SelectAndCopyHeads(Analysis):
     @classmethod
     def sample(cls) -> Subject:
         """A small Llama and prompts with three options, which end with token 3."""
-        from attlas.contract.analyses import small_llama
-        from attlas.contract.parts import prompt
+        from attlas.contract.parts import prompt, small_llama
         from attlas.inspect.subject import Subject
 
         ids = prompt(14, batch=4).where(prompt(14, batch=4) != 3, 4)
         ids[:, [3, 6, 9]] = 3
         answers = torch.tensor([[10, 11], [11, 12], [12, 10], [10, 12]])
         return Subject(small_llama(), prompts=Prompts(ids, ids.clone(), answers))
-
-
-def label_free(
-    weights: Float[Tensor, "layers heads prompts options"]
-) -> Float[Tensor, "layers heads"]:
-    """S_free: mean weight on the options times the entropy of the choices, as a share of the largest."""
-    options = weights.shape[-1]
-    often = nn.functional.one_hot(weights.argmax(dim=-1), options).double().mean(dim=2)
-    even = torch.special.entr(often).sum(dim=-1) / torch.tensor(float(options)).log()
-    return weights.double().sum(dim=-1).mean(dim=-1) * even

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 
 from attlas.analyses.relevance_patching import RelevancePatching, drawn_beside, groups, judgements
 from attlas.contract.analyses import sample
 from attlas.errors import UserError
-from attlas.inspect.prompts import effect, logit_difference
+from attlas.inspect.prompts import Prompts, effect, logit_difference
 from attlas.inspect.runs import accuracy, differences, kept, logits_with, patched_points
 from attlas.models.load import load_tokenizer
 from attlas.parts.patch.replace import Replace
-
-RESULTS = Path(__file__).parents[3] / "benchmarks" / "results" / "heads-smollm2-relevance-cpu.json"
 
 
 @pytest.fixture(scope="module")
@@ -48,16 +43,14 @@ def test_relevance_patching_groups_are_of_tokens():
     subject = sample("prompts")
     named = groups(subject.prompts)
     assert named == {"document": (4,), "behind": tuple(range(5, 11)), "last": (11,)}
-    each = RelevancePatching(each_token=True, ablated=0).look(subject)
+    each = patched_points(subject.model, subject.prompts, "residual")
     grouped = RelevancePatching(ablated=0).look(subject)
-    for point in ("residual", "attention", "mlp"):
-        torch.testing.assert_close(each.arrays[point][:, [4, 11]], grouped.arrays[point][:, [0, 2]])
-    # Before the first block the answer stands in the document alone, behind the last one in the last token.
-    torch.testing.assert_close(
-        grouped.arrays["residual"][0], torch.tensor([1.0, 0.0, 0.0]).double(), rtol=0, atol=1e-9
-    )
+    torch.testing.assert_close(each[:, [4, 11]], grouped.arrays["residual"][:, [0, 2]])
+    # Before the first block what decides stands in the document alone.
+    first = torch.tensor([1.0, 0.0, 0.0]).double()
+    torch.testing.assert_close(grouped.arrays["residual"][0], first, rtol=0, atol=1e-9)
     with pytest.raises(ValueError, match="the twins must differ"):
-        groups(type(subject.prompts)(subject.prompts.clean, subject.prompts.clean, subject.prompts.answers))
+        groups(Prompts(ids := subject.prompts.clean, ids, subject.prompts.answers))
 
 
 def test_relevance_patching_accuracy_counts_both_twins():

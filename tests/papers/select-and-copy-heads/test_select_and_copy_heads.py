@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from attlas.analyses.select_and_copy_heads import OptionScores, SelectAndCopyHeads, label_free
+from attlas.analyses.select_and_copy_heads import OptionScores, SelectAndCopyHeads
 from attlas.attach import attach
 from attlas.contract.parts import prompt, small_llama
 from attlas.hf.caches import cache_of, with_cache
@@ -117,9 +117,7 @@ def test_select_and_copy_heads_planted_head_is_right_where_the_letters_are_not()
     asked = multiple_choice(60)
     scores, said = SelectAndCopyHeads().scores(planted(), asked)
     for name in ("qk", "attention"):
-        right = right_share(scores[name], asked.right)
-        assert right[0, 1] == 1.0
-        assert (right.flatten().argmax() if name == "qk" else 1) == 1
+        assert right_share(scores[name], asked.right)[0, 1] == 1.0
     assert right_share(said, asked.right) < 0.6
 
 
@@ -136,10 +134,10 @@ def test_select_and_copy_heads_options_end_with_the_last_marks():
         spelling(None, None, 3, "this")
 
 
-def test_select_and_copy_heads_without_labels_look_at_options_and_choose_all():
-    weights = torch.zeros(1, 3, 6, 3)
-    weights[0, 0, :, 0] = 0.9  # always the first option
-    weights[0, 1, torch.arange(6), torch.arange(6) % 3] = 0.9
-    weights[0, 2, torch.arange(6), torch.arange(6) % 3] = 0.1
-    found = label_free(weights)
-    torch.testing.assert_close(found, torch.tensor([[0.0, 0.9, 0.1]]).double(), atol=1e-6, rtol=1e-6)
+def test_select_and_copy_heads_of_smollm2_beat_the_letters():
+    """By ten points at least, on the half of the prompts on which they were not chosen."""
+    rows = json.loads(RESULTS.read_text())["results"]
+    for seed in {row["seed"] for row in rows}:
+        right = {row["chosen by"]: row["right"] for row in rows if row["seed"] == seed}
+        assert right["QK-score"] >= right["letters"] + 0.1
+        assert right["weights"] >= right["letters"] + 0.1
