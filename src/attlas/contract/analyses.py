@@ -36,6 +36,29 @@ def sample(needs: str) -> Subject:
     return Subject(small_llama(), input_ids=ids if needs == "text" else None)
 
 
+class Letters:
+    """A tokenizer of single characters, for the small models: numbers from 2 to 63."""
+
+    chat_template = None
+    all_special_ids: tuple[int, ...] = ()
+
+    def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
+        """The number of each character."""
+        return {"input_ids": [2 + ord(letter) % 62 for letter in text]}
+
+    def __len__(self) -> int:
+        return 64
+
+    def decode(self, ids: Any) -> str:
+        """Characters of these numbers, a line's end among them."""
+        known = {2 + ord(letter) % 62: letter for letter in "\n0123456789 abcdefghijklmnopqrstuvwxyz"}
+        return "".join(known.get(int(n), "?") for n in ids)
+
+    def batch_decode(self, rows: Any) -> list[str]:
+        """The same row by row."""
+        return [self.decode(row) for row in rows]
+
+
 def small_vit() -> Any:
     """A ViT of ours with random weights: 2 layers of 2 heads, 3 classes, 16 patches."""
     from attlas.models.vit import ViT, ViTConfig

@@ -4,11 +4,12 @@
     induction          random tokens, and again from the start                        → what came next
     colours            … a red cup, a blue hat … What color is the hat? A: The hat is → blue
     greater-than       The war lasted from the year 1742 to the year 17               → 5, not 2
-    multiple-choice    … A. chair B. apple C. river D. lamp Answer:                   → B
+    multiple-choice    Which is a fruit? A. chair B. apple C. river D. lamp Answer:   → B
+    stated-choice      Which is the word lamp? A. chair B. apple C. river D. lamp …   → D
 
 The corrupted twin has the same length and another answer: the other name is named twice, the earlier
 token is followed by another one, the other thing is asked about, the year begins with 0, two options
-have changed places.
+have changed places, another word is named.
 """
 
 from __future__ import annotations
@@ -117,6 +118,16 @@ def multiple_choice(tokenizer: Any, rng: random.Random) -> Pair:
     return Pair(asked(order), asked(swapped), f" {LETTERS[right]}", f" {LETTERS[wrong]}")
 
 
+def stated_choice(tokenizer: Any, rng: random.Random) -> Pair:
+    """Four words, and which of them the question names: no knowledge is needed."""
+    every = {word for words in (*KINDS.values(), OBJECTS) for word in words}
+    words = rng.sample(whole(sorted(every), tokenizer, 4, "words"), 4)
+    right, wrong = rng.sample(range(4), 2)
+    told = "\n".join(f"{letter}. {word}" for letter, word in zip(LETTERS, words, strict=True))
+    asked = [f"Question: Which option is the word {words[at]}?\n{told}\nAnswer:" for at in (right, wrong)]
+    return Pair(asked[0], asked[1], f" {LETTERS[right]}", f" {LETTERS[wrong]}")
+
+
 def induction(tokenizer: Any, count: int, seed: int, length: int) -> Prompts:
     """Random tokens, and again from the start: what followed the last one before follows again.
 
@@ -166,5 +177,5 @@ def whole(words: Sequence[str], tokenizer: Any, least: int, what: str) -> list[s
 #: Every task by name; a generator of one pair, or of all of them.
 TASKS: dict[str, Callable[..., Any]] = {
     "indirect-objects": indirect_objects, "induction": induction, "colours": colours,
-    "greater-than": greater_than, "multiple-choice": multiple_choice,
+    "greater-than": greater_than, "multiple-choice": multiple_choice, "stated-choice": stated_choice,
 }  # fmt: skip
