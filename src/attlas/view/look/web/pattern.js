@@ -81,18 +81,39 @@ function put(most, at, value, unit) {
 function fillTiles(level, most, side, unit, top, left) {
   const [rows, columns] = [side * unit, side * unit];
   const per = unit / level.cell; // both are powers of two
+  const shift = Math.log2(per);
   for (const tile of level.tiles) {
     const [height, width] = tile.maxima.shape;
     const [y, x] = [tile.row * level.cell - top, tile.column * level.cell - left];
     if (y >= rows || x >= columns || y + height * level.cell <= 0 || x + width * level.cell <= 0) continue;
     const data = ready(tile[measure], panels.pattern.draw);
     if (!data) continue;
+    const [down, across] = [Math.floor(y / level.cell), Math.floor(x / level.cell)];
+    const last = Math.min(width, (side << shift) - across);
     for (let i = 0; i < height; i++) {
-      const to = Math.floor((y / level.cell + i) / per);
+      const to = (down + i) >> shift;
       if (to < 0 || to >= side) continue;
-      for (let j = 0; j < width; j++) {
-        const at = Math.floor((x / level.cell + j) / per);
-        if (at >= 0 && at < side) put(most, to * side + at, data[i * width + j], per);
+      for (let j = Math.max(0, -across), from = i * width; j < last; j++) {
+        const value = data[from + j];
+        if (value) put(most, to * side + ((across + j) >> shift), value, per);
+      }
+    }
+  }
+}
+
+// Cells larger than those of the sheet, for queries whose own keys are still being unpacked.
+function fillCoarse(level, most, side, unit, top, left, first, stop) {
+  for (const tile of level.tiles) {
+    const [height, width] = tile.maxima.shape;
+    const data = ready(tile[measure], panels.pattern.draw);
+    if (!data) continue;
+    for (let row = 0; row < side; row++) {
+      const query = top + row * unit;
+      const i = Math.floor(query / level.cell) - tile.row;
+      if (query < first || query >= stop || i < 0 || i >= height) continue;
+      for (let column = 0; column < side; column++) {
+        const j = Math.floor((left + column * unit) / level.cell) - tile.column;
+        if (j >= 0 && j < width) most[row * side + column] = measure === "mass" ? (data[i * width + j] * unit) / level.cell : data[i * width + j];
       }
     }
   }
@@ -106,7 +127,7 @@ function fillStrips(pattern, most, side, unit, top, left) {
     const index = ready(strip.index, panels.pattern.draw);
     const weight = ready(strip.weight, panels.pattern.draw);
     if (!index || !weight) {
-      fillTiles(pattern.levels[0], most, side, unit, top, left);
+      fillCoarse(pattern.levels[0], most, side, unit, top, left, strip.first, strip.first + height);
       continue;
     }
     const [from, to] = [Math.max(top, strip.first), Math.min(top + rows, strip.first + height)];
