@@ -30,6 +30,7 @@ COMMANDS = {
     "bench": ("attlas.bench.command", "bench"),
     "roofline": ("attlas.compare.roofline", "roofline"),
     "study": ("attlas.study.command", "study"),
+    "inspect": ("attlas.inspect.command", "inspect_command"),
 }
 
 

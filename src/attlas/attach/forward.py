@@ -165,6 +165,8 @@ def _call(
             call.q, call.k = features(call.q, call.k)
     for part in held.with_hook("position", layer):
         call.q, call.k = part.position(call, call.q, call.k)
+    for part in held.with_hook("values", layer):
+        call.v = part.values(call, call.v)
     chosen = (part.select(call) for part in held.with_hook("select", layer))
     call.chosen = next((choice for choice in chosen if choice is not None), None)
     if call.held:

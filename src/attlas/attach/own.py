@@ -21,7 +21,8 @@ from attlas.masks import Mask
 
 #: Hooks that need the layer's scores and keys to be those of softmax attention.
 SOFTMAX_HOOKS = (
-    "position", "score_mod", "mask", "normalize", "select", "attend", "observe", "cache_layers",
+    "position", "values", "score_mod", "mask", "normalize", "select", "attend", "observe",
+    "cache_layers",
 )  # fmt: skip
 
 

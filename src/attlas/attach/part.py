@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -14,6 +15,9 @@ from attlas.errors import UserError
 from attlas.options import Configured, option
 from attlas.positions import ScoreMod
 from attlas.storage.layer import Chosen
+
+if TYPE_CHECKING:
+    from attlas.kinds.analysis import Scores
 
 
 class Part(Configured):
@@ -31,7 +35,7 @@ class Part(Configured):
     #: The preset that does: "cache", or "prefill" of parts that thin out a prompt and tell its `density`.
     preset: ClassVar[str] = "cache"
     #: Points of the residual stream that the part is shown, see `stream`.
-    points: ClassVar[tuple[str, ...]] = ()
+    points = tuple[str, ...]()
     #: What is done to a prompt hangs on the call that brings it, so that it may not be cut in pieces.
     #: None: not of registered parts, whose contract looks at it; of others it is taken for granted.
     whole_prompts: ClassVar[bool | None] = None
@@ -102,6 +106,10 @@ class Part(Configured):
     def position(self, call: Call, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys as they are multiplied, after their rotation; what is cached stays."""
         return q, k
+
+    def values(self, call: Call, v: Tensor) -> Tensor:
+        """Values as they are weighed; what is cached stays."""
+        return v
 
     def score_mod(self, call: Call) -> ScoreMod | None:
         """A pointwise change of this call's scores, None for no change.
@@ -179,6 +187,8 @@ class Recorder(OnHeads):
     """Looks at attention weights, given block by block and never as a whole."""
 
     kind: ClassVar[Kind] = RECORD
+    #: The preset of `attlas inspect` that shows its scores of heads; none without.
+    inspects: ClassVar[str] = ""
 
     def update(
         self,
@@ -221,6 +231,10 @@ class Recorder(OnHeads):
     def result(self) -> Any:
         """What was recorded, layers stacked first."""
         raise NotImplementedError
+
+    def head_scores(self) -> Mapping[str, Scores]:
+        """Scores of the model's heads, by name, for `attlas inspect`; none unless overridden."""
+        return {}
 
 
 class Steerer(OnHeads):

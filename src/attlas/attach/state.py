@@ -20,7 +20,7 @@ from attlas.hf.sources import shared_keys
 #: The attachment of each attention module of the models attached now.
 ATTACHED: dict[nn.Module, Attachment] = {}
 #: Hooks that look at keys, or at scores of keys, one by one.
-KEY_HOOKS = ("position", "score_mod", "mask", "normalize")
+KEY_HOOKS = ("position", "values", "score_mod", "mask", "normalize")
 #: Why a part cannot work in a call that was not announced.
 OUTSIDE = (
     "a part needs the model's own call: use model(...), not model.forward(...), and no gradient "

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from attlas.errors import UserError
+from attlas.storage.rows import Rows
 
 Layers: TypeAlias = Iterable[int] | None
 Heads: TypeAlias = Iterable[int] | Mapping[int, Iterable[int]] | None
@@ -112,6 +113,29 @@ def in_spans(
         for first, stop in each:
             inside[row] |= (ranks[row] >= first) & (ranks[row] < stop)
     return inside & there
+
+
+def in_positions(
+    positions: Iterable[int] | None, rows: Rows, count: int, batch: int, device: torch.device
+) -> Bool[Tensor, "batch count"]:
+    """Which of the last `count` tokens seen are named.
+
+    Args:
+        positions: tokens, counted by each row's own valid ones, negative ones from the last; None for
+            all.
+        rows: which tokens are valid.
+        count: tokens that are asked about.
+        batch: rows.
+        device: of the answer.
+    """
+    ranks, there = rows.last(count, batch, device)
+    if positions is None:
+        return there
+    totals = rows.totals(batch, device)[:, None]
+    named = torch.zeros_like(there)
+    for position in positions:
+        named |= ranks == (position if position >= 0 else totals + position)
+    return named & there
 
 
 def rows_of(spans: Spans, batch: int | None = None) -> list[list[Span]]:

@@ -27,7 +27,8 @@ from attlas.storage.rows import Rows
 
 #: Hooks that work in Python on every call.
 _EVERY_CALL = (
-    "position", "score_mod", "mask", "normalize", "output", "attend", "select", "stream", "project",
+    "position", "values", "score_mod", "mask", "normalize", "output", "attend", "select", "stream",
+    "project",
 )  # fmt: skip
 
 #: What a part does with a cache; at most one part of each role works on one, in this order.

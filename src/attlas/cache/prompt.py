@@ -46,7 +46,7 @@ class _Watch(Part):
         """Ask for the hidden states, and the points of the stream, where a part needs them."""
         self.wants_hidden = any(part.wants_hidden for part in self.parts)
         points = dict.fromkeys(point for part in self.parts for point in part.points)
-        self.points = tuple(points)  # type: ignore[misc]  # those of a class, of this watch alone
+        self.points = tuple(points)  # those of a class, of this watch alone
         self.states: list[dict[int, LayerState]] = []
 
     def check(self, model: nn.Module) -> None:

@@ -16,7 +16,7 @@ STAGES = ("project", "position", "score", "mask", "normalize", "aggregate", "out
 
 #: The methods through which a subclass changes each stage, in a layer and in a part.
 _METHODS = {
-    "project": ("project", "make_projections", "restore"),
+    "project": ("project", "make_projections", "restore", "values"),
     "position": ("position",),
     "score": ("score", "features", "score_mod"),
     "mask": ("mask",),

@@ -70,6 +70,12 @@ class Table:
 class Findings:
     """What an analysis found.
 
+    The page of `attlas inspect` draws arrays of these names: "flow" [layers, tokens, tokens], the share
+    that each token takes of each earlier one; "circuit" [edges, 5], (layer, head) of a sender, (layer,
+    head) of a receiver and a weight, with the head −1 for an MLP, the layer −1 for the embedding and the
+    number of layers for the logits; "joint" [layers, heads, 2, tokens, 2], queries and keys of each head
+    in the plane.
+
     Attributes:
         heads: scores of heads, by name.
         arrays: tensors that are told besides, by name.
@@ -90,6 +96,8 @@ class Analysis(Configured):
     #: What it is given beside the model: nothing ("weights"), token ids ("text"), pairs of prompts with
     #: answers ("prompts"), or pictures with labels ("pictures").
     needs: ClassVar[Needs] = "text"
+    #: The preset of `attlas inspect` that it belongs to; none without.
+    inspects: ClassVar[str] = ""
     #: It takes gradients; else nothing that it does is differentiated.
     wants_gradients: ClassVar[bool] = False
 

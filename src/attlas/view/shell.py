@@ -30,7 +30,7 @@ def page(title: str, lead: str, body: Iterable[str], figures: Sequence[Any]) -> 
         "body": "\n".join(body),
         "figures": _in_script(figures),
         "plotly": parts.joinpath("plotly-basic.min.js").read_text("utf-8") if figures else "",
-        "js": parts.joinpath("page.js").read_text("utf-8"),
+        "js": "\n".join(parts.joinpath(name).read_text("utf-8") for name in ("sort.js", "page.js")),
     }
     # Each place is filled once, in order, so that a brace in a user's text is never a place.
     text, html = parts.joinpath("page.html").read_text("utf-8"), ""

@@ -1,0 +1,1 @@
+"""Patches: what replaces something of a run, one a file."""

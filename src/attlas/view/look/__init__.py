@@ -1,0 +1,1 @@
+"""The page of one model looked into: its heads, their patterns, flow and circuits, in one file."""
