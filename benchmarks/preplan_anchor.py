@@ -2,11 +2,11 @@
 
     python benchmarks/preplan_anchor.py [--chains 100] [--new 64]
 
-The model goes on, greedily, with three worked sums and a fourth one's question; what it writes up to the next
-question is a chain. A peak is a token whose signal is larger than both neighbours' and among the largest two
-fifths of the chain. Of each chain the share of its peaks that hold a digit or an operator is set against the
-share of all its tokens that do; chains without a peak do not count. The interval is of 95 % over the chains.
-δ is the step of WAAD from one token to the next.
+The model goes on, greedily, with three worked sums and a fourth one's question; what it writes up to the
+next question is a chain. A peak is a token whose signal is larger than both neighbours' and among the
+largest two fifths of the chain. Of each chain the share of its peaks that hold a digit or an operator is
+set against the share of all its tokens that do; chains without a peak do not count. The interval is of
+95 % over the chains. δ is the step of WAAD from one token to the next.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def main() -> None:
         ids = tokenizer(text, return_tensors="pt").input_ids
         with torch.no_grad():
             whole = model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=given.new, do_sample=False
+                input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False,
+                max_new_tokens=given.new,
             )
         new = [tokenizer.decode(token) for token in whole[0, ids.shape[1] :]]
         end = next((i for i in range(1, len(new)) if "\n" in new[i] or "Question" in new[i]), len(new))

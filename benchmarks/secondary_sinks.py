@@ -2,10 +2,10 @@
 
     python benchmarks/secondary_sinks.py [--passages 50] [--tokens 128]
 
-The primary sink is a passage's first token; no begin token stands before it. Told of each layer are the mean
-attention that it receives from all heads and the share of heads in which that exceeds 0.3; of secondary sinks
-how many there are, where they are born and how long they live, and the rank correlation of the norm that an
-MLP wrote with that.
+The primary sink is a passage's first token; no begin token stands before it. Told of each layer are the
+mean attention that it receives from all heads and the share of heads in which that exceeds 0.3; of
+secondary sinks how many there are, where they are born and how long they live, and the rank correlation
+of the norm that an MLP wrote with that.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Sinks of a masked-diffusion language model, which move while it writes, beside an autoregressive twin's.
+"""Sinks of a masked-diffusion language model while it writes, beside those of an autoregressive twin.
 
     S_j = Σ_i mean_h A_hij              what token j receives in a layer; T of them sum to T
     j is a sink where S_j > mean_{k≠j} S_k + ε
 
-Both models have the same blocks, bytes and begin token. The diffusion model sees both ways and learns the
-bytes under masks of a random share t ~ U(0, 1); it writes by telling all masked bytes, keeping those it is
-surest of, and telling the rest again. Sinks are found at every such step, and layer by layer.
+Both models have the same blocks, bytes and begin token. The diffusion model sees both ways and learns
+the bytes under masks of a random share t ~ U(0, 1); it writes by telling all masked bytes, keeping those
+it is surest of, and telling the rest again. Sinks are found at every such step, and layer by layer.
 
     overlap = |first ∩ last| / |first ∪ last|      of the sinks at the first step and at the last
     rise    = loss with each layer's strongest sink hidden from all other tokens / loss − 1
@@ -72,7 +72,8 @@ class HideTokens(Patch):
 
 @mechanism(
     "diffusion-lm-sinks", paper="diffusion-lm-sinks",
-    example={"steps": 2, "batch": 2, "length": 12, "dim": 8, "layers": 2, "heads": 2, "rounds": 3, "texts": 2},
+    example={"steps": 2, "batch": 2, "length": 12, "dim": 8, "layers": 2, "heads": 2, "rounds": 3,
+             "texts": 2},
 )  # fmt: skip
 class DiffusionLMSinks(Study):
     """A masked-diffusion language model and its autoregressive twin: where their sinks are, and go."""
@@ -125,7 +126,8 @@ class DiffusionLMSinks(Study):
             yield Row("overlap of first and last step", overlap(steps[0], steps[-1]), "", "lower")
             for n in range(1, len(steps)):
                 yield Row("overlap with the first step", overlap(steps[0], steps[n]), "", "lower", n)
-            yield Row("diffusion's sinks", mean(float(s.sum(-1).float().mean()) for s in steps), "a layer")
+            count = mean(float(step.sum(-1).float().mean()) for step in steps)
+            yield Row("diffusion's sinks", count, "a layer")
             yield from self._twins_sinks(twin, texts, draw)
             yield from self._hidden(diffusion, twin, texts, draw)
 
@@ -151,7 +153,9 @@ class DiffusionLMSinks(Study):
         fit(twin, lambda: next_loss(twin, bytes_of(self.batch)), self.steps, self.rate)
         return diffusion, twin
 
-    def _under(self, texts: Tensor, share: Tensor | float, draw: Generator) -> Bool[Tensor, "rows tokens"]:
+    def _under(
+        self, texts: Tensor, share: Tensor | float, draw: Generator
+    ) -> Bool[Tensor, "rows tokens"]:
         """Which bytes stand under masks: at least one of each row, never the begin token."""
         chance = torch.rand(texts.shape, generator=draw)
         chance[:, : int(self.begin)] = 2.0
@@ -197,10 +201,14 @@ class DiffusionLMSinks(Study):
     def _hidden(self, diffusion: Any, twin: Any, texts: Tensor, draw: Generator) -> Iterator[Row]:
         """Both models' losses, and how much they rise where each layer's strongest sink is hidden."""
         under = self._under(texts, HIDDEN, draw)
-        for name, model, seen, loss in (
-            ("diffusion", diffusion, texts.masked_fill(under, MASK), lambda: masked_loss(diffusion, texts, under)),
-            ("twin", twin, texts, lambda: next_loss(twin, texts)),
-        ):
+        losses: dict[str, Callable[[], Tensor]] = {
+            "diffusion": lambda: masked_loss(diffusion, texts, under),
+            "twin": lambda: next_loss(twin, texts),
+        }
+        for name, model, seen in (
+            ("diffusion", diffusion, texts.masked_fill(under, MASK)), ("twin", twin, texts),
+        ):  # fmt: skip
+            loss = losses[name]
             received = watched(model, seen)[1]
             strongest = F.one_hot(received.argmax(-1), received.shape[-1]).bool()
             plain = loss()

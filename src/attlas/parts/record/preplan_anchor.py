@@ -1,12 +1,12 @@
 """Preplan and anchor: where a chain of reasoning looks back far, and what it looks back at later.
 
-    d_h    = mean_t Σ_s A_hts (t − s)                      local heads: the 30 % of smallest d; global: of largest
+    d_h    = mean_t Σ_s A_hts (t − s)          local heads: the 30 % of smallest d; global: of largest
     WAAD_t = mean over local heads of  Σ_s A_hts min(t − s, W)
     FAI_s  = mean over global heads of mean_{s + H_lo ≤ t ≤ min(s + H_hi, T − 1)} A_hts;  0 without such t
     δ_t    = |WAAD_t − WAAD_{t+1}|, 0 at the last token
 
 Heads are those of five layers spread over the middle third. Preplan tokens are those of large δ, anchors
-those of large FAI: the largest share q of a response. The credit γ that its advantages are multiplied by is
+those of large FAI: the largest share q of a response. The credit γ by which advantages are multiplied is
 
     1                                  elsewhere
     g                                  at anchors
@@ -25,7 +25,7 @@ Optimization".
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -50,7 +50,7 @@ class Rhythm(NamedTuple):
 
 
 def middle_layers(layers: int, count: int) -> list[int]:
-    """`count` layers spread evenly over the middle third, its ends included; all of it where it has fewer."""
+    """`count` layers evenly over the middle third, its ends included; all of it where it has fewer."""
     low, high = layers // 3, min(2 * layers // 3, layers - 1)
     if high - low + 1 <= count:
         return list(range(low, high + 1))
@@ -66,14 +66,14 @@ def middle_layers(layers: int, count: int) -> list[int]:
 class PreplanAnchor(RowRecorder):
     """Records how far each query looks back, and how much later queries look at each token.
 
-    The result is {"distance", "windowed", "future": [layers, batch, heads, tokens]} of the layers looked at;
-    `heads_by_distance` ranks the heads and `rhythm` averages over them.
+    The result is {"distance", "windowed", "future": [layers, batch, heads, tokens]} of the layers looked
+    at; `heads_by_distance` ranks the heads and `rhythm` averages over them.
     """
 
     window: int = option("distance at which WAAD is clipped, W", default=10, at_least=1)
-    nearest: int = option("how much later a query is the first that counts for FAI", default=10, at_least=0)
+    nearest: int = option("how much later the first query that counts for FAI is", default=10, at_least=0)
     farthest: int = option("how much later the last one is", default=50, at_least=0)
-    share: float = option("of the heads that are local, and that are global", default=0.3, above=0, at_most=0.5)
+    share: float = option("of the heads that are local, and global", default=0.3, above=0, at_most=0.5)
     sampled: int = option("layers of the middle third, where no layers are given", default=5, at_least=1)
 
     def setup(self) -> None:
@@ -93,7 +93,7 @@ class PreplanAnchor(RowRecorder):
     def check(self, model: nn.Module) -> None:
         """Choose layers of the middle third where none are given."""
         if self.layers is None and not isinstance(self.heads, dict):
-            config = getattr(model, "config", None)
+            config: Any = getattr(model, "config", None)
             config = config.get_text_config() if hasattr(config, "get_text_config") else config
             count = getattr(config, "num_hidden_layers", None)
             if count is not None:
@@ -247,7 +247,7 @@ def weighted_advantages(
     advantages: Float[Tensor, "batch response"],
     rhythm: Rhythm,
     valid: Bool[Tensor, "batch response"] | None = None,
-    **options: float,
+    **options: Any,
 ) -> Float[Tensor, "batch response"]:
     """Advantages times each row's γ: what a policy gradient then multiplies log-probabilities by.
 

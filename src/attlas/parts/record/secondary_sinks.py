@@ -6,11 +6,11 @@
                     up to but without 1 + argmin_{l ≥ s} (‖h_{l+1}(p)‖ − ‖h_l(p)‖)
     j > p is a secondary sink of layer l in the life of p where |cos_l(j)| > 0.9
     birth, lifetime = the first such layer, and how many there are
-    write_l(j)      = m_l(j)·h_l(p) / ‖h_l(p)‖,  m_l the MLP's output;  writer = argmax_{l ≤ birth} |write_l(j)|
+    write_l(j)      = m_l(j)·h_l(p) / ‖h_l(p)‖,  m_l the MLP's output; writer = argmax_{l ≤ birth} |write|
     received_l(j)   = Σ_i A_ij / (queries that can see j)
 
-Of the last block the state before the final norm is taken. Cost: four numbers a layer and token beside the
-sums of columns; of all states only one layer's are held at a time, and the primary sink's.
+Of the last block the state before the final norm is taken. Cost: five numbers a layer and token beside
+the sums of columns; of all states only one layer's are held at a time, and the primary sink's.
 Reduces to the report of the primary sink where no other token is flagged.
 
 Source: "On the Existence and Behaviour of Secondary Attention Sinks".
@@ -64,7 +64,7 @@ class SecondarySink(NamedTuple):
 
 
 def life_of(norms: Float[Tensor, " layers"]) -> tuple[int, int]:
-    """The layers (first, behind the last) between the largest rise of a norm and the largest fall after."""
+    """The layers (first, behind the last) from a norm's largest rise to its largest fall after."""
     change = norms.diff()
     if not len(change):
         return 0, len(norms)
@@ -79,7 +79,7 @@ def flagged(
     primary: int,
     threshold: float,
 ) -> Bool[Tensor, "layers tokens"]:
-    """The map of sinks of one row: the primary one while it lives, and later tokens along it meanwhile."""
+    """One row's map of sinks: the primary one while it lives, and later tokens along it meanwhile."""
     start, stop = life_of(norms[:, primary])
     found = torch.zeros_like(cosines, dtype=torch.bool)
     found[start:stop] = cosines[start:stop].abs() > threshold
@@ -92,8 +92,8 @@ def flagged(
 class SecondarySinks(Recorder):
     """Records states along the primary sink's, what MLPs write of it, and attention received.
 
-    The result is {"norm", "cosine", "mlp_norm", "write": [layers, batch, tokens], "received": [layers, batch,
-    heads, tokens]}; `sink_map` and `sinks` read it.
+    The result is {"norm", "cosine", "mlp_norm", "write": [layers, batch, tokens], "received": [layers,
+    batch, heads, tokens]}; `sink_map` and `sinks` read it.
     """
 
     points = ("residual", "mlp", "final")
