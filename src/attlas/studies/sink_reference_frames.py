@@ -6,13 +6,15 @@
     degree centralisation = Σ_j (max d − d_j) / ((T − 1)(T − 2)),  1 for a star, 0 where all are alike
     algebraic connectivity = second smallest eigenvalue of the graph's Laplacian D − E
     persistence            = total lifetime of components (H0) and loops (H1) as 1 − max(A, Aᵀ) grows
+    alignment              = mean cosine of the other tokens' states, and values, with those of argmax r
 
     centralized     one hub
     bidirectional   hubs in the first and in the last tenth, and none between
     distributed     other hubs, or none
 
 The paper's three types are taken; its exact formulas and thresholds are not known here. Hubs, the shares
-of tokens above and the rule that names the type are this file's own, told beside the paper's measurements.
+of tokens above and the rule that names the type are this file's own; the paper's measurements stand
+beside them.
 
 Cost: that of the maps; T³ for the spectrum, and for loops at most the triangles of `POINTS` tokens.
 Reduces to the sink of plain column sums where one column is all there is.
@@ -35,6 +37,7 @@ from attlas.attach.session import attach
 from attlas.catalog.registry import mechanism
 from attlas.kinds.study import Row, Study, Within
 from attlas.options import option
+from attlas.parts.record.activations import Activations
 
 CENTRALIZED, BIDIRECTIONAL, DISTRIBUTED = "centralized", "bidirectional", "distributed"
 #: Tokens whose loops are counted, spread evenly over a longer text.
@@ -58,6 +61,8 @@ class Frame(NamedTuple):
         connectivity: algebraic.
         components: total persistence of H0.
         loops: of H1.
+        states: alignment of what enters the layers with the most received token's, their mean.
+        values: of their values likewise.
     """
 
     kind: str
@@ -67,6 +72,8 @@ class Frame(NamedTuple):
     connectivity: float
     components: float
     loops: float
+    states: float = 0.0
+    values: float = 0.0
 
 
 def frame_of(weights: Float[Tensor, "tokens tokens"], causal: bool) -> Frame:
@@ -153,19 +160,26 @@ def persistence(distance: Float[Tensor, "points points"]) -> tuple[float, float]
     return components, loops + sum(length[-1] - length[n] for n in births)
 
 
-def alignment(states: Float[Tensor, "tokens width"], hub: int) -> float:
+def alignment(states: Float[Tensor, "*layers tokens width"], hub: int) -> float:
     """Mean cosine of the other tokens' states, or values, with the hub's."""
-    cosines = F.cosine_similarity(states, states[hub], dim=-1)
-    return float((cosines.sum() - cosines[hub]) / max(1, len(states) - 1))
+    cosines = F.cosine_similarity(states, states[..., hub : hub + 1, :], dim=-1)
+    others = torch.arange(cosines.shape[-1], device=cosines.device) != hub
+    return float(cosines[..., others].mean())
 
 
 def frames(
     model: Any, inputs: dict[str, Tensor], causal: bool
 ) -> list[Frame]:
     """The frame of each text, of its maps' mean over heads and layers."""
-    with torch.no_grad(), attach(model, record=["weights"]) as session:
+    passing = Activations(("residual", "v"))
+    with torch.no_grad(), attach(model, record=["weights", passing]) as session:
         model(**inputs)
-    return [frame_of(one, causal) for one in session["weights"].float().mean(dim=(0, 2))]
+    found, seen = [], {name: x.float() for name, x in passing.result().items()}
+    for row, one in enumerate(session["weights"].float().mean(dim=(0, 2))):
+        hub = int(received_by(one, causal).argmax())
+        states, values = (alignment(seen[name][:, row].flatten(2), hub) for name in ("residual", "v"))
+        found.append(frame_of(one, causal)._replace(states=states, values=values))
+    return found
 
 
 @mechanism(
@@ -215,11 +229,8 @@ class SinkReferenceFrames(Study):
                 at = round(step / self.steps, 4)
                 yield Row(f"{name}, centralized", float(kind == CENTRALIZED), "", at=at)
                 yield Row(f"{name}, votes", share, "%", at=at)
-                yield Row(f"{name}, concentration", measured.concentration, "", at=at)
-                yield Row(f"{name}, centralisation", measured.centralisation, "", at=at)
-                yield Row(f"{name}, connectivity", measured.connectivity, "", at=at)
-                yield Row(f"{name}, components", measured.components, "", at=at)
-                yield Row(f"{name}, loops", measured.loops, "", at=at)
+                for what in Frame._fields[2:]:
+                    yield Row(f"{name}, {what}", getattr(measured, what), "", at=at)
             changed = [n for n, kind in enumerate(kinds) if kind != kinds[-1]]
             settled = found[changed[-1] + 1][0] if changed else found[0][0]
             yield Row(f"settled, {name}", 100 * settled / self.steps, "% of the steps", "lower")

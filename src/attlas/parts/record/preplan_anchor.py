@@ -247,7 +247,11 @@ def weighted_advantages(
     advantages: Float[Tensor, "batch response"],
     rhythm: Rhythm,
     valid: Bool[Tensor, "batch response"] | None = None,
-    **options: Any,
+    *,
+    top: float = 0.4,
+    gain: float = 1.5,
+    back: float = 0.5,
+    reach: int = 3,
 ) -> Float[Tensor, "batch response"]:
     """Advantages times each row's γ: what a policy gradient then multiplies log-probabilities by.
 
@@ -255,10 +259,13 @@ def weighted_advantages(
         advantages: of each token of the responses.
         rhythm: of the same tokens.
         valid: which of them are no padding; the others' advantages stay.
-        **options: of `credit`.
+        top: as in `credit`, likewise `gain`, `back` and `reach`.
     """
     gamma = torch.ones_like(advantages)
     for row in range(len(advantages)):
         there = slice(None) if valid is None else valid[row]
-        gamma[row, there] = credit(rhythm.waad[row, there], rhythm.fai[row, there], **options).to(gamma)
+        found = credit(
+            rhythm.waad[row, there], rhythm.fai[row, there], top=top, gain=gain, back=back, reach=reach
+        )
+        gamma[row, there] = found.to(gamma)
     return advantages * gamma
