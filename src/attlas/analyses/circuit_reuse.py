@@ -142,6 +142,7 @@ class Paths:
         other = last(model, read(model, prompts.corrupted[:, :-1]), prompts.corrupted[:, -1:], corrupted)
         self.corrupted = self._answers(other).mean()
         self.said, self.swapped = clean.result(), corrupted.result()
+        self._unmoved: dict[int, Tensor] = {}
 
     def effects(self, senders: Sequence[Sequence[Head]]) -> Float[Tensor, " sets"]:
         """The effect of each set of senders, its heads swapped together.
@@ -151,12 +152,13 @@ class Paths:
         """
         count = len(senders)
         mixed = self.said["heads"].repeat_interleave(count, dim=1)
-        still = mixed.clone()
+        if count not in self._unmoved:  # by the same steps, so that nothing changed is 0 to the bit
+            self._unmoved[count] = self._score(mixed, count)
         for number, heads in enumerate(senders):
             for layer, head in heads:
                 mixed[layer, number::count, :, head] = self.swapped["heads"][layer, :, :, head]
-        moved, base = (self._score(x, count) for x in (mixed, still))
-        moved, room = moved - base, (self.corrupted - self.clean).double()
+        moved = self._score(mixed, count) - self._unmoved[count]
+        room = (self.corrupted - self.clean).double()
         if room == 0 and bool((moved != 0).any()):
             raise UserError(
                 "clean and corrupted prompts give the same logit difference; take other prompts"

@@ -177,6 +177,7 @@ def _shrink(module: nn.Module, stay: list[int], count: int, kv_count: int) -> No
     served = {serving.count(each) for each in serving}
     way_out = output_projection(module)
     inner, names = _separate(module)
+    _check_shared(module, count)
     if names is None:
         _shrink_fused(inner, stay, count)
         dim = inner.head_dim
@@ -209,6 +210,18 @@ def _separate(module: nn.Module) -> tuple[Any, tuple[str, str, str] | None]:
     raise UserError(
         f"{type(module).__name__} projects q, k and v in a way whose heads cannot be taken out"
     )
+
+
+def _check_shared(module: nn.Module, count: int) -> None:
+    """Refuse weights that an attention has for each head beside its projections, such as sinks."""
+    linear = {id(w) for m in module.modules() if isinstance(m, nn.Linear | Conv1D) for w in m.parameters()}
+    for name, weight in [*module.named_parameters(), *module.named_buffers()]:
+        if id(weight) not in linear and weight.ndim and weight.shape[0] == count:
+            raise UserError(f"{type(module).__name__} has {name!r} for each head, which cannot be cut")
+    position = getattr(module, "position_encoding", None)
+    if hasattr(position, "heads"):
+        name = type(position).__name__
+        raise UserError(f"{type(module).__name__} has a bias for each head, {name}, which cannot be cut")
 
 
 def _rows(linear: nn.Linear, heads: list[int], dim: int) -> nn.Linear:

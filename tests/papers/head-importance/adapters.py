@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attlas.analyses.head_importance import HeadImportance, loss
+from attlas.analyses.head_importance import gate_gradients, loss
 from attlas.attach import attach
 from attlas.contract.cases import Case, Check, adapter
 from attlas.errors import UserError
@@ -40,7 +40,9 @@ def classifier(case: Case) -> Any:
 
 @adapter("head-importance-minilm", mechanism="head-importance")
 def whole_model(case: Case) -> Iterator[Check]:
-    """Importance as published, by the script that sums gradients of batches over all tokens."""
+    """Importance as published, by a script that sums over all tokens and never clears the gradient of
+    its gates: what a batch adds is the absolute value of all gradients so far.
+    """
     config, model = case.config, classifier(case)
     case.states(padding="right padding to the longest of the batch")
     case.without_effect("config.seed")  # of the classifier's weights, which are given
@@ -53,8 +55,8 @@ def whole_model(case: Case) -> Iterator[Check]:
         batches.append(Subject(model, given["input_ids"], mask, labels=labels[first : first + size]))
     tokens = sum(int(batch.valid.sum()) for batch in batches)
 
-    look = HeadImportance(normed="no", batch_size=size).look
-    raw = sum(look(batch).heads["importance"].values for batch in batches) / tokens
+    so_far = torch.cumsum(torch.stack([gate_gradients(batch) for batch in batches]).double(), dim=0)
+    raw = so_far.abs().sum(dim=0) / tokens
     layered = raw / (raw.norm(dim=1, keepdim=True) + 1e-20)
     yield case.compare("out.importance_raw", raw)
     yield case.compare("out.importance_layer_normalised", layered)
