@@ -74,19 +74,28 @@ def linearised(norm: nn.Module, total: Tensor, piece: Tensor) -> Tensor:
     Raises:
         ValueError: a norm that is neither a layer norm nor a root-mean-square norm.
     """
-    gain = getattr(norm, "weight", None)
+    gain = gain_of(norm)
+    part = normalised(norm, total, piece)
+    return part if gain is None else (part * gain).to(piece.dtype)
+
+
+def normalised(norm: nn.Module, total: Tensor, piece: Tensor) -> Tensor:
+    """The same without the norm's gain."""
     wide = torch.promote_types(total.dtype, torch.float32)
     x, part = total.to(wide), piece.to(wide)
     if isinstance(norm, nn.LayerNorm):
         size = (x.var(-1, unbiased=False, keepdim=True) + norm.eps).sqrt()
         part = part - part.mean(-1, keepdim=True)
-    elif "RMSNorm" in type(norm).__name__ and gain is not None:
+    elif "RMSNorm" in type(norm).__name__ and getattr(norm, "weight", None) is not None:
         eps = next((getattr(norm, n) for n in ("variance_epsilon", "eps") if hasattr(norm, n)), None)
         eps = torch.finfo(total.dtype).eps if eps is None else eps
         size = (x.square().mean(-1, keepdim=True) + eps).sqrt()
-        if "Gemma" in type(norm).__name__:
-            gain = 1.0 + gain
     else:
         raise UserError(f"{type(norm).__name__} is no layer norm or root-mean-square norm")
-    scaled = part / size
-    return (scaled if gain is None else scaled * gain).to(piece.dtype)
+    return (part / size).to(piece.dtype)
+
+
+def gain_of(norm: nn.Module) -> Tensor | None:
+    """What a norm multiplies by, Gemma's one included; None without."""
+    gain: Tensor | None = getattr(norm, "weight", None)
+    return 1.0 + gain if gain is not None and "Gemma" in type(norm).__name__ else gain
