@@ -98,7 +98,7 @@ class HeadPursuit(Analysis):
     inspects = "weights"
 
     concept: tuple[str, ...] = option(
-        "words of one token each; the whole vocabulary unless given", default=()
+        "words of one token each; the whole vocabulary unless given", default=(), kw_only=False
     )
     k: int = option("directions that are pursued", default=5, at_least=1)
     at: Literal["all", "last"] = option("tokens of each text that are samples", default="all")

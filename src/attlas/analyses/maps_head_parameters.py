@@ -159,8 +159,8 @@ class MapsHeadParameters(Analysis):
     inspects = "weights"
 
     relations: Mapping[str, Relation] | None = option(
-        "pairs of words by name; first letters and capitals unless given", default=None
-    )
+        "pairs of words by name; first letters and capitals unless given", default=None, kw_only=False,
+    )  # fmt: skip
     top: int = option("k: among so many a target must be", default=10, at_least=1)
     mlp: bool = option("whether embeddings pass the first MLP", default=True)
     copied: int = option("tokens that are looked at for copying, k = 1; 0 for none", default=128, at_least=0)
