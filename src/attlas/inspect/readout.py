@@ -56,10 +56,7 @@ def readout(model: nn.Module) -> Readout:
         ValueError: a model whose last norm or head is not known.
     """
     whole: Any = model
-    base = getattr(whole, "base_model", whole)
-    inside = (base, getattr(base, "decoder", None))
-    found = (getattr(part, name, None) for part in inside for name in _NORMS)
-    norm = next((n for n in found if isinstance(n, nn.Module)), None)
+    norm = last_norm(model)
     head = whole.get_output_embeddings() if hasattr(whole, "get_output_embeddings") else None
     head = getattr(whole, "classifier", None) if head is None else head
     if norm is None or head is None:
@@ -68,34 +65,68 @@ def readout(model: nn.Module) -> Readout:
     return Readout(norm, *matrix(head))
 
 
+def last_norm(model: nn.Module) -> nn.Module | None:
+    """The norm behind a model's last block, None where none is known."""
+    whole: Any = model
+    base = getattr(whole, "base_model", whole)
+    inside = (base, getattr(base, "decoder", None))
+    found = (getattr(part, name, None) for part in inside for name in _NORMS)
+    return next((n for n in found if isinstance(n, nn.Module)), None)
+
+
 def linearised(norm: nn.Module, total: Tensor, piece: Tensor) -> Tensor:
     """What a norm makes of a piece of its input, with the size that the whole input has.
 
     Raises:
         ValueError: a norm that is neither a layer norm nor a root-mean-square norm.
     """
-    gain = gain_of(norm)
-    part = normalised(norm, total, piece)
+    gain, part = gain_of(norm), normalised(norm, total, piece)
     return part if gain is None else (part * gain).to(piece.dtype)
 
 
 def normalised(norm: nn.Module, total: Tensor, piece: Tensor) -> Tensor:
     """The same without the norm's gain."""
-    wide = torch.promote_types(total.dtype, torch.float32)
-    x, part = total.to(wide), piece.to(wide)
+    x = total.to(torch.promote_types(total.dtype, torch.float32))
+    return (_centred(norm, piece.to(x.dtype)) / size_of(norm, x)).to(piece.dtype)
+
+
+def size_of(norm: nn.Module, x: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows 1"]:
+    """What a norm divides its input by.
+
+    Raises:
+        ValueError: a norm that is neither a layer norm nor a root-mean-square norm.
+    """
+    _check_norm(norm)
     if isinstance(norm, nn.LayerNorm):
-        size = (x.var(-1, unbiased=False, keepdim=True) + norm.eps).sqrt()
-        part = part - part.mean(-1, keepdim=True)
-    elif "RMSNorm" in type(norm).__name__ and getattr(norm, "weight", None) is not None:
-        eps = next((getattr(norm, n) for n in ("variance_epsilon", "eps") if hasattr(norm, n)), None)
-        eps = torch.finfo(total.dtype).eps if eps is None else eps
-        size = (x.square().mean(-1, keepdim=True) + eps).sqrt()
-    else:
-        raise UserError(f"{type(norm).__name__} is no layer norm or root-mean-square norm")
-    return (part / size).to(piece.dtype)
+        return (x.var(-1, unbiased=False, keepdim=True) + norm.eps).sqrt()
+    eps = next((getattr(norm, n) for n in ("variance_epsilon", "eps") if hasattr(norm, n)), None)
+    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    return (x.square().mean(-1, keepdim=True) + eps).sqrt()
 
 
 def gain_of(norm: nn.Module) -> Tensor | None:
     """What a norm multiplies by, Gemma's one included; None without."""
     gain: Tensor | None = getattr(norm, "weight", None)
     return 1.0 + gain if gain is not None and "Gemma" in type(norm).__name__ else gain
+
+
+def gained(norm: nn.Module, x: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:
+    """What a norm makes of x but for the size that it divides by, and for a bias.
+
+    Raises:
+        ValueError: a norm that is neither a layer norm nor a root-mean-square norm.
+    """
+    gain, x = gain_of(norm), _centred(norm, x)
+    return x if gain is None else x * gain.to(x.dtype)
+
+
+def _centred(norm: nn.Module, x: Tensor) -> Tensor:
+    """x less its mean, where the norm takes it out."""
+    _check_norm(norm)
+    return x - x.mean(-1, keepdim=True) if isinstance(norm, nn.LayerNorm) else x
+
+
+def _check_norm(norm: nn.Module) -> None:
+    """Refuse what is neither a layer norm nor a root-mean-square norm."""
+    if not isinstance(norm, nn.LayerNorm) and "RMSNorm" not in type(norm).__name__:
+        raise UserError(f"{type(norm).__name__} is no layer norm or root-mean-square norm")
