@@ -77,6 +77,10 @@ class HeadSubspaces(Patch):
     whole_prompts = True  # its last token is the one that is meant
     nothing: ClassVar[dict[str, Any] | None] = {"q": {}, "k": {}}
     changes = ("project",)
+    beyond = (
+        "project: queries and keys are projected on few directions",
+        "position: what was rotated is turned back for it and rotated again",
+    )
 
     q: Mapping[tuple[int, int], Space] = option("of queries, by (layer, head)")
     k: Mapping[tuple[int, int], Space] = option(

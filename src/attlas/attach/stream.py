@@ -14,6 +14,8 @@ from attlas.attach.state import OUTSIDE, Attachment
 from attlas.errors import UnknownName, UserError
 
 POINTS = ("residual", "attention", "mlp", "final")
+#: What of an attention call is recorded and replaced beside them, see `activations`.
+OF_CALLS = ("heads", "q", "k", "v")
 #: Names that models give to the attention and to the MLP of a block.
 _NAMES = {
     "attention": ("self_attn", "attn", "attention", "self_attention"),

@@ -42,7 +42,7 @@ class Letters:
     chat_template = None
     all_special_ids: tuple[int, ...] = ()
 
-    def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
+    def __call__(self, text: str, **given: Any) -> dict[str, list[int]]:
         """The number of each character."""
         return {"input_ids": [2 + ord(letter) % 62 for letter in text]}
 

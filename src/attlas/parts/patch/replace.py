@@ -24,15 +24,12 @@ from torch import Tensor, nn
 
 from attlas.attach.call import Call, ForwardPass, Site
 from attlas.attach.part import Patch
-from attlas.attach.stream import POINTS
+from attlas.attach.stream import OF_CALLS, POINTS
 from attlas.attach.where import in_positions
 from attlas.catalog.registry import mechanism
 from attlas.errors import UnknownName, UserError
 from attlas.options import option
 from attlas.storage.rows import Rows
-
-#: Points of an attention call, beside those of the stream.
-OF_CALLS = ("heads", "q", "k", "v")
 
 
 class _AtTokens(Patch):

@@ -21,13 +21,10 @@ from torch import Tensor
 
 from attlas.attach.call import Call, ForwardPass, Site
 from attlas.attach.part import Recorder
-from attlas.attach.stream import POINTS
+from attlas.attach.stream import OF_CALLS, POINTS
 from attlas.catalog.registry import mechanism
 from attlas.errors import UnknownName, UserError
 from attlas.options import option
-
-#: Points of an attention call, beside those of the stream.
-OF_CALLS = ("heads", "q", "k", "v")
 
 
 @mechanism("activations", paper="", example={"what": ("residual", "heads", "q", "k", "v")})

@@ -122,6 +122,7 @@ class BlindHeads(Patch):
     """Takes the image out of what the text attends to in some heads."""
 
     nothing: ClassVar[dict[str, Any] | None] = {"image": ()}
+    beyond = ("normalize: weights on the image are taken out, as the masking experiment asks",)
 
     image: Spans = option("tokens of the image, see `attlas.attach.where`", kw_only=False)
 
