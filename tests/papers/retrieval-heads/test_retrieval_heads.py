@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -21,6 +24,8 @@ from attlas.contract.analyses import Letters
 from attlas.contract.parts import prompt, small_llama
 from attlas.inspect.runs import greedy
 from attlas.inspect.subject import Subject
+
+RESULTS = Path(__file__).parents[3] / "benchmarks" / "results" / "heads-smollm2-retrieval-cpu.json"
 
 
 def test_retrieval_heads_scores_count_steps_that_copy_from_the_needle():
@@ -105,3 +110,12 @@ def test_retrieval_heads_needles_are_found_by_their_words():
 def test_retrieval_heads_need_a_tokenizer():
     with pytest.raises(ValueError, match="tokenizer"):
         RetrievalHeads().look(Subject(small_llama()))
+
+
+def test_retrieval_heads_of_smollm2_are_few_and_needles_hang_on_them():
+    """Eight needles of 128 tokens for the scores, eight new ones for masking."""
+    scores, *masking = json.loads(RESULTS.read_text())["results"]
+    assert 0 < scores["above"] < 0.1 * scores["of"]
+    found = {row["masked"]: row["found"] for row in masking}
+    assert all(row["heads"] == 10 for row in masking if row["masked"] != "none")
+    assert found["the best"] < 0.5 * found["others, drawn"]
