@@ -39,7 +39,7 @@ def main() -> None:
         best = [[*at, float(static[name].values[at])] for at in static[name].top(5)]
         rows.append(show({"relation": name, "pairs": len(pairs), "r": r, "shared of ten": shared,
                           "best": best, "best at inference": [list(at) for at in seen.top(5)]}))  # fmt: skip
-    save("maps-relations", rows)
+    save("maps-relations", "cpu", rows)
 
 
 if __name__ == "__main__":

@@ -41,11 +41,7 @@ _WORDS = (
     "apple bread cloud dance earth flame green house image juice knife light money night ocean paper "
     "queen river stone table uncle voice water youth zebra animal bridge castle doctor engine"
 )
-_CAPITALS = (
-    "France Paris Germany Berlin Italy Rome Spain Madrid Russia Moscow China Beijing Japan Tokyo England "
-    "London Ireland Dublin Austria Vienna Greece Athens Egypt Cairo Cuba Havana Peru Lima Kenya Nairobi "
-    "Norway Oslo Sweden Stockholm Poland Warsaw Portugal Lisbon Iraq Baghdad Iran Tehran"
-).split()
+_CAPITALS = ["France", "Paris", "Germany", "Berlin", "Italy", "Rome", "Spain", "Madrid", "Russia", "Moscow", "China", "Beijing", "Japan", "Tokyo", "England", "London", "Ireland", "Dublin", "Austria", "Vienna", "Greece", "Athens", "Egypt", "Cairo", "Cuba", "Havana", "Peru", "Lima", "Kenya", "Nairobi", "Norway", "Oslo", "Sweden", "Stockholm", "Poland", "Warsaw", "Portugal", "Lisbon", "Iraq", "Baghdad", "Iran", "Tehran"]
 #: Pairs of words that are looked for where a tokenizer is given.
 RELATIONS: Mapping[str, Relation] = {
     "first letter": [(word, word[0]) for word in _WORDS.split()],

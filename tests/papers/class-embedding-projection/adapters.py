@@ -7,7 +7,11 @@ from collections.abc import Iterator
 import torch
 
 from attlas.analyses.class_embedding_projection import (
-    ClassEmbeddingProjection, by_gradients, passed, projected, ranks,
+    ClassEmbeddingProjection,
+    by_gradients,
+    passed,
+    projected,
+    ranks,
 )  # fmt: skip
 from attlas.contract.cases import Case, Check, adapter
 from attlas.inspect.readout import readout

@@ -9,7 +9,12 @@ import pytest
 import torch
 
 from attlas.analyses.maps_head_parameters import (
-    MapsHeadParameters, Reading, salient, scored, seen_at_work, spelled_pairs,
+    MapsHeadParameters,
+    Reading,
+    salient,
+    scored,
+    seen_at_work,
+    spelled_pairs,
 )  # fmt: skip
 from attlas.contract.cases import load_cases, run_case
 from attlas.contract.parts import small_llama

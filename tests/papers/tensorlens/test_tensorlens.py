@@ -28,8 +28,9 @@ def encoder():
 
 
 def llama():
-    from attlas.hf.models import LlamaForCausalLM
     from transformers import LlamaConfig
+
+    from attlas.hf.models import LlamaForCausalLM
 
     return LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=2))
 
