@@ -1,12 +1,12 @@
 """Circuits of SmolLM2: heads that indirect objects and colours share, and what its heads are worth.
 
-    python benchmarks/circuits.py [--pairs 8] [--asked 100] [--seeds 3]
+    python benchmarks/circuits.py [--pairs 6] [--asked 40] [--seeds 3]
 
 Path patching to the logits scores each head on `pairs` prompts of each task; the 5 % of heads with the
 largest absolute scores are a task's circuit. The four shared heads with the largest scores are made to
 look at the answer's token in `asked` other prompts, against four random heads of the same layers. Head
-importance is taken on 16 passages of Shakespeare, the loss on others, with the least important 20 % of
-heads taken out, against five random choices of as many.
+importance is taken on 8 passages of Shakespeare, the loss on 512 tokens of others, with the least
+important 20 % of heads taken out, against five random choices of as many.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import torch
 
 import attlas
 from attlas.adapting.texts import held_out
-from attlas.analyses.circuit_reuse import forced, overlap
+from attlas.analyses.circuit_reuse import forced, last, overlap, read
 from attlas.analyses.head_importance import HeadImportance, least, loss
 from attlas.attach import attach
-from attlas.inspect.runs import by_layer, logits_with, without
+from attlas.inspect.runs import by_layer, without
 from attlas.inspect.subject import Subject
 from attlas.inspect.tasks import draw
 from attlas.models.load import load_tokenizer
@@ -48,16 +48,16 @@ def largest(scores: torch.Tensor) -> list[tuple[int, int]]:
     return [divmod(at, scores.shape[1]) for at in scores.abs().flatten().topk(count).indices.tolist()]
 
 
-def right(model, prompts, *heads, rows: int = 20) -> int:
-    """How many prompts are answered right, with heads that look at the answer's token."""
-    hits = 0
-    for first in range(0, len(prompts), rows):
-        some = prompts[first : first + rows]
-        at = (some.clean == some.answers[:, :1]).to(torch.int).argmax(dim=1)
-        weights = torch.nn.functional.one_hot(at, some.clean.shape[1]).float()
+def right(model, prompts, conditions: dict[str, list[tuple[int, int]]]) -> dict[str, int]:
+    """How many prompts are answered right with the heads of each condition on the answer's token."""
+    cache, step = read(model, prompts.clean[:, :-1]), prompts.clean[:, -1:]
+    at = (prompts.clean == prompts.answers[:, :1]).to(torch.int).argmax(dim=1)
+    weights = torch.nn.functional.one_hot(at, prompts.clean.shape[1]).float()
+    hits = {}
+    for name, heads in conditions.items():
         parts = [forced(weights, heads, model.config.num_hidden_layers)] if heads else []
-        best = logits_with(model, some.clean, *parts)[:, -1].argmax(dim=-1)
-        hits += int((best == some.answers[:, 0]).sum())
+        best = last(model, cache, step, *parts)[:, -1].argmax(dim=-1)
+        hits[name] = int((best == prompts.answers[:, 0]).sum())
     return hits
 
 
@@ -80,8 +80,8 @@ def reuse(model, tokenizer, pairs: int, asked: int, seed: int) -> list[dict[str,
     ]  # fmt: skip
     for task in TASKS:
         prompts = draw(task, tokenizer, asked, 1000 + seed)
-        for name, heads in (("none", ()), ("movers", movers), ("random", others)):
-            hits = right(model, prompts, *heads)
+        conditions = {"none": [], "movers": movers, "random": others}
+        for name, hits in right(model, prompts, conditions).items():
             rows.append(
                 {"what": "accuracy", "seed": seed, "task": task, "forced": name, "hits": hits, "n": asked}
             )
@@ -90,17 +90,17 @@ def reuse(model, tokenizer, pairs: int, asked: int, seed: int) -> list[dict[str,
 
 def importance(model, tokenizer, seed: int) -> list[dict[str, object]]:
     """The loss without the least important heads, and without random ones."""
-    texts = [passage(random.Random(100 * seed + k), 800) for k in range(16)]
-    ids = torch.stack([torch.tensor(tokenizer(text).input_ids[:96]) for text in texts])
-    tested = Subject(model, torch.cat(held_out(tokenizer, 1024, 128)))
+    texts = [passage(random.Random(100 * seed + k), 800) for k in range(8)]
+    ids = torch.stack([torch.tensor(tokenizer(text).input_ids[:64]) for text in texts])
+    tested = Subject(model, torch.cat(held_out(tokenizer, 512, 128)))
     rows = []
     counts = model.config.num_hidden_layers, model.config.num_attention_heads
     every = [(layer, head) for layer in range(counts[0]) for head in range(counts[1])]
     number = round(REMOVED * len(every))
     choices: dict[str, dict[int, list[int]]] = {"none": {}}
-    for normed in ("layer", "no"):
-        scores = HeadImportance(normed=normed).look(Subject(model, ids)).heads["importance"].values
-        choices[f"least, normed {normed}"] = least(scores, number)
+    scores = HeadImportance(normed="no").look(Subject(model, ids)).heads["importance"].values
+    layered = scores / scores.norm(dim=1, keepdim=True)
+    choices |= {"least, normed no": least(scores, number), "least, normed layer": least(layered, number)}
     for turn in range(5):
         choices[f"random {turn}"] = by_layer(random.Random(7 * seed + turn).sample(every, number))
     for name, heads in choices.items():
@@ -112,15 +112,16 @@ def importance(model, tokenizer, seed: int) -> list[dict[str, object]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pairs", type=int, default=8)
-    parser.add_argument("--asked", type=int, default=100)
+    parser.add_argument("--pairs", type=int, default=6)
+    parser.add_argument("--asked", type=int, default=40)
     parser.add_argument("--seeds", type=int, default=3)
     given = parser.parse_args()
     model, tokenizer = attlas.load("smollm2"), load_tokenizer("smollm2")
     rows: list[dict[str, object]] = []
     for seed in range(given.seeds):
-        rows += importance(model, tokenizer, seed)
         rows += reuse(model, tokenizer, given.pairs, given.asked, seed)
+        save("circuits", "cpu", rows)
+        rows += importance(model, tokenizer, seed)
         save("circuits", "cpu", rows)
 
 

@@ -178,7 +178,8 @@ class Paths:
             last(self.model, cache, step, heard, *parts)  # it listens before heads are frozen
             parts = [self._given(heard.result()[self.through])]
         logits = last(self.model, cache, step, *parts)
-        return self._answers(logits, count).double().unflatten(0, (-1, count)).mean(0)
+        found: Tensor = self._answers(logits, count).double().unflatten(0, (-1, count)).mean(0)
+        return found
 
     def _given(self, heard: Tensor) -> Part:
         assert self.receivers is not None

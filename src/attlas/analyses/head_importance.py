@@ -248,7 +248,7 @@ def _shrink_fused(inner: Any, stay: list[int], count: int) -> None:
 
 def _cut_way_out(linear: nn.Module, stay: list[int], count: int, zero: bool) -> None:
     """The output projection, without the inputs of the heads that go."""
-    weight: Tensor = linear.weight.detach()  # type: ignore[operator, union-attr, assignment]
+    weight: Tensor = linear.weight.detach()  # type: ignore[operator]
     axis = 0 if isinstance(linear, Conv1D) else 1
     at = _slots(stay, weight.shape[axis] // count, weight.device)
     cut = weight.index_select(axis, at)
