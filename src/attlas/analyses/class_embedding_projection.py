@@ -175,12 +175,14 @@ class ClassEmbeddingProjection(Analysis):
         if int(classes.min()) < 0 or int(classes.max()) >= logits.shape[-1]:
             raise UserError(f"labels must be classes from 0 to {logits.shape[-1] - 1}")
         count = logits.shape[-1]
+        branches = (("attention", kept.attention), ("mlp", kept.mlp))
         told = {name: 1 - ranks(pick(projected(out, x)), classes) / count
-                for name, x in (("stream", kept.stream), ("attention", kept.attention), ("mlp", kept.mlp))}
+                for name, x in (("stream", kept.stream), *branches)}  # fmt: skip
         last = kept.stream[-1]
         given = {name: pick(out.linear(last, x) @ out.weight) for name, x in
-                 (("attention", kept.attention), ("mlp", kept.mlp), ("start", kept.stream[:1]))}  # fmt: skip
-        own = {name: x.gather(-1, classes.expand(x.shape[:-1])[..., None])[..., 0] for name, x in given.items()}
+                 (*branches, ("start", kept.stream[:1]))}  # fmt: skip
+        own = {name: x.gather(-1, classes.expand(x.shape[:-1])[..., None])[..., 0]
+               for name, x in given.items()}  # fmt: skip
         tick(0.8)
         memories = self.memories(subject)
         rows = [
@@ -225,8 +227,9 @@ class ClassEmbeddingProjection(Analysis):
         found: dict[str, list[Tensor]] = {"attention": [], "mlp": []}
         for layer in range(subject.layers):
             pieces = pieces_of(model, layer)
-            found["attention"].append(agreement(out.weight, matrix(output_projection(pieces.attention))[0]))
-            found["mlp"].append(agreement(out.weight, matrix(_last(pieces.mlp[-1]))[0]))
+            lasts = {"attention": output_projection(pieces.attention), "mlp": _last(pieces.mlp[-1])}
+            for name, last in lasts.items():
+                found[name].append(agreement(out.weight, matrix(last)[0]))
         return {name: torch.stack(each) for name, each in found.items()}
 
 

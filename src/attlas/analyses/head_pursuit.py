@@ -2,7 +2,7 @@
 
     X = z_h W_O,h of many samples, minus its mean                          [samples, width]
     repeat k times, R = X at first
-        a ← argmax over atoms not yet chosen of Σ_samples |R · u_a|        u_a: unembedding rows, ‖u_a‖ = 1
+        a ← argmax over atoms not yet chosen Σ_samples |R · u_a|        u_a: unembedding rows, ‖u_a‖ = 1
         C ← argmin ‖X − C U_chosen‖,   R ← X − C U_chosen                  all chosen are fitted anew
     explained = Σ_features var(C U_chosen) / Σ_features var(X)
 
@@ -118,7 +118,8 @@ class HeadPursuit(Analysis):
         """The pursuit of each head."""
         tokens = self.tokens(subject)
         dictionary = atoms(subject, tokens)
-        found = [[pursued(x, dictionary, self.k) for x in layer] for layer in self.written(subject, tick)]
+        written = self.written(subject, tick)
+        found = [[pursued(x, dictionary, self.k) for x in layer] for layer in written]
         explained = torch.stack([torch.stack([p.explained[-1] for p in layer]) for layer in found]).double()
         chosen = torch.stack([torch.stack([tokens[p.chosen] for p in layer]) for layer in found])
         what = f"{len(tokens)} words" if self.concept else "the vocabulary"
@@ -126,7 +127,8 @@ class HeadPursuit(Analysis):
         say: Callable[[int], str] = str
         if subject.tokenizer is not None:
             say = lambda i: subject.tokenizer.decode([i])  # noqa: E731
-        rows = [(layer, head, float(explained[layer, head]), " ".join(map(say, chosen[layer, head].tolist())))
+        rows = [(layer, head, float(explained[layer, head]),
+                 " ".join(map(say, chosen[layer, head].tolist())))
                 for layer, head in scores.top(self.told)]  # fmt: skip
         columns = ("layer", "head", "explained", "directions")
         return Findings(

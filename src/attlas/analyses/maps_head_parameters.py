@@ -41,7 +41,13 @@ _WORDS = (
     "apple bread cloud dance earth flame green house image juice knife light money night ocean paper "
     "queen river stone table uncle voice water youth zebra animal bridge castle doctor engine"
 )
-_CAPITALS = ["France", "Paris", "Germany", "Berlin", "Italy", "Rome", "Spain", "Madrid", "Russia", "Moscow", "China", "Beijing", "Japan", "Tokyo", "England", "London", "Ireland", "Dublin", "Austria", "Vienna", "Greece", "Athens", "Egypt", "Cairo", "Cuba", "Havana", "Peru", "Lima", "Kenya", "Nairobi", "Norway", "Oslo", "Sweden", "Stockholm", "Poland", "Warsaw", "Portugal", "Lisbon", "Iraq", "Baghdad", "Iran", "Tehran"]
+_CAPITALS = (
+    "France Paris Germany Berlin Italy Rome Spain Madrid Russia Moscow "
+    "China Beijing Japan Tokyo England London Ireland Dublin Austria Vienna "
+    "Greece Athens Egypt Cairo Cuba Havana Peru Lima Kenya Nairobi "
+    "Norway Oslo Sweden Stockholm Poland Warsaw Portugal Lisbon Iraq Baghdad "
+    "Iran Tehran"
+).split()
 #: Pairs of words that are looked for where a tokenizer is given.
 RELATIONS: Mapping[str, Relation] = {
     "first letter": [(word, word[0]) for word in _WORDS.split()],
@@ -81,7 +87,8 @@ class Reading:
     ) -> Float[Tensor, "n vocabulary"]:
         """Rows of M_h: x N W_V W_O N' U, multiplied in the cheapest order."""
         v, o = self._values(layer, head, x)
-        return torch.linalg.multi_dot([v, gained(self.out.norm, o), self.out.weight])
+        found: Tensor = torch.linalg.multi_dot([v, gained(self.out.norm, o), self.out.weight])
+        return found
 
     def written(
         self, layer: int, head: int, x: Float[Tensor, "n width"]
@@ -159,7 +166,9 @@ class MapsHeadParameters(Analysis):
     )  # fmt: skip
     top: int = option("k: among so many a target must be", default=10, at_least=1)
     mlp: bool = option("whether embeddings pass the first MLP", default=True)
-    copied: int = option("tokens that are looked at for copying, k = 1; 0 for none", default=128, at_least=0)
+    copied: int = option(
+        "tokens that are looked at for copying, k = 1; 0 for none", default=128, at_least=0
+    )
     tokens: int = option("salient tokens that are told of the best head", default=8, at_least=1)
     mappings: int = option("what each is mapped to, that many", default=4, at_least=1)
 
@@ -216,7 +225,8 @@ class MapsHeadParameters(Analysis):
         size = reading.out.weight.shape[1]
         found = salient(reading, *at, min(self.tokens, size), min(self.mappings, size))
         say: Callable[[int], str] = str if tokenizer is None else lambda i: tokenizer.decode([i])
-        told = zip(found.tokens.tolist(), found.amplification.tolist(), found.mappings.tolist(), strict=True)
+        columns = (found.tokens, found.amplification, found.mappings)
+        told = zip(*(each.tolist() for each in columns), strict=True)
         return [(name, *at, say(i), much, " ".join(map(say, to))) for i, much, to in told]
 
 

@@ -24,6 +24,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from attlas.attach.call import ForwardPass
 from attlas.catalog.registry import mechanism
 from attlas.kinds.analysis import Scores
 from attlas.parts.record.weights import Weights
@@ -82,7 +83,8 @@ def embedded(distance: Float[Tensor, "heads heads"], dims: int = 2) -> Float[Ten
     square = distance.double().square()
     centred = -0.5 * (square - square.mean(0) - square.mean(1, keepdim=True) + square.mean())
     values, vectors = torch.linalg.eigh(centred)
-    return vectors[:, -dims:].flip(1) * values[-dims:].flip(0).clamp(min=0).sqrt()
+    points: Tensor = vectors[:, -dims:].flip(1) * values[-dims:].flip(0).clamp(min=0).sqrt()
+    return points
 
 
 def relation_accuracy(
@@ -109,7 +111,7 @@ class Probe(torch.nn.Module):
 
     def fit(
         self,
-        documents: Sequence[tuple[Float[Tensor, "heads n n"], Int[Tensor, " pairs"], Int[Tensor, " pairs"]]],
+        documents: Sequence[tuple[Maps, Int[Tensor, " pairs"], Int[Tensor, " pairs"]]],
         steps: int = 200,
         rate: float = 0.1,
     ) -> Probe:
@@ -119,36 +121,51 @@ class Probe(torch.nn.Module):
             for _ in range(steps):
                 optimiser.zero_grad()
                 each = [F.nll_loss(self(maps)[j], i) for maps, j, i in documents]
-                torch.stack(each).mean().backward()  # type: ignore[no-untyped-call]
+                torch.stack(each).mean().backward()
                 optimiser.step()
         return self
 
     @torch.no_grad()
     def predict(self, maps: Float[Tensor, "heads n n"]) -> Int[Tensor, " n"]:
         """The likeliest head of each token."""
-        return self(maps).argmax(-1)
+        found: Tensor = self(maps).argmax(-1)
+        return found
 
 
 @mechanism("bert-attention-statistics", paper="bert-attention-statistics")
 class BertAttentionStatistics(Weights):
     """Records all weights, and tells the paper's numbers of them."""
 
+    def begin(self, forward_pass: ForwardPass) -> None:
+        """Keep which tokens are no padding."""
+        super().begin(forward_pass)
+        self._valid = forward_pass.valid
+
     def numbers(
         self, groups: Mapping[str, Bool[Tensor, " n"]] | None = None, row: int = 0
     ) -> dict[str, Float[Tensor, "layers heads"]]:
-        """The numbers of one row of the batch, without padding; groups as in `statistics`."""
-        return statistics(self.result()[:, row], groups)
+        """The numbers of one row of the batch, without padding; groups are of the rest."""
+        return statistics(self._maps(row), groups)
 
     def distances(self, row: int = 0) -> Float[Tensor, "heads heads"]:
         """How far apart heads are, layer · heads + head."""
-        return distances(self.result()[:, row].flatten(0, 1))
+        return distances(self._maps(row).flatten(0, 1))
 
     def head_scores(self) -> dict[str, Scores]:
         """The numbers that need no tokens' names, over rows."""
-        maps = self.result()  # [layers, rows, heads, n, n]
+        rows = range(self.result().shape[1])
+        found = averaged([self.numbers(row=row) for row in rows])
         meaning = {
             "self": "weight on the token itself", "right": "weight on the next token",
             "left": "weight on the token before", "entropy": "entropy of rows, in nats",
             "entropy_cls": "entropy of the first token's row, in nats",
         }  # fmt: skip
-        return {name: Scores(x.mean(1).double(), meaning[name]) for name, x in statistics(maps).items()}
+        return {name: Scores(x.double(), meaning[name]) for name, x in found.items()}
+
+    def _maps(self, row: int) -> Float[Tensor, "layers heads n n"]:
+        """The weights of one row of the batch, between tokens that are no padding."""
+        maps: Tensor = self.result()[:, row]
+        if self._valid is None:
+            return maps
+        kept = self._valid[row, : maps.shape[-1]].to(maps.device)
+        return maps[..., kept, :][..., kept]
