@@ -106,7 +106,8 @@ def importance(model, tokenizer, seed: int) -> list[dict[str, object]]:
     for name, heads in choices.items():
         with torch.no_grad(), attach(model, *without(heads), compile=False):
             value = float(loss(tested))
-        rows.append(show({"what": "importance", "seed": seed, "removed": name, "heads": number, "loss": value}))
+        row = {"what": "importance", "seed": seed, "removed": name, "heads": number, "loss": value}
+        rows.append(show(row))
     return rows
 
 

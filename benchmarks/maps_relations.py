@@ -38,7 +38,7 @@ def main() -> None:
         shared = len(set(static[name].top(10)) & set(seen.top(10)))
         best = [[*at, float(static[name].values[at])] for at in static[name].top(5)]
         rows.append(show({"relation": name, "pairs": len(pairs), "r": r, "shared of ten": shared,
-                          "best": best, "best at inference": [list(at) for at in seen.top(5)]}))  # fmt: skip
+                          "best": best, "best at inference": list(map(list, seen.top(5)))}))  # fmt: skip
     save("maps-relations", "cpu", rows)
 
 

@@ -178,8 +178,8 @@ class Paths:
             last(self.model, cache, step, heard, *parts)  # it listens before heads are frozen
             parts = [self._given(heard.result()[self.through])]
         logits = last(self.model, cache, step, *parts)
-        found: Tensor = self._answers(logits, count).double().unflatten(0, (-1, count)).mean(0)
-        return found
+        differences: Tensor = self._answers(logits, count).double().unflatten(0, (-1, count))
+        return differences.mean(0)
 
     def _given(self, heard: Tensor) -> Part:
         assert self.receivers is not None

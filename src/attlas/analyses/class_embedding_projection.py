@@ -196,7 +196,7 @@ class ClassEmbeddingProjection(Analysis):
         shares = torch.stack([self._by_head(subject, layer, parts, classes)
                               for layer, parts in enumerate(kept.heads)])  # fmt: skip
         return Findings(
-            heads={"class logit": Scores(shares.double(), "what the head adds to the logit of the class")},
+            heads={"class logit": Scores(shares.double(), "what the head adds to the class's logit")},
             arrays={
                 "identifiability": told["stream"], "logits": logits,
                 "relevance": relevance(subject, kept, classes),

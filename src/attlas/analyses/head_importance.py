@@ -214,7 +214,8 @@ def _separate(module: nn.Module) -> tuple[Any, tuple[str, str, str] | None]:
 
 def _check_shared(module: nn.Module, count: int) -> None:
     """Refuse weights that an attention has for each head beside its projections, such as sinks."""
-    linear = {id(w) for m in module.modules() if isinstance(m, nn.Linear | Conv1D) for w in m.parameters()}
+    projections = [m for m in module.modules() if isinstance(m, nn.Linear | Conv1D)]
+    linear = {id(w) for m in projections for w in m.parameters()}
     for name, weight in [*module.named_parameters(), *module.named_buffers()]:
         if id(weight) not in linear and weight.ndim and weight.shape[0] == count:
             raise UserError(f"{type(module).__name__} has {name!r} for each head, which cannot be cut")

@@ -2,7 +2,7 @@
 
     X = z_h W_O,h of many samples, minus its mean                          [samples, width]
     repeat k times, R = X at first
-        a ← argmax over atoms not yet chosen Σ_samples |R · u_a|        u_a: unembedding rows, ‖u_a‖ = 1
+        a ← argmax over atoms not yet chosen of Σ_samples |R · u_a|      u_a: unembedding rows, ‖u_a‖ = 1
         C ← argmin ‖X − C U_chosen‖,   R ← X − C U_chosen                  all chosen are fitted anew
     explained = Σ_features var(C U_chosen) / Σ_features var(X)
 
@@ -120,7 +120,8 @@ class HeadPursuit(Analysis):
         dictionary = atoms(subject, tokens)
         written = self.written(subject, tick)
         found = [[pursued(x, dictionary, self.k) for x in layer] for layer in written]
-        explained = torch.stack([torch.stack([p.explained[-1] for p in layer]) for layer in found]).double()
+        last = [torch.stack([p.explained[-1] for p in layer]) for layer in found]
+        explained = torch.stack(last).double()
         chosen = torch.stack([torch.stack([tokens[p.chosen] for p in layer]) for layer in found])
         what = f"{len(tokens)} words" if self.concept else "the vocabulary"
         scores = Scores(explained, f"variance of the head's output that {self.k} of {what} explain")

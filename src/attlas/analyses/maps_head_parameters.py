@@ -47,11 +47,11 @@ _CAPITALS = (
     "Greece Athens Egypt Cairo Cuba Havana Peru Lima Kenya Nairobi "
     "Norway Oslo Sweden Stockholm Poland Warsaw Portugal Lisbon Iraq Baghdad "
     "Iran Tehran"
-).split()
+)
 #: Pairs of words that are looked for where a tokenizer is given.
 RELATIONS: Mapping[str, Relation] = {
     "first letter": [(word, word[0]) for word in _WORDS.split()],
-    "capital": list(zip(_CAPITALS[::2], _CAPITALS[1::2], strict=True)),
+    "capital": list(zip(_CAPITALS.split()[::2], _CAPITALS.split()[1::2], strict=True)),
 }
 #: Tokens that are worked on at once where all of the vocabulary is.
 CHUNK = 8192

@@ -97,7 +97,7 @@ def with_one(x: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width1"]:
 
 @mechanism("sparse-attention-decomposition", paper="sparse-attention-decomposition")
 class SparseAttentionDecomposition(Analysis):
-    """How few terms make each head look where it looks from the last token, and which heads wrote them."""
+    """How few terms make each head look where it does from the last token, and which heads wrote them."""
 
     needs: ClassVar[Needs] = "text"
     inspects = "circuits"
@@ -247,5 +247,7 @@ def _norm(block: nn.Module) -> nn.Module:
     """
     found: Any = next((getattr(block, n) for n in _NORMS if hasattr(block, n)), None)
     if found is None:
-        raise UserError(f"{type(block).__name__} has no norm before its attention by a name that is known")
+        raise UserError(
+            f"{type(block).__name__} has no norm before its attention by a name that is known"
+        )
     return found  # type: ignore[no-any-return]

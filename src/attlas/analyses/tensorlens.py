@@ -94,7 +94,9 @@ class Feed:
         self.act: Callable[[Tensor], Tensor] = found or nn.functional.silu
         zero = self.last[0].new_zeros(1)
         if self.up is None and float(self.act(zero)) != 0:
-            raise UserError(f"{type(inner).__name__}'s activation is not 0 at 0: f(z)/z has no value there")
+            raise UserError(
+                f"{type(inner).__name__}'s activation is not 0 at 0: f(z)/z has no value there"
+            )
 
     def hold(self, x: Tensor) -> Tensor:
         """What it makes of the text; its diagonal is kept."""
@@ -136,7 +138,10 @@ class Lens:
     ends: tuple[int, ...]
 
     def __call__(
-        self, x: Float[Tensor, "rows tokens width"], constant: Float[Tensor, " rows"], until: int | None = None
+        self,
+        x: Float[Tensor, "rows tokens width"],
+        constant: Float[Tensor, " rows"],
+        until: int | None = None,
     ) -> Float[Tensor, "rows tokens width"]:
         """The linear map of some embeddings and their constant coordinate, through some of its steps."""
         for maps, added, scale in self.steps[:until]:
@@ -166,7 +171,8 @@ class Lens:
     ) -> Float[Tensor, "tokens_out tokens_in"]:
         """A map of tokens: "input" ‖T_ij x_j‖, "norm" the Frobenius norm of each block T_ij."""
         if how == "input":
-            return self.pieces(until).norm(dim=-1)
+            lengths: Tensor = torch.linalg.vector_norm(self.pieces(until), dim=-1)
+            return lengths
         return self.tensor()[0].square().sum(dim=(1, 3)).sqrt()
 
 
@@ -215,7 +221,8 @@ def attention_only(
 ) -> Float[Tensor, "tokens tokens"]:
     """The operator with values, norms and MLPs left out, blocks halved: rollout."""
     eye = torch.eye(patterns.shape[-1]).to(patterns)
-    mixed: Tensor = torch.linalg.multi_dot([eye, *((p.mean(dim=0) + eye) / 2 for p in patterns.flip(0)), eye])
+    halved = [(p.mean(dim=0) + eye) / 2 for p in patterns.flip(0)]
+    mixed: Tensor = torch.linalg.multi_dot([eye, *halved, eye])
     return mixed
 
 
@@ -226,7 +233,9 @@ class TensorLens(Analysis):
     needs = "text"
     inspects = "flow"
 
-    most: int = option("tokens of a text that are taken; longer ones are refused", default=256, at_least=1)
+    most: int = option(
+        "tokens of a text that are taken; longer ones are refused", default=256, at_least=1
+    )
 
     def check(self, subject: Subject) -> None:
         """Refuse texts that are too long, and models whose pieces are not known."""
@@ -248,7 +257,10 @@ class TensorLens(Analysis):
         flow = torch.stack([first.reduced("input", until) for until in first.ends])
         whole = first.reduced("input")
         tick(1.0)
-        gap = max(float((x(x.embeddings[None], x.embeddings.new_ones(1))[0] - x.output).abs().max()) for x in made)
+        linear = [x(x.embeddings[None], x.embeddings.new_ones(1))[0] for x in made]
+        gap = max(
+            float((ours - x.output).abs().max()) for ours, x in zip(linear, made, strict=True)
+        )
         return Findings(
             arrays={"flow": flow / flow.sum(dim=-1, keepdim=True), "map": whole},
             says=[f"The linear operator gives the model's own output to {gap:.1e}."],

@@ -1,4 +1,4 @@
-"""The pieces of a block, whatever a model calls them: its norms, its MLP, what its branches are scaled by.
+"""The pieces of a block, whatever a model calls them: its norms, its MLP, its branches' scales.
 
     before     x + s₁ ∘ attention(norm₁ x),   then   x + s₂ ∘ mlp(norm₂ x)        Llama, GPT-2, DINOv2
     behind     norm₁(x + attention(x)),       then   norm₂(x + mlp(x))            BERT
@@ -63,13 +63,15 @@ def pieces_of(model: nn.Module, layer: int) -> BlockPieces:
     names = next((pair for pair in _BEFORE if all(_has(block, name) for name in pair)), None)
     if names is None or attention is None or mlp is None or any(_has(block, n) for n in _SANDWICH):
         raise UserError(
-            f"{type(block).__name__} is no block with a norm, an attention, a norm and an MLP whose names "
-            "are known"
+            f"{type(block).__name__} is no block with a norm, an attention, a norm and an MLP whose "
+            "names are known"
         )
-    scales = (getattr(getattr(block, f"layer_scale{i}", None), "lambda1", None) for i in (1, 2))
+    attention_norm, mlp_norm = (getattr(block, name) for name in names)
+    scales = [getattr(getattr(block, f"layer_scale{i}", None), "lambda1", None) for i in (1, 2)]
     return BlockPieces(
-        attention, (mlp,), *(getattr(block, name) for name in names), False, *scales
-    )
+        attention, (mlp,), attention_norm, mlp_norm,
+        attention_scale=scales[0], mlp_scale=scales[1],
+    )  # fmt: skip
 
 
 def _behind(block: nn.Module, attention: nn.Module) -> BlockPieces:
@@ -77,8 +79,10 @@ def _behind(block: nn.Module, attention: nn.Module) -> BlockPieces:
     inner, outer = getattr(block, "intermediate", None), getattr(block, "output", None)
     if not isinstance(inner, nn.Module) or not isinstance(outer, nn.Module):
         raise UserError(f"{type(block).__name__} has no MLP by a name that is known")
-    norms = [module.LayerNorm for module in (attention.output, outer)]
-    return BlockPieces(attention, (inner, outer.dense), *norms, behind=True)
+    norms: list[nn.Module] = [getattr(m, "LayerNorm") for m in (attention.output, outer)]  # noqa: B009
+    return BlockPieces(
+        attention, (inner, outer.get_submodule("dense")), norms[0], norms[1], behind=True
+    )
 
 
 def _has(module: nn.Module | None, name: str) -> bool:

@@ -41,7 +41,7 @@ def model_of(case: Case) -> torch.nn.Module:
     ]  # fmt: skip
     for number, block in enumerate(stack.h):
         own = f"blocks.{number}."
-        attention = {x: p[f"{own}attn.{x}"] for x in ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V", "b_O")}
+        attention = {f"{kind}_{x}": p[f"{own}attn.{kind}_{x}"] for kind in "Wb" for x in "QKVO"}
         projected = [attention[f"W_{x}"].transpose(0, 1).flatten(1) for x in "QKV"]
         pairs += [
             (block.attn.c_attn.weight, torch.cat(projected, dim=1)),
@@ -49,7 +49,8 @@ def model_of(case: Case) -> torch.nn.Module:
             (block.attn.c_proj.weight, attention["W_O"].flatten(0, 1)),
             (block.attn.c_proj.bias, attention["b_O"]),
             (block.mlp.c_fc.weight, p[f"{own}mlp.W_in"]), (block.mlp.c_fc.bias, p[f"{own}mlp.b_in"]),
-            (block.mlp.c_proj.weight, p[f"{own}mlp.W_out"]), (block.mlp.c_proj.bias, p[f"{own}mlp.b_out"]),
+            (block.mlp.c_proj.weight, p[f"{own}mlp.W_out"]),
+            (block.mlp.c_proj.bias, p[f"{own}mlp.b_out"]),
         ]  # fmt: skip
         for ours, theirs in ((block.ln_1, "ln1"), (block.ln_2, "ln2")):
             pairs += [(ours.weight, p[f"{own}{theirs}.w"]), (ours.bias, p[f"{own}{theirs}.b"])]
@@ -84,7 +85,9 @@ def scores(model: torch.nn.Module, prompts: Prompts, c: dict, like: Tensor) -> T
         number, _, point = hook.partition(".")
         at = {"hook_resid_pre": 0, "hook_resid_post": 1}.get(point)
         if at is None:
-            raise UserError(f"config 'receivers' is {receivers}; the adapter takes resid_pre and resid_post")
+            raise UserError(
+                f"config 'receivers' is {receivers}; the adapter takes resid_pre and resid_post"
+            )
         layer = int(number) + at
         given = None if layer == layers else ((layer, -1),)
         look = PathPatching(receivers=given, through="residual", freeze_mlps=c["freeze_mlps"]).look

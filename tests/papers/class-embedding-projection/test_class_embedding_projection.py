@@ -119,6 +119,7 @@ def numbers(seed):
 
 def test_identifiability_rises_and_the_map_finds_what_matters_on_a_trained_vit():
     r, top, random = numbers(0)
-    assert float(r[-1]) > 0.9  # 0.98 and 0.95 of two seeds with 60 pictures
-    assert float(r[-1]) > float(r[6]) > float(r[0]) - 0.05
-    assert top > random
+    # It stays near 0.5 to the sixth layer, and rises to 0.98 and 0.95 in two seeds with 60 pictures.
+    assert float(r[-1]) > 0.9
+    assert float(r[-1]) > float(r[6]) + 0.2
+    assert top > random  # 0.34 and 0.29 against 0.08

@@ -84,7 +84,10 @@ CHOICES = {
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "ours", "own none"])
 def test_head_importance_removed_heads_are_as_masked(name, choice) -> None:
     own = {"ours": {}, "own none": {"position": "none", "attention_bias": True}}
-    model = decoder(**own[name]) if name in own else small_llama() if name == "llama" else find(name).model()
+    if name in own:
+        model = decoder(**own[name])
+    else:
+        model = small_llama() if name == "llama" else find(name).model()
     heads = {n: each for n, each in CHOICES[choice].items() if n < model.config.num_hidden_layers}
     ids = prompt(9, batch=2)
     smaller = removed(model, heads)

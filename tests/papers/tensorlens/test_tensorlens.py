@@ -11,8 +11,10 @@ from attlas.attach import attach
 from attlas.errors import UserError
 from attlas.inspect.subject import Subject
 
-SIZES = dict(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=24,
-             initializer_range=0.3)  # fmt: skip
+SIZES = {
+    "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "intermediate_size": 24, "initializer_range": 0.3,
+}  # fmt: skip
 
 
 def decoder():
@@ -54,7 +56,8 @@ def bert():
 def gpt2():
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    return GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=4, initializer_range=0.3))
+    config = GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=4, initializer_range=0.3)
+    return GPT2LMHeadModel(config)
 
 
 def biased(make):
@@ -77,7 +80,9 @@ IDS = torch.arange(12).reshape(2, 6) * 3 % 37 + 1
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("make", [decoder, encoder, exact_llama, llama, bert, gpt2], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "make", [decoder, encoder, exact_llama, llama, bert, gpt2], ids=lambda m: m.__name__
+)
 def test_tensor_times_embeddings_is_the_models_own_output(make):
     model = biased(make)
     found, bound = TensorLens().lenses(Subject(model, IDS)), 1e-5 if make is llama else 1e-9
@@ -96,8 +101,8 @@ def test_padding_is_left_out():
     model = biased(decoder)
     ids = torch.cat([torch.zeros(2, 3, dtype=torch.long), IDS], dim=1)
     mask = torch.cat([torch.zeros(2, 3, dtype=torch.long), torch.ones_like(IDS)], dim=1)
-    for a, b in zip(TensorLens().lenses(Subject(model, ids, mask)), TensorLens().lenses(Subject(model, IDS)),
-                    strict=True):  # fmt: skip
+    padded = TensorLens().lenses(Subject(model, ids, mask))
+    for a, b in zip(padded, TensorLens().lenses(Subject(model, IDS)), strict=True):
         assert torch.allclose(a.reduced(), b.reduced(), atol=1e-6)
 
 
