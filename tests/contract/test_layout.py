@@ -38,6 +38,8 @@ SHARED = {
     "parts/select_heads/test_on_model.py": "selections against an eviction on the real model",
     "parts/select_heads/test_shared.py": "what selections by heads, layers and steps have in common",
     "parts/select_pages/test_page_selections.py": "what selections of pages have in common",
+    "parts/test_head_roles.py": "head roles beside policies and layers of ours",
+    "parts/test_patterns.py": "patterns beside a policy",
     "parts/test_policies.py": "what all cache policies have in common",
     "parts/test_recorders.py": "recorders beside a policy",
     "storage/test_storage.py": "what caches of policies are as files",

@@ -155,8 +155,6 @@ class Repeated(nn.Module):
         serving: the head that serves each query head.
     """
 
-    serving: Tensor
-
     def __init__(self, linear: nn.Linear, dim: int, serving: list[int]) -> None:
         super().__init__()
         self.linear, self.dim = linear, dim
@@ -164,7 +162,7 @@ class Repeated(nn.Module):
 
     def forward(self, x: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows out"]:
         """The heads, one for each query head."""
-        found: Tensor = self.linear(x).unflatten(-1, (-1, self.dim))[..., self.serving, :]
+        found: Tensor = self.linear(x).unflatten(-1, (-1, self.dim))[..., self.get_buffer("serving"), :]
         return found.flatten(-2)
 
 

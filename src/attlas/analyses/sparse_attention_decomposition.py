@@ -57,7 +57,7 @@ class Decomposition:
     v: Float[Tensor, "width1 terms"]
 
     def terms(
-        self, query: Float[Tensor, "*pairs width"], key: Float[Tensor, "*pairs width"]
+        self, query: Float[Tensor, "*#pairs width"], key: Float[Tensor, "*#pairs width"]
     ) -> Float[Tensor, "*pairs terms"]:
         """The score of queries and keys, term by term."""
         return self.sigma * (with_one(query) @ self.u) * (with_one(key) @ self.v)

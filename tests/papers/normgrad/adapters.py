@@ -40,8 +40,10 @@ def normgrad(case: Case) -> Iterator[Check]:
         found = torch.autograd.grad(logits[0, case.config["class"]], states)
     maps = []
     for name, x, g in zip(("layer2", "layer4"), states, found, strict=True):
-        yield case.compare(f"mid.{name}.act", x)
-        yield case.compare(f"mid.{name}.grad", -g)  # of the loss there, minus the logit
+        if f"{name}.act" in case.mids:
+            yield case.compare(f"mid.{name}.act", x)
+        if f"{name}.grad" in case.mids:
+            yield case.compare(f"mid.{name}.grad", -g)  # of the loss there, minus the logit
         for key in [key for key in case.outs if key.startswith(f"{name}.")]:
             _, extract, aggregate = key.split(".")
             one = saliency(x.detach(), g, OURS.get(extract, extract), OURS.get(aggregate, aggregate))

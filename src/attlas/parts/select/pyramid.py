@@ -44,8 +44,8 @@ class PyramidPrefill(Thinned):
 
     everything: ClassVar[dict[str, Any]] = {"ends": (1.0, 1.0, 1.0, 1.0)}
     changes: ClassVar[tuple[str, ...]] = ("mask", "aggregate")
-    comparable: ClassVar[tuple[str, ...]] = ("(by='quota', ends=(0.2, 0.3, 0.4, 0.5))",
-                                             "(by='quota', ends=(0.05, 0.1, 0.2, 0.4))")  # fmt: skip
+    comparable: ClassVar[tuple[str, ...]] = ("(ends=(0.2, 0.3, 0.4, 0.5), by='quota')",
+                                             "(ends=(0.05, 0.1, 0.2, 0.4), by='quota')")  # fmt: skip
 
     ends: tuple[float, ...] = option(
         "where levels 1, 2, 4 and 8 end, as shares of the ranks or of all importance",
