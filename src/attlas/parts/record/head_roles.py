@@ -59,8 +59,8 @@ MEANINGS = {
 #: Those that hang on token ids, and the column of one of them.
 BY_ID = ("duplicate", "induction", "copying")
 COPYING = list(NAMES).index("copying")
-#: Weights of a call's last queries that are held of a layer, at least of one: 4 MiB in float32.
-HELD = 2**20
+#: Weights of a call's last queries that are held of a layer, at least of one: 1 MiB in float32.
+HELD = 2**18
 
 
 @mechanism("head-roles", paper="")
