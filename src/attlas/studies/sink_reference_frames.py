@@ -208,7 +208,7 @@ class SinkReferenceFrames(Study):
     layers: int = option("of a model", default=2, at_least=1)
     heads: int = option("of each layer", default=4, at_least=1)
     texts: int = option("held-out texts whose frames vote", default=16, at_least=1)
-    looks: int = option("checkpoints, evenly spaced", default=20, at_least=2)
+    looks: int = option("checkpoints, evenly spaced", default=10, at_least=2)
 
     @property
     def set_up(self) -> str:
