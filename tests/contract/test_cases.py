@@ -32,6 +32,8 @@ def test_published_numbers(case: Case) -> None:
     results = run_case(case)
     assert results
     for result in results:
+        if " is not here; run `attlas fetch minilm`" in result.reason:
+            pytest.skip("the case is of MiniLM, which was not fetched")
         assert result.status == "passed", f"{result.check}: {result.reason}"
 
 

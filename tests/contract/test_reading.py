@@ -99,6 +99,8 @@ def test_published_cases_pass_without_intermediates_and_fail_with_an_unknown_opt
         case.name, case.stem, meta, dict(case.inputs), dict(case.params), kept, dict(case.outs)
     )
     *results, last = run_case(bare)
+    if " is not here; run `attlas fetch minilm`" in last.reason:
+        pytest.skip("the case is of MiniLM, which was not fetched")
     assert results
     for result in results:
         assert result.status == "passed", f"{result.check}: {result.reason}"
