@@ -39,7 +39,7 @@ def text(length: int) -> Any:
     return (torch.rand(1, length) ** 4 * 20000).long()
 
 
-def with_attlas(ids: Any) -> Any:
+def with_attlas() -> Any:
     import torch
 
     import attlas
@@ -47,7 +47,7 @@ def with_attlas(ids: Any) -> Any:
 
     model = attlas.load("smollm2").eval()
 
-    def run() -> int:
+    def run(ids: Any) -> int:
         with torch.no_grad(), attach(model, record=["head-roles"]) as session:
             model(ids, use_cache=False, logits_to_keep=1)
             session["head-roles"]
@@ -56,7 +56,7 @@ def with_attlas(ids: Any) -> Any:
     return run
 
 
-def with_lens(ids: Any) -> Any:
+def with_lens() -> Any:
     import torch
     from transformer_lens.model_bridge import TransformerBridge
 
@@ -68,7 +68,7 @@ def with_lens(ids: Any) -> Any:
         name, hf_model=attlas.load("smollm2").eval(), tokenizer=load_tokenizer("smollm2"), device="cpu"
     )
 
-    def run() -> int:
+    def run(ids: Any) -> int:
         with torch.no_grad():
             _, cache = model.run_with_cache(
                 ids, names_filter=lambda name: name.endswith("hook_pattern")
@@ -104,7 +104,7 @@ def statistics(pattern: Any, ids: Any) -> dict[str, Any]:
     }
 
 
-def with_bertviz(ids: Any) -> Any:
+def with_bertviz() -> Any:
     import torch
     from bertviz import model_view
 
@@ -113,9 +113,9 @@ def with_bertviz(ids: Any) -> Any:
 
     model, tokenizer = attlas.load("smollm2").eval(), load_tokenizer("smollm2")
     model.set_attn_implementation("eager")
-    tokens = tokenizer.convert_ids_to_tokens(ids[0].tolist())
 
-    def run() -> int:
+    def run(ids: Any) -> int:
+        tokens = tokenizer.convert_ids_to_tokens(ids[0].tolist())
         with torch.no_grad():
             found = model(ids, output_attentions=True, use_cache=False, logits_to_keep=1).attentions
         page = model_view(found, tokens, html_action="return")
@@ -129,10 +129,10 @@ TOOLS = {"attlas": with_attlas, "transformer-lens": with_lens, "bertviz": with_b
 
 def measure(tool: str, length: int) -> None:
     """Print what one run takes; the model is loaded before, and a short text read."""
-    TOOLS[tool](text(16))()
-    run = TOOLS[tool](text(length))
+    run, ids = TOOLS[tool](), text(length)
+    run(text(16))
     began, busy = time.perf_counter(), time.process_time()
-    page = run()
+    page = run(ids)
     told = {"seconds": time.perf_counter() - began, "processor_s": time.process_time() - busy}
     told["page_mib"] = page / 2**20
     told["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
